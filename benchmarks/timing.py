@@ -1,0 +1,43 @@
+"""Timing for benchmarks: warm, blocked, interleaved, medians with their spread."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import flax
+import jax
+import jaxlib
+
+
+def machine() -> str:
+    device = jax.devices()[0]
+    return (
+        f"{device.platform} ({device.device_kind}), {platform.machine()}, "
+        f"Python {platform.python_version()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, "
+        f"flax {flax.__version__}"
+    )
+
+
+def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run; all functions once in turn, `repeats` times over, so that drift hits all alike."""
+    for function in functions.values():
+        _ = jax.block_until_ready(function())
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            _ = jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, list[float]], name: str, base: str) -> list[float]:
+    """Run by run: how many times longer than the base's run beside it."""
+    return [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
+
+
+def spread(values: list[float], unit: str = "") -> str:
+    return f"{statistics.median(values):.3g}{unit} ({min(values):.3g} to {max(values):.3g})"

@@ -1,0 +1,10 @@
+"""The jaxpr walk: a traced function -> the sites of its weights."""
+
+from jaxeff.graph.evaluation import Observers as Observers
+from jaxeff.graph.evaluation import evaluate as evaluate
+from jaxeff.graph.program import flatten as flatten
+from jaxeff.graph.provenance import Loop as Loop
+from jaxeff.graph.sites import Graph as Graph
+from jaxeff.graph.sites import Leaf as Leaf
+from jaxeff.graph.sites import Site as Site
+from jaxeff.graph.sites import build as build

@@ -1,0 +1,238 @@
+"""Which axis of a weight stands in which dimension of an array, through reshapes and transposes.
+
+A dimension is described by its factors, major first: a (768, 12, 64) kernel reshaped to (768, 768)
+has the second dimension `(Factor(axis=1, size=12), Factor(axis=2, size=64))`. A factor whose axis is
+None holds no axis of the weight: a batch, a position, a reduced or broadcast dimension.
+Imports `program` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeff.graph.program import Operation, Value
+
+
+class Factor(NamedTuple):
+    """`size` steps of `stride` along one axis of a weight; step 0 is the axis's element `offset`.
+
+    A factor may reach beyond its axis: of four kernels concatenated to (64, 128), the second holds
+    its 32 units at `Factor(axis=1, size=128, offset=-32)`.
+    """
+
+    axis: int | None
+    size: int
+    stride: int = 1
+    offset: int = 0
+
+
+Dims = tuple[tuple[Factor, ...], ...]
+
+
+def of_weight(shape: Sequence[int]) -> Dims:
+    return tuple((Factor(axis, size),) for axis, size in enumerate(shape))
+
+
+def of_data(shape: Sequence[int]) -> Dims:
+    return tuple((Factor(None, size),) for size in shape)
+
+
+def held(dims: Dims) -> frozenset[int]:
+    """The weight's axes that stand somewhere in the array.
+
+    >>> sorted(held(of_weight((3, 4)) + of_data((8,))))
+    [0, 1]
+    """
+    return frozenset(factor.axis for dim in dims for factor in dim if factor.axis is not None)
+
+
+def covers(dims: Dims, axes: frozenset[int], shape: Sequence[int]) -> bool:
+    """Whether the array holds each of these axes of a weight whole."""
+    return all(_covers(dims, axis, shape[axis]) for axis in axes)
+
+
+def _covers(dims: Dims, axis: int, size: int) -> bool:
+    factors = [factor for dim in dims for factor in dim if factor.axis == axis]
+    if len(factors) == 1 and factors[0].stride == 1:
+        return factors[0].offset <= 0 and factors[0].offset + factors[0].size >= size
+    return math.prod(factor.size for factor in factors) == size and bool(factors)
+
+
+def move(operation: Operation, dims: Dims, shape: Sequence[int]) -> list[Dims | None]:
+    """Dims of each output of an operation that only moves elements; None where they cannot be followed."""
+    if operation.name == "split":
+        return _split(dims, operation.params)
+    rule = _MOVES[operation.name]
+    return [rule(dims, tuple(shape), operation.outputs[0].shape, operation.params)]
+
+
+def moves(operation: Operation) -> bool:
+    return operation.name in _MOVES or operation.name == "split"
+
+
+def concatenated(operation: Operation, operand: int, dims: Dims) -> Dims | None:
+    """Dims of a concatenation's output, for the axes that this operand brings."""
+    along = operation.params["dimension"]
+    before = sum(_shape(other)[along] for other in operation.inputs[:operand])
+    whole = operation.outputs[0].shape[along]
+    if len(dims[along]) != 1 or dims[along][0].stride != 1:
+        return None
+    factor = dims[along][0]
+    widened = factor._replace(size=whole, offset=factor.offset - before if factor.axis is not None else 0)
+    return (*dims[:along], (widened,), *dims[along + 1 :])
+
+
+def _shape(operand: Any) -> tuple[int, ...]:
+    return operand.shape if isinstance(operand, Value) else np.shape(operand.val)
+
+
+def broadcast(dims: Dims, shape: Sequence[int], result: Sequence[int]) -> Dims:
+    """Dims of an operand of elementwise arithmetic, seen in the result (size 1 stretches)."""
+    lead = len(result) - len(shape)
+    kept = tuple(
+        dim if shape[i] == result[lead + i] else (Factor(None, result[lead + i]),)
+        for i, dim in enumerate(dims)
+    )
+    return of_data(result[:lead]) + kept
+
+
+def _reshape(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: Mapping) -> Dims | None:
+    """Split and join factors so that they fill the new dimensions, major first."""
+    if params.get("dimensions") is not None:
+        return None
+    left = [factor for dim in dims for factor in dim if factor.size != 1]
+    filled: list[tuple[Factor, ...]] = []
+    for size in result:
+        dim: list[Factor] = []
+        needed = size
+        while needed > 1:
+            if not left:
+                return None
+            factor = left.pop(0)
+            if factor.offset and needed != factor.size:
+                return None
+            if needed % factor.size == 0:
+                dim.append(factor)
+                needed //= factor.size
+            elif factor.size % needed == 0:
+                minor = factor.size // needed
+                dim.append(factor._replace(size=needed, stride=factor.stride * minor))
+                left.insert(0, factor._replace(size=minor, offset=0))
+                needed = 1
+            else:
+                return None
+        filled.append(tuple(dim))
+    return tuple(filled)
+
+
+def _transpose(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: Mapping) -> Dims:
+    return tuple(dims[i] for i in params["permutation"])
+
+
+def _squeeze(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: Mapping) -> Dims:
+    dropped = {i % len(dims) for i in params["dimensions"]}
+    return tuple(dim for i, dim in enumerate(dims) if i not in dropped)
+
+
+def _broadcast_in_dim(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: Mapping) -> Dims:
+    moved = list(of_data(result))
+    for i, target in enumerate(params["broadcast_dimensions"]):
+        if shape[i] == result[int(target)]:
+            moved[int(target)] = dims[i]
+    return tuple(moved)
+
+
+def _rev(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: Mapping) -> Dims:
+    # A reversed axis no longer lines up with the weight's own order (a flipped convolution kernel).
+    return tuple(
+        (Factor(None, shape[i]),) if i in params["dimensions"] else dim for i, dim in enumerate(dims)
+    )
+
+
+def _slice(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: Mapping) -> Dims | None:
+    strides = params["strides"] or (1,) * len(shape)
+    moved: list[tuple[Factor, ...]] = []
+    for dim, start, kept, stride in zip(dims, params["start_indices"], result, strides, strict=True):
+        cut = _cut(dim, start, kept) if stride == 1 else None
+        if cut is None:
+            return None
+        moved.append(cut)
+    return tuple(moved)
+
+
+def _split(dims: Dims, params: Mapping) -> list[Dims | None]:
+    along, parts, start = params["axis"], [], 0
+    for size in params["sizes"]:
+        cut = _cut(dims[along], start, size)
+        parts.append(None if cut is None else (*dims[:along], cut, *dims[along + 1 :]))
+        start += size
+    return parts
+
+
+def _cut(dim: tuple[Factor, ...], start: int, size: int) -> tuple[Factor, ...] | None:
+    """`size` elements of a dimension from `start`: of a product of factors, whole steps of the first."""
+    if not dim or size == math.prod(factor.size for factor in dim):
+        return dim
+    first, *rest = dim
+    minor = math.prod(factor.size for factor in rest)
+    if start % minor or size % minor:
+        return None
+    offset = first.offset + start // minor * first.stride if first.axis is not None else 0
+    return (first._replace(size=size // minor, offset=offset), *rest)
+
+
+_MOVES = {
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "rev": _rev,
+    "slice": _slice,
+}
+
+
+def reduce_to_axes(
+    dims: Dims,
+    axes: frozenset[int],
+    shape: Sequence[int],
+    array: jax.Array,
+    reduction: Callable[..., jax.Array],
+) -> jax.Array:
+    """Reduce all but the given axes of a weight, and lay the rest out as the weight has them.
+
+    Reduces by axis before it transposes: the big array is never moved (transposing first took three
+    times the memory on a language model's logits).
+
+    Args:
+        dims: where the weight's axes stand in `array`.
+        axes: the weight's axes to keep; each must stand whole in the array.
+        shape: the weight's shape.
+        reduction: `f(array, axis=tuple)`, such as `jnp.sum`.
+
+    Returns:
+        The weight's rank; size 1 for each axis not kept, so that it broadcasts against the weight.
+    """
+    factors = [factor for dim in dims for factor in dim]
+    kept = [factor for factor in factors if factor.axis in axes]
+    reduced = tuple(i for i, factor in enumerate(factors) if factor.axis not in axes)
+    small = reduction(array.reshape([factor.size for factor in factors]), axis=reduced)
+    order = sorted(range(len(kept)), key=lambda i: (kept[i].axis, -kept[i].stride))
+    ordered = jnp.transpose(small, order)
+    for i, factor in enumerate(kept[j] for j in order):
+        size = shape[factor.axis] if factor.axis is not None else 0
+        if factor.stride == 1 and factor.size > size:
+            # Concatenated with other weights: its own units stand at -offset.
+            ordered = jax.lax.slice_in_dim(ordered, -factor.offset, -factor.offset + size, axis=i)
+    laid = [size if axis in axes else 1 for axis, size in enumerate(shape)]
+    return ordered.reshape(laid)
+
+
+def positions(dims: Dims) -> int:
+    """How many elements of the array fall on each combination of the weight's axes."""
+    return math.prod(factor.size for dim in dims for factor in dim if factor.axis is None)

@@ -1,0 +1,278 @@
+"""Which operation consumes each weight.
+
+In: a `Program` and the leaves of `params` that are its first inputs. Out: a `Graph`: a `Site` for
+every contraction of a weight with data, holding the values and dimensions of its input, pre- and
+post-activation; and for every leaf without one, what it is instead or why it was not paired.
+Structure only: nothing is computed. Imports the rest of `graph`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxeff.graph import axes
+from jaxeff.graph.activations import Activation, Flow, follow
+from jaxeff.graph.axes import Dims, Factor
+from jaxeff.graph.program import Program, Value
+from jaxeff.graph.provenance import (
+    CONSTANT_CONTRACTION,
+    CONTRACTION,
+    OPAQUE,
+    OUTPUT,
+    Loop,
+    Lost,
+    Provenance,
+    Use,
+    contracted,
+    contraction_input,
+    gathered,
+    trace_weights,
+    value_shape,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of `params`: its keys joined by '/', shape and dtype."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def floating(self) -> bool:
+        return bool(jnp.issubdtype(self.dtype, jnp.floating))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """One operation that consumes one weight.
+
+    Attributes:
+        leaf: the weight's index among the leaves.
+        kind: 'dense', 'conv' or 'embedding'.
+        unit_axes: axes of the weight that index its outputs.
+        input_axes: axes of the weight that index what it multiplies.
+        groups: feature groups of a convolution, else 1.
+        input: the value that the weight multiplies; the row numbers for an embedding.
+        input_dims: where the weight's input axes stand in it.
+        activation: pre- and post-activation and the nonlinearity between them.
+        macs: multiply-accumulates of the whole batch, all iterations of a scan included; None inside a
+            `while`. An embedding looks up and has none.
+        loops: the loops around the operation, outermost first.
+    """
+
+    leaf: int
+    kind: str
+    unit_axes: frozenset[int]
+    input_axes: frozenset[int]
+    groups: int
+    input: Value
+    input_dims: Dims
+    activation: Activation
+    macs: int | None
+    loops: tuple[Loop, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """Every leaf is in exactly one place: it has sites, a reason in `unpaired`, or a role in `others`.
+
+    Attributes:
+        sites: in execution order.
+        unpaired: weights that no site could be read for -> why.
+        others: leaves that are not weights -> 'bias', 'scale', 'integer', 'unused' and so on.
+        order: every leaf's index, by first use, unused leaves last.
+    """
+
+    program: Program
+    leaves: tuple[Leaf, ...]
+    sites: tuple[Site, ...]
+    unpaired: Mapping[int, str]
+    others: Mapping[int, str]
+    order: tuple[int, ...]
+    provenance: Provenance
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """A contraction's labelled operands: what becomes a site once its activation is followed."""
+
+    kind: str
+    input: Any
+    input_dims: Dims
+    output_dims: Dims
+    unit_axes: frozenset[int]
+    input_axes: frozenset[int]
+    groups: int
+    macs: int
+
+
+def build(program: Program, leaves: Sequence[Leaf]) -> Graph:
+    """Pair every leaf with its sites, or say why not.
+
+    Args:
+        program: a traced `function(params, ...)`, flattened.
+        leaves: the leaves of `params`, in the order of the program's first inputs.
+    """
+    tagged = {
+        value: {index: axes.of_weight(leaf.shape)}
+        for index, (leaf, value) in enumerate(zip(leaves, program.inputs, strict=False))
+        if leaf.floating
+    }
+    provenance = trace_weights(program, tagged)
+    flows: dict[Program, Flow] = {}
+    chosen = _contractions(provenance.uses)
+    sites: list[Site] = []
+    reasons: dict[int, str] = {}
+    for use in chosen:
+        flow = flows.setdefault(use.program, Flow(use.program, provenance))
+        found = _site(use, leaves, flow)
+        if isinstance(found, Site):
+            sites.append(found)
+        else:
+            reasons[use.leaf] = reasons.get(use.leaf, found)
+    paired = {site.leaf for site in sites}
+    unpaired, others = {}, {}
+    for index, leaf in enumerate(leaves):
+        if index in paired:
+            continue
+        if index in reasons:
+            unpaired[index] = reasons[index]
+        else:
+            _without_site(index, leaf, [u for u in provenance.uses if u.leaf == index], unpaired, others)
+    order = tuple(dict.fromkeys([use.leaf for use in provenance.uses] + list(range(len(leaves)))))
+    return Graph(program, tuple(leaves), tuple(sites), unpaired, others, order, provenance)
+
+
+def _contractions(uses: Iterable[Use]) -> list[Use]:
+    """The uses that may be sites: with a constant only where a leaf never meets data otherwise."""
+    uses = list(uses)
+    with_data = {use.leaf for use in uses if use.role == CONTRACTION}
+    return [
+        use
+        for use in uses
+        if use.role == CONTRACTION or (use.role == CONSTANT_CONTRACTION and use.leaf not in with_data)
+    ]
+
+
+def _site(use: Use, leaves: Sequence[Leaf], flow: Flow) -> Site | str:
+    """The site of one contraction, or why it cannot be read."""
+    assert use.operation is not None
+    if isinstance(use.dims, Lost):
+        return f"its axes were lost at {use.dims.operation} before {use.consumer}"
+    shape = leaves[use.leaf].shape
+    reading = _READERS[use.operation.name](use, use.dims, shape)
+    if isinstance(reading, str):
+        return reading
+    whole = axes.covers(reading.output_dims, reading.unit_axes, shape)
+    if not whole or not (
+        reading.kind == "embedding" or axes.covers(reading.input_dims, reading.input_axes, shape)
+    ):
+        return f"only a slice of it reaches {use.operation.name}"
+    if not isinstance(reading.input, Value):
+        return f"multiplies a literal at {use.operation.name}"
+    shapes = [leaf.shape for leaf in leaves]
+    activation = follow(flow, use.operation.outputs[0], reading.output_dims, shapes, use.leaf)
+    return Site(
+        use.leaf,
+        reading.kind,
+        reading.unit_axes,
+        reading.input_axes,
+        reading.groups,
+        reading.input,
+        reading.input_dims,
+        activation,
+        _all_iterations(reading.macs, use.loops),
+        use.loops,
+    )
+
+
+def _all_iterations(macs: int, loops: Sequence[Loop]) -> int | None:
+    if any(loop.name == "while" for loop in loops):
+        return None
+    return macs * math.prod(loop.length for loop in loops if loop.length is not None)
+
+
+def _read_dot(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
+    operation = use.operation
+    assert operation is not None
+    data, input_dims = contraction_input(operation, use.operand, dims)
+    contract, batch = operation.params["dimension_numbers"]
+    summed = frozenset().union(*(axes.held((dims[i],)) for i in contract[use.operand]))
+    if not summed and len(shape) < 2:
+        return "a vector that scales another weight"
+    output_dims = contracted(operation, use.operand, dims, axes.of_data(value_shape(data)))
+    parallel = frozenset().union(*(axes.held((dims[i],)) for i in batch[use.operand]))
+    units = axes.held(output_dims)
+    macs = axes.positions(output_dims) * math.prod(shape[axis] for axis in units | summed)
+    return _Reading("dense", data, input_dims, output_dims, units, summed | parallel, 1, macs)
+
+
+def _read_conv(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
+    operation = use.operation
+    assert operation is not None
+    numbers = operation.params["dimension_numbers"]
+    groups = operation.params["feature_group_count"]
+    data, output = operation.inputs[0], operation.outputs[0]
+    features, per_group = dims[numbers.rhs_spec[0]], dims[numbers.rhs_spec[1]]
+    output_dims, input_dims = list(axes.of_data(output.shape)), list(axes.of_data(value_shape(data)))
+    output_dims[numbers.out_spec[1]] = features
+    if groups == 1:
+        input_dims[numbers.lhs_spec[1]] = per_group
+    else:
+        input_dims[numbers.lhs_spec[1]] = (Factor(None, groups), *per_group)
+    inputs, units = axes.held((per_group,)), axes.held((features,))
+    macs = axes.positions(tuple(output_dims)) * math.prod(shape[axis] for axis in axes.held(dims))
+    return _Reading("conv", data, tuple(input_dims), tuple(output_dims), units, inputs, groups, macs)
+
+
+def _read_gather(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
+    operation = use.operation
+    assert operation is not None
+    output_dims = gathered(operation, dims)
+    if isinstance(output_dims, Lost):
+        return f"read by a {output_dims.operation}"
+    numbers = operation.params["dimension_numbers"]
+    rows = [i for i in numbers.start_index_map if i in numbers.collapsed_slice_dims]
+    if len(rows) != 1 or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+        return "read by a gather over several axes"
+    looked_up = axes.held((dims[rows[0]],))
+    indices = operation.inputs[1]
+    units = axes.held(output_dims)
+    return _Reading(
+        "embedding", indices, axes.of_data(value_shape(indices)), output_dims, units, looked_up, 1, 0
+    )
+
+
+_READERS = {"dot_general": _read_dot, "conv_general_dilated": _read_conv, "gather": _read_gather}
+
+
+def _without_site(
+    index: int, leaf: Leaf, uses: Sequence[Use], unpaired: dict[int, str], others: dict[int, str]
+) -> None:
+    roles = [use.role for use in uses]
+    elementwise = [role for role in roles if role not in (OPAQUE, OUTPUT, CONTRACTION, CONSTANT_CONTRACTION)]
+    opaque = [use.consumer for use in uses if use.role == OPAQUE]
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        others[index] = "random key"
+    elif not leaf.floating:
+        others[index] = f"{jnp.dtype(leaf.dtype).name} array"
+    elif elementwise:
+        others[index] = elementwise[0]
+    elif len(leaf.shape) < 2:
+        others[index] = f"consumed by {opaque[0]}" if opaque else OUTPUT if roles else "unused"
+    elif opaque:
+        unpaired[index] = f"consumed by {opaque[0]}, which has no rule"
+    else:
+        unpaired[index] = "returned as an output, and used by nothing else" if roles else "unused"

@@ -1,0 +1,250 @@
+"""What to do about a report, each with the numbers it rests on.
+
+Two sets of rules. The methodology's three compare a metric with a fixed threshold. The calibrated
+ones compare a layer with its null: what the same metric would be if the weights were noise. Where
+the two disagree, trust the calibrated ones; the docstrings say why. Imports `report`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+from jaxeff.report import LayerReport, Report
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The thresholds, once each. The first three and the bands are the methodology's.
+
+    Attributes:
+        layer_redundancy: a layer above this is redundant.
+        model_utilization: a model below this is oversized.
+        sparsity: a model with more than this fraction of faint weights can be pruned.
+        below_null: a layer whose utilization is this much below its null, and three standard
+            deviations of noise more, holds its importance in fewer weights than noise would.
+        at_null: a layer this close to its null cannot be told from noise by this criterion.
+        utilization_bands, gini_bands: between low and medium, and medium and high.
+        severe_redundancy: above this the methodology speaks of severe over-parameterization.
+    """
+
+    layer_redundancy: float = 0.6
+    model_utilization: float = 0.3
+    sparsity: float = 0.5
+    below_null: float = 0.05
+    at_null: float = 0.02
+    utilization_bands: tuple[float, float] = (0.3, 0.7)
+    gini_bands: tuple[float, float] = (0.4, 0.6)
+    severe_redundancy: float = 0.7
+
+
+LIMITS = Limits()
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    """One thing to do.
+
+    Attributes:
+        rule: which rule spoke: 'dead units', 'below null', 'layer redundancy', ...
+        path: of the layer; None for the model.
+        message: what to do, in a sentence.
+        evidence: the numbers that the rule compared.
+    """
+
+    rule: str
+    path: str | None
+    message: str
+    evidence: Mapping[str, float]
+
+    def __str__(self) -> str:
+        return f"[{self.rule}] {self.path + ': ' if self.path else ''}{self.message}"
+
+
+def interpret_utilization(utilization: float, limits: Limits = LIMITS) -> str:
+    """The methodology's band: 'high' above 0.7, 'medium' from 0.3, 'low' below; 'unknown' for nan.
+
+    Noise has 0.753 (normal weights), so 'high' alone says nothing: look at the null.
+
+    >>> interpret_utilization(0.75), interpret_utilization(0.2)
+    ('high', 'low')
+    """
+    return _band(utilization, limits.utilization_bands)
+
+
+def interpret_gini(gini: float, limits: Limits = LIMITS) -> str:
+    """The methodology's band: 'low' concentration below 0.4, 'medium' to 0.6, 'high' above.
+
+    >>> interpret_gini(0.41)
+    'medium'
+    """
+    return _band(gini, limits.gini_bands)
+
+
+def interpret_redundancy(redundancy: float, limits: Limits = LIMITS) -> str:
+    """The methodology's words: 'severe' above 0.7, 'redundant' above 0.6, else 'none'.
+
+    Redundancy is -ln(utilization) / ln(N), so it shrinks with the layer: 0.6 needs a utilization
+    below 0.0003 at a million weights.
+    """
+    if math.isnan(redundancy):
+        return "unknown"
+    if redundancy > limits.severe_redundancy:
+        return "severe"
+    return "redundant" if redundancy > limits.layer_redundancy else "none"
+
+
+def _band(value: float, edges: tuple[float, float]) -> str:
+    if math.isnan(value):
+        return "unknown"
+    low, high = edges
+    return "high" if value > high else "medium" if value >= low else "low"
+
+
+def recommend(report: Report, limits: Limits = LIMITS) -> tuple[Recommendation, ...]:
+    """All that the rules have to say: per layer in forward order, then the model.
+
+    Args:
+        report: of one model.
+
+    Raises:
+        ValueError: the report is of several models or steps.
+    """
+    concrete = report.single()
+    found = [advice for row in concrete.rows for advice in _of_layer(row, limits)]
+    return (*found, *_of_model(concrete, limits))
+
+
+def _of_layer(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
+    yield from _dead_units(row)
+    if math.isnan(float(row.metrics.utilization)) or float(row.metrics.max) == 0:
+        return
+    yield from _below_null(row, limits)
+    yield from _layer_redundancy(row, limits)
+
+
+def _dead_units(row: LayerReport) -> Iterator[Recommendation]:
+    """Units that emitted nothing but zeros: removing them changes nothing on this batch."""
+    if row.activity is None or not bool(row.activations_finite):
+        return
+    dead, units = int(row.activity.dead), row.activity.units
+    if not 0 < dead or row.nonlinearity == "identity":
+        return
+    share = dead / units
+    yield Recommendation(
+        "dead units",
+        row.path,
+        f"{dead:,} of {units:,} units emit nothing on this batch ({int(row.activity.count):,} values each): "
+        f"{round(share * row.size):,} weights here, and those that read them. Check on more data, then "
+        "remove.",
+        {"dead_units": dead, "units": units, "values": float(row.activity.count)},
+    )
+
+
+# Of the utilization of N normal weights, times sqrt(N): by simulation, 25 to 10,000 weights.
+_DEVIATION = 0.26
+
+
+def _below_null(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
+    """Importance held by fewer weights than noise would hold it in.
+
+    The entropy chain rule says where: among the units (remove units) or within them (remove weights).
+    """
+    if row.null is None:
+        return
+    utilization, null = float(row.metrics.utilization), float(row.null.utilization)
+    if not null - utilization > limits.below_null + 3 * _DEVIATION / math.sqrt(row.size):
+        return
+    units = float(row.effective_units) / row.unit_count
+    fan_in = float(row.effective_fan_in) * row.unit_count / row.size
+    where = (
+        f"most of it among the units ({float(row.effective_units):,.0f} effective of {row.unit_count:,}): "
+        "a narrower layer"
+        if units < fan_in
+        else f"most of it within the units ({float(row.effective_fan_in):,.0f} effective weights each of "
+        f"{row.size // row.unit_count:,}): masks on single weights"
+    )
+    yield Recommendation(
+        "below null",
+        row.path,
+        f"uses {utilization:.1%} of its weights where noise would use {null:.1%}; {where}. "
+        "Measure the loss as you remove: concentration is a reason to try, not a proof.",
+        {
+            "utilization": utilization,
+            "null_utilization": null,
+            "effective_units": float(row.effective_units),
+            "effective_fan_in": float(row.effective_fan_in),
+        },
+    )
+
+
+def _layer_redundancy(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
+    """Methodology, rule 1: redundancy above 60 %. Rare in large layers: it shrinks with ln N."""
+    redundancy = float(row.metrics.redundancy)
+    if redundancy > limits.layer_redundancy:
+        yield Recommendation(
+            "layer redundancy",
+            row.path,
+            f"redundancy {redundancy:.0%} ({interpret_redundancy(redundancy, limits)}): reduce its units or "
+            "prune it structurally, the highest first.",
+            {"redundancy": redundancy, "limit": limits.layer_redundancy},
+        )
+
+
+def _of_model(report: Report, limits: Limits) -> Iterator[Recommendation]:
+    yield from _model_utilization(report, limits)
+    yield from _model_sparsity(report, limits)
+    yield from _at_null(report, limits)
+
+
+def _model_utilization(report: Report, limits: Limits) -> Iterator[Recommendation]:
+    """Methodology, rule 2: utilization of the whole model below 30 %."""
+    utilization, null = float(report.model.utilization), float(report.model.null_utilization)
+    if utilization < limits.model_utilization:
+        yield Recommendation(
+            "model utilization",
+            None,
+            f"the model uses {utilization:.1%} of its weights (noise: {null:.1%}): it is oversized for this "
+            "data. Try layers narrower by 30-50 %, and measure.",
+            {"utilization": utilization, "null_utilization": null, "limit": limits.model_utilization},
+        )
+
+
+def _model_sparsity(report: Report, limits: Limits) -> Iterator[Recommendation]:
+    """Methodology, rule 3: more than half of the weights are faint.
+
+    Taken against each layer's own mean: the methodology's absolute threshold changes when a layer
+    and the next are rescaled against each other, which leaves the network as it was.
+    """
+    sparsity = float(report.model.relative_sparsity_1e2)
+    if sparsity > limits.sparsity:
+        yield Recommendation(
+            "model sparsity",
+            None,
+            f"{sparsity:.1%} of the weights have less than 1 % of their layer's mean importance: a "
+            "candidate for pruning 40-60 % of the weights. Measure the loss.",
+            {
+                "relative_sparsity_1e2": sparsity,
+                "sparsity_1e2": float(report.model.sparsity_1e2),
+                "limit": limits.sparsity,
+            },
+        )
+
+
+def _at_null(report: Report, limits: Limits) -> Iterator[Recommendation]:
+    """Layers that look like noise: no advice rests on their metrics."""
+    close = [
+        row
+        for row in report.rows
+        if row.null is not None
+        and abs(float(row.metrics.utilization) - float(row.null.utilization)) <= limits.at_null
+    ]
+    if close:
+        yield Recommendation(
+            "at null",
+            None,
+            f"{len(close)} of {len(report.rows)} layers are spread as noise would be (utilization within "
+            f"{limits.at_null:.2f} of the null): this criterion gives no reason to prune or to keep them.",
+            {"layers": len(close), "of": len(report.rows), "limit": limits.at_null},
+        )

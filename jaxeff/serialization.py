@@ -1,0 +1,106 @@
+"""A report as JSON and back. Imports `report`, `recommendations`.
+
+nan is null, infinities are the strings "Infinity" and "-Infinity": JSON has no literals for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeff.report import LayerReport, ModelReport, ModuleReport, OtherReport, Report
+
+SCHEMA = 1
+
+
+def to_dict(report: Report) -> dict[str, Any]:
+    """Plain Python data: a dict for each layer and other leaf, the model, the recommendations.
+
+    Raises:
+        ValueError: the report is of several models or steps.
+    """
+    concrete = report.single()
+    return {
+        "schema": SCHEMA,
+        "criterion": concrete.criterion,
+        "model": _encoded(concrete.model),
+        "layers": _encoded(concrete.rows),
+        "others": _encoded(concrete.others),
+        "modules": _encoded(concrete.modules),
+        "recommendations": _encoded(concrete.recommendations()),
+    }
+
+
+def to_json(report: Report, *, indent: int | None = None) -> str:
+    return json.dumps(to_dict(report), allow_nan=False, indent=indent)
+
+
+def from_json(text: str) -> Report:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a jaxeff report: {error}") from error
+    if not isinstance(data, dict) or "schema" not in data:
+        raise ValueError(
+            "not a jaxeff report: it has no schema version. Pass what `Report.to_json` returned."
+        )
+    if data["schema"] != SCHEMA:
+        raise ValueError(f"the report has schema {data['schema']!r}, this version of jaxeff reads {SCHEMA}")
+    try:
+        return Report.assemble(
+            _decoded(str, data["criterion"]),
+            _decoded(tuple[LayerReport, ...], data["layers"]),
+            _decoded(tuple[OtherReport, ...], data["others"]),
+            _decoded(tuple[ModuleReport, ...], data["modules"]),
+            _decoded(ModelReport, data["model"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a jaxeff report: {type(error).__name__} at {error}") from error
+
+
+def _encoded(node: Any) -> Any:
+    if dataclasses.is_dataclass(node):
+        return {field.name: _encoded(getattr(node, field.name)) for field in dataclasses.fields(node)}
+    if isinstance(node, Mapping):
+        return {key: _encoded(value) for key, value in node.items()}
+    if isinstance(node, (tuple, list)):
+        return [_encoded(item) for item in node]
+    if isinstance(node, (jax.Array, np.ndarray, np.generic)):
+        return _encoded(np.asarray(node).tolist())
+    if isinstance(node, float) and not math.isfinite(node):
+        return None if math.isnan(node) else "Infinity" if node > 0 else "-Infinity"
+    return node
+
+
+def _decoded(kind: Any, data: Any) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return None if data is None else _decoded(next(a for a in arguments if a is not type(None)), data)
+    if origin is tuple:
+        return tuple(_decoded(arguments[0], item) for item in data)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{f.name: _decoded(hints[f.name], data[f.name]) for f in dataclasses.fields(kind)})  # pyright: ignore
+    return _array(data) if kind is jax.Array else data
+
+
+def _array(data: Any) -> jax.Array:
+    numbers = np.array(_floats(data))
+    # Counts and flags were written without a decimal point.
+    kinds = {"i": jnp.int32, "b": jnp.bool_}
+    return jnp.asarray(numbers, kinds.get(numbers.dtype.kind, jnp.float32))
+
+
+def _floats(data: Any) -> Any:
+    if isinstance(data, list):
+        return [_floats(item) for item in data]
+    return math.nan if data is None else float(data) if isinstance(data, str) else data

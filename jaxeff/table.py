@@ -1,0 +1,158 @@
+"""A report as text, 100 columns wide. Imports `report`, `recommendations`."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxeff.report import LayerReport, Report
+
+WIDTH = 100
+_HEADER = ("layer", "shape", "emits", "weights", "used", "null", "gini", "units", "fan-in", "dead")
+_MARK = "*"
+
+
+def render(report: Report) -> str:
+    """The table: a row per layer in forward order, the model, what was analysed, what to do.
+
+    A report of several models (from `vmap` or `scan`) is not one table: it says how to pick one.
+    """
+    if np.ndim(report.model.utilization):
+        members = np.shape(report.model.utilization)
+        return (
+            f"Report of {math.prod(members)} models or steps, {len(report.rows)} layers each. "
+            "jax.tree.map(lambda x: x[0], report) is the first."
+        )
+    report = report.single()
+    lines = [*_layers(report.rows), "", *_model(report), *_notes(report), *_recommendations(report)]
+    return "\n".join(lines)
+
+
+def _layers(rows: Sequence[LayerReport]) -> list[str]:
+    if not rows:
+        return ["No weights: no leaf of two axes or more multiplies data."]
+    cells = [_cells(row) for row in rows]
+    widths = [max(len(line[i]) for line in [_HEADER, *cells]) for i in range(1, len(_HEADER))]
+    first = min(max(len(line[0]) for line in [_HEADER, *cells]), WIDTH - sum(widths) - len(widths))
+    lines = [_line(line, first, widths) for line in [_HEADER, *cells]]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def _line(cells: Sequence[str], first: int, widths: Sequence[int]) -> str:
+    # Names and shapes to the left, numbers to the right.
+    left = [shorten(cells[0], first).ljust(first), cells[1].ljust(widths[0]), cells[2].ljust(widths[1])]
+    right = [cell.rjust(width) for cell, width in zip(cells[3:], widths[2:], strict=True)]
+    return " ".join([*left, *right]).rstrip()
+
+
+def shorten(path: str, width: int) -> str:
+    """The path in at most `width` characters, the middle left out: both its ends tell layers apart.
+
+    >>> shorten("encoder/block_11/attention/query/kernel", 24)
+    'encoder/bl…/query/kernel'
+    """
+    if len(path) <= width:
+        return path
+    end = max(width - 1 - (width - 1) * 2 // 5 - 1, 1)
+    return f"{path[: width - 1 - end]}…{path[-end:]}"
+
+
+def _cells(row: LayerReport) -> tuple[str, ...]:
+    dead = "" if row.activity is None else number(float(row.activity.dead))
+    return (
+        row.path + (_MARK if row.note else ""),
+        "x".join(map(str, row.shape)),
+        row.nonlinearity or "?",
+        number(row.size),
+        percent(float(row.metrics.utilization)),
+        percent(float(row.null.utilization)) if row.null is not None else "–",
+        decimal(float(row.metrics.gini)),
+        f"{number(float(row.effective_units))}/{number(row.unit_count)}",
+        number(float(row.effective_fan_in)),
+        dead or "–",
+    )
+
+
+def _model(report: Report) -> list[str]:
+    model = report.model
+    lines = [
+        f"Model: {percent(float(model.utilization))} of {number(model.weights)} weights used "
+        f"({number(float(model.effective_params))} effective), noise under the same activations: "
+        f"{percent(float(model.null_utilization))}. Scored by {report.criterion}.",
+        f"Parameters: {model.total_params:,} in all; {_shares(report)}.",
+    ]
+    if int(model.excluded):
+        lines.append(
+            f"{int(model.excluded)} of {len(report.rows)} layers are not finite and left out of the model."
+        )
+    return [line for text in lines for line in textwrap.wrap(text, WIDTH)]
+
+
+def _shares(report: Report) -> str:
+    total = max(report.model.total_params, 1)
+    analysed = report.analysed_params
+    others = sum(other.size for other in report.others)
+    magnitude = report.model.weights - analysed
+    roles = sorted({other.role for other in report.others})
+    named = f" ({', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''})" if roles else ""
+    parts = [
+        f"{analysed / total:.1%} analysed with activations",
+        f"{magnitude / total:.1%} by magnitude only",
+        f"{others / total:.1%} not weights{named}",
+    ]
+    return ", ".join(parts)
+
+
+def _notes(report: Report) -> list[str]:
+    noted = [(row.path, row.note) for row in report.rows if row.note]
+    damaged = [
+        (o.path, f"{int(o.nonfinite):,} elements are nan or infinite")
+        for o in report.others
+        if int(o.nonfinite)
+    ]
+    return _section(f"Notes ({_MARK}):", [f"{path}: {note}." for path, note in [*noted, *damaged]])
+
+
+def _recommendations(report: Report) -> list[str]:
+    return _section("Recommendations:", [str(advice) for advice in report.recommendations()])
+
+
+def _section(title: str, items: Sequence[str]) -> list[str]:
+    wrapped = [
+        line
+        for item in items
+        for line in textwrap.wrap(
+            item, WIDTH, initial_indent="- ", subsequent_indent="  ", break_long_words=True
+        )
+    ]
+    return ["", title, *wrapped] if wrapped else []
+
+
+def number(value: float) -> str:
+    """Three digits and a unit; '?' for nan.
+
+    >>> number(590592), number(12), number(float("nan"))
+    ('591k', '12', '?')
+    """
+    if math.isnan(value):
+        return "?"
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= 0.9995 * size:
+            return f"{value / size:.3g}{unit}" if value / size < 999.5 else f"{value / size:.0f}{unit}"
+    return f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    """A fraction in percent; '?' for nan.
+
+    >>> percent(0.7534)
+    '75.3%'
+    """
+    return "?" if math.isnan(value) else f"{value:.1%}"
+
+
+def decimal(value: float) -> str:
+    return "?" if math.isnan(value) else f"{value:.3f}"

@@ -1,0 +1,140 @@
+"""The demo and the command line, as someone meets them first."""
+
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxeff import cli, demo
+
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+JAXEFF = [sys.executable, "-m", "jaxeff"]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return demo.train(seed=0)
+
+
+def test_digits_are_the_1797_of_uci():
+    images, labels = demo.digits()
+    assert (images.shape, images.dtype) == ((1797, 8, 8, 1), np.float32)
+    assert (labels.shape, labels.dtype) == ((1797,), np.int32)
+    assert (float(images.min()), float(images.max())) == (0.0, 1.0)
+    assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+
+def test_digits_come_small_and_with_their_credit():
+    data = files("jaxeff") / "data"
+    assert len((data / "digits.npz").read_bytes()) < 100_000
+    credit = (data / "README.md").read_text(encoding="utf-8")
+    for part in ("Alpaydin", "Kaynak", "UCI Machine Learning Repository", "10.24432/C50P49", "CC BY 4.0"):
+        assert part in credit
+
+
+def test_split_uses_every_digit_once():
+    images, labels = demo.digits()
+    training, test = demo.split(demo.digits())
+    assert (len(training.labels), len(test.labels)) == (1437, 360)
+    rejoined = np.concatenate([training.images, test.images]).reshape(1797, -1)
+    assert sorted(map(bytes, rejoined)) == sorted(map(bytes, np.asarray(images).reshape(1797, -1)))
+    assert len(set(test.labels.tolist())) == 10
+
+
+def test_training_passes_95_percent_on_held_out_digits(trained):
+    state, history = trained
+    _, test = demo.split(demo.digits())
+    assert float(demo.accuracy(state, test)) > 0.95
+    assert [epoch.number for epoch in history] == list(range(1, demo.EPOCHS + 1))
+    assert history[-1].loss < 0.1 * history[0].loss
+
+
+def test_equal_seeds_give_equal_networks_and_others_do_not():
+    (first, _), (again, _), (other, _) = (demo.train(seed, epochs=1) for seed in (1, 1, 2))
+    same = jax.tree.map(np.array_equal, first.params, again.params)
+    assert all(jax.tree.leaves(same))
+    assert not np.array_equal(first.params["Dense_0"]["kernel"], other.params["Dense_0"]["kernel"])
+
+
+def test_progress_is_called_after_each_epoch():
+    seen = []
+    _, history = demo.train(seed=0, epochs=2, progress=seen.append)
+    assert tuple(seen) == history
+
+
+def test_demo_prints_accuracy_and_report_and_keeps_progress_apart():
+    done = subprocess.run([*JAXEFF, "demo", "--seed", "1", "--epochs", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Test accuracy: ")
+    assert "Dense_0/kernel" in done.stdout
+    assert [line.split()[:2] for line in done.stderr.splitlines()] == [["epoch", "1/2"], ["epoch", "2/2"]]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_interrupt_ends_with_one_line_and_status_130():
+    command = [*JAXEFF, "demo", "--epochs", "10000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        assert running.stderr.readline().startswith("epoch 1/10000")
+        running.send_signal(signal.SIGINT)
+        rest = running.stderr.read().splitlines()
+    assert running.returncode == 130
+    assert [line for line in rest if not line.startswith("epoch ")] == ["jaxeff: interrupted"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
+@pytest.mark.parametrize("arguments", [["demo", "--epochs", "1"], ["--help"]])
+def test_a_closed_pipe_ends_without_a_traceback(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*JAXEFF, *arguments], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    # argparse prints its help whether or not anyone reads it.
+    assert done.returncode == 141 or (done.returncode == 0 and "--help" in arguments)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"]])
+def test_help_exits_0(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 0
+    assert "--epochs" in capsys.readouterr().out
+
+
+def test_version_is_that_of_pyproject(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0
+    version = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["version"]
+    assert capsys.readouterr().out == f"jaxeff {version}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["dmeo"],
+        ["demo", "--epochs", "0"],
+        ["demo", "--epochs", "ten"],
+        ["demo", "--epochs", "2.5"],
+        ["demo", "--seed", "-1"],
+        ["demo", "--seed", str(2**32)],
+        ["demo", "digits"],
+        ["--seed"],
+    ],
+)
+def test_bad_arguments_exit_2_with_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("jaxeff") and printed.err.count("\n") == 1

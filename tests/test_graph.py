@@ -1,0 +1,244 @@
+"""Which operation consumes each weight, and what its units emit: structure alone, nothing compiled."""
+
+import operator
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from networks import NETWORKS
+
+import jaxeff
+from jaxeff import graph
+from jaxeff.graph import nonlinearities
+
+UNITS = jnp.zeros((4, 6))
+OBSERVE_NOTHING = graph.Observers({}, operator.add)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """The traced statistics of each network: shapes in place of numbers."""
+    known = {}
+
+    def trace(name):
+        if name not in known:
+            network = NETWORKS[name]()
+            known[name] = jax.eval_shape(lambda v: _collect(network, v), network.variables)
+        return known[name]
+
+    return trace
+
+
+def _collect(network, variables):
+    return jaxeff.collect(variables, network.module.apply, network.batch, **network.keywords)
+
+
+def _pair(function, params):
+    """The graph of a plain function of named arrays."""
+    names, leaves = zip(*params.items(), strict=True)
+    closed = jax.make_jaxpr(lambda *leaves: function(**dict(zip(names, leaves, strict=True))))(*leaves)
+    described = [graph.Leaf(name, leaf.shape, leaf.dtype) for name, leaf in zip(names, leaves, strict=True)]
+    return graph.build(graph.flatten(closed), described)
+
+
+def _nonlinearity(function):
+    """What follows `x @ w` in `function(x @ w)`, x of shape (5, 4)."""
+    (site,) = _pair(lambda w, x: function(x @ w), {"w": UNITS, "x": jnp.zeros((5, 4), jnp.int32)}).sites
+    return site.activation.nonlinearity
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_each_weight_is_paired_with_its_sites_in_execution_order(name, found):
+    sites = [(site.path, site.kind, site.nonlinearity, site.unit_axes) for site in found(name).sites]
+    assert sites == [site[:4] for site in NETWORKS[name]().sites]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_leaf_is_in_exactly_one_place(name, found):
+    statistics, network = found(name), NETWORKS[name]()
+    leaves = jax.tree_util.tree_flatten_with_path(network.variables["params"])[0]
+    paths = ["/".join(key.key for key in keys) for keys, _ in leaves]
+    assert sorted(place.path for place in statistics.places) == sorted(paths)
+    with_sites = {site.path for site in statistics.sites}
+    for place in statistics.places:
+        without_reason = place.role == "weight" and place.reason is None
+        assert without_reason == (place.path in with_sites)
+        assert place.role == "weight" or place.reason is None
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_leaves_without_a_site_say_what_they_are(name, found):
+    network = NETWORKS[name]()
+    places = {place.path: place for place in found(name).places}
+    reasons = {path: place.reason for path, place in places.items() if place.reason is not None}
+    assert reasons.keys() == network.unpaired.keys()
+    assert all(part in reasons[path] for path, part in network.unpaired.items())
+    for path, place in places.items():
+        if place.role != "weight":
+            assert place.role == network.others.get(path, path.rpartition("/")[2])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_places_are_in_forward_order(name, found):
+    network = NETWORKS[name]()
+    used = [place.path for place in found(name).places if place.path not in network.unpaired]
+    weights = [path for path in used if any(path == site.path for site in network.sites)]
+    assert weights == list(dict.fromkeys(site.path for site in network.sites))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_layers_own_bias_belongs_to_its_pre_activation(name, found):
+    paths = {place.path for place in found(name).places}
+    for site in found(name).sites:
+        own = site.path.rpartition("/")[0] + "/bias"
+        assert site.bias == (own if own in paths and site.kind != "embedding" else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "macs"),
+    [
+        ("mlp", {"Dense_0/kernel": 8 * 16, "Dense_1/kernel": 16 * 12, "Dense_2/kernel": 12 * 5}),
+        # Output positions x kernel elements: 'SAME' on 8 x 8; 3 x 3 at stride 2 on 4 x 4 leaves 1 x 1.
+        ("cnn", {"conv0/kernel": 64 * 9 * 3 * 6, "conv1/kernel": 9 * 6 * 8, "head/kernel": 8 * 4}),
+        ("convolutions", {"depthwise/kernel": 8 * 7 * 9 * 8, "grouped/kernel": 8 * 7 * 9 * 4 * 6}),
+        ("dense general", {"split/kernel": 7 * 8 * 12, "join/kernel": 7 * 12 * 5}),
+        ("transformer", {"wpe/embedding": 0, "block/expand/kernel": 6 * 12 * 24}),
+    ],
+)
+def test_macs_are_per_example(name, macs, found):
+    counted = {site.path: site.macs for site in found(name).sites}
+    assert {path: counted[path] for path in macs} == macs
+
+
+SPELLINGS = {
+    "identity": [
+        lambda y: y,
+        lambda y: y.T.reshape(2, 3, 5),
+        lambda y: 3 * y - 1,
+        lambda y: jnp.maximum(y @ y.T, 0),
+    ],
+    "relu": [
+        nn.relu,
+        lambda y: jnp.maximum(y, 0),
+        lambda y: jnp.maximum(0.0, y),
+        lambda y: jnp.where(y > 0, y, 0),
+        lambda y: jnp.where(y <= 0, 0, y),
+        lambda y: jnp.clip(y, 0, None),
+        lambda y: y * (y > 0),
+        jax.jit(nn.relu),
+        lambda y: nn.relu(y.reshape(5, 2, 3)),
+    ],
+    "gelu_tanh": [
+        nn.gelu,
+        lambda y: 0.5 * y * (1 + jnp.tanh(0.7978845608 * (y + 0.044715 * y**3))),
+        lambda y: 0.5 * y * (1 + jnp.tanh(0.7978845608 * y * (1 + 0.044715 * y * y))),
+    ],
+    "gelu_erf": [
+        lambda y: nn.gelu(y, approximate=False),
+        lambda y: 0.5 * y * (1 + jax.lax.erf(y / 2**0.5)),
+        lambda y: y * jax.scipy.stats.norm.cdf(y),
+    ],
+    "silu": [nn.silu, lambda y: y * nn.sigmoid(y), lambda y: y / (1 + jnp.exp(-y))],
+    "tanh": [jnp.tanh, nn.tanh],
+    "sigmoid": [nn.sigmoid, lambda y: 1 / (1 + jnp.exp(-y))],
+    "elu": [nn.elu, nn.celu, lambda y: jnp.where(y > 0, y, jnp.exp(y) - 1)],
+    "selu": [nn.selu, lambda y: 1.0507009873 * nn.elu(y, 1.6732632423)],
+    "softplus": [nn.softplus, lambda y: jnp.log(1 + jnp.exp(y)), lambda y: jnp.logaddexp(y, 0)],
+    "relu6": [nn.relu6, lambda y: jnp.clip(y, 0, 6), lambda y: jnp.minimum(nn.relu(y), 6)],
+    "hard_tanh": [nn.hard_tanh, lambda y: jnp.clip(y, -1, 1)],
+    "hard_sigmoid": [nn.hard_sigmoid, lambda y: jnp.clip(y / 6 + 0.5, 0, 1)],
+    "hard_silu": [nn.hard_silu, lambda y: y * nn.relu6(y + 3) / 6],
+    "mish": [jax.nn.mish, lambda y: y * jnp.tanh(nn.softplus(y))],
+    "squared_relu": [lambda y: jnp.square(nn.relu(y)), lambda y: jnp.maximum(y, 0) ** 2],
+    "quick_gelu": [lambda y: y * nn.sigmoid(1.702 * y)],
+    "soft_sign": [nn.soft_sign, lambda y: y / (1 + jnp.abs(y))],
+    "log_sigmoid": [nn.log_sigmoid, lambda y: -nn.softplus(-y)],
+    "abs": [jnp.abs, lambda y: jnp.maximum(y, -y), lambda y: jnp.where(y < 0, -y, y)],
+    "square": [jnp.square, lambda y: y**2, lambda y: y * y],
+    "exp": [jnp.exp, lambda y: jnp.power(jnp.e, y)],
+    "leaky_relu": [nn.leaky_relu, lambda y: nn.leaky_relu(y, 0.3), lambda y: jnp.maximum(0.2 * y, y)],
+    "pointwise": [jnp.sin, jnp.floor, lambda y: jnp.where(y > 1, y, -1)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "spelling"),
+    [
+        pytest.param(name, spelling, id=f"{name}-{number}")
+        for name, spellings in SPELLINGS.items()
+        for number, spelling in enumerate(spellings)
+    ],
+)
+def test_a_nonlinearity_is_named_however_it_is_spelled(name, spelling):
+    assert _nonlinearity(spelling) == name
+
+
+def test_spellings_cover_the_catalogue():
+    assert nonlinearities.CATALOGUE.keys() <= SPELLINGS.keys()
+
+
+SITES = {
+    "a transposed weight": (lambda w, x: x @ w.T, {"w": (6, 4)}, (5, 4), [("dense", {0}, {1})]),
+    "batched weights (experts)": (
+        lambda w, x: jnp.einsum("ebi,eio->ebo", x, w),
+        {"w": (3, 4, 6)},
+        (3, 5, 4),
+        [("dense", {0, 2}, {0, 1})],
+    ),
+    "a weight made of two (low rank)": (
+        lambda w, a, b, x: x @ (w + a @ b),
+        {"w": (4, 6), "a": (4, 2), "b": (2, 6)},
+        (5, 4),
+        [("dense", {1}, {0})],
+    ),
+    "a kernel laid out (out, in, space)": (
+        lambda w, x: jax.lax.conv(x.astype(w.dtype), w, (1, 1), "SAME"),
+        {"w": (6, 3, 2, 2)},
+        (2, 3, 5, 5),
+        [("conv", {0}, {1})],
+    ),
+    "a reshaped weight": (
+        lambda w, x: x @ w.reshape(4, 6),
+        {"w": (4, 2, 3)},
+        (5, 4),
+        [("dense", {1, 2}, {0})],
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "shapes", "batch", "expected"), SITES.values(), ids=SITES)
+def test_axes_are_those_of_the_weight_as_it_is_stored(function, shapes, batch, expected):
+    arrays = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    sites = _pair(function, {**arrays, "x": jnp.zeros(batch, jnp.int32)}).sites
+    first = [(site.kind, set(site.unit_axes), set(site.input_axes)) for site in sites if site.leaf == 0]
+    assert first == expected
+
+
+def test_the_first_nonlinearity_in_execution_order_is_the_post_activation():
+    assert _nonlinearity(lambda y: jnp.tanh(nn.relu(y))) == "relu"
+    assert _nonlinearity(lambda y: (jnp.tanh(y), nn.relu(y))) == "tanh"
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer", "cnn in training", "dropout", "lifted"])
+def test_an_inlined_program_computes_what_the_model_does(name):
+    network = NETWORKS[name]()
+    function = lambda variables: network.module.apply(variables, *network.batch, **network.keywords)  # noqa: E731
+    program = graph.flatten(jax.make_jaxpr(function)(network.variables))
+    outputs, observed = jax.jit(lambda leaves: graph.evaluate(program, leaves, OBSERVE_NOTHING))(
+        jax.tree.leaves(network.variables)
+    )
+    expected = jax.tree.leaves(jax.jit(function)(network.variables))
+    assert not observed and len(outputs) == len(expected)
+    for ours, theirs in zip(outputs, expected, strict=True):
+        # Both are compiled from the same operations; only the fusions may differ.
+        assert jnp.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_an_observer_sees_its_value_once_and_the_value_is_not_kept():
+    program = graph.flatten(jax.make_jaxpr(lambda x: jnp.tanh(2.0 * x).sum())(jnp.ones(3)))
+    doubled = program.operations[0].outputs[0]
+    seen = []
+    observers = graph.Observers({doubled: lambda x: seen.append(x) or x.max()}, operator.add)
+    _, observed = graph.evaluate(program, [jnp.ones(3)], observers)
+    assert len(seen) == 1 and {value: float(kept) for value, kept in observed.items()} == {doubled: 2.0}

@@ -1,0 +1,343 @@
+"""Reports as they are printed, stored and acted on; most are built by hand, field by field."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxeff import totals
+from jaxeff.metrics import Metrics
+from jaxeff.recommendations import (
+    LIMITS,
+    interpret_gini,
+    interpret_redundancy,
+    interpret_utilization,
+    recommend,
+)
+from jaxeff.report import Activity, LayerReport, ModuleReport, Null, OtherReport, Report
+from jaxeff.statistics import UnitStatistics
+
+
+def _scalar(value):
+    return np.asarray(value, np.int32 if isinstance(value, int) else np.float32)
+
+
+def _sums(each):
+    """Units that emit 1, or nothing where `each` is 0, over 100 values."""
+    each = each[None]
+    return UnitStatistics(100 * each, 100 * each, each, 100 * (1 - each), _scalar(100.0))
+
+
+def layer(path="dense/kernel", shape=(64, 32), **changes):
+    """A layer with nothing to say about it, but for `changes` of its fields or of its metrics."""
+    units, size = shape[-1], math.prod(shape)
+    numbers = {
+        "entropy": 7.0, "normalized_entropy": 0.96, "effective_params": 0.7 * size, "utilization": 0.7,
+        "redundancy": 0.04, "gini": 0.5, "coverage_50": 0.2, "coverage_80": 0.5, "coverage_90": 0.6,
+        "sparsity_1e2": 0.1, "sparsity_1e3": 0.0, "relative_sparsity_1e2": 0.1,
+        "relative_sparsity_1e3": 0.0, "mean": 0.1, "std": 0.1, "max": 0.5, "zeros": 0, "nonfinite": 0,
+        "size": size,
+    }  # fmt: skip
+    numbers = {name: changes.pop(name, value) for name, value in numbers.items()}
+    null, dead = changes.pop("null", 0.73), changes.pop("dead", 0)
+    each = (np.arange(units) >= dead).astype(np.float32)
+    fields = {
+        "path": path,
+        "kind": "dense",
+        "shape": shape,
+        "nonlinearity": "relu",
+        "scored": "post",
+        "reason": None,
+        "uses": 1,
+        "unit_axes": (len(shape) - 1,),
+        "macs": size,
+        "metrics": Metrics(**{name: _scalar(value) for name, value in numbers.items()}),
+        "null": None if null is None else Null(*map(_scalar, (null, 0.45, 0.2, 0.5, 0.6))),
+        "units": each,
+        "effective_units": _scalar(0.9 * units),
+        "effective_fan_in": _scalar(0.7 / 0.9 * size / units),
+        "activity": Activity((units,), 2, _sums(each)),
+        "nonfinite_weights": _scalar(0),
+        "largest_weight": _scalar(1.0),
+        "activations_finite": np.asarray(True),
+    }
+    return LayerReport(**{**fields, **changes})
+
+
+def report_of(*rows, **model):
+    bias = OtherReport("dense/bias", "bias", (32,), *map(_scalar, (0.1, 0.2, 0.5, 3, 0)))
+    module = ModuleReport("dense", rows[0].activity) if rows and rows[0].activity else None
+    report = Report.assemble("activation", rows, (bias,), (module,) if module else (), None)
+    numbers = totals.model(report.structure, report.numbers, sum(row.size for row in rows) + bias.size)
+    numbers = dataclasses.replace(numbers, **{name: _scalar(value) for name, value in model.items()})
+    return dataclasses.replace(report, model=numbers)
+
+
+def _stacked(*reports):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
+
+
+# Printing
+
+
+LONG = "/".join(f"encoder_layer_{index}" for index in range(30)) + "/attention/query/kernel"
+TABLES = {
+    "one layer": [layer()],
+    "no layer": [],
+    "a long path": [layer(LONG), layer("a" * 300)],
+    "a long path with a long note": [layer(LONG, reason="x" * 200, activity=None, scored="magnitude")],
+    "300 layers": [layer(f"block_{index}/dense/kernel") for index in range(300)],
+    "large shapes": [layer("embedding", (2**16, 2**14), nonlinearity="hard_sigmoid", dead=3000)],
+    "many axes": [layer(LONG, (512, 16, 16, 16, 4, 2, 2, 16), nonlinearity="hard_sigmoid")],
+    "all nan": [layer(utilization=math.nan, gini=math.nan, effective_params=math.nan, nonfinite=2048)],
+    "advice": [layer(LONG, dead=7, utilization=0.01, redundancy=0.9, relative_sparsity_1e2=0.9)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", TABLES.values(), ids=TABLES)
+def test_a_printed_report_fits_100_columns(rows):
+    assert max(map(len, str(report_of(*rows)).splitlines())) <= 100
+
+
+def test_layers_are_printed_in_forward_order_one_line_each():
+    rows = [layer(f"{name}/kernel") for name in ("z", "m", "a", "q")]
+    lines = str(report_of(*rows)).splitlines()
+    assert [line.split()[0] for line in lines[2:6]] == [row.path for row in rows]
+    assert lines[6] == ""
+
+
+def test_a_row_shows_the_layers_numbers():
+    row = layer("dense/kernel", (64, 32), utilization=0.612, gini=0.487, null=0.734, dead=5)
+    header, _, line = str(report_of(row)).splitlines()[:3]
+    shown = dict(zip(header.split(), line.split(), strict=True))
+    assert shown["layer"] == "dense/kernel" and shown["shape"] == "64x32" and shown["emits"] == "relu"
+    assert (shown["used"], shown["null"], shown["gini"]) == ("61.2%", "73.4%", "0.487")
+    assert (shown["units"], shown["dead"]) == ("28.8/32", "5")
+
+
+def test_long_paths_stay_apart_by_both_their_ends():
+    rows = [layer(f"{first}/{'middle/' * 30}{last}") for first in "ab" for last in ("query", "value")]
+    shown = [line.split()[0] for line in str(report_of(*rows)).splitlines()[2:6]]
+    assert len(set(shown)) == 4
+
+
+def test_the_headline_states_the_share_of_parameters_analysed():
+    unread = layer("cell/kernel", reason="inside scan", activity=None, scored="magnitude", nonlinearity=None)
+    report = report_of(layer(shape=(96, 32)), dataclasses.replace(unread, shape=(32, 31)))
+    printed = " ".join(str(report).split())
+    # 3072, 992 and the 32 of the bias.
+    shares = "75.0% analysed with activations, 24.2% by magnitude only, 0.8% not weights"
+    assert f"4,096 in all; {shares}" in printed
+    assert report.unpaired == {"cell/kernel": "inside scan"} and report.analysed_params == 3072
+
+
+def test_notes_are_printed_with_their_layer_and_marked_in_the_table():
+    report = report_of(layer("good"), layer("bad", nonfinite_weights=_scalar(3)))
+    assert report["good"].note == "" and report["bad"].note == "3 weights are nan or infinite"
+    assert "- bad: 3 weights are nan or infinite." in str(report)
+    assert "\nbad* " in str(report) and "\ngood " in str(report)
+
+
+def test_unknown_numbers_are_printed_as_unknown():
+    line = str(report_of(layer(gini=math.nan, null=None))).splitlines()[2].split()
+    assert line[4:7] == ["70.0%", "–", "?"]
+
+
+def test_a_report_of_several_models_says_how_to_take_one():
+    many = _stacked(report_of(layer()), report_of(layer()), report_of(layer()))
+    assert "3 models" in str(many) and "jax.tree.map" in str(many)
+    assert str(jax.tree.map(lambda leaf: leaf[1], many)) == str(report_of(layer()))
+
+
+# Reading
+
+
+def test_layers_are_found_by_path():
+    report = report_of(layer("a/kernel"), layer("b/kernel"))
+    assert report["b/kernel"].path == report.rows[1].path == "b/kernel"
+    assert list(report.layers) == ["a/kernel", "b/kernel"]
+
+
+@pytest.mark.parametrize("path", ["b", "b/Kernel", "kernel", "", "zzz"])
+def test_a_path_that_is_none_names_those_there_are(path):
+    report = report_of(layer("a/kernel"), layer("b/kernel"))
+    with pytest.raises(KeyError, match="b/kernel") as raised:
+        report[path]
+    assert repr(path) in str(raised.value) or path == ""
+
+
+def test_order_survives_the_transformations_of_a_pytree():
+    report = report_of(*(layer(f"{name}/kernel") for name in "zma"))
+    assert list(jax.jit(lambda r: r)(report).layers) == ["z/kernel", "m/kernel", "a/kernel"]
+
+
+def test_scalars_are_floats_under_flat_names():
+    report = report_of(layer("a/kernel", dead=2), layer("b/kernel", activity=None))
+    scalars = report.scalars()
+    assert all(type(value) is float for value in scalars.values())
+    assert scalars["layers/a/kernel/gini"] == 0.5 and scalars["layers/a/kernel/dead_units"] == 2
+    assert scalars["layers/a/kernel/null_utilization"] == pytest.approx(0.73)
+    assert scalars["model/total_params"] == 2 * 2048 + 32
+    assert "layers/b/kernel/dead_units" not in scalars and "layers/b/kernel/gini" in scalars
+    assert "layers/a/kernel/null_utilization" not in report_of(layer("a/kernel", null=None)).scalars()
+
+
+# Storing
+
+
+def _assert_same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.dtype != bool)
+
+
+STORED = {
+    "plain": [layer()],
+    "nothing": [],
+    "unread": [layer(reason="unused", activity=None, macs=None, nonlinearity=None, scored="magnitude")],
+    "no null": [layer(null=None, scored="user")],
+    "nan and infinity": [layer(entropy=math.nan, gini=math.nan, max=math.inf, mean=-math.inf)],
+    "several unit axes": [layer("query", (8, 2, 4), unit_axes=(1, 2), units=np.ones((2, 4), np.float32))],
+    "a conv": [layer(kind="conv", shape=(3, 3, 4, 8)), layer("other", dead=3)],
+}
+
+
+@pytest.mark.parametrize("rows", STORED.values(), ids=STORED)
+def test_json_gives_back_the_report(rows):
+    report = report_of(*rows)
+    text = report.to_json()
+    # NaN and Infinity as bare words are no JSON.
+    json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} in the JSON"))
+    _assert_same(Report.from_json(text), report)
+    assert str(Report.from_json(text)) == str(report)
+
+
+def test_a_dict_holds_plain_data_and_the_recommendations():
+    data = report_of(layer(dead=2)).to_dict()
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    assert data["recommendations"][0]["rule"] == "dead units" and data["layers"][0]["shape"] == [64, 32]
+
+
+def _text(**changes):
+    return json.dumps({**report_of(layer()).to_dict(), **changes})
+
+
+BAD_JSON = {
+    "no JSON": "{",
+    "empty": "",
+    "a list": "[1, 2]",
+    "another object": '{"a": 1}',
+    "another schema": _text(schema=999),
+    "layers are a number": _text(layers=3),
+    "layers are incomplete": _text(layers=[{"path": "a"}]),
+    "no model": _text(model=None),
+    "a word for a number": _text(model={**report_of(layer()).to_dict()["model"], "utilization": "much"}),
+}
+
+
+@pytest.mark.parametrize("text", BAD_JSON.values(), ids=BAD_JSON)
+def test_json_that_is_no_report_is_a_value_error_that_says_so(text):
+    with pytest.raises(ValueError, match="report"):
+        Report.from_json(text)
+
+
+# Recommending
+
+_OVERSIZED = {"utilization": 0.29, "effective_params": 0.29 * 2048}
+
+# rule -> numbers at which it speaks, and their neighbours at which it does not.
+RULES = {
+    "dead units": ({"dead": 1}, {"dead": 0}),
+    # 0.73 - 0.05, and three standard deviations of 2,048 weights: 0.0172.
+    "below null": ({"utilization": 0.662}, {"utilization": 0.664}),
+    "layer redundancy": ({"redundancy": 0.61}, {"redundancy": 0.59}),
+    "model utilization": (_OVERSIZED, {"effective_params": 0.31 * 2048}),
+    "model sparsity": ({"relative_sparsity_1e2": 0.51}, {"relative_sparsity_1e2": 0.49}),
+    "at null": ({"utilization": 0.715}, {"utilization": 0.705}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "speaks", "silent"), [(r, *v) for r, v in RULES.items()], ids=RULES)
+def test_a_rule_speaks_at_its_threshold_and_not_beside_it(rule, speaks, silent):
+    spoken = {advice.rule: advice for advice in recommend(report_of(layer(**speaks)))}
+    assert rule in spoken
+    assert rule not in {advice.rule for advice in recommend(report_of(layer(**silent)))}
+    advice = spoken[rule]
+    assert advice.path == (None if rule.startswith("model") or rule == "at null" else "dense/kernel")
+    assert advice.evidence and all(math.isfinite(number) for number in advice.evidence.values())
+
+
+def test_every_rule_is_tested():
+    rows = [layer(dead=1, utilization=0.1, effective_params=204.0, redundancy=0.9, relative_sparsity_1e2=0.9)]
+    rows += [layer("other/kernel", (2, 2), utilization=0.73)]
+    assert {advice.rule for advice in recommend(report_of(*rows))} == RULES.keys()
+
+
+def test_evidence_is_what_the_report_says():
+    report = report_of(layer(utilization=0.5, dead=4))
+    evidence = {advice.rule: advice.evidence for advice in recommend(report)}
+    assert evidence["dead units"] == {"dead_units": 4, "units": 32, "values": 100}
+    assert evidence["below null"]["utilization"] == float(report["dense/kernel"].metrics.utilization)
+    assert evidence["below null"]["null_utilization"] == float(report["dense/kernel"].null.utilization)
+
+
+def test_below_null_says_where_the_chain_rule_puts_it():
+    wide = layer(utilization=0.3, effective_units=_scalar(10.0), effective_fan_in=_scalar(61.0))
+    sparse = layer(utilization=0.3, effective_units=_scalar(31.0), effective_fan_in=_scalar(20.0))
+    for row, advice in ((wide, "a narrower layer"), (sparse, "masks on single weights")):
+        (found,) = [found for found in recommend(report_of(row)) if found.rule == "below null"]
+        assert advice in found.message
+
+
+def test_a_layer_that_cannot_be_trusted_gets_no_advice_of_its_own():
+    nan = dict.fromkeys(("utilization", "gini", "effective_params", "redundancy"), math.nan)
+    zero = {"utilization": 0.0, "redundancy": 1.0, "max": 0.0, "effective_params": 0.0}
+    for numbers in (nan, zero):
+        report = report_of(layer(), layer("bad", **numbers))
+        assert [advice for advice in recommend(report) if advice.path == "bad"] == []
+
+
+def test_units_that_emit_zeros_without_a_nonlinearity_are_not_called_dead():
+    report = report_of(layer(nonlinearity="identity", dead=3))
+    assert "dead units" not in {advice.rule for advice in recommend(report)}
+
+
+def test_limits_may_be_ones_own():
+    strict = dataclasses.replace(LIMITS, layer_redundancy=0.01)
+    rules = {advice.rule for advice in recommend(report_of(layer()), strict)}
+    assert "layer redundancy" in rules and recommend(report_of(layer())) == ()
+
+
+def test_recommendations_are_printed_and_come_in_forward_order():
+    report = report_of(layer("z/kernel", dead=1), layer("a/kernel", dead=2))
+    advice = report.recommendations()
+    assert [found.path for found in advice] == ["z/kernel", "a/kernel"]
+    printed = " ".join(str(report).split())
+    assert all(str(found) in printed for found in advice)
+
+
+@pytest.mark.parametrize(
+    ("interpret", "value", "band"),
+    [
+        (interpret_utilization, 0.71, "high"),
+        (interpret_utilization, 0.7, "medium"),
+        (interpret_utilization, 0.3, "medium"),
+        (interpret_utilization, 0.29, "low"),
+        (interpret_utilization, math.nan, "unknown"),
+        (interpret_gini, 0.61, "high"),
+        (interpret_gini, 0.6, "medium"),
+        (interpret_gini, 0.4, "medium"),
+        (interpret_gini, 0.39, "low"),
+        (interpret_gini, math.nan, "unknown"),
+        (interpret_redundancy, 0.71, "severe"),
+        (interpret_redundancy, 0.7, "redundant"),
+        (interpret_redundancy, 0.6, "none"),
+        (interpret_redundancy, math.nan, "unknown"),
+    ],
+)
+def test_bands_are_those_of_the_methodology(interpret, value, band):
+    assert interpret(value) == band
