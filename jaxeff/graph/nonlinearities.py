@@ -222,11 +222,15 @@ def _curve(
     with np.errstate(all="ignore"):
         for operation in operations:
             operands = [_scalar(operand, known, constants) for operand in operation.inputs]
-            if any(operand is None for operand in operands):
+            if any(operand is None for operand in operands) or not _evaluable(operation):
                 return None
             known[operation.outputs[0]] = _evaluate(operation, operands)
     curve = np.asarray(known[end], np.float64)
     return curve if curve.shape == _GRID.shape and np.all(np.isfinite(curve)) else None
+
+
+def _evaluable(operation: Operation) -> bool:
+    return operation.name in _SCALAR_MOVES or pointwise(operation)
 
 
 def _evaluate(operation: Operation, operands: Sequence[Any]) -> Array:
