@@ -80,6 +80,8 @@ def _places_by_shape(named: dict[str, Any]) -> tuple[Place, ...]:
         name = path.rsplit("/", 1)[-1]
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             return f"{jnp.result_type(leaf)} array"
+        if not jnp.size(leaf):
+            return "empty"
         return name if name in ("bias", "scale") else "weight" if jnp.ndim(leaf) > 1 else "vector"
 
     return tuple(
@@ -89,6 +91,10 @@ def _places_by_shape(named: dict[str, Any]) -> tuple[Place, ...]:
 
 
 def _check_places(named: dict[str, Any], statistics: Statistics) -> None:
+    if not isinstance(statistics, Statistics):
+        raise TypeError(
+            f"`statistics` must be Statistics from `jaxeff.collect`, got {type(statistics).__name__}"
+        )
     found = {place.path: place.shape for place in statistics.places}
     wanted = {path: tuple(jnp.shape(leaf)) for path, leaf in named.items()}
     if found != wanted:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxeff.precision import wide, widened
 from jaxeff.statistics import SiteStatistics
 
 Criterion = Callable[[jax.Array, SiteStatistics], jax.Array]
@@ -84,10 +85,10 @@ def score(criterion: Criterion, weight: jax.Array, sites: Sequence[SiteStatistic
     Raises:
         ValueError: the criterion returned another shape than the weight's.
     """
-    wide = weight.astype(jnp.promote_types(jnp.float32, weight.dtype))
+    weight = widened(weight)
     if not sites or criterion is magnitude:
-        return magnitude(wide)
-    importance = _over_uses(criterion, wide, sites)
+        return magnitude(weight)
+    importance = _over_uses(criterion, weight, sites)
     if jnp.shape(importance) != jnp.shape(weight):
         raise ValueError(
             f"`criterion` {name(criterion)} returned shape {jnp.shape(importance)} for a weight of shape "
@@ -120,7 +121,7 @@ def null_sample(
     Returns:
         [n], at most 65,536 scores.
     """
-    one = jnp.ones((1,) * weight.ndim, jnp.promote_types(jnp.float32, weight.dtype))
+    one = jnp.ones((1,) * weight.ndim, wide(weight.dtype))
     # A weight of ones, of size 1 on every axis, leaves the factor alone, and as small as it is.
     factor = _over_uses(criterion, one, sites) if sites and criterion is not magnitude else one
     profile = _thinned(jnp.ravel(jnp.where(usable, factor, 1)))

@@ -20,6 +20,7 @@ import numpy as np
 from jaxeff import importance, metrics
 from jaxeff.importance import Criterion
 from jaxeff.metrics import Metrics
+from jaxeff.precision import widened
 from jaxeff.report import Activity, LayerNumbers, LayerStructure, Null, none_of
 from jaxeff.statistics import Place, SiteStatistics, UnitStatistics
 
@@ -124,12 +125,9 @@ def measure(criterion: Criterion, layers: Sequence[Layer]) -> tuple[LayerNumbers
     if not layers:
         return none_of(LayerNumbers), ()
     width = _padded_size(max([_SMALL, *map(_unit_count, layers)]))
-    classes: dict[int, list[int]] = {}
-    for index, layer in enumerate(layers):
-        classes.setdefault(max(width, _padded_size(_size(layer))), []).append(index)
-    lengths = sorted(classes, reverse=True)
-    order = [index for length in lengths for index in classes[length]]
-    made = [_make_all(criterion, [layers[i] for i in classes[n]], n, width, n > width) for n in lengths]
+    classes = _size_classes(layers, width)
+    order = [index for members in classes for index in members]
+    made = [_make_all(criterion, [layers[index] for index in members], width) for members in classes]
     found = _summarize(made, [layers[index] for index in order])
     back = np.argsort(np.asarray(order))
     summary, units, null, samples = jax.tree.map(lambda rows: rows[back], found)
@@ -181,6 +179,14 @@ def _joined(parts: Sequence[Any]) -> Any:
 _SMALL = 1 << 16
 
 
+def _size_classes(layers: Sequence[Layer], width: int) -> list[list[int]]:
+    """Layers of similar size, the largest first; all that fit the width in one class."""
+    classes: dict[int, list[int]] = {}
+    for index, layer in enumerate(layers):
+        classes.setdefault(max(width, _padded_size(_size(layer))), []).append(index)
+    return [classes[length] for length in sorted(classes, reverse=True)]
+
+
 def _padded_size(size: int) -> int:
     """Size classes: powers of 4 to 2^20, where compiling costs more than sorting zeros, then of 2."""
     bits = max((size - 1).bit_length(), _SMALL.bit_length() - 1)
@@ -198,14 +204,13 @@ class _Made(NamedTuple):
     nonfinite_weights: jax.Array
 
 
-def _make_all(
-    criterion: Criterion, layers: Sequence[Layer], length: int, width: int, summarized: bool
-) -> tuple[_Made, Metrics | None]:
-    """Layers of one size class, one after the other; with the metrics of their scores in place of them.
+def _make_all(criterion: Criterion, layers: Sequence[Layer], width: int) -> tuple[_Made, Metrics | None]:
+    """Layers of one size class, one after the other; of large ones the metrics in place of the scores.
 
     Switches pick one weight at a time, so that the scores of large layers never exist together: the
     outer one among the shapes, which are computed on differently, the inner one among equal layers.
     """
+    length = max(width, *map(_size, layers))
     arrays = [(layer.weight, _nameless(layer.sites)) for layer in layers]
     groups: dict[Any, list[int]] = {}
     for index, layer in enumerate(arrays):
@@ -222,7 +227,7 @@ def _make_all(
     def step(at: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[_Made, Metrics | None]:
         group, member, size = at
         made = jax.lax.switch(group, branches, member)
-        if not summarized:
+        if length == width:
             return made, None
         return made._replace(scores=None), metrics.summarize_padded(made.scores, size)
 
@@ -269,7 +274,7 @@ def _scores(criterion: Criterion, layer: Layer) -> jax.Array:
 
 
 def _magnitudes(weight: jax.Array) -> jax.Array:
-    return importance.magnitude(weight.astype(jnp.promote_types(jnp.float32, weight.dtype)))
+    return importance.magnitude(widened(weight))
 
 
 def _scaled_units(scores: jax.Array, layer: Layer) -> jax.Array:

@@ -100,9 +100,8 @@ def named_leaves(params: Any) -> dict[Path, Any]:
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         path = "/".join(_key(key) for key in _unboxed(keys))
         if not _is_array(leaf):
-            raise TypeError(
-                f"`params` holds a {type(leaf).__name__} at {path!r}: every leaf must be an array of numbers"
-            )
+            where = f"holds a {type(leaf).__name__} at {path!r}" if path else f"is a {type(leaf).__name__}"
+            raise TypeError(f"`params` {where}: every leaf must be an array of numbers")
         if path in named:
             raise ValueError(f"`params` has two leaves with the path {path!r}")
         named[path] = leaf

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxeff.precision import widened
 from jaxeff.report import OtherNumbers, OtherStructure, none_of
 from jaxeff.statistics import Place
 
@@ -33,7 +34,7 @@ def _measure(leaf: jax.Array) -> OtherNumbers:
     if not jnp.issubdtype(leaf.dtype, jnp.number) or not leaf.size:
         nan, none = jnp.asarray(jnp.nan, jnp.float32), jnp.asarray(0, jnp.int32)
         return OtherNumbers(nan, nan, nan, none, none)
-    wide = leaf.astype(jnp.promote_types(jnp.float32, leaf.dtype))
+    wide = widened(leaf)
     magnitude = jnp.abs(wide)
     return OtherNumbers(
         jnp.mean(magnitude),

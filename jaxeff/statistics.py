@@ -19,6 +19,7 @@ from jaxeff import graph, models
 from jaxeff.graph import axes
 from jaxeff.graph.axes import Dims
 from jaxeff.graph.program import Value
+from jaxeff.precision import widened
 
 _STATIC = {"static": True}
 
@@ -165,8 +166,13 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
     """The statistics of both batches together.
 
     Raises:
+        TypeError: they are no statistics.
         ValueError: the two come from different models.
     """
+    for name, statistics in (("first", first), ("second", second)):
+        if not isinstance(statistics, Statistics):
+            kind = type(statistics).__name__
+            raise TypeError(f"`{name}` must be Statistics from `jaxeff.collect`, got {kind}")
     if _described(first) != _described(second):
         raise ValueError(
             "`first` and `second` come from different models: their sites or leaves differ. "
@@ -291,7 +297,7 @@ def _last_axis(value: Value) -> _Reduction:
 
 def _unit_statistics(reduce: Callable[..., jax.Array], array: jax.Array) -> UnitStatistics:
     """`reduce(array, reduction)` reduces all but the units' axes."""
-    wide = array.astype(jnp.promote_types(jnp.float32, array.dtype))
+    wide = widened(array)
     magnitude = jnp.abs(wide)
     maximum = reduce(magnitude, jnp.max)
     count = jnp.asarray(array.size // maximum.size, wide.dtype)
@@ -392,7 +398,7 @@ def _lay(seen: UnitStatistics, position: int, axis: int) -> UnitStatistics:
 def _places(found: graph.Graph) -> tuple[Place, ...]:
     def place(index: int) -> Place:
         leaf = found.leaves[index]
-        role = found.others.get(index, "weight")
+        role = found.others.get(index, "weight") if leaf.size else "empty"
         return Place(leaf.path, leaf.shape, str(jnp.dtype(leaf.dtype)), role, found.unpaired.get(index))
 
     return tuple(place(index) for index in found.order)
