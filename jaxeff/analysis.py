@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from jaxeff import importance, layers, models, others, totals
 from jaxeff.importance import Criterion
-from jaxeff.report import Activity, ModuleReport, Report
+from jaxeff.records import Activity, ModuleReport
+from jaxeff.report import Report
 from jaxeff.statistics import Place, Statistics, collect
 
 

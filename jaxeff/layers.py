@@ -1,7 +1,7 @@
 """One weight and what its units emit -> its row of the report.
 
 Layers of similar size share one compiled kernel, which runs over them in a loop. Imports
-`importance`, `metrics`, `report`, `statistics`.
+`importance`, `metrics`, `records`, `statistics`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxeff import importance, metrics
 from jaxeff.importance import Criterion
 from jaxeff.metrics import Metrics
 from jaxeff.precision import widened
-from jaxeff.report import Activity, LayerNumbers, LayerStructure, Null, none_of
+from jaxeff.records import Activity, LayerNumbers, LayerStructure, Null, none_of
 from jaxeff.statistics import Place, SiteStatistics, UnitStatistics
 
 Sites = tuple[SiteStatistics, ...]

@@ -1,4 +1,4 @@
-"""Leaves of `params` that are no weights: biases, scales, integers. Imports `report`, `statistics`."""
+"""Leaves of `params` that are no weights: biases, scales, integers. Imports `records`, `statistics`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.precision import widened
-from jaxeff.report import OtherNumbers, OtherStructure, none_of
+from jaxeff.records import OtherNumbers, OtherStructure, none_of
 from jaxeff.statistics import Place
 
 

@@ -2,7 +2,7 @@
 
 Two sets of rules. The methodology's three compare a metric with a fixed threshold. The calibrated
 ones compare a layer with its null: what the same metric would be if the weights were noise. Where
-the two disagree, trust the calibrated ones; the docstrings say why. Imports `report`.
+the two disagree, trust the calibrated ones; the docstrings say why. Imports `records`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from jaxeff.report import LayerReport, Report
+from jaxeff.records import LayerReport
+
+if TYPE_CHECKING:
+    from jaxeff.report import Report
 
 
 @dataclasses.dataclass(frozen=True)

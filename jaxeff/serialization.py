@@ -1,4 +1,4 @@
-"""A report as JSON and back. Imports `report`, `recommendations`.
+"""A report as JSON and back. Imports `records`.
 
 nan is null, infinities are the strings "Infinity" and "-Infinity": JSON has no literals for them.
 """
@@ -11,13 +11,16 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.report import LayerReport, ModelReport, ModuleReport, OtherReport, Report
+from jaxeff.records import LayerReport, ModelReport, ModuleReport, OtherReport
+
+if TYPE_CHECKING:
+    from jaxeff.report import Report
 
 SCHEMA = 1
 
@@ -44,7 +47,8 @@ def to_json(report: Report, *, indent: int | None = None) -> str:
     return json.dumps(to_dict(report), allow_nan=False, indent=indent)
 
 
-def from_json(text: str) -> Report:
+def from_json(text: str) -> dict[str, Any]:
+    """The parts of a report, as `Report.assemble` takes them."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
@@ -56,13 +60,13 @@ def from_json(text: str) -> Report:
     if data["schema"] != SCHEMA:
         raise ValueError(f"the report has schema {data['schema']!r}, this version of jaxeff reads {SCHEMA}")
     try:
-        return Report.assemble(
-            _decoded(str, data["criterion"]),
-            _decoded(tuple[LayerReport, ...], data["layers"]),
-            _decoded(tuple[OtherReport, ...], data["others"]),
-            _decoded(tuple[ModuleReport, ...], data["modules"]),
-            _decoded(ModelReport, data["model"]),
-        )
+        return {
+            "criterion": _decoded(str, data["criterion"]),
+            "rows": _decoded(tuple[LayerReport, ...], data["layers"]),
+            "others": _decoded(tuple[OtherReport, ...], data["others"]),
+            "modules": _decoded(tuple[ModuleReport, ...], data["modules"]),
+            "model": _decoded(ModelReport, data["model"]),
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a jaxeff report: {type(error).__name__} at {error}") from error
 

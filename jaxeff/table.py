@@ -1,14 +1,18 @@
-"""A report as text, 100 columns wide. Imports `report`, `recommendations`."""
+"""A report as text, 100 columns wide. Imports `records`."""
 
 from __future__ import annotations
 
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxeff.report import LayerReport, Report
+from jaxeff.records import LayerReport
+
+if TYPE_CHECKING:
+    from jaxeff.report import Report
 
 WIDTH = 100
 _HEADER = ("layer", "shape", "emits", "weights", "used", "null", "gini", "units", "fan-in", "dead")

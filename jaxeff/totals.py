@@ -1,4 +1,4 @@
-"""The numbers of all layers -> those of the model as a whole. Imports `metrics`, `report`."""
+"""The numbers of all layers -> those of the model as a whole. Imports `metrics`, `records`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxeff.metrics import Metrics
-from jaxeff.report import LayerNumbers, LayerStructure, ModelReport
+from jaxeff.records import LayerNumbers, LayerStructure, ModelReport
 
 
 def model(structure: Sequence[LayerStructure], numbers: LayerNumbers, total_params: int) -> ModelReport:

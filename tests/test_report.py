@@ -18,7 +18,8 @@ from jaxeff.recommendations import (
     interpret_utilization,
     recommend,
 )
-from jaxeff.report import Activity, LayerReport, ModuleReport, Null, OtherReport, Report
+from jaxeff.records import Activity, LayerReport, ModuleReport, Null, OtherReport
+from jaxeff.report import Report
 from jaxeff.statistics import UnitStatistics
 
 
