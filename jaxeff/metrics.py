@@ -20,7 +20,7 @@ import math
 import numbers
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,9 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-_Pair: TypeAlias = tuple[Array, Array]  # an unevaluated sum high + low: twice the precision
+from jaxeff import pairs
+from jaxeff.pairs import Pair
 
-_FEWEST_LANES = 8192  # rows of this width stay in cache; fastest of 2^11 to 2^18 on a CPU
-_MOST_ROWS = 1024
 _TIE = 1 - 2.0**-40  # sums of rounded pairs that meet a target to this factor meet it
 
 
@@ -111,8 +110,8 @@ def _summarize(layer: _Layer) -> Metrics:
         relative_sparsity_1e3=_relative_sparsity(layer, 1e-3),
         mean=_valid(layer, _mean(layer)),
         std=_std(layer, spread),
-        max=_valid(layer, _with_slope(_max_slope, layer.x, _float(layer.bits.max()))),
-        zeros=_count(layer.bits == 0) - layer.invalid - _padding(layer),
+        max=_valid(layer, _with_slope(_max_slope, layer.x, pairs.float_of(layer.bits.max()))),
+        zeros=pairs.count(layer.bits == 0) - layer.invalid - _padding(layer),
         nonfinite=layer.invalid,
         size=jnp.asarray(layer.size, jnp.int32),
     )
@@ -265,20 +264,20 @@ class _Layer(NamedTuple):
     y: Array  # [M], x * 2^rise
     rise: Array  # []
     invalid: Array  # [], how many
-    total: _Pair  # [], S * 2^rise
-    rest: _Pair  # [], S less one maximum, * 2^rise
-    mean: _Pair  # [], S / N * 2^rise
+    total: Pair  # [], S * 2^rise
+    rest: Pair  # [], S less one maximum, * 2^rise
+    mean: Pair  # [], S / N * 2^rise
 
 
 def _prepare(x: ArrayLike, size: Array | None = None) -> _Layer:
     x = _checked(x)
     count = x.size if size is None else size
-    bits = _bits(x)
+    bits = pairs.bits_of(x)
     bits = jnp.where(bits == jnp.iinfo(bits.dtype).min, 0, bits)  # -0.0
-    invalid = (bits < 0) | (bits >= _bits(jnp.asarray(jnp.inf, x.dtype)))
+    invalid = (bits < 0) | (bits >= pairs.bits_of(jnp.asarray(jnp.inf, x.dtype)))
     bits = jnp.where(invalid, 0, bits)
-    rise = -_exponent(bits.max(), x.dtype)
-    y = _scale(bits, rise, x.dtype)
+    rise = -pairs.exponent(bits.max(), x.dtype)
+    y = pairs.scale(bits, rise, x.dtype)
     rest, total = _totals(y)
     return _Layer(
         size=count,
@@ -286,10 +285,10 @@ def _prepare(x: ArrayLike, size: Array | None = None) -> _Layer:
         bits=bits,
         y=y,
         rise=rise,
-        invalid=_count(invalid),
+        invalid=pairs.count(invalid),
         total=total,
         rest=rest,
-        mean=_divide(total, _exactly(count, y.dtype)),
+        mean=pairs.divide(total, _exactly(count, y.dtype)),
     )
 
 
@@ -302,11 +301,11 @@ def _sized(layer: _Layer) -> Array:
     return jnp.asarray(layer.size).astype(layer.y.dtype)
 
 
-def _exactly(count: int | Array, dtype: Any) -> _Pair:
+def _exactly(count: int | Array, dtype: Any) -> Pair:
     """An integer as a pair of floats: it may have more digits than one float32."""
     if isinstance(count, int):
-        return _constant(count, dtype)
-    return _fast_two_sum((count & ~0xFFF).astype(dtype), (count & 0xFFF).astype(dtype))
+        return pairs.constant(count, dtype)
+    return pairs.fast_two_sum((count & ~0xFFF).astype(dtype), (count & 0xFFF).astype(dtype))
 
 
 def _checked(x: ArrayLike) -> Array:
@@ -330,130 +329,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _bits(x: Array) -> Array:
-    return lax.bitcast_convert_type(x, jnp.int64 if x.dtype == jnp.float64 else jnp.int32)
-
-
-def _float(bits: Array) -> Array:
-    return lax.bitcast_convert_type(bits, jnp.float64 if bits.dtype == jnp.int64 else jnp.float32)
-
-
-def _count(hits: Array) -> Array:
-    return jnp.sum(hits, dtype=jnp.int32)
-
-
-def _normal_bits(bits: Array, dtype: Any) -> Array:
-    """Bit patterns with exponents continued below the smallest normal float: subnormals normalised.
-
-    XLA on CPU flushes subnormals to zero in arithmetic and in comparisons, hence the integers.
-    """
-    mantissa_bits, lowest = jnp.finfo(dtype).nmant, jnp.finfo(dtype).minexp
-    normalised = _bits(bits.astype(dtype)) + ((lowest - mantissa_bits) << mantissa_bits)
-    return jnp.where(bits < 1 << mantissa_bits, normalised, bits)
-
-
-def _exponent(bits: Array, dtype: Any) -> Array:
-    return (_normal_bits(bits, dtype) >> jnp.finfo(dtype).nmant) + jnp.finfo(dtype).minexp - 1
-
-
-def _scale(bits: Array, rise: Array, dtype: Any) -> Array:
-    """x * 2^rise, exactly; 0 where that is subnormal."""
-    smallest_normal = 1 << jnp.finfo(dtype).nmant
-    scaled = _normal_bits(bits, dtype) + (rise << jnp.finfo(dtype).nmant)
-    return _float(jnp.where((bits > 0) & (scaled >= smallest_normal), scaled, 0))
-
-
-def _unscale(y: Array, rise: Array) -> Array:
-    """y * 2^-rise for one y >= 0, correctly rounded also where that is subnormal."""
-    mantissa_bits, lowest = jnp.finfo(y.dtype).nmant, jnp.finfo(y.dtype).minexp
-    normal = _bits(y) - (rise << mantissa_bits)
-    spacings = _scale(_bits(y), mantissa_bits - lowest - rise, y.dtype)
-    subnormal = jnp.round(spacings).astype(normal.dtype)
-    return _float(jnp.where(y > 0, jnp.where(normal < 1 << mantissa_bits, subnormal, normal), 0))
-
-
-# Sums: twice the working precision, for 10^7 float32 terms otherwise leave four digits.
-
-
-def _two_sum(a: Array, b: Array) -> _Pair:
-    """a + b and its rounding error, exactly (Knuth; Ogita, Rump and Oishi, 2005)."""
-    total = a + b
-    part = total - a
-    return total, (a - (total - part)) + (b - part)
-
-
-def _fast_two_sum(a: Array, b: Array) -> _Pair:
-    """The same where |a| >= |b| (Dekker)."""
-    total = a + b
-    return total, b - (total - a)
-
-
-def _add(a: _Pair, b: _Pair) -> _Pair:
-    high, low = _two_sum(a[0], b[0])
-    return _fast_two_sum(high, low + (a[1] + b[1]))
-
-
-def _halve(a: Array) -> _Pair:
-    """a as two floats of half the digits, so that products of halves are exact."""
-    dropped = jnp.finfo(a.dtype).nmant // 2 + 1
-    high = _float(_bits(a) & (-1 << dropped))
-    return high, a - high
-
-
-def _multiply(a: _Pair, b: _Pair) -> _Pair:
-    """a * b. Every product that a sum consumes is exact: XLA may fuse it into an fma."""
-    (a_high, a_low), (b_high, b_low) = _halve(a[0]), _halve(b[0])
-    total, error = _two_sum(a_high * b_high, a_high * b_low)
-    total, more = _two_sum(total, a_low * b_high)
-    return _fast_two_sum(total, error + more + a_low * b_low + (a[0] * b[1] + a[1] * b[0]))
-
-
-def _divide(a: _Pair, b: _Pair) -> _Pair:
-    """a / b, 0 where b is 0."""
-    divisor = jnp.where(b[0] > 0, b[0], 1)
-    quotient = a[0] / divisor
-    back = _multiply((quotient, jnp.zeros_like(quotient)), b)
-    return _fast_two_sum(quotient, ((a[0] - back[0]) + (a[1] - back[1])) / divisor)
-
-
-def _constant(value: float, dtype: Any) -> _Pair:
-    high = np.asarray(value).astype(dtype)
-    low = value - (int(high) if isinstance(value, int) else float(high))
-    return jnp.asarray(high), jnp.asarray(low, dtype)
-
-
-def _reduce(pairs: _Pair) -> _Pair:
-    """The sum of pairs [..., K] over their last axis."""
-    zero = np.zeros((), pairs[0].dtype)
-    high, low = lax.reduce(pairs, (zero, zero), _add, (pairs[0].ndim - 1,))
-    # Without the barrier XLA repeats the scalar arithmetic that follows in every kernel that uses it:
-    # twice the compile time.
-    return lax.optimization_barrier((high, low))
-
-
-def _sums(terms: Callable[[Any, int], list[Array]], size: int) -> list[_Pair]:
-    """Sums of the arrays that terms(start, width) gives for the stretches of [0, size).
-
-    Lane by lane over rows, then across the lanes: no array of N terms ever exists.
-    """
-    lanes = max(_FEWEST_LANES, -(-size // (128 * _MOST_ROWS)) * 128)
-    rows = size // lanes
-
-    def accumulate(row: Array, sums: list[_Pair]) -> list[_Pair]:
-        steps = [
-            _two_sum(high, term) for (high, _), term in zip(sums, terms(row * lanes, lanes), strict=True)
-        ]
-        return [(high, low + error) for (high, error), (_, low) in zip(steps, sums, strict=True)]
-
-    tail = terms(rows * lanes, size - rows * lanes)
-    sums = [(jnp.zeros(lanes * (rows > 0), term.dtype),) * 2 for term in tail]
-    sums = lax.fori_loop(0, rows, accumulate, sums) if rows else sums
-    highs = [jnp.concatenate([high, term]) for (high, _), term in zip(sums, tail, strict=True)]
-    lows = [jnp.concatenate([low, jnp.zeros_like(term)]) for (_, low), term in zip(sums, tail, strict=True)]
-    return list(zip(*_reduce((jnp.stack(highs), jnp.stack(lows))), strict=True))
-
-
-def _totals(y: Array) -> tuple[_Pair, _Pair]:
+def _totals(y: Array) -> tuple[Pair, Pair]:
     """(sum less one maximum, sum). The first keeps its relative precision beside a huge maximum."""
     top, none = y.max(), jnp.zeros((), y.dtype)
 
@@ -461,19 +337,19 @@ def _totals(y: Array) -> tuple[_Pair, _Pair]:
         part = lax.dynamic_slice(y, (start,), (width,))
         return [jnp.where(part == top, 0, part)]
 
-    (below,) = _sums(terms, y.size)
-    below = _add(below, _multiply((top, none), _exactly(_count(y == top) - 1, y.dtype)))
-    return below, _add((top, none), below)
+    (below,) = pairs.sums(terms, y.size)
+    below = pairs.add(below, pairs.multiply((top, none), _exactly(pairs.count(y == top) - 1, y.dtype)))
+    return below, pairs.add((top, none), below)
 
 
 # Entropy and its kin, from two sums that are never both imprecise.
 
 
 class _Spread(NamedTuple):
-    offset: _Pair  # mean d, d = y / mean - 1
-    square: _Pair  # mean d^2
-    excess: _Pair  # mean (1 + d) ln(1 + d) - d
-    surprise: _Pair  # sum p ln(max / x)
+    offset: Pair  # mean d, d = y / mean - 1
+    square: Pair  # mean d^2
+    excess: Pair  # mean (1 + d) ln(1 + d) - d
+    surprise: Pair  # sum p ln(max / x)
 
 
 class _Information(NamedTuple):
@@ -510,7 +386,7 @@ def _information(layer: _Layer, spread: _Spread) -> _Information:
     )
 
 
-def _exp(exponent: _Pair) -> Array:
+def _exp(exponent: Pair) -> Array:
     return jnp.exp(exponent[0]) * (1 + exponent[1])
 
 
@@ -523,13 +399,13 @@ def _spread(layer: _Layer) -> _Spread:
         surprise = -y * jnp.log(jnp.where((ratio > 0) & (y < top), ratio, 1))
         return [*_own(layer, start, [d, d * d, _excess(y, mean)]), surprise]
 
-    offset, square, excess, surprise = _sums(terms, layer.y.size)
+    offset, square, excess, surprise = pairs.sums(terms, layer.y.size)
     size = _exactly(layer.size, mean.dtype)
     return _Spread(
-        offset=_divide(offset, size),
-        square=_divide(square, size),
-        excess=_divide(excess, size),
-        surprise=_divide(surprise, layer.total),
+        offset=pairs.divide(offset, size),
+        square=pairs.divide(square, size),
+        excess=pairs.divide(excess, size),
+        surprise=pairs.divide(surprise, layer.total),
     )
 
 
@@ -549,21 +425,21 @@ def _uneven(layer: _Layer) -> Array:
     return layer.bits.max() > lowest.min()
 
 
-def _entropy(layer: _Layer, spread: _Spread) -> _Pair:
+def _entropy(layer: _Layer, spread: _Spread) -> Pair:
     """H = ln(S / max) + sum p ln(max / x): terms of one sign, also around a dominant weight."""
     top = (layer.y.max(), jnp.zeros((), layer.y.dtype))
-    high, low = _two_sum(jnp.log1p(_divide(layer.rest, top)[0]), spread.surprise[0])
+    high, low = pairs.two_sum(jnp.log1p(pairs.divide(layer.rest, top)[0]), spread.surprise[0])
     return high, low + spread.surprise[1]
 
 
-def _divergence(layer: _Layer, spread: _Spread) -> _Pair:
+def _divergence(layer: _Layer, spread: _Spread) -> Pair:
     """D = mean of f(d), d = y / mean - 1, f(d) = (1 + d) ln(1 + d) - d >= 0.
 
     The rounded mean is off by a factor 1 + e, e = mean d; f(e) takes that out again. As y and the
     mean lie on one grid of floats, f(e) is at most about half of the sum.
     """
     (high, low), (e, _) = spread.excess, spread.offset
-    high, low = _fast_two_sum(high, low - e * e / 2 - high * e)
+    high, low = pairs.fast_two_sum(high, low - e * e / 2 - high * e)
     uneven = _uneven(layer)
     return jnp.where(uneven, high, 0), jnp.where(uneven, low, 0)
 
@@ -590,18 +466,18 @@ def _valid(layer: _Layer, value: Array) -> Array:
 
 
 def _mean(layer: _Layer) -> Array:
-    return _with_slope(_mean_slope, layer.x, _unscale(layer.mean[0], layer.rise), _sized(layer))
+    return _with_slope(_mean_slope, layer.x, pairs.unscale(layer.mean[0], layer.rise), _sized(layer))
 
 
 def _std(layer: _Layer, spread: _Spread) -> Array:
     variance = jnp.maximum(spread.square[0] - spread.offset[0] ** 2, 0)
     uneven = _uneven(layer)
-    std = _unscale(jnp.where(uneven, layer.mean[0] * jnp.sqrt(variance), 0), layer.rise)
+    std = pairs.unscale(jnp.where(uneven, layer.mean[0] * jnp.sqrt(variance), 0), layer.rise)
     return _valid(layer, _with_slope(_std_slope, layer.x, std, _sized(layer), _mean(layer)))
 
 
 def _sparsity(layer: _Layer, threshold: float) -> Array:
-    below = _count(layer.bits < _bits(_float_at_least(threshold, layer.y.dtype)))
+    below = pairs.count(layer.bits < pairs.bits_of(_float_at_least(threshold, layer.y.dtype)))
     return _valid(layer, _fraction(layer, below, threshold))
 
 
@@ -620,9 +496,9 @@ def _float_at_least(threshold: float, dtype: Any) -> Array:
 
 def _relative_sparsity(layer: _Layer, threshold: float) -> Array:
     # No weight exceeds N < 2^40 means.
-    bound = _constant(min(threshold, 2.0**40) * _TIE, layer.y.dtype)
-    high, low = _multiply(layer.mean, bound)
-    below = _fraction(layer, _count((layer.y - high) - low < 0), threshold)
+    bound = pairs.constant(min(threshold, 2.0**40) * _TIE, layer.y.dtype)
+    high, low = pairs.multiply(layer.mean, bound)
+    below = _fraction(layer, pairs.count((layer.y - high) - low < 0), threshold)
     return _valid(layer, jnp.where(layer.total[0] > 0, below, 1))
 
 
@@ -631,7 +507,7 @@ def _relative_sparsity(layer: _Layer, threshold: float) -> Array:
 
 def _descending(layer: _Layer) -> Array:
     """y, largest first. Sorting integers is four times faster than sorting floats on a CPU."""
-    return _float(-lax.sort(-_bits(layer.y), is_stable=False))
+    return pairs.float_of(-lax.sort(-pairs.bits_of(layer.y), is_stable=False))
 
 
 def _gini(layer: _Layer, descending: Array) -> Array:
@@ -647,8 +523,8 @@ def _gini(layer: _Layer, descending: Array) -> Array:
         distance = jnp.maximum((size - 1) - 2 * (start + jnp.arange(width, dtype=jnp.int32)), 0)
         return [distance.astype(large.dtype) * (large - small)]
 
-    (differences,) = _sums(terms, half)
-    value = _divide(differences, layer.total)[0] / _sized(layer)
+    (differences,) = pairs.sums(terms, half)
+    value = pairs.divide(differences, layer.total)[0] / _sized(layer)
     value = _with_slope(_gini_slope, layer.x, value, _sized(layer), _mean(layer))
     return _valid(layer, jnp.where(layer.total[0] > 0, value, jnp.nan))
 
@@ -660,41 +536,43 @@ def _coverages(layer: _Layer, descending: Array, shares: tuple[float, ...]) -> l
     side += side**3 < size
     cube = jnp.pad(descending, (0, side**3 - size)).reshape(side, side, side)
     blocks = _blocks(cube)
-    targets = [_multiply(layer.total, _constant(share * _TIE, cube.dtype)) for share in shares]
+    targets = [pairs.multiply(layer.total, pairs.constant(share * _TIE, cube.dtype)) for share in shares]
     high, low = (jnp.stack(parts) for parts in zip(*targets, strict=True))
     k = jax.vmap(partial(_count_to_reach, cube, blocks))((high, low))
     fractions = jnp.minimum(k, layer.size).astype(cube.dtype) / _sized(layer)
     return [_valid(layer, jnp.where(layer.total[0] > 0, fraction, jnp.nan)) for fraction in fractions]
 
 
-def _blocks(cube: Array) -> _Pair:
+def _blocks(cube: Array) -> Pair:
     """Sums over the last two axes, the middle one by rows."""
 
-    def accumulate(row: Array, sums: _Pair) -> _Pair:
-        high, error = _two_sum(sums[0], lax.dynamic_index_in_dim(cube, row, 1, keepdims=False))
+    def accumulate(row: Array, sums: Pair) -> Pair:
+        high, error = pairs.two_sum(sums[0], lax.dynamic_index_in_dim(cube, row, 1, keepdims=False))
         return high, sums[1] + error
 
     zeros = jnp.zeros(cube.shape[:2], cube.dtype)
-    return _reduce(lax.fori_loop(0, cube.shape[1], accumulate, (zeros, zeros)))
+    return pairs.reduce(lax.fori_loop(0, cube.shape[1], accumulate, (zeros, zeros)))
 
 
-def _count_to_reach(cube: Array, blocks: _Pair, target: _Pair) -> Array:
+def _count_to_reach(cube: Array, blocks: Pair, target: Pair) -> Array:
     none = jnp.zeros((), cube.dtype)
     block, before = _crossing(blocks, (none, none), target)
     rows = lax.dynamic_index_in_dim(cube, block, keepdims=False)
-    row, before = _crossing(_reduce((rows, jnp.zeros_like(rows))), before, target)
+    row, before = _crossing(pairs.reduce((rows, jnp.zeros_like(rows))), before, target)
     weights = lax.dynamic_index_in_dim(rows, row, keepdims=False)
     weight, _ = _crossing((weights, jnp.zeros_like(weights)), before, target)
     return (block * len(cube) + row) * len(cube) + weight + 1
 
 
-def _crossing(pieces: _Pair, before: _Pair, target: _Pair) -> tuple[Array, _Pair]:
+def _crossing(pieces: Pair, before: Pair, target: Pair) -> tuple[Array, Pair]:
     """Index of the first of the pieces whose running sum reaches the target, and the sum before it."""
     earlier = jnp.tri(pieces[0].size, k=-1, dtype=bool)
-    starts = _add(_reduce((jnp.where(earlier, pieces[0], 0), jnp.where(earlier, pieces[1], 0))), before)
-    high, low = _add(starts, pieces)
+    starts = pairs.add(
+        pairs.reduce((jnp.where(earlier, pieces[0], 0), jnp.where(earlier, pieces[1], 0))), before
+    )
+    high, low = pairs.add(starts, pieces)
     short = (high - target[0]) + (low - target[1]) < 0
-    index = jnp.minimum(_count(short), short.size - 1)
+    index = jnp.minimum(pairs.count(short), short.size - 1)
     return index, (starts[0][index], starts[1][index])
 
 
@@ -746,7 +624,7 @@ def _gini_slope(x: Array, value: Array, size: Array, mean: Array) -> Array:
 def _rank_balance(x: Array) -> Array:
     """Per entry, how many are smaller less how many are larger: equal entries have equal slopes."""
     index = jnp.arange(x.size, dtype=jnp.int32)
-    ordered, origin = lax.sort((_bits(jnp.abs(x)), index), num_keys=1, is_stable=False)
+    ordered, origin = lax.sort((pairs.bits_of(jnp.abs(x)), index), num_keys=1, is_stable=False)
     change = ordered[1:] != ordered[:-1]
     smaller = lax.cummax(jnp.where(jnp.pad(change, (1, 0)), index, 0))
     larger = x.size - 1 - lax.cummin(jnp.where(jnp.pad(change, (0, 1)), index, x.size - 1), reverse=True)

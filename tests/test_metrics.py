@@ -502,6 +502,23 @@ def test_scratch_memory_is_a_few_times_the_input(function: Callable, copies: flo
     assert program.memory_analysis().temp_size_in_bytes < copies * 4 * size
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 1000, 8193])
+@pytest.mark.parametrize("make", [normal, lambda n: np.full(n, 0.1, np.float32), lambda n: np.eye(1, n)[0]])
+def test_padding_with_zeros_changes_nothing(size: int, make: Callable) -> None:
+    x = jnp.asarray(make(size), jnp.float32)
+    padded = metrics.summarize_padded(jnp.pad(x, (0, 10_000 - size)), size)
+    # Two roundings: N is a constant in the one and an argument in the other.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), summarize(x), padded)
+
+
+@pytest.mark.parametrize("field", ["utilization", "entropy", "gini", "std", "mean", "max"])
+def test_padding_with_zeros_changes_no_slope(field: str) -> None:
+    x = jnp.asarray(normal(100))
+    plain = jax.grad(lambda x: getattr(summarize(x), field))(x)
+    padded = jax.grad(lambda x: getattr(metrics.summarize_padded(jnp.pad(x, (0, 60)), 100), field))(x)
+    np.testing.assert_allclose(padded, plain, rtol=1e-5, atol=1e-9)
+
+
 # Derivatives.
 
 POINT = np.array([0.5, 2.0, 1.25, 0.9, 7.0, 0.01, 3.0])
