@@ -37,7 +37,7 @@ def analyze(
         apply_fn: a Linen `apply`, `TrainState.apply_fn`, or `f(params, *batch)`.
         batch: the model's input; a tuple is several positional inputs. Without `apply_fn` and
             `batch`, weights are scored by magnitude alone.
-        criterion: 'activation', 'magnitude', or a function `(weight, site) -> importance`; see
+        criterion: 'activation', 'magnitude', 'wanda', or a function `(weight, site) -> importance`; see
             `jaxeff.importance`.
         statistics: from `jaxeff.collect`, instead of `apply_fn` and `batch`.
         rngs, **apply_kwargs: passed to `apply_fn`.

@@ -47,8 +47,25 @@ def activation(weight: jax.Array, site: SiteStatistics) -> jax.Array:
     return jnp.abs(weight) * site.post.mean_absolute
 
 
-CRITERIA: Mapping[str, Criterion] = {"activation": activation, "magnitude": magnitude}
-_SIDES: Mapping[Criterion, str] = {activation: "post", magnitude: "magnitude"}
+def wanda(weight: jax.Array, site: SiteStatistics) -> jax.Array:
+    """abs(w_ij) rms(x_i), x_i input i over the batch and all positions.
+
+    A weight on an input that is always 0 has importance 0, which no output-side criterion sees. For
+    an embedding, x is the one-hot row of each token.
+
+    Args:
+        weight: any shape.
+        site: whose `input` sums broadcast against it.
+
+    References:
+        Sun, Liu, Bair and Kolter, A Simple and Effective Pruning Approach for Large Language Models,
+        2023, arXiv:2306.11695
+    """
+    return jnp.abs(weight) * site.input.rms
+
+
+CRITERIA: Mapping[str, Criterion] = {"activation": activation, "magnitude": magnitude, "wanda": wanda}
+_SIDES: Mapping[Criterion, str] = {activation: "post", magnitude: "magnitude", wanda: "input"}
 
 
 def criterion_named(criterion: str | Criterion) -> Criterion:
@@ -72,7 +89,7 @@ def name(criterion: Criterion) -> str:
 
 
 def side(criterion: Criterion) -> str:
-    """Whose activations the criterion reads: 'post', 'magnitude' for none, 'user' for a user's own."""
+    """What the criterion reads: 'post', 'input', 'magnitude' for no activations, 'user' for a user's own."""
     return _SIDES.get(criterion, "user")
 
 

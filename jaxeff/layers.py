@@ -300,7 +300,12 @@ def _null(summary: Metrics) -> Null:
 
 def _finite(sites: Sites) -> jax.Array:
     # A branch that was not taken has seen nothing: its means are 0 / 0.
-    checks = [jnp.all(jnp.isfinite(site.post.absolute_sum)) & (site.post.count > 0) for site in sites]
+    checks = [
+        jnp.all(jnp.isfinite(site.post.absolute_sum))
+        & jnp.all(jnp.isfinite(site.input.absolute_sum))
+        & (site.post.count > 0)
+        for site in sites
+    ]
     return functools.reduce(jnp.logical_and, checks, jnp.asarray(True))
 
 

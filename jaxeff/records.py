@@ -122,7 +122,7 @@ class LayerStructure:
         kind: 'dense', 'conv', 'embedding', or 'weight' where no operation was read.
         shape: of the weight.
         nonlinearity: between pre- and post-activation; None where no operation was read.
-        scored: 'post', 'magnitude' or 'user': whose activations the criterion reads.
+        scored: 'post', 'input', 'magnitude' or 'user': whose activations the criterion reads.
         reason: why the activations could not be read; None where they were.
         uses: how many operations consume the weight.
         unit_axes: axes of the weight that index its units.
@@ -162,7 +162,7 @@ class LayerReport(LayerNumbers, LayerStructure):
 
     @property
     def side(self) -> str:
-        """'post', 'pre', 'input', 'user', or 'magnitude' where that is all the layer could be scored by."""
+        """'post', 'input', 'user', or 'magnitude' where that is all the layer could be scored by."""
         return self.scored if bool(self.activations_finite) else "magnitude"
 
     @property

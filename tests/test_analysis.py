@@ -11,6 +11,7 @@ from flax.training.train_state import TrainState
 from networks import NETWORKS, Square, drawn, normal
 
 import jaxeff
+from jaxeff import importance
 
 LAYERS = [f"layer{index}/kernel" for index in range(3)]
 
@@ -148,18 +149,26 @@ def test_params_may_come_without_their_variables_dict(square, report):
     _assert_equal(jaxeff.analyze(square.variables["params"], *square.arguments[1:]), report)
 
 
-def wanda(weight, site):
+def theirs(weight, site):
     return jnp.abs(weight) * site.input.rms
 
 
-def test_a_users_criterion_is_a_function_of_weight_and_site(square):
-    report = jaxeff.analyze(*square.arguments, criterion=wanda)
+@pytest.mark.parametrize(("criterion", "side"), [(theirs, "user"), ("wanda", "input")])
+def test_a_criterion_of_the_input_is_a_function_of_weight_and_site(criterion, side, square):
+    report = jaxeff.analyze(*square.arguments, criterion=criterion)
     kernel = np.asarray(square.variables["params"]["layer0"]["kernel"], np.float64)
     rms = np.sqrt(np.mean(np.asarray(square.batch[0], np.float64) ** 2, axis=0))
     expected = reference.metrics(np.abs(kernel) * rms[:, None])
     layer = report[LAYERS[0]]
-    assert (report.criterion, layer.side, layer.null) == ("wanda", "user", None)
+    assert (layer.side, layer.null is None) == (side, side == "user")
     assert float(layer.metrics.gini) == pytest.approx(expected["gini"], rel=1e-5)
+
+
+def test_wanda_of_an_input_that_is_always_zero_is_zero():
+    x = jnp.ones((4, 3)).at[:, 1].set(0)
+    statistics = jaxeff.collect({"w": jnp.ones((3, 2))}, lambda p, x: x @ p["w"], x)
+    scores = importance.score(importance.wanda, jnp.ones((3, 2)), statistics.sites)
+    np.testing.assert_allclose(scores, [[1, 1], [0, 0], [1, 1]])
 
 
 def test_statistics_may_be_collected_before(square, report):
