@@ -147,7 +147,7 @@ def null_sample(
 
 
 def _over_uses(criterion: Criterion, weight: jax.Array, sites: Sequence[SiteStatistics]) -> jax.Array:
-    total = sum(site.post.count for site in sites)
+    total = jnp.maximum(functools.reduce(jnp.add, [site.post.count for site in sites]), 1)
     scores = [criterion(weight, site) * (site.post.count / total) for site in sites]
     return functools.reduce(jnp.add, scores)
 

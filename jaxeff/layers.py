@@ -299,14 +299,12 @@ def _null(summary: Metrics) -> Null:
 
 
 def _finite(sites: Sites) -> jax.Array:
-    # A branch that was not taken has seen nothing: its means are 0 / 0.
-    checks = [
-        jnp.all(jnp.isfinite(site.post.absolute_sum))
-        & jnp.all(jnp.isfinite(site.input.absolute_sum))
-        & (site.post.count > 0)
-        for site in sites
-    ]
-    return functools.reduce(jnp.logical_and, checks, jnp.asarray(True))
+    if not sites:
+        return jnp.asarray(True)
+    # A branch that was not taken has seen nothing.
+    seen = functools.reduce(jnp.add, [site.post.count for site in sites]) > 0
+    sums = [sums.absolute_sum for site in sites for sums in (site.input, site.post)]
+    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(sum_)) for sum_ in sums], seen)
 
 
 def _unit_axes(layer: Layer) -> tuple[int, ...]:

@@ -29,15 +29,21 @@ class Function(Protocol):
 
     def __call__(self, params: Any, inputs: Any) -> tuple[Any, dict[Path, jax.Array]]: ...
     def __hash__(self) -> int: ...
+    def without_capture(self) -> Function: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A function and all that it reads: `function(params, inputs)`."""
+    """A function and all that it reads: `function(params, inputs)`.
+
+    `origins` says of each leaf of `inputs` whether it is 'constant' (state, and arrays that the
+    function closed over: the same for every batch), 'batch', or another 'argument'.
+    """
 
     function: Function
     params: Any
     inputs: Any
+    origins: tuple[str, ...]
     batch_size: int | None
 
 
@@ -67,11 +73,17 @@ def from_apply(params: Any, apply_fn: Callable, batch: Any, rngs: Any, keywords:
     arrays = {name: value for name, value in keywords.items() if _has_array(value)}
     statics = tuple(sorted((name, value) for name, value in keywords.items() if name not in arrays))
     inputs = (state, batch, arrays)
+    origins = tuple(
+        origin
+        for origin, part in (("constant", state), ("batch", batch), ("argument", arrays))
+        for _ in jax.tree.leaves(part)
+    )
     if module is not None and _hashable((module, statics)):
-        return Model(_LinenFunction(module, statics), core, inputs, batch_size)
+        return Model(_LinenFunction(module, statics), core, inputs, origins, batch_size)
     function = functools.partial(_call, apply_fn, isinstance(params, Mapping) and "params" in params, statics)
     traced, constants = _trace(function, core, inputs)
-    return Model(traced, core, (inputs, constants), batch_size)
+    origins += ("constant",) * len(constants)
+    return Model(traced, core, (inputs, constants), origins, batch_size)
 
 
 def split_variables(params: Any) -> tuple[Any, dict[str, Any]]:
@@ -116,13 +128,17 @@ class _LinenFunction:
 
     module: nn.Module
     statics: tuple[tuple[str, Any], ...]
+    capture: bool = True
+
+    def without_capture(self) -> Function:
+        return dataclasses.replace(self, capture=False)
 
     def __call__(self, params: Any, inputs: Any) -> tuple[Any, dict[Path, jax.Array]]:
         state, batch, arrays = inputs
         keywords = {**dict(self.statics), **arrays}
         variables = {**state, "params": params}
         mutable = _mutable(keywords.pop("mutable", False))
-        if isinstance(mutable, list):
+        if self.capture and isinstance(mutable, list):
             capture = {"capture_intermediates": True, "mutable": [*mutable, "intermediates"]}
             # Capture fails where plain apply works (nn.cond, for one): the walk then goes without it.
             try:
@@ -142,6 +158,9 @@ class _TracedFunction:
 
     closed: ClosedJaxpr
     identity: tuple[Any, ...]
+
+    def without_capture(self) -> Function:
+        return self
 
     def __call__(self, params: Any, inputs: Any) -> tuple[Any, dict[Path, jax.Array]]:
         arguments, constants = inputs

@@ -41,18 +41,18 @@ class UnitStatistics:
 
     @property
     def mean_absolute(self) -> jax.Array:
-        """mean |a|."""
-        return self.absolute_sum / self.count
+        """mean |a|; 0 where nothing was seen."""
+        return self.absolute_sum / jnp.maximum(self.count, 1)
 
     @property
     def rms(self) -> jax.Array:
         """sqrt(mean a^2)."""
-        return jnp.sqrt(self.square_sum / self.count)
+        return jnp.sqrt(self.square_sum / jnp.maximum(self.count, 1))
 
     @property
     def zero_fraction(self) -> jax.Array:
         """The fraction of values that are exactly 0."""
-        return self.zeros / self.count
+        return self.zeros / jnp.maximum(self.count, 1)
 
     def __add__(self, other: UnitStatistics) -> UnitStatistics:
         return UnitStatistics(
@@ -159,7 +159,7 @@ def collect(
     """
     named = models.named_leaves(models.split_variables(params)[0])
     model = models.from_apply(params, apply_fn, batch, rngs, apply_kwargs)
-    return _collect(model.function, tuple(named), model.batch_size, model.params, model.inputs)
+    return _collect(model.function, tuple(named), model.origins, model.batch_size, model.params, model.inputs)
 
 
 def merge(first: Statistics, second: Statistics) -> Statistics:
@@ -194,11 +194,16 @@ def _described(statistics: Statistics) -> tuple:
     return statistics.places, sites, tuple(module.path for module in statistics.modules)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _collect(
-    function: models.Function, paths: Sequence[str], batch_size: int | None, params: Any, inputs: Any
+    function: models.Function,
+    paths: Sequence[str],
+    origins: Sequence[str],
+    batch_size: int | None,
+    params: Any,
+    inputs: Any,
 ) -> Statistics:
-    found, modules = _trace(function, paths, params, inputs)
+    found, modules = _trace(function, paths, origins, params, inputs)
     watch = _Watch()
     roles = [_watch_site(watch, site, found.leaves[site.leaf].shape) for site in found.sites]
     outputs = [(path, watch.add(value, _last_axis(value))) for path, value in modules]
@@ -212,17 +217,24 @@ def _collect(
 
 
 def _trace(
-    function: models.Function, paths: Sequence[str], params: Any, inputs: Any
+    function: models.Function, paths: Sequence[str], origins: Sequence[str], params: Any, inputs: Any
 ) -> tuple[graph.Graph, list[tuple[str, Value]]]:
     """The model's graph, and the captured module outputs in execution order."""
-    closed, (outputs, captured) = jax.make_jaxpr(function, return_shape=True)(params, inputs)
+    try:
+        closed, (outputs, captured) = jax.make_jaxpr(function, return_shape=True)(params, inputs)
+    except jax.errors.UnexpectedTracerError:
+        # Flax captured a value out of a transformation (a module called inside nn.cond, say).
+        plain = function.without_capture()
+        closed, (outputs, captured) = jax.make_jaxpr(plain, return_shape=True)(params, inputs)
     program = graph.flatten(closed)
     leaves = [
         graph.Leaf(path, tuple(jnp.shape(leaf)), jnp.result_type(leaf))
         for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
     ]
     values = program.outputs[len(jax.tree.leaves(outputs)) :]
-    found = graph.build(program, leaves)
+    given = list(zip(program.inputs[len(leaves) :], origins, strict=True))
+    constants, batch = ([v for v, origin in given if origin == kind] for kind in ("constant", "batch"))
+    found = graph.build(program, leaves, constants, batch)
     # What holds no data is no activation: OptimizedLSTMCell's submodules return their kernels.
     modules = [
         (path, value)

@@ -242,3 +242,83 @@ def test_an_observer_sees_its_value_once_and_the_value_is_not_kept():
     observers = graph.Observers({doubled: lambda x: seen.append(x) or x.max()}, operator.add)
     _, observed = graph.evaluate(program, [jnp.ones(3)], observers)
     assert len(seen) == 1 and {value: float(kept) for value, kept in observed.items()} == {doubled: 2.0}
+
+
+# What a weight goes through on its way to the data.
+
+W, STACK, V = jnp.ones((4, 4)), jnp.ones((3, 4, 4)), jnp.ones((4, 4))
+MASK = jnp.tri(4)
+
+
+def _each(p, x):
+    for w in p["w"]:
+        x = jax.nn.relu(x @ w)
+    return x
+
+
+def _scanned(select):
+    return lambda p, x: jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, select(p["w"]))[0]
+
+
+def _noisy(p, x, rngs):
+    return jax.nn.relu(x @ (p["w"] * jax.random.bernoulli(rngs, 0.5, (4, 4))))
+
+
+READ = {
+    "masked by a constant": (lambda p, x: jax.nn.relu(x @ (p["w"] * MASK)), W, {}),
+    "masked by an argument": (lambda p, x, m: jax.nn.relu(x @ jnp.where(m > 0, p["w"], 0)), W, {"m": MASK}),
+    "under noise": (_noisy, W, {"rngs": jax.random.key(0)}),
+    "normalised": (lambda p, x: jax.nn.relu(x @ (p["w"] / jnp.linalg.norm(p["w"]))), W, {}),
+    "scanned": (_scanned(lambda w: w), STACK, {}),
+}
+NOT_READ = {
+    "layers of a stack, one by one": (_each, STACK, "axis 0"),
+    "a scan over part of a stack": (_scanned(lambda w: w[:2]), STACK, "part of an axis"),
+    "a scan over a stack reversed": (_scanned(lambda w: w[::-1]), STACK, "axis 0"),
+    "units reversed": (lambda p, x: x @ p["w"][:, ::-1], W, "axis 1"),
+    "units permuted": (lambda p, x: x @ p["w"][:, jnp.array([1, 0, 3, 2])], W, "axis 1"),
+    "halves of two weights": (
+        lambda p, x: x @ jnp.concatenate([p["w"][:, :2], V[:, :2]], 1),
+        W,
+        "concatenate",
+    ),
+    "matrices looked up": (
+        lambda p, x: jnp.einsum("bd,bdf->bf", x, p["w"][jnp.argmax(x, 1) % 3]),
+        STACK,
+        "matrices",
+    ),
+    "multiplied by another weight": (lambda p, x: x @ (V + p["w"] @ p["w"]), W, "axes"),
+}
+
+
+@pytest.mark.parametrize(("function", "weight", "arguments"), READ.values(), ids=READ)
+def test_a_weight_stays_one_under_what_does_not_depend_on_the_batch(function, weight, arguments):
+    statistics = jaxeff.collect({"w": weight}, function, jnp.ones((8, 4)), **arguments)
+    assert [site.path for site in statistics.sites] == ["w"]
+
+
+@pytest.mark.parametrize(("function", "weight", "reason"), NOT_READ.values(), ids=NOT_READ)
+def test_part_of_a_weight_is_never_paired_as_the_whole(function, weight, reason):
+    statistics = jaxeff.collect({"w": weight}, function, jnp.ones((8, 4)))
+    assert not statistics.sites and reason in statistics.places[0].reason
+
+
+def test_a_mask_among_the_inputs_is_pointed_out():
+    statistics = jaxeff.collect({"w": W}, lambda p, x, m: x @ (p["w"] * m), (jnp.ones((8, 4)), MASK))
+    assert "mask" in statistics.places[0].reason
+
+
+def test_a_scale_as_large_as_the_batch_is_still_a_scale_of_the_data():
+    params = {"scale": jnp.ones((2, 4)), "w": W}
+    statistics = jaxeff.collect(params, lambda p, x: (x * p["scale"]) @ p["w"], jnp.ones((2, 4)))
+    assert [site.path for site in statistics.sites] == ["w"]
+
+
+@pytest.mark.parametrize(("sign", "nonlinearity"), [(1.0, "tanh"), (-1.0, "relu")])
+def test_a_weight_in_both_branches_is_read_in_the_one_taken(sign, nonlinearity):
+    def function(p, x):
+        return jax.lax.cond(x.sum() > 0, lambda y: jnp.tanh(y @ p["w"]), lambda y: jax.nn.relu(y @ p["w"]), x)
+
+    statistics = jaxeff.collect({"w": W}, function, sign * jnp.ones((8, 4)))
+    assert {site.nonlinearity for site in statistics.sites if site.post.count > 0} == {nonlinearity}
+    assert jaxeff.analyze({"w": W}, statistics=statistics)["w"].side == "post"

@@ -76,12 +76,12 @@ def moves(operation: Operation) -> bool:
     return operation.name in _MOVES or operation.name == "split"
 
 
-def concatenated(operation: Operation, operand: int, dims: Dims) -> Dims | None:
-    """Dims of a concatenation's output, for the axes that this operand brings."""
+def concatenated(operation: Operation, operand: int, dims: Dims, leaf: Sequence[int]) -> Dims | None:
+    """Dims of a concatenation's output, for the axes that this operand brings; each must be whole."""
     along = operation.params["dimension"]
     before = sum(_shape(other)[along] for other in operation.inputs[:operand])
     whole = operation.outputs[0].shape[along]
-    if len(dims[along]) != 1 or dims[along][0].stride != 1:
+    if len(dims[along]) != 1 or not covers(dims, held((dims[along],)), leaf):
         return None
     factor = dims[along][0]
     widened = factor._replace(size=whole, offset=factor.offset - before if factor.axis is not None else 0)

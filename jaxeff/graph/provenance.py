@@ -8,6 +8,7 @@ operation at which a leaf meets data. Imports `program`, `axes`, `nonlinearities
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -87,12 +88,16 @@ class Provenance:
         constants: values made of constants. All others are data.
         uses: where leaves meet data, in execution order.
         scanned: for a scan and a leaf that it slices, the leaf's axis that it runs over.
+        shapes: of the leaves.
+        batch: values that depend on the batch.
     """
 
     held: dict[Value, Held]
     constants: set[Value]
     uses: list[Use]
     scanned: dict[tuple[Operation, int], int]
+    shapes: Sequence[tuple[int, ...]]
+    batch: set[Value]
 
     def loops_of(self, leaf: int, around: Sequence[Operation]) -> tuple[Loop, ...]:
         return tuple(
@@ -110,9 +115,22 @@ class Provenance:
         return not self.is_constant(operand) and not self.holds(operand)
 
 
-def trace_weights(program: Program, leaves: Mapping[Value, Held]) -> Provenance:
-    """Follow the leaves through the program and its loops, to every operation where they meet data."""
-    provenance = Provenance(dict(leaves), set(), [], {})
+def trace_weights(
+    program: Program,
+    leaves: Mapping[Value, Held],
+    shapes: Sequence[tuple[int, ...]],
+    constants: Iterable[Value],
+    batch: Iterable[Value],
+) -> Provenance:
+    """Follow the leaves through the program and its loops, to every operation where they meet data.
+
+    Args:
+        leaves: the inputs that hold leaves.
+        shapes: of all leaves.
+        constants: the inputs that are the same for every batch (state, arrays closed over).
+        batch: the inputs that are the batch.
+    """
+    provenance = Provenance(dict(leaves), set(constants), [], {}, shapes, set(batch))
     _walk(program, provenance, ())
     for output in program.outputs:
         for leaf, dims in provenance.holds(output).items():
@@ -123,6 +141,10 @@ def trace_weights(program: Program, leaves: Mapping[Value, Held]) -> Provenance:
 def _walk(program: Program, provenance: Provenance, around: tuple[Operation, ...]) -> None:
     provenance.constants.update(program.constants)
     for operation in program.operations:
+        if any(operand in provenance.batch for operand in operation.inputs if isinstance(operand, Value)):
+            provenance.batch.update(operation.outputs)
+            for body in operation.bodies:
+                provenance.batch.update(body.inputs)
         if operation.name.startswith(_RANDOM):
             continue  # Random bits are data even where the key is a constant: dropout is no affine map.
         holding = [provenance.holds(operand) for operand in operation.inputs]
@@ -132,6 +154,8 @@ def _walk(program: Program, provenance: Provenance, around: tuple[Operation, ...
                 provenance.constants.update(operation.outputs)
         elif operation.bodies:
             _enter(operation, holding, provenance, around)
+        elif meets_data and _masks(operation, holding, provenance):
+            _propagate(operation, holding, provenance)
         elif meets_data:
             provenance.uses.extend(_meetings(operation, holding, program, provenance, around))
         else:
@@ -142,6 +166,20 @@ def _walk(program: Program, provenance: Provenance, around: tuple[Operation, ...
                     if use.role == CONTRACTION
                 )
             _propagate(operation, holding, provenance)
+
+
+def _masks(operation: Operation, holding: list[Held], provenance: Provenance) -> bool:
+    """Whether data other than the batch masks or scales a weight (a mask, noise): it stays a weight."""
+    if operation.name not in ("mul", "div", "select_n") or operation.outputs[0] in provenance.batch:
+        return False
+    result = math.prod(operation.outputs[0].shape)
+    return any(
+        not isinstance(dims, Lost)
+        and len([axis for axis in axes.held(dims) if provenance.shapes[leaf][axis] > 1]) > 1
+        and math.prod(provenance.shapes[leaf][axis] for axis in axes.held(dims)) == result
+        for held in holding
+        for leaf, dims in held.items()
+    )
 
 
 def _meetings(
@@ -181,6 +219,8 @@ def _enter(
                     leaf: _entering(operation, operand, leaf, dims, provenance)
                     for leaf, dims in holding[operand].items()
                 }
+            elif provenance.is_constant(operation.inputs[operand]) and not _carried(operation, operand):
+                provenance.constants.add(value)
         _walk(body, provenance, (*around, operation))
 
 
@@ -197,20 +237,28 @@ def _entering(
     """The dims with which a leaf enters a loop's body: a scan slices what it runs over."""
     if isinstance(dims, Lost) or operation.name == "cond":
         return dims
-    if operation.name == "while":
-        carried = operand >= operation.params["cond_nconsts"] + operation.params["body_nconsts"]
-        return Lost("the carry of a while") if carried else dims
-    constants, carried = scan_operands(operation)
-    if operand < constants:
+    if _carried(operation, operand):
+        return Lost(f"the carry of a {operation.name}")
+    if operation.name == "while" or operand < scan_operands(operation)[0]:
         return dims
-    if operand < constants + carried:
-        return Lost("the carry of a scan")
     sliced, *kept = dims
-    if len(sliced) != 1 or sliced[0].offset or sliced[0].stride != 1:
+    if len(sliced) != 1:
         return Lost("a scan over part of an axis")
-    if sliced[0].axis is not None:
-        provenance.scanned[operation, leaf] = sliced[0].axis
+    axis = sliced[0].axis
+    if axis is not None:
+        if sliced[0] != Factor(axis, provenance.shapes[leaf][axis]):
+            return Lost("a scan over part of an axis")
+        provenance.scanned[operation, leaf] = axis
     return tuple(kept)
+
+
+def _carried(operation: Operation, operand: int) -> bool:
+    if operation.name == "while":
+        return operand >= operation.params["cond_nconsts"] + operation.params["body_nconsts"]
+    if operation.name == "scan":
+        constants, carried = scan_operands(operation)
+        return constants <= operand < constants + carried
+    return False
 
 
 def _propagate(operation: Operation, holding: list[Held], provenance: Provenance) -> None:
@@ -219,7 +267,8 @@ def _propagate(operation: Operation, holding: list[Held], provenance: Provenance
         held: dict[int, Dims | Lost] = {}
         for operand, leaves in enumerate(holding):
             for leaf, dims in leaves.items():
-                new = dims if isinstance(dims, Lost) else _through(operation, operand, dims, index)
+                shape = provenance.shapes[leaf]
+                new = dims if isinstance(dims, Lost) else _through(operation, operand, dims, shape, index)
                 held[leaf] = _combine(held[leaf], new, operation.name) if leaf in held else new
         provenance.held[output] = held
 
@@ -233,13 +282,13 @@ def _combine(known: Dims | Lost, new: Dims | Lost, name: str) -> Dims | Lost:
     return known if known == new else Lost(name)
 
 
-def _through(operation: Operation, operand: int, dims: Dims, output: int) -> Dims | Lost:
+def _through(operation: Operation, operand: int, dims: Dims, leaf: Sequence[int], output: int) -> Dims | Lost:
     value = operation.inputs[operand]
     shape, result = value_shape(value), operation.outputs[0].shape
     if axes.moves(operation):
         return _or_lost(axes.move(operation, dims, shape)[output], operation)
     if operation.name == "concatenate":
-        return _or_lost(axes.concatenated(operation, operand, dims), operation)
+        return _or_lost(axes.concatenated(operation, operand, dims, leaf), operation)
     if pointwise(operation):
         return axes.broadcast(dims, shape, result)
     if operation.name.startswith("reduce_") and "axes" in operation.params:

@@ -118,36 +118,52 @@ class _Reading:
     macs: int
 
 
-def build(program: Program, leaves: Sequence[Leaf]) -> Graph:
+def build(
+    program: Program,
+    leaves: Sequence[Leaf],
+    constants: Iterable[Value] = (),
+    batch: Iterable[Value] = (),
+) -> Graph:
     """Pair every leaf with its sites, or say why not.
 
     Args:
         program: a traced `function(params, ...)`, flattened.
         leaves: the leaves of `params`, in the order of the program's first inputs.
+        constants: inputs that are the same for every batch, such as running averages and masks.
+        batch: inputs that are the batch; all that is neither may be a mask or noise on a weight.
     """
     tagged = {
         value: {index: axes.of_weight(leaf.shape)}
         for index, (leaf, value) in enumerate(zip(leaves, program.inputs, strict=False))
         if leaf.floating
     }
-    provenance = trace_weights(program, tagged)
+    provenance = trace_weights(program, tagged, [leaf.shape for leaf in leaves], constants, batch)
     flows: dict[Program, Flow] = {}
     chosen = _contractions(provenance.uses)
+    # WeightNorm's scale reaches the product inside its weight: nothing is summed over it.
+    vectors = {use.leaf for use in chosen if len(leaves[use.leaf].shape) < 2 and not _sums_over(use)}
     sites: list[Site] = []
     reasons: dict[int, str] = {}
     for use in chosen:
+        if use.leaf in vectors:
+            continue
         flow = flows.setdefault(use.program, Flow(use.program, provenance))
         found = _site(use, leaves, flow)
         if isinstance(found, Site):
             sites.append(found)
         else:
             reasons[use.leaf] = reasons.get(use.leaf, found)
+    mixed = _mixed_stacks(sites)
+    reasons.update(dict.fromkeys(mixed, "used both inside a scan over its layers and outside of it"))
+    sites = [site for site in sites if site.leaf not in mixed]
     paired = {site.leaf for site in sites}
     unpaired, others = {}, {}
     for index, leaf in enumerate(leaves):
         if index in paired:
             continue
-        if index in reasons:
+        if index in vectors:
+            others[index] = "scale"
+        elif index in reasons:
             unpaired[index] = reasons[index]
         else:
             _without_site(index, leaf, [u for u in provenance.uses if u.leaf == index], unpaired, others)
@@ -166,6 +182,22 @@ def _contractions(uses: Iterable[Use]) -> list[Use]:
     ]
 
 
+def _mixed_stacks(sites: Sequence[Site]) -> set[int]:
+    """Leaves that one site takes layer by layer, and another whole."""
+    stacks: dict[int, set[frozenset[int | None]]] = {}
+    for site in sites:
+        stacks.setdefault(site.leaf, set()).add(frozenset(loop.axis for loop in site.loops) - {None})
+    return {leaf for leaf, found in stacks.items() if len(found) > 1}
+
+
+def _sums_over(use: Use) -> bool:
+    """Whether a contraction sums over an axis of the leaf."""
+    if use.operation is None or use.operation.name != "dot_general" or isinstance(use.dims, Lost):
+        return True
+    contract, _ = use.operation.params["dimension_numbers"]
+    return bool(axes.held(tuple(use.dims[i] for i in contract[use.operand])))
+
+
 def _site(use: Use, leaves: Sequence[Leaf], flow: Flow) -> Site | str:
     """The site of one contraction, or why it cannot be read."""
     assert use.operation is not None
@@ -175,6 +207,9 @@ def _site(use: Use, leaves: Sequence[Leaf], flow: Flow) -> Site | str:
     reading = _READERS[use.operation.name](use, use.dims, shape)
     if isinstance(reading, str):
         return reading
+    missing = _missing_axes(use, reading, shape)
+    if missing:
+        return f"its axis {missing[0]} was sliced, reversed or summed away before {use.consumer}"
     whole = axes.covers(reading.output_dims, reading.unit_axes, shape)
     if not whole or not (
         reading.kind == "embedding" or axes.covers(reading.input_dims, reading.input_axes, shape)
@@ -202,6 +237,15 @@ def _all_iterations(macs: int, loops: Sequence[Loop]) -> int | None:
     if any(loop.name == "while" for loop in loops):
         return None
     return macs * math.prod(loop.length for loop in loops if loop.length is not None)
+
+
+def _missing_axes(use: Use, reading: _Reading, shape: Sequence[int]) -> list[int]:
+    """Axes of the weight that are neither units nor inputs, nor layers of a scan, nor a kernel's window."""
+    if reading.kind == "conv":
+        return []
+    scanned = {loop.axis for loop in use.loops}
+    known = reading.unit_axes | reading.input_axes | scanned
+    return [axis for axis, size in enumerate(shape) if size > 1 and axis not in known]
 
 
 def _read_dot(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
@@ -233,6 +277,8 @@ def _read_conv(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
     else:
         input_dims[numbers.lhs_spec[1]] = (Factor(None, groups), *per_group)
     inputs, units = axes.held((per_group,)), axes.held((features,))
+    if groups > 1 and (len(inputs), len(units)) != (1, 1):
+        return "a grouped convolution whose kernel was reshaped before"
     macs = axes.positions(tuple(output_dims)) * math.prod(shape[axis] for axis in axes.held(dims))
     return _Reading("conv", data, tuple(input_dims), tuple(output_dims), units, inputs, groups, macs)
 
@@ -248,6 +294,8 @@ def _read_gather(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
     if len(rows) != 1 or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
         return "read by a gather over several axes"
     looked_up = axes.held((dims[rows[0]],))
+    if sum(shape[axis] > 1 for axis in axes.held(output_dims)) > 1:
+        return "whole matrices of it are looked up by a gather"
     indices = operation.inputs[1]
     units = axes.held(output_dims)
     return _Reading(
@@ -256,6 +304,14 @@ def _read_gather(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
 
 
 _READERS = {"dot_general": _read_dot, "conv_general_dilated": _read_conv, "gather": _read_gather}
+
+
+def _like_a_mask(use: Use, leaf: Leaf) -> bool:
+    """Whether a matrix meets data element by element: a weight under a mask, not a norm's scale."""
+    if use.operation is None or use.operation.name not in ("mul", "select_n"):
+        return False
+    matrix = sum(size > 1 for size in leaf.shape) > 1
+    return matrix and math.prod(use.operation.outputs[0].shape) == leaf.size
 
 
 def _without_site(
@@ -268,9 +324,11 @@ def _without_site(
         others[index] = "random key"
     elif not leaf.floating:
         others[index] = f"{jnp.dtype(leaf.dtype).name} array"
+    elif any(_like_a_mask(use, leaf) for use in uses):
+        unpaired[index] = "multiplied by an input of its own shape (a mask? pass it as a keyword argument)"
     elif elementwise:
         others[index] = elementwise[0]
-    elif len(leaf.shape) < 2:
+    elif sum(size > 1 for size in leaf.shape) < 2:
         others[index] = f"consumed by {opaque[0]}" if opaque else OUTPUT if roles else "unused"
     elif opaque:
         unpaired[index] = f"consumed by {opaque[0]}, which has no rule"
