@@ -272,7 +272,7 @@ READ = {
     "scanned": (_scanned(lambda w: w), STACK, {}),
 }
 NOT_READ = {
-    "layers of a stack, one by one": (_each, STACK, "axis 0"),
+    "layers of a stack, one by one": (_each, STACK, "before dot_general"),
     "a scan over part of a stack": (_scanned(lambda w: w[:2]), STACK, "part of an axis"),
     "a scan over a stack reversed": (_scanned(lambda w: w[::-1]), STACK, "axis 0"),
     "units reversed": (lambda p, x: x @ p["w"][:, ::-1], W, "axis 1"),
