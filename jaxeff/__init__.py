@@ -14,10 +14,11 @@ from importlib.metadata import version as _version
 from jaxeff import importance as importance
 from jaxeff import metrics as metrics
 from jaxeff.analysis import analyze as analyze
+from jaxeff.collection import collect as collect
+from jaxeff.models import from_nnx as from_nnx
 from jaxeff.recommendations import Recommendation as Recommendation
 from jaxeff.report import Report as Report
 from jaxeff.statistics import Statistics as Statistics
-from jaxeff.statistics import collect as collect
 from jaxeff.statistics import merge as merge
 
 __version__ = _version("jaxeff")

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxeff import importance, layers, models, others, totals
+from jaxeff import importance, layers, leaves, others, totals
+from jaxeff.collection import collect
 from jaxeff.importance import Criterion
 from jaxeff.records import Activity, ModuleReport
 from jaxeff.report import Report
-from jaxeff.statistics import Place, Statistics, collect
+from jaxeff.statistics import Place, Statistics
 
 
 def analyze(
@@ -57,8 +58,8 @@ def analyze(
     1.0
     """
     chosen = importance.criterion_named(criterion)
-    core, _ = models.split_variables(params)
-    named = models.named_leaves(core)
+    core, _ = leaves.split_variables(params)
+    named = leaves.named_leaves(core)
     if statistics is None and apply_fn is not None and batch is not None:
         statistics = collect(params, apply_fn, batch, rngs=rngs, **apply_kwargs)
     elif statistics is None and (apply_fn is not None or batch is not None):
@@ -69,7 +70,7 @@ def analyze(
     elif statistics is not None and (apply_fn is not None or batch is not None):
         raise ValueError("pass `statistics`, or `apply_fn` and `batch`, not both")
     if statistics is None:
-        chosen, statistics = importance.magnitude, Statistics((), (), _places_by_shape(named))
+        chosen, statistics = importance.magnitude, Statistics((), (), {}, _places_by_shape(named))
     _check_places(named, statistics)
     return _report(chosen, tuple(named), tuple(named.values()), statistics)
 

@@ -458,6 +458,43 @@ def swiglu() -> Network:
     return Network(module, drawn(module, x), (x,), {}, sites)
 
 
+class Fused(nn.Module):
+    """Layers whose output is taken apart: halves, every other unit, heads of which none is gated."""
+
+    @nn.compact
+    def __call__(self, x):
+        gate, up = jnp.split(nn.Dense(20, name="halves")(x), 2, axis=-1)
+        y = nn.Dense(14, use_bias=False, name="turns")(nn.silu(gate) * up)
+        y = nn.sigmoid(y[..., ::2]) * jnp.tanh(y[..., 1::2])
+        y = nn.Dense(12, name="stacked")(y).reshape(*y.shape[:-1], 3, 4)
+        return nn.Dense(3, name="head")(nn.relu(y[..., 0, :]) + y[..., 1, :] * y[..., 2, :])
+
+
+def fused() -> Network:
+    module, x = Fused(), normal(16, 6)
+
+    def parts(name: str, *nonlinearities: Callable[[Array], Array], every: bool = False):
+        def emits(seen: Seen) -> Array:
+            emitted = np.array(seen[name])
+            count = len(nonlinearities)
+            size = emitted.shape[-1] // count
+            for i, nonlinearity in enumerate(nonlinearities):
+                own = np.s_[..., i::count] if every else np.s_[..., i * size : (i + 1) * size]
+                emitted[own] = nonlinearity(emitted[own])
+            return emitted
+
+        return emits
+
+    identity = BY_NAME["identity"]
+    sites = (
+        Site("halves/kernel", "dense", "silu/identity", (1,), parts("halves", BY_NAME["silu"], identity)),
+        Site("turns/kernel", "dense", "sigmoid/tanh", (1,), parts("turns", sigmoid, np.tanh, every=True)),
+        Site("stacked/kernel", "dense", "relu/identity", (1,), parts("stacked", relu, identity, identity)),
+        Site("head/kernel", "dense", "identity", (1,)),
+    )
+    return Network(module, drawn(module, x), (x,), {}, sites)
+
+
 class Normalised(nn.Module):
     """A norm mixes units before the relu: each Dense keeps its own output."""
 
@@ -608,6 +645,7 @@ _BUILDERS: Mapping[str, Callable[[], Network]] = {
     "dropout": dropout,
     "bare": bare,
     "swiglu": swiglu,
+    "fused": fused,
     "normalised": normalised,
     "lstm": lstm,
     "scanned": scanned,

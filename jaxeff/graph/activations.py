@@ -3,7 +3,8 @@
 The pre-activation is the contraction's output with its own bias. The post-activation is the first
 nonlinearity that it reaches through pointwise operations: bias, the affine part of a norm, dropout,
 adding or gating with other data. Where a reduction, another contraction or a normalisation across
-units comes first, the pre-activation stands for both. Imports `program`, `axes`, `nonlinearities`,
+units comes first, the pre-activation stands for both. A fused layer whose output is split (the gates of
+a recurrent cell, a gated linear unit) is followed part by part. Imports `program`, `axes`, `nonlinearities`,
 `provenance`.
 """
 
@@ -21,15 +22,41 @@ from jaxeff.graph.provenance import Lost, Provenance, value_shape
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Emission:
+    """What some of a weight's units emit.
+
+    Attributes:
+        value: the post-activation.
+        dims: where the weight's axes stand in it.
+        shape: the weight's, where these units alone stand along `axis`.
+        axis: of the weight, along which these units are some of many; None for all units.
+        indices: of these units along it.
+        nonlinearity: its name.
+    """
+
+    value: Value
+    dims: Dims
+    shape: tuple[int, ...]
+    axis: int | None
+    indices: tuple[int, ...]
+    nonlinearity: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Activation:
-    """Values before and after the nonlinearity, with the weight's axes in their dimensions."""
+    """Values before and after the nonlinearity, with the weight's axes in their dimensions.
+
+    `post` has one emission, or several that hold each unit once; their names are joined by '/'.
+    """
 
     pre: Value
     pre_dims: Dims
-    post: Value
-    post_dims: Dims
-    nonlinearity: str
+    post: tuple[Emission, ...]
     bias: int | None
+
+    @property
+    def nonlinearity(self) -> str:
+        return "/".join(dict.fromkeys(emission.nonlinearity for emission in self.post))
 
 
 class Flow:
@@ -60,11 +87,36 @@ def follow(flow: Flow, output: Value, dims: Dims, shapes: Sequence[tuple[int, ..
         leaf: the weight's index among them.
     """
     pre, pre_dims, bias = _add_bias(flow, output, dims, shapes, leaf)
-    reach = _Reach(flow, output, dims, shapes[leaf])
+    post = _emissions(flow, output, dims, shapes[leaf])
+    if all(emission.nonlinearity == "identity" for emission in post):
+        post = [Emission(pre, pre_dims, shapes[leaf], None, (), "identity")]
+    return Activation(pre, pre_dims, tuple(post), bias)
+
+
+def _emissions(flow: Flow, output: Value, dims: Dims, shape: tuple[int, ...]) -> list[Emission]:
+    """What the units emit: together where they reach a nonlinearity together, else part by part."""
+    reach = _Reach(flow, output, dims, shape)
     post = reach.first_nonlinearity()
-    if post is None:
-        return Activation(pre, pre_dims, pre, pre_dims, "identity", bias)
-    return Activation(pre, pre_dims, post, reach.images[post].dims, reach.name(post), bias)
+    if post is not None:
+        return [Emission(post, reach.images[post].dims, shape, None, (), reach.name(post))]
+    parts = reach.parts()
+    if not parts:
+        return [Emission(output, dims, shape, None, (), "identity")]
+    return [emission for value, part in parts for emission in _emissions_of_part(flow, value, part)]
+
+
+def _emissions_of_part(flow: Flow, value: Value, part: axes.Part) -> list[Emission]:
+    found = _emissions(flow, value, part.dims, part.shape)
+    if any(emission.axis not in (None, part.axis) for emission in found):
+        found = [Emission(value, part.dims, part.shape, None, (), "identity")]
+    return [
+        dataclasses.replace(
+            emission,
+            axis=part.axis,
+            indices=tuple(part.indices[i] for i in emission.indices) if emission.indices else part.indices,
+        )
+        for emission in found
+    ]
 
 
 def _add_bias(
@@ -161,6 +213,7 @@ class _Reach:
         self.flow = flow
         self.shape = shape
         self.images: dict[Value, _Image] = {output: _Image(dims, True, output)}
+        self.partial: dict[Value, list[tuple[Value, axes.Part]]] = {}
         self.statistics: dict[Value, _Statistic] = {}
         self.normalised: set[Value] = set()
         self.normalisers: set[Value] = set()
@@ -181,6 +234,15 @@ class _Reach:
             if self._stands(value):
                 return self._last_step(value)
         return None
+
+    def parts(self) -> list[tuple[Value, axes.Part]]:
+        """The first values that together hold each unit once, where an affine image is split."""
+        for found in self.partial.values():
+            axis = found[0][1].axis
+            held = sorted(index for _, part in found if part.axis == axis for index in part.indices)
+            if held == list(range(self.shape[axis])):
+                return found
+        return []
 
     def _stands(self, value: Value) -> bool:
         return not self.images[value].affine and value not in self.normalisers and self._complete(value)
@@ -253,7 +315,14 @@ class _Reach:
                 self.statistics[result] = dataclasses.replace(known, dims=dims or axes.of_data(result.shape))
             elif dims is not None and axes.covers(dims, axes.held(known.dims), self.shape):
                 self.images[result] = dataclasses.replace(known, dims=dims)
+            elif dims is not None and known.affine:
+                self._divide(source, result, dims, axes.held(known.dims))
         return True
+
+    def _divide(self, source: Value, result: Value, dims: Dims, held: frozenset[int]) -> None:
+        part = axes.part(dims, held, self.shape)
+        if part is not None:
+            self.partial.setdefault(source, []).append((result, part))
 
     def _reduce(self, operation: Operation) -> bool:
         source, result = operation.inputs[0], operation.outputs[0]

@@ -9,6 +9,7 @@ Imports `program` alone.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -58,10 +59,54 @@ def covers(dims: Dims, axes: frozenset[int], shape: Sequence[int]) -> bool:
 
 
 def _covers(dims: Dims, axis: int, size: int) -> bool:
-    factors = [factor for dim in dims for factor in dim if factor.axis == axis]
+    factors = _factors_of(dims, axis)
     if len(factors) == 1 and factors[0].stride == 1:
         return factors[0].offset <= 0 and factors[0].offset + factors[0].size >= size
-    return math.prod(factor.size for factor in factors) == size and bool(factors)
+    whole = math.prod(factor.size for factor in factors) == size
+    return whole and not sum(factor.offset for factor in factors) and bool(factors)
+
+
+def _factors_of(dims: Dims, axis: int) -> list[Factor]:
+    return [factor for dim in dims for factor in dim if factor.axis == axis]
+
+
+class Part(NamedTuple):
+    """Some of the units along one axis of a weight, as an axis of its own.
+
+    Attributes:
+        axis: of the weight.
+        indices: along it, ascending.
+        dims: where the weight's axes stand, with these units as the whole axis.
+        shape: the weight's, with these units as the whole axis.
+    """
+
+    axis: int
+    indices: tuple[int, ...]
+    dims: Dims
+    shape: tuple[int, ...]
+
+
+def part(dims: Dims, axes: frozenset[int], shape: Sequence[int]) -> Part | None:
+    """What an array holds of a weight, where that is part of one axis and all of the others."""
+    partial = [axis for axis in axes if not _covers(dims, axis, shape[axis])]
+    if len(partial) != 1:
+        return None
+    (axis,) = partial
+    factors = sorted(_factors_of(dims, axis), key=lambda factor: -factor.stride)
+    grid = np.zeros((), int)
+    for factor in factors:
+        grid = grid[..., None] + factor.offset + factor.stride * np.arange(factor.size)
+    indices = grid.ravel()
+    inside = indices.size and indices.min() >= 0 and indices.max() < shape[axis]
+    if not factors or not inside or np.any(np.diff(indices) <= 0):
+        return None
+    strides = dict(zip(factors, np.cumprod([1, *[f.size for f in factors[:0:-1]]])[::-1], strict=True))
+    renumbered = tuple(
+        tuple(f._replace(stride=int(strides[f]), offset=0) if f.axis == axis else f for f in dim)
+        for dim in dims
+    )
+    cut = tuple(indices.size if i == axis else size for i, size in enumerate(shape))
+    return Part(axis, tuple(indices.tolist()), renumbered, cut)
 
 
 def move(operation: Operation, dims: Dims, shape: Sequence[int]) -> list[Dims | None]:
@@ -106,7 +151,9 @@ def _reshape(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params
     """Split and join factors so that they fill the new dimensions, major first."""
     if params.get("dimensions") is not None:
         return None
-    left = [factor for dim in dims for factor in dim if factor.size != 1]
+    factors = [factor for dim in dims for factor in dim]
+    kept = tuple(factor for factor in factors if factor.size != 1)
+    left = list(_shifted((kept,), [factor for factor in factors if factor.size == 1])[0])
     filled: list[tuple[Factor, ...]] = []
     for size in result:
         dim: list[Factor] = []
@@ -115,8 +162,6 @@ def _reshape(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params
             if not left:
                 return None
             factor = left.pop(0)
-            if factor.offset and needed != factor.size:
-                return None
             if needed % factor.size == 0:
                 dim.append(factor)
                 needed //= factor.size
@@ -137,7 +182,16 @@ def _transpose(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], para
 
 def _squeeze(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: Mapping) -> Dims:
     dropped = {i % len(dims) for i in params["dimensions"]}
-    return tuple(dim for i, dim in enumerate(dims) if i not in dropped)
+    kept = tuple(dim for i, dim in enumerate(dims) if i not in dropped)
+    return _shifted(kept, [factor for i in dropped for factor in dims[i]])
+
+
+def _shifted(dims: Dims, dropped: Sequence[Factor]) -> Dims:
+    """The dims without some factors of size 1: their offsets go to another factor of their axis."""
+    shifts: Counter[int | None] = Counter()
+    for factor in dropped:
+        shifts[factor.axis] += factor.offset
+    return tuple(tuple(f._replace(offset=f.offset + shifts.pop(f.axis, 0)) for f in dim) for dim in dims)
 
 
 def _broadcast_in_dim(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: Mapping) -> Dims:
@@ -159,7 +213,7 @@ def _slice(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: 
     strides = params["strides"] or (1,) * len(shape)
     moved: list[tuple[Factor, ...]] = []
     for dim, start, kept, stride in zip(dims, params["start_indices"], result, strides, strict=True):
-        cut = _cut(dim, start, kept) if stride == 1 else None
+        cut = _cut(dim, start, kept, stride)
         if cut is None:
             return None
         moved.append(cut)
@@ -175,16 +229,18 @@ def _split(dims: Dims, params: Mapping) -> list[Dims | None]:
     return parts
 
 
-def _cut(dim: tuple[Factor, ...], start: int, size: int) -> tuple[Factor, ...] | None:
+def _cut(dim: tuple[Factor, ...], start: int, size: int, stride: int = 1) -> tuple[Factor, ...] | None:
     """`size` elements of a dimension from `start`: of a product of factors, whole steps of the first."""
     if not dim or size == math.prod(factor.size for factor in dim):
         return dim
     first, *rest = dim
     minor = math.prod(factor.size for factor in rest)
-    if start % minor or size % minor:
+    if start % minor or size % minor or (stride > 1 and rest):
         return None
-    offset = first.offset + start // minor * first.stride if first.axis is not None else 0
-    return (first._replace(size=size // minor, offset=offset), *rest)
+    if first.axis is None:
+        return (first._replace(size=size // minor), *rest)
+    offset = first.offset + start // minor * first.stride
+    return (first._replace(size=size // minor, stride=first.stride * stride, offset=offset), *rest)
 
 
 _MOVES = {

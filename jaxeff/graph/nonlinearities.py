@@ -188,6 +188,16 @@ CATALOGUE: Mapping[str, Callable[[Array], Array]] = {
 }
 
 
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    "tanh": (-1, 1),
+    "sigmoid": (0, 1),
+    "hard_tanh": (-1, 1),
+    "hard_sigmoid": (0, 1),
+    "soft_sign": (-1, 1),
+}
+"""Between which values a nonlinearity levels off on both sides."""
+
+
 def recognise(
     operations: Sequence[Operation], start: Value, end: Value, constants: Mapping[Value, Any]
 ) -> str:

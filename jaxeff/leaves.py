@@ -1,0 +1,105 @@
+"""The arrays that a user passes: what they are called, and whether they are arrays at all.
+
+Imports nothing of jaxeff.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+Path = str
+
+
+def split_variables(params: Any) -> tuple[Any, dict[str, Any]]:
+    """The `params` collection and the other collections of a variables dict.
+
+    >>> split_variables({"params": {"w": 1.0}, "batch_stats": {"mean": 0.0}})
+    ({'w': 1.0}, {'batch_stats': {'mean': 0.0}})
+    """
+    if is_variables(params):
+        # Intermediates left over from `init` would be appended to, and shadow this run's.
+        rest = {name: value for name, value in params.items() if name not in ("params", "intermediates")}
+        return params["params"], rest
+    return params, {}
+
+
+def is_variables(params: Any) -> bool:
+    """Whether these are Linen variables, rather than one collection or an NNX state."""
+    return isinstance(params, Mapping) and not isinstance(params, nnx.State) and "params" in params
+
+
+def named_leaves(params: Any) -> dict[Path, Any]:
+    """The leaves of `params` by path ('block_0/Dense_0/kernel'), each checked to be an array.
+
+    Raises:
+        TypeError: a leaf is no array of numbers.
+        ValueError: there are no leaves, or two have one path.
+    """
+    if hasattr(params, "apply_fn") and hasattr(params, "params"):
+        raise TypeError(f"`params` is a {type(params).__name__}: pass its `.params`")
+    if isinstance(params, nnx.Module):
+        raise TypeError(
+            f"`params` is the module {type(params).__name__} itself: pass what "
+            "`params, apply_fn = jaxeff.from_nnx(model)` gives"
+        )
+    named: dict[Path, Any] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        path = "/".join(key_name(key) for key in _unboxed(keys))
+        if not is_array(leaf):
+            where = f"holds a {type(leaf).__name__} at {path!r}" if path else f"is a {type(leaf).__name__}"
+            raise TypeError(f"`params` {where}: every leaf must be an array of numbers")
+        if path in named:
+            raise ValueError(f"`params` has two leaves with the path {path!r}")
+        named[path] = leaf
+    if not named:
+        raise ValueError(f"`params` has no arrays, got {params!r}: pass the trained parameters")
+    return named
+
+
+def batch_size(batch: tuple) -> int | None:
+    """The leading size of the first array of a batch; None where it holds numbers alone.
+
+    Raises:
+        TypeError: a leaf is no array of numbers.
+        ValueError: an array holds no examples, or there are no arrays.
+    """
+    sizes: list[int] = []
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        if not is_array(leaf):
+            raise TypeError(
+                f"`batch` holds a {type(leaf).__name__} at {jax.tree_util.keystr(keys)}: it must be an "
+                "array of numbers, a tree of them, or a tuple of several inputs; encode text first"
+            )
+        if jnp.size(leaf) == 0:
+            raise ValueError(f"`batch` is empty: an array of shape {jnp.shape(leaf)} holds no examples")
+        if jnp.ndim(leaf):
+            sizes.append(jnp.shape(leaf)[0])
+    if not jax.tree.leaves(batch):
+        raise ValueError("`batch` holds no arrays: pass the model's input")
+    return sizes[0] if sizes else None
+
+
+def is_array(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray):
+        return leaf.dtype.kind in "biuf" or jnp.issubdtype(leaf.dtype, jnp.floating)
+    return isinstance(leaf, (jax.Array, np.number, np.bool_, bool, int, float))
+
+
+def key_name(key: Any) -> str:
+    """One key of a pytree path as a part of a name."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _unboxed(keys: tuple) -> tuple:
+    # A boxed parameter (nn.Partitioned, nnx.Param) adds a last key `.value`.
+    boxed = len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value"
+    return keys[:-1] if boxed else keys

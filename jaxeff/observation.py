@@ -1,0 +1,311 @@
+"""Runs a model under observation: what its units emit, reduced where the activations are made.
+
+In: a `Model`'s function, its arrays and what is known of them. Out: the sites' and modules'
+statistics and a place for every leaf of `params`. The activations themselves are never kept.
+Imports `functions`, `graph`, `statistics`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxeff import graph
+from jaxeff.functions import Function
+from jaxeff.graph import axes
+from jaxeff.graph.axes import Dims
+from jaxeff.graph.nonlinearities import BOUNDS
+from jaxeff.graph.program import Value
+from jaxeff.precision import widened
+from jaxeff.statistics import ModuleStatistics, Place, SiteStatistics, Statistics, UnitStatistics
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def observe(
+    function: Function,
+    paths: Sequence[str],
+    origins: Sequence[str],
+    batch_size: int | None,
+    params: Any,
+    inputs: Any,
+) -> Statistics:
+    """Run `function(params, inputs)` once and sum what its units take in and emit.
+
+    Args:
+        paths: of the leaves of `params`.
+        origins: of the leaves of `inputs`, as `models.Model` has them.
+        batch_size: examples, to give multiply-accumulates of one.
+    """
+    found, modules = trace(function, paths, origins, params, inputs)
+    watch = _Watch()
+    roles = [_watch_site(watch, site, found.leaves[site.leaf].shape) for site in found.sites]
+    outputs = [(path, watch.add(value, _last_axis(value))) for path, value in modules]
+    _, observed = graph.evaluate(found.program, jax.tree.leaves((params, inputs)), watch.observers())
+
+    def seen(watched: _Watched) -> UnitStatistics:
+        return observed[watched[0]][watched[1]]
+
+    sites = tuple(
+        _site_statistics(
+            site, found.leaves, batch_size, seen(input), seen(pre), _joined(site, [*map(seen, post)], found)
+        )
+        for site, (input, pre, post) in zip(found.sites, roles, strict=True)
+    )
+    return Statistics(
+        sites, tuple(ModuleStatistics(path, seen(watched)) for path, watched in outputs), {}, _places(found)
+    )
+
+
+def trace(
+    function: Function, paths: Sequence[str], origins: Sequence[str], params: Any, inputs: Any
+) -> tuple[graph.Graph, list[tuple[str, Value]]]:
+    """The model's graph, and the captured module outputs in execution order."""
+    try:
+        closed, (outputs, captured) = jax.make_jaxpr(function, return_shape=True)(params, inputs)
+    except jax.errors.UnexpectedTracerError:
+        # Flax captured a value out of a transformation (a module called inside nn.cond, say).
+        plain = function.without_capture()
+        closed, (outputs, captured) = jax.make_jaxpr(plain, return_shape=True)(params, inputs)
+    program = graph.flatten(closed)
+    leaves = [
+        graph.Leaf(path, tuple(jnp.shape(leaf)), jnp.result_type(leaf))
+        for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
+    ]
+    values = program.outputs[len(jax.tree.leaves(outputs)) :]
+    given = list(zip(program.inputs[len(leaves) :], origins, strict=True))
+    constants, batch = ([v for v, origin in given if origin == kind] for kind in ("constant", "batch"))
+    found = graph.build(program, leaves, constants, batch)
+    # What holds no data is no activation: OptimizedLSTMCell's submodules return their kernels.
+    modules = [
+        (path, value)
+        for path, value in zip(sorted(captured), values, strict=True)
+        if isinstance(value, Value) and found.provenance.is_data(value)
+    ]
+    made = {value: i for i, operation in enumerate(program.operations) for value in operation.outputs}
+    return found, sorted(modules, key=lambda module: made.get(module[1], -1))
+
+
+_Reduction = Callable[[jax.Array], UnitStatistics]
+_Watched = tuple[Value, int]
+
+
+class _Watch:
+    """Which values to reduce while the program runs, and how: each value may be asked for several times."""
+
+    def __init__(self) -> None:
+        self._reductions: dict[Value, list[_Reduction]] = {}
+
+    def add(self, value: Value, reduction: _Reduction) -> _Watched:
+        """Ask for a reduction; the answer will be `observed[value][i]`. Equal ones are made once."""
+        asked = self._reductions.setdefault(value, [])
+        if reduction not in asked:
+            asked.append(reduction)
+        return value, asked.index(reduction)
+
+    def observers(self) -> graph.Observers:
+        reductions = {
+            value: functools.partial(_reduce_all, asked) for value, asked in self._reductions.items()
+        }
+        return graph.Observers(reductions, _add_all)
+
+
+def _reduce_all(reductions: Sequence[_Reduction], array: jax.Array) -> list[UnitStatistics]:
+    return [reduction(array) for reduction in reductions]
+
+
+def _add_all(first: Sequence[UnitStatistics], second: Sequence[UnitStatistics]) -> list[UnitStatistics]:
+    return [a + b for a, b in zip(first, second, strict=True)]
+
+
+def _watch_site(
+    watch: _Watch, site: graph.Site, shape: tuple[int, ...]
+) -> tuple[_Watched, _Watched, list[_Watched]]:
+    activation = site.activation
+    pre = _OverAxes(activation.pre_dims, site.unit_axes, shape)
+    # The parts of a fused layer are joined: all count their saturated values, or none.
+    bounded = any(emission.nonlinearity in BOUNDS for emission in activation.post)
+    post = [
+        _OverAxes(e.dims, site.unit_axes, e.shape, _edges(e.nonlinearity) if bounded else None)
+        for e in activation.post
+    ]
+    return (
+        watch.add(site.input, _over_input(site, shape)),
+        watch.add(activation.pre, pre),
+        [watch.add(e.value, reduction) for e, reduction in zip(activation.post, post, strict=True)],
+    )
+
+
+def _edges(nonlinearity: str) -> tuple[float, float]:
+    """Beyond which values are within 1 % of a bound: there the slope has all but gone."""
+    low, high = BOUNDS.get(nonlinearity, (-jnp.inf, jnp.inf))
+    margin = 0.01 * (high - low) if nonlinearity in BOUNDS else 0
+    return low + margin, high - margin
+
+
+def _joined(site: graph.Site, parts: Sequence[UnitStatistics], found: graph.Graph) -> UnitStatistics:
+    """The statistics of all units from those of the parts that a fused layer is split into."""
+    emissions = site.activation.post
+    axis = emissions[0].axis
+    if axis is None:
+        (whole,) = parts
+        return whole
+    order = jnp.argsort(jnp.asarray([index for emission in emissions for index in emission.indices]))
+    # From the end: a scan puts its iterations in front.
+    along = axis - len(found.leaves[site.leaf].shape)
+
+    def join(*sums: jax.Array) -> jax.Array:
+        return jnp.take(jnp.concatenate(sums, along), order, along)
+
+    joined = jax.tree.map(join, *(dataclasses.replace(part, count=part.zeros) for part in parts))
+    return dataclasses.replace(joined, count=parts[0].count)
+
+
+def _over_input(site: graph.Site, shape: tuple[int, ...]) -> _Reduction:
+    if site.kind == "embedding":
+        return functools.partial(_count_rows, next(iter(site.input_axes)), shape)
+    if site.groups == 1:
+        return _OverAxes(site.input_dims, site.input_axes, shape)
+    return functools.partial(_grouped_input, site, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OverAxes:
+    """Reduces an array to the given axes of a weight; values beyond the edges count as saturated."""
+
+    dims: Dims
+    kept: frozenset[int]
+    shape: tuple[int, ...]
+    edges: tuple[float, float] | None = None
+
+    def __call__(self, array: jax.Array) -> UnitStatistics:
+        wide = widened(array)
+        magnitude = jnp.abs(wide)
+        maximum = self._reduce(magnitude, jnp.max)
+        return UnitStatistics(
+            self._reduce(magnitude, jnp.sum),
+            self._reduce(jnp.square(wide), jnp.sum),
+            maximum,
+            self._count(wide == 0, wide.dtype),
+            jnp.asarray(array.size // maximum.size, wide.dtype),
+            self._saturated(wide),
+        )
+
+    def _saturated(self, array: jax.Array) -> jax.Array | None:
+        if self.edges is None:
+            return None
+        low, high = self.edges
+        return self._count((array <= low) | (array >= high), array.dtype)
+
+    def _reduce(self, array: jax.Array, reduction: Callable[..., jax.Array]) -> jax.Array:
+        return axes.reduce_to_axes(self.dims, self.kept, self.shape, array, reduction)
+
+    def _count(self, hits: jax.Array, dtype: Any) -> jax.Array:
+        # Summed as floats: XLA's CPU takes five times longer over integers.
+        return self._reduce(jnp.where(hits, jnp.ones((), dtype), 0), jnp.sum)
+
+
+def _last_axis(value: Value) -> _Reduction:
+    units = len(value.shape) - 1
+    dims = (*axes.of_data(value.shape[:-1]), (axes.Factor(0, value.shape[units]),))
+    return _OverAxes(dims, frozenset({0}), value.shape[-1:])
+
+
+def _count_rows(axis: int, shape: tuple[int, ...], indices: jax.Array) -> UnitStatistics:
+    """An embedding's input, seen as one-hot rows: how often each row was looked up."""
+    rows = jnp.zeros(shape[axis], jnp.int32).at[indices.ravel()].add(1).astype(jnp.float32)
+    rows = rows.reshape([size if i == axis else 1 for i, size in enumerate(shape)])
+    count = jnp.asarray(indices.size, jnp.float32)
+    return UnitStatistics(rows, rows, (rows > 0).astype(jnp.float32), count - rows, count)
+
+
+def _grouped_input(site: graph.Site, shape: tuple[int, ...], array: jax.Array) -> UnitStatistics:
+    """A grouped convolution's input: which channel a kernel element meets depends on its output's group."""
+    (inputs,), (outputs,) = site.input_axes, site.unit_axes
+    channels = (site.groups, shape[inputs])
+    dims = tuple(_numbered(dim) for dim in site.input_dims)
+    per_channel = _OverAxes(dims, frozenset({0, 1}), channels)(array)
+    laid = [size if axis in (inputs, outputs) else 1 for axis, size in enumerate(shape)]
+
+    def lay(sums: jax.Array) -> jax.Array:
+        if sums.ndim == 0:
+            return sums
+        spread = jnp.repeat(sums, shape[outputs] // site.groups, axis=0)
+        return (spread if outputs < inputs else spread.T).reshape(laid)
+
+    return jax.tree.map(lay, per_channel)
+
+
+def _numbered(dim: tuple[axes.Factor, ...]) -> tuple[axes.Factor, ...]:
+    # The channels' dimension is (groups, channels of a group): axes 0 and 1 of what is kept.
+    return tuple(axes.Factor(i, factor.size) for i, factor in enumerate(dim)) if len(dim) == 2 else dim
+
+
+def _site_statistics(
+    site: graph.Site,
+    leaves: Sequence[graph.Leaf],
+    batch_size: int | None,
+    input: UnitStatistics,
+    pre: UnitStatistics,
+    post: UnitStatistics,
+) -> SiteStatistics:
+    bias = site.activation.bias
+    return SiteStatistics(
+        path=leaves[site.leaf].path,
+        kind=site.kind,
+        nonlinearity=site.activation.nonlinearity,
+        bias=None if bias is None else leaves[bias].path,
+        unit_axes=tuple(sorted(site.unit_axes)),
+        input_axes=tuple(sorted(site.input_axes)),
+        layer_axes=tuple(sorted(loop.axis for loop in site.loops if loop.axis is not None)),
+        macs=_per_example(site.macs, batch_size),
+        input=_over_iterations(input, site.loops),
+        pre=_over_iterations(pre, site.loops),
+        post=_over_iterations(post, site.loops),
+    )
+
+
+def _per_example(macs: int | None, batch_size: int | None) -> int | None:
+    return macs // batch_size if macs is not None and batch_size and macs % batch_size == 0 else None
+
+
+def _over_iterations(seen: UnitStatistics, loops: Sequence[graph.Loop]) -> UnitStatistics:
+    """Fold the leading axes that scans have added: layers become an axis of the weight, time is summed."""
+    scans = [loop for loop in loops if loop.name == "scan"]
+    rank = seen.absolute_sum.ndim - len(scans)
+    count = seen.count.reshape(*seen.count.shape, *(1,) * rank)
+    folded = dataclasses.replace(seen, count=count)
+    for position, loop in reversed(list(enumerate(scans))):
+        folded = _sum_iterations(folded, position) if loop.axis is None else _lay(folded, position, loop.axis)
+    whole = folded.count.size == 1
+    return dataclasses.replace(folded, count=folded.count.reshape(())) if whole else folded
+
+
+def _sum_iterations(seen: UnitStatistics, position: int) -> UnitStatistics:
+    summed = jax.tree.map(lambda sums: jnp.sum(sums, axis=position), seen)
+    return dataclasses.replace(summed, maximum=jnp.max(seen.maximum, axis=position))
+
+
+def _lay(seen: UnitStatistics, position: int, axis: int) -> UnitStatistics:
+    """Move the axis of iterations to where the weight stacks its layers, which has size 1 so far."""
+
+    def lay(sums: jax.Array) -> jax.Array:
+        moved = jnp.moveaxis(sums, position, position + axis)
+        shape = list(moved.shape)
+        del shape[position + axis + 1]
+        return moved.reshape(shape)
+
+    return jax.tree.map(lay, seen)
+
+
+def _places(found: graph.Graph) -> tuple[Place, ...]:
+    def place(index: int) -> Place:
+        leaf = found.leaves[index]
+        role = found.others.get(index, "weight") if leaf.size else "empty"
+        return Place(leaf.path, leaf.shape, str(jnp.dtype(leaf.dtype)), role, found.unpaired.get(index))
+
+    return tuple(place(index) for index in found.order)

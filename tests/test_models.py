@@ -1,0 +1,157 @@
+"""Models of any make are one function: the same network gives the same report however it is written."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from networks import drawn, normal
+
+import jaxeff
+
+ROWS = ("nonlinearity", "kind", "unit_axes", "macs")
+
+
+class LinenNet(nn.Module):
+    """Convolution, BatchNorm, dropout, attention and a recurrent cell, in one chain."""
+
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(6, (3, 3), name="conv")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not self.train, momentum=0.9, name="norm")(x))
+        x = x.reshape(x.shape[0], -1, 8)
+        x = nn.Dropout(0.5, deterministic=not self.train, name="dropout")(x)
+        x = nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(x)
+        x = nn.LayerNorm(name="layer_norm")(x)
+        x = nn.gelu(nn.Dense(10, name="expand")(x))
+        x = nn.RNN(nn.GRUCell(5, name="cell"), name="rnn")(x)
+        return nn.Dense(3, name="head")(x)
+
+
+class NNXNet(nnx.Module):
+    """The same, with the same names; but for the GRU, whose gates NNX fuses into one kernel a side."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(2, 6, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(6, momentum=0.9, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.layer_norm = nnx.LayerNorm(8, rngs=rngs)
+        self.expand = nnx.Linear(8, 10, rngs=rngs)
+        self.rnn = nnx.RNN(nnx.GRUCell(10, 5, rngs=rngs))
+        self.head = nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.conv(x)))
+        x = self.dropout(x.reshape(x.shape[0], -1, 8))
+        x = self.layer_norm(self.attention(x))
+        return self.head(self.rnn(nnx.gelu(self.expand(x))))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """The two networks with the same parameters and running averages, and a batch."""
+    x = normal(4, 4, 4, 2)
+    variables = drawn(LinenNet(), x)
+    model = NNXNet(nnx.Rngs(0))
+    model.eval()
+    params = dict(variables["params"])
+    cell = params.pop("cell")
+    gates = [cell[f"i{gate}"] for gate in "rzn"]
+    params["rnn"] = {
+        "cell": {
+            "dense_i": {name: jnp.concatenate([gate[name] for gate in gates], -1) for name in gates[0]},
+            "dense_h": {"kernel": jnp.concatenate([cell[f"h{gate}"]["kernel"] for gate in "rzn"], -1)},
+        }
+    }
+    # Linen's candidate adds its bias inside the reset gate, NNX's has none there.
+    variables["params"]["cell"]["hn"]["bias"] = jnp.zeros(5)
+    nnx.update(model, nnx.State(params))
+    nnx.update(model, nnx.State({"norm": variables["batch_stats"]["norm"]}))
+    return variables, model, x
+
+
+def test_linen_and_nnx_give_the_same_report(pair):
+    variables, model, x = pair
+    linen = jaxeff.analyze(variables, LinenNet().apply, x)
+    report = jaxeff.analyze(*jaxeff.from_nnx(model), x)
+    shared = [path for path in linen.layers if not path.startswith("cell/")]
+    assert [path for path in report.layers if not path.startswith("rnn/")] == shared
+    for path in shared:
+        ours, theirs = report[path], linen[path]
+        for field in ROWS:
+            assert getattr(ours, field) == getattr(theirs, field), path
+        # The two frameworks compute the same in another order of operations.
+        for one, other in zip(jax.tree.leaves(ours.metrics), jax.tree.leaves(theirs.metrics), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(ours.units, theirs.units, rtol=1e-4, atol=1e-7)
+
+
+def test_the_gates_of_a_fused_cell_are_those_of_a_cell_with_a_kernel_a_gate(pair):
+    variables, model, x = pair
+    linen = jaxeff.analyze(variables, LinenNet().apply, x)
+    report = jaxeff.analyze(*jaxeff.from_nnx(model), x)
+    for side, fused in (("i", "dense_i"), ("h", "dense_h")):
+        layer = report[f"rnn/cell/{fused}/kernel"]
+        assert layer.nonlinearity == "sigmoid/tanh"
+        gates = [linen[f"cell/{side}{gate}/kernel"] for gate in "rzn"]
+        np.testing.assert_allclose(layer.units, np.concatenate([gate.units for gate in gates]), rtol=1e-4)
+
+
+def test_outputs_are_those_of_the_model(pair):
+    _, model, x = pair
+    params, apply_fn = jaxeff.from_nnx(model)
+    np.testing.assert_allclose(apply_fn(params, x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_in_training_mode_drops_out_and_stays_as_it_was(pair):
+    _, model, x = pair
+    evaluated = jaxeff.collect(*jaxeff.from_nnx(model), x)
+    model.train()
+    try:
+        before = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
+        trained = jaxeff.collect(*jaxeff.from_nnx(model), x)
+        after = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
+    finally:
+        model.eval()
+    assert all(map(np.array_equal, before, after))
+    zeros = [
+        next(site.input.zero_fraction.mean() for site in found.sites if site.path == "attention/query/kernel")
+        for found in (evaluated, trained)
+    ]
+    assert zeros[1] > zeros[0] + 0.1
+
+
+def test_equal_nnx_models_compile_once(compilations):
+    x = normal(3, 4)
+    models = [nnx.Linear(4, 2, rngs=nnx.Rngs(seed)) for seed in range(2)]
+    pairs = [jaxeff.from_nnx(model) for model in models]
+    jax.block_until_ready(jaxeff.collect(*pairs[0], x))
+    with compilations() as compiled:
+        jax.block_until_ready(jaxeff.collect(*pairs[1], x))
+    assert compiled.count == 0
+
+
+def test_keywords_reach_an_nnx_model():
+    class Scaled(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones((3, 2)))
+
+        def __call__(self, x, *, scale):
+            return jnp.tanh(scale * (x @ self.w[...]))
+
+    (site,) = jaxeff.collect(*jaxeff.from_nnx(Scaled()), np.ones((5, 3)), scale=0.1).sites
+    np.testing.assert_allclose(site.post.mean_absolute, np.full((1, 2), np.tanh(0.3)), rtol=1e-6)
+
+
+def test_what_is_no_nnx_model_is_named():
+    with pytest.raises(TypeError, match="`model` must be an NNX module, got Dense"):
+        jaxeff.from_nnx(nn.Dense(3))  # pyright: ignore
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="`apply_fn` is the NNX module Linear itself.*from_nnx"):
+        jaxeff.analyze(nnx.state(model, nnx.Param), model, np.ones((2, 3)))
+    with pytest.raises(TypeError, match="`params` is the module Linear itself.*from_nnx"):
+        jaxeff.analyze(model)
