@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from jaxeff import importance, layers, leaves, others, totals
 from jaxeff.collection import collect
-from jaxeff.importance import Criterion
+from jaxeff.importance import Criterion, Score
 from jaxeff.records import Activity, ModuleReport
 from jaxeff.report import Report
-from jaxeff.statistics import Place, Statistics
+from jaxeff.statistics import Derivatives, Place, Statistics
 
 
 def analyze(
@@ -23,7 +23,9 @@ def analyze(
     apply_fn: Callable | None = None,
     batch: Any = None,
     *,
-    criterion: str | Criterion = "activation",
+    criterion: str | Score | Criterion = "activation",
+    loss_fn: Callable | None = None,
+    targets: Any = None,
     statistics: Statistics | None = None,
     rngs: Any = None,
     **apply_kwargs: Any,
@@ -34,13 +36,18 @@ def analyze(
     compiles once for equal models and shapes.
 
     Args:
-        params: the variables dict, its `params` collection or a TrainState's `params`.
-        apply_fn: a Linen `apply`, `TrainState.apply_fn`, or `f(params, *batch)`.
+        params: the variables dict, its `params` collection, a TrainState's `params`, or what
+            `jaxeff.from_nnx` gives.
+        apply_fn: a Linen `apply`, `TrainState.apply_fn`, what `jaxeff.from_nnx` gives, or
+            `f(params, *batch)`.
         batch: the model's input; a tuple is several positional inputs. Without `apply_fn` and
             `batch`, weights are scored by magnitude alone.
-        criterion: 'activation', 'magnitude', 'wanda', or a function `(weight, site) -> importance`; see
-            `jaxeff.importance`.
-        statistics: from `jaxeff.collect`, instead of `apply_fn` and `batch`.
+        criterion: a name in `jaxeff.importance.CRITERIA`, or a function `(weight, site) -> importance`.
+        loss_fn: `loss_fn(outputs, targets)`, the mean loss or one loss for each example; the criteria
+            that need gradients read it, and a function of your own then finds them in
+            `site.derivatives`.
+        targets: any tree of arrays, which `loss_fn` gets.
+        statistics: from `jaxeff.collect` or `jaxeff.calibrate`, instead of `apply_fn` and `batch`.
         rngs, **apply_kwargs: passed to `apply_fn`.
 
     Returns:
@@ -57,22 +64,35 @@ def analyze(
     >>> float(report["kernel"].metrics.utilization)
     1.0
     """
-    chosen = importance.criterion_named(criterion)
-    core, _ = leaves.split_variables(params)
-    named = leaves.named_leaves(core)
-    if statistics is None and apply_fn is not None and batch is not None:
-        statistics = collect(params, apply_fn, batch, rngs=rngs, **apply_kwargs)
-    elif statistics is None and (apply_fn is not None or batch is not None):
+    chosen = importance.named(criterion, with_loss=loss_fn is not None)
+    named = leaves.named_leaves(leaves.split_variables(params)[0])
+    if statistics is not None and (apply_fn is not None or batch is not None):
+        raise ValueError("pass `statistics`, or `apply_fn` and `batch`, not both")
+    if apply_fn is not None and batch is not None:
+        loss = {"criterion": chosen, "loss_fn": loss_fn, "targets": targets}
+        statistics = collect(params, apply_fn, batch, **loss, rngs=rngs, **apply_kwargs)
+    elif apply_fn is not None or batch is not None:
         missing = "batch" if batch is None else "apply_fn"
         raise ValueError(
             f"`{missing}` is missing: pass both `apply_fn` and `batch`, or neither to score magnitudes"
         )
-    elif statistics is not None and (apply_fn is not None or batch is not None):
-        raise ValueError("pass `statistics`, or `apply_fn` and `batch`, not both")
-    if statistics is None:
-        chosen, statistics = importance.magnitude, Statistics((), (), {}, _places_by_shape(named))
-    _check_places(named, statistics)
+    elif statistics is None:
+        chosen = _without_model(chosen)
+        statistics = Statistics((), (), {}, _places_by_shape(named))
+    _check_statistics(named, statistics, chosen)
     return _report(chosen, tuple(named), tuple(named.values()), statistics)
+
+
+def _without_model(criterion: Criterion) -> Criterion:
+    """Magnitudes in place of the default criterion; any other that needs a model is refused."""
+    if criterion.function is importance.activation:
+        return importance.named("magnitude")
+    if criterion.reads_activations or criterion.needs:
+        raise ValueError(
+            f"`criterion` {criterion.name!r} needs `apply_fn` and `batch`: pass them, or "
+            "criterion='magnitude' to score the weights alone"
+        )
+    return criterion
 
 
 def _places_by_shape(named: dict[str, Any]) -> tuple[Place, ...]:
@@ -92,7 +112,7 @@ def _places_by_shape(named: dict[str, Any]) -> tuple[Place, ...]:
     )
 
 
-def _check_places(named: dict[str, Any], statistics: Statistics) -> None:
+def _check_statistics(named: dict[str, Any], statistics: Statistics, criterion: Criterion) -> None:
     if not isinstance(statistics, Statistics):
         raise TypeError(
             f"`statistics` must be Statistics from `jaxeff.collect`, got {type(statistics).__name__}"
@@ -106,6 +126,11 @@ def _check_places(named: dict[str, Any], statistics: Statistics) -> None:
             f"{found.get(different[0])} there and {wanted.get(different[0])} here. Collect them with these "
             "`params`."
         )
+    if missing := importance.missing(criterion, statistics):
+        raise ValueError(
+            f"`statistics` hold no {missing} for criterion {criterion.name!r}: collect them with "
+            f"criterion={criterion.name!r}" + (", `loss_fn` and `targets`" if criterion.needs_loss else "")
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -114,7 +139,12 @@ def _report(
 ) -> Report:
     named = dict(zip(paths, leaves, strict=True))
     weights = [
-        layers.Layer(place, named[place.path], tuple(s for s in statistics.sites if s.path == place.path))
+        layers.Layer(
+            place,
+            named[place.path],
+            tuple(site for site in statistics.sites if site.path == place.path),
+            statistics.derivatives.get(place.path, Derivatives()),
+        )
         for place in statistics.places
         if place.role == "weight"
     ]
@@ -123,7 +153,7 @@ def _report(
     numbers, units = layers.measure(criterion, rows)
     rest = [place for place in statistics.places if place.role != "weight"]
     return Report(
-        criterion=importance.name(criterion),
+        criterion=criterion.name,
         structure=structure,
         other_structure=tuple(others.structure(place) for place in rest),
         numbers=numbers,

@@ -1,25 +1,49 @@
-"""params, apply_fn, batch -> Statistics. Imports `models`, `observation`, `statistics`."""
+"""params, apply_fn, batch -> Statistics.
+
+Imports `models`, `observation`, `derivatives`, `importance`, `statistics`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from jaxeff import leaves, models
+import jax
+
+from jaxeff import derivatives, importance, leaves, models
+from jaxeff.derivatives import Arrays, Objective
+from jaxeff.importance import Criterion, Score
+from jaxeff.models import Model
 from jaxeff.observation import observe
 from jaxeff.statistics import Statistics
 
+Criteria = str | Score | Criterion | Iterable[str | Score | Criterion]
+
 
 def collect(
-    params: Any, apply_fn: Callable, batch: Any, *, rngs: Any = None, **apply_kwargs: Any
+    params: Any,
+    apply_fn: Callable,
+    batch: Any,
+    *,
+    criterion: Criteria = "activation",
+    loss_fn: Callable | None = None,
+    targets: Any = None,
+    seed: int | jax.Array = 0,
+    rngs: Any = None,
+    **apply_kwargs: Any,
 ) -> Statistics:
-    """Run the model once and sum what its units emit.
+    """Run the model and sum what its units emit, and what the loss makes of its weights.
 
     Args:
         params: the variables dict, its `params` collection, or what `jaxeff.from_nnx` gives.
         apply_fn: a Linen `apply`, `TrainState.apply_fn`, what `jaxeff.from_nnx` gives, or
             `f(params, *batch)`.
         batch: the model's input; a tuple is several positional inputs.
+        criterion: what the statistics are for, one or several: it decides which derivatives are taken.
+            Sums of activations are always there.
+        loss_fn, targets: as `jaxeff.analyze` takes them, for criteria that need gradients.
+        seed: of the random signs that estimate a Hessian.
         rngs: passed to `apply_fn` as `rngs`, for dropout.
         **apply_kwargs: passed to `apply_fn`; arrays among them may change without recompiling.
 
@@ -33,6 +57,55 @@ def collect(
     >>> site.post.mean_absolute
     Array([[3., 3.]], dtype=float32)
     """
+    chosen = _named(criterion, with_loss=loss_fn is not None)
+    _check_loss_given(chosen, loss_fn, targets)
     named = leaves.named_leaves(leaves.split_variables(params)[0])
     model = models.from_apply(params, apply_fn, batch, rngs, apply_kwargs)
-    return observe(model.function, tuple(named), model.origins, model.batch_size, model.params, model.inputs)
+    observed = observe(
+        model.function, tuple(named), model.origins, model.batch_size, model.params, model.inputs
+    )
+    needs = tuple(sorted({need for criterion in chosen for need in criterion.needs}))
+    if not needs:
+        return observed
+    places = {place.path for place in observed.places if place.role == "weight"}
+    weights = tuple((path, index) for index, path in enumerate(named) if path in places)
+    example = None
+    if any(quantity == "example_gradient" for quantity, _ in needs):
+        first, first_targets = models.first_example((batch, targets), model.batch_size)
+        one = models.from_apply(params, apply_fn, first, rngs, apply_kwargs)
+        example = _objective(one, loss_fn, first_targets, weights)
+    objective, arrays = _objective(model, loss_fn, targets, weights, example)
+    found = derivatives.derive(objective, needs, model.params, arrays, jax.random.key(seed))
+    return dataclasses.replace(observed, derivatives=found)
+
+
+def _named(criterion: Criteria, *, with_loss: bool) -> tuple[Criterion, ...]:
+    several = isinstance(criterion, Iterable) and not isinstance(criterion, str)
+    return tuple(
+        importance.named(one, with_loss=with_loss)
+        for one in (criterion if several else (criterion,))  # pyright: ignore
+    )
+
+
+def _check_loss_given(criteria: Iterable[Criterion], loss_fn: Any, targets: Any) -> None:
+    for criterion in criteria:
+        if criterion.needs_loss and (loss_fn is None or targets is None):
+            absent = "loss_fn" if loss_fn is None else "targets"
+            raise ValueError(
+                f"`{absent}` is missing: criterion {criterion.name!r} needs `loss_fn`, a function "
+                "(outputs, targets) -> mean loss or one loss for each example, and `targets`"
+            )
+
+
+def _objective(
+    model: Model,
+    loss_fn: Callable | None,
+    targets: Any,
+    weights: tuple[tuple[str, int], ...],
+    example: tuple[Objective, Arrays] | None = None,
+) -> tuple[Objective, Arrays]:
+    loss, constants = (None, []) if loss_fn is None else models.bind_loss(model, loss_fn, targets)
+    one, one_arrays = example or (None, None)
+    function = model.function.without_capture()
+    objective = Objective(function, loss, one, model.origins, weights, model.batch_size or 1)
+    return objective, Arrays(model.inputs, targets, constants, one_arrays)

@@ -33,7 +33,7 @@ class Function(Protocol):
 
 
 # What user code raises when its arguments do not fit each other.
-_MISFITS = (TypeError, ValueError, KeyError, IndexError, AttributeError, flax.errors.FlaxError)
+MISFITS = (TypeError, ValueError, KeyError, IndexError, AttributeError, flax.errors.FlaxError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LinenFunction:
             # Capture fails where plain apply works (nn.cond, for one): the walk then goes without it.
             try:
                 outputs, updates = self.module.apply(variables, *batch, **keywords, **capture)
-            except (*_MISFITS, jax.errors.UnexpectedTracerError):
+            except (*MISFITS, jax.errors.UnexpectedTracerError):
                 pass
             else:
                 return outputs, _captured(updates.get("intermediates") or {})
@@ -163,17 +163,17 @@ def named_misfit(apply: Callable, variables: Any, batch: tuple) -> Any:
     """Call the user's function; what it raises is told in terms of our arguments."""
     try:
         return apply(variables, *batch)
-    except _MISFITS as error:
+    except MISFITS as error:
         shapes = ", ".join(str(jax.tree.map(jnp.shape, item)) for item in batch)
         raise ValueError(
             f"`apply_fn` does not accept these `params` with a `batch` of shape {shapes}. It raised "
-            f"{type(error).__name__}: {_first_line(error)}. `batch` is the model's input as `apply_fn` "
+            f"{type(error).__name__}: {first_line(error)}. `batch` is the model's input as `apply_fn` "
             "takes it (a tuple is several positional inputs); a function that wants a variables dict gets "
             "{'params': params} as `params`; keyword arguments and `rngs` are passed on."
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else "(no message)"
 

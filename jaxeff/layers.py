@@ -22,17 +22,18 @@ from jaxeff.importance import Criterion
 from jaxeff.metrics import Metrics
 from jaxeff.precision import widened
 from jaxeff.records import Activity, LayerNumbers, LayerStructure, Null, none_of
-from jaxeff.statistics import Place, SiteStatistics, UnitStatistics
+from jaxeff.statistics import Derivatives, Place, SiteStatistics, UnitStatistics
 
 Sites = tuple[SiteStatistics, ...]
 
 
 class Layer(NamedTuple):
-    """A weight under its name, and its uses: none for a weight that was not paired."""
+    """A weight under its name, its uses (none for a weight that was not paired), and its derivatives."""
 
     place: Place
     weight: jax.Array
     sites: Sites
+    derivatives: Derivatives
 
 
 def unstacked(layer: Layer) -> list[Layer]:
@@ -78,6 +79,7 @@ def _slice(layer: Layer, index: dict[int, int]) -> Layer:
             input=pick_sums(site.input),
             pre=pick_sums(site.pre),
             post=pick_sums(site.post),
+            gate=jax.tree.map(pick, site.gate),
             unit_axes=renumbered(site.unit_axes),
             input_axes=renumbered(site.input_axes),
             layer_axes=(),
@@ -85,12 +87,12 @@ def _slice(layer: Layer, index: dict[int, int]) -> Layer:
         )
         for site in layer.sites
     )
-    return Layer(place, pick(layer.weight), sites)
+    return Layer(place, pick(layer.weight), sites, jax.tree.map(pick, layer.derivatives))
 
 
 def structure(criterion: Criterion, layer: Layer) -> LayerStructure:
     """All that is known of a layer before any number."""
-    place, _, sites = layer
+    place, _, sites, _ = layer
     first = sites[0] if sites else None
     macs = [site.macs for site in sites]
     return LayerStructure(
@@ -98,7 +100,7 @@ def structure(criterion: Criterion, layer: Layer) -> LayerStructure:
         kind=first.kind if first else "weight",
         shape=place.shape,
         nonlinearity=first.nonlinearity if first else None,
-        scored=importance.side(criterion) if first else "magnitude",
+        scored="magnitude" if criterion.reads_activations and not first else criterion.side,
         reason=place.reason,
         uses=len(sites),
         unit_axes=_unit_axes(layer),
@@ -133,12 +135,12 @@ def measure(criterion: Criterion, layers: Sequence[Layer]) -> tuple[LayerNumbers
     summary, units, null, samples = jax.tree.map(lambda rows: rows[back], found)
     numbers = LayerNumbers(
         summary,
-        null if importance.has_null(criterion) else None,
+        null if criterion.null_power is not None else None,
         units.effective_params,
         summary.effective_params / jnp.where(units.effective_params > 0, units.effective_params, 1),
         samples.nonfinite_weights,
         samples.largest_weight,
-        jnp.stack([_finite(layer.sites) for layer in layers]),
+        jnp.stack([_usable(criterion, layer) for layer in layers]),
     )
     return numbers, tuple(
         (samples.units[i, : _unit_count(layer)] * jnp.where(summary.max[i] > 0, summary.max[i], 1)).reshape(
@@ -211,7 +213,7 @@ def _make_all(criterion: Criterion, layers: Sequence[Layer], width: int) -> tupl
     outer one among the shapes, which are computed on differently, the inner one among equal layers.
     """
     length = max(width, *map(_size, layers))
-    arrays = [(layer.weight, _nameless(layer.sites)) for layer in layers]
+    arrays = [(layer.weight, _nameless(layer.sites), layer.derivatives) for layer in layers]
     groups: dict[Any, list[int]] = {}
     for index, layer in enumerate(arrays):
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(layer))
@@ -244,7 +246,7 @@ def _nameless(sites: Sites) -> Sites:
 def _make_one(
     criterion: Criterion,
     place: Place,
-    members: Sequence[tuple[jax.Array, Sites]],
+    members: Sequence[tuple[jax.Array, Sites, Derivatives]],
     length: int,
     width: int,
     member: jax.Array,
@@ -268,9 +270,9 @@ def _padded(x: jax.Array, length: int) -> jax.Array:
 
 
 def _scores(criterion: Criterion, layer: Layer) -> jax.Array:
-    """The importance of each weight; by magnitude where the activations are not finite."""
-    scores = importance.score(criterion, layer.weight, layer.sites)
-    return jnp.where(_finite(layer.sites), scores, _magnitudes(layer.weight))
+    """The importance of each weight; by magnitude where what the criterion reads is not finite."""
+    scores = importance.score(criterion, layer.weight, layer.sites, layer.derivatives)
+    return jnp.where(_usable(criterion, layer), scores, _magnitudes(layer.weight))
 
 
 def _magnitudes(weight: jax.Array) -> jax.Array:
@@ -287,9 +289,10 @@ def _scaled_units(scores: jax.Array, layer: Layer) -> jax.Array:
 
 
 def _null_sample(criterion: Criterion, layer: Layer) -> jax.Array:
-    if not importance.has_null(criterion):
+    if criterion.null_power is None:
         return jnp.zeros(1)
-    return importance.null_sample(criterion, layer.weight, layer.sites, _finite(layer.sites))
+    _, weight, sites, derivatives = layer
+    return importance.null_sample(criterion, weight, sites, derivatives, _usable(criterion, layer))
 
 
 def _null(summary: Metrics) -> Null:
@@ -298,13 +301,16 @@ def _null(summary: Metrics) -> Null:
     )
 
 
-def _finite(sites: Sites) -> jax.Array:
-    if not sites:
-        return jnp.asarray(True)
-    # A branch that was not taken has seen nothing.
-    seen = functools.reduce(jnp.add, [site.post.count for site in sites]) > 0
-    sums = [sums.absolute_sum for site in sites for sums in (site.input, site.post)]
-    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(sum_)) for sum_ in sums], seen)
+def _usable(criterion: Criterion, layer: Layer) -> jax.Array:
+    """Whether what the criterion reads was seen at all, and is finite."""
+    read: list[Any] = [*jax.tree.leaves(layer.derivatives)] if criterion.needs else []
+    seen = jnp.asarray(True)
+    if criterion.reads_activations and layer.sites:
+        # A branch that was not taken has seen nothing.
+        seen = functools.reduce(jnp.add, [site.post.count for site in layer.sites]) > 0
+        read += [sums.absolute_sum for site in layer.sites for sums in (site.input, site.post)]
+        read += jax.tree.leaves([site.gate for site in layer.sites])
+    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(sums)) for sums in read], seen)
 
 
 def _unit_axes(layer: Layer) -> tuple[int, ...]:

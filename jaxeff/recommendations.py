@@ -130,7 +130,7 @@ def _of_layer(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
 
 def _dead_units(row: LayerReport) -> Iterator[Recommendation]:
     """Units that emitted nothing but zeros: removing them changes nothing on this batch."""
-    if row.activity is None or not bool(row.activations_finite):
+    if row.activity is None or not bool(row.evidence_finite):
         return
     dead, units = int(row.activity.dead), row.activity.units
     if not 0 < dead or row.nonlinearity == "identity":

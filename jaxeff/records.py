@@ -99,8 +99,8 @@ class LayerNumbers:
             `metrics.effective_params` (the entropy chain rule).
         nonfinite_weights: entries of the weight itself that are nan or infinite.
         largest_weight: max |w|.
-        activations_finite: False where activations are nan or infinite: the layer is then scored
-            by magnitude.
+        evidence_finite: False where the activations or derivatives that the criterion reads are nan or
+            infinite, or were not seen: the layer is then scored by magnitude.
     """
 
     metrics: Metrics
@@ -109,7 +109,7 @@ class LayerNumbers:
     effective_fan_in: jax.Array
     nonfinite_weights: jax.Array
     largest_weight: jax.Array
-    activations_finite: jax.Array
+    evidence_finite: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ class LayerStructure:
         kind: 'dense', 'conv', 'embedding', or 'weight' where no operation was read.
         shape: of the weight.
         nonlinearity: between pre- and post-activation; None where no operation was read.
-        scored: 'post', 'input', 'magnitude' or 'user': whose activations the criterion reads.
+        scored: what the criterion reads: 'post', 'input', 'magnitude', 'gradient', 'none' or 'user'.
         reason: why the activations could not be read; None where they were.
         uses: how many operations consume the weight.
         unit_axes: axes of the weight that index its units.
@@ -162,8 +162,8 @@ class LayerReport(LayerNumbers, LayerStructure):
 
     @property
     def side(self) -> str:
-        """'post', 'input', 'user', or 'magnitude' where that is all the layer could be scored by."""
-        return self.scored if bool(self.activations_finite) else "magnitude"
+        """As `scored`, or 'magnitude' where that is all the layer could be scored by."""
+        return self.scored if bool(self.evidence_finite) else "magnitude"
 
     @property
     def note(self) -> str:
@@ -271,13 +271,14 @@ _FAINT = 1e-30
 
 
 def _notes(row: LayerReport) -> list[str]:
-    notes = [] if row.reason is None else [f"scored by magnitude: {row.reason}"]
+    notes = [] if row.reason is None else [f"{_fallback(row, 'its activations were not read')}: {row.reason}"]
     if int(row.nonfinite_weights):
         notes.append(f"{int(row.nonfinite_weights):,} weights are nan or infinite")
     elif row.activity is not None and not float(row.activity.count):
-        notes.append("not reached on this batch: scored by magnitude")
-    elif not bool(row.activations_finite):
-        notes.append("its activations, or their sums, are nan or infinite: scored by magnitude")
+        notes.append(_fallback(row, "not reached on this batch", "not reached on this batch: "))
+    elif not bool(row.evidence_finite):
+        read = "derivatives" if row.scored == "gradient" else "activations, or their sums,"
+        notes.append(f"its {read} are nan or infinite: scored by magnitude")
     elif int(row.metrics.nonfinite):
         notes.append(
             f"the importance of {int(row.metrics.nonfinite):,} weights is negative, nan or beyond float32"
@@ -291,7 +292,14 @@ def _notes(row: LayerReport) -> list[str]:
     return notes
 
 
+def _fallback(row: LayerReport, otherwise: str, lead: str = "") -> str:
+    """That the layer is scored by magnitude, if it is."""
+    return f"{lead}scored by magnitude" if row.side == "magnitude" else otherwise
+
+
 def _all_zero(row: LayerReport) -> str:
+    if row.scored == "gradient":
+        return "the loss does not depend on it on this batch: every importance is 0"
     if row.activity is not None and float(jnp.max(row.activity.maximum)) == 0:
         return "no unit emits anything on this batch: every importance is 0"
     return "every importance is 0 in float32: weights and activations are too small to multiply"

@@ -207,5 +207,5 @@ def _numbers(node: Any) -> Mapping[str, Any]:
         for name, value in _fields(node).items()
         if isinstance(value, (int, float, jax.Array, np.ndarray))
         and np.ndim(value) == 0
-        and name != "activations_finite"
+        and name != "evidence_finite"
     }

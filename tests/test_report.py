@@ -64,7 +64,7 @@ def layer(path="dense/kernel", shape=(64, 32), **changes):
         "activity": Activity((units,), 2, _sums(each)),
         "nonfinite_weights": _scalar(0),
         "largest_weight": _scalar(1.0),
-        "activations_finite": np.asarray(True),
+        "evidence_finite": np.asarray(True),
     }
     return LayerReport(**{**fields, **changes})
 

@@ -1,0 +1,284 @@
+"""What the loss makes of each weight: gradients, curvature, flow; summed over the batch.
+
+In: an `Objective`, the arrays that it reads, and what to collect. Out: `Derivatives` by path. Each
+quantity is one function of a `_Problem` that gives terms shaped like the weights. Imports
+`functions`, `statistics`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxeff.functions import Function
+from jaxeff.precision import widened
+from jaxeff.statistics import Derivatives, Moments
+
+Need = tuple[str, str]
+"""A quantity of `Derivatives`, and which of its sums: ('gradient', 'square_sum')."""
+
+SAMPLES = 16
+"""Random sign vectors a batch for the diagonal of a Hessian; several batches add theirs."""
+
+WITHOUT_LOSS = frozenset({"synaptic_flow", "relevance", "relevance_alpha_beta"})
+"""Quantities that need no loss and no targets."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is static of `loss(function(params, inputs), targets)`, and which leaves are weights.
+
+    Attributes:
+        loss: None where none was given.
+        example: the same for a batch of one; None where no per-example quantity is asked for.
+        origins: of the leaves of `inputs`.
+        weights: path of each weight, and its index among the leaves of `params`.
+        batch_size: examples in the batch.
+    """
+
+    function: Function
+    loss: Function | None
+    example: Objective | None
+    origins: tuple[str, ...]
+    weights: tuple[tuple[str, int], ...]
+    batch_size: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """What an objective reads beside `params`; `constants` are what the loss closed over."""
+
+    inputs: Any
+    targets: Any
+    constants: Any
+    example: Arrays | None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def derive(
+    objective: Objective, needs: tuple[Need, ...], params: Any, arrays: Arrays, key: jax.Array
+) -> dict[str, Derivatives]:
+    """Every quantity asked for, of every weight, by path.
+
+    Args:
+        needs: which sums of which quantities.
+        key: of the random signs.
+    """
+    problem = _Problem(objective, params, arrays, key)
+    wanted: dict[str, set[str]] = {}
+    for quantity, total in needs:
+        wanted.setdefault(quantity, set()).add(total)
+    found = {name: QUANTITIES[name](problem, frozenset(totals)) for name, totals in sorted(wanted.items())}
+    return {
+        path: Derivatives(**{name: moments[i] for name, moments in found.items()})
+        for i, (path, _) in enumerate(objective.weights)
+    }
+
+
+Weights = tuple[jax.Array, ...]
+
+
+class _Problem:
+    """The loss as a function of the weights alone."""
+
+    def __init__(self, objective: Objective, params: Any, arrays: Arrays, key: jax.Array):
+        self.objective, self.arrays, self.key = objective, arrays, key
+        self._leaves, self._structure = jax.tree.flatten(params)
+        self.weights: Weights = tuple(self._leaves[index] for _, index in objective.weights)
+
+    def outputs(self, weights: Weights) -> Any:
+        return self.objective.function(self._filled(weights), self.arrays.inputs)[0]
+
+    def mean_loss(self, weights: Weights) -> jax.Array:
+        return self.loss_of(self.outputs(weights))
+
+    def loss_of(self, outputs: Any) -> jax.Array:
+        assert self.objective.loss is not None, "checked where the objective is made"
+        return jnp.mean(self.objective.loss(outputs, (self.arrays.targets, self.arrays.constants))[0])
+
+    def example_loss(self, weights: Weights, index: jax.Array) -> jax.Array:
+        """The loss of one example, run alone."""
+        example, arrays = self.objective.example, self.arrays.example
+        assert example is not None and example.loss is not None and arrays is not None
+        pick = functools.partial(_example_of, index=index)
+        whole, one = _batch(self.objective, self.arrays), _batch(example, arrays)
+        inputs = _with_batch(example, arrays, [*map(pick, whole, one)])
+        targets = jax.tree.map(pick, self.arrays.targets, arrays.targets)
+        outputs = example.function(self._filled(weights), inputs)[0]
+        return jnp.mean(example.loss(outputs, (targets, arrays.constants))[0])
+
+    def positive(self) -> tuple[Weights, Callable[[Weights], jax.Array]]:
+        """The absolute weights, and the summed outputs of all-positive parameters on inputs of 1."""
+        leaves = [jnp.abs(leaf) if _floating(leaf) else leaf for leaf in self._leaves]
+        batch = _batch(self.objective, self.arrays)
+        ones = [jnp.ones_like(leaf) if _floating(leaf) else leaf for leaf in batch]
+        inputs = _with_batch(self.objective, self.arrays, ones)
+
+        def total(weights: Weights) -> jax.Array:
+            outputs = self.objective.function(self._with(leaves, weights), inputs)[0]
+            sums = [jnp.sum(widened(leaf)) for leaf in jax.tree.leaves(outputs) if _floating(leaf)]
+            return functools.reduce(jnp.add, sums)
+
+        return tuple(leaves[index] for _, index in self.objective.weights), total
+
+    def _filled(self, weights: Weights) -> Any:
+        return self._with(self._leaves, weights)
+
+    def _with(self, leaves: Sequence[Any], weights: Weights) -> Any:
+        filled = list(leaves)
+        for (_, index), weight in zip(self.objective.weights, weights, strict=True):
+            filled[index] = weight
+        return jax.tree.unflatten(self._structure, filled)
+
+
+def _floating(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
+
+
+def _batch(objective: Objective, arrays: Arrays) -> list[Any]:
+    """The leaves of the inputs that are the batch."""
+    inputs = zip(jax.tree.leaves(arrays.inputs), objective.origins, strict=True)
+    return [leaf for leaf, origin in inputs if origin == "batch"]
+
+
+def _with_batch(objective: Objective, arrays: Arrays, batch: Iterable[Any]) -> Any:
+    """The inputs with other leaves for the batch."""
+    leaves, structure = jax.tree.flatten(arrays.inputs)
+    given = iter(batch)
+    pairs = zip(leaves, objective.origins, strict=True)
+    return jax.tree.unflatten(structure, [next(given) if o == "batch" else leaf for leaf, o in pairs])
+
+
+def _example_of(whole: jax.Array, example: jax.Array, *, index: jax.Array) -> jax.Array:
+    """One row of an array that has one an example; any other array, such as a mask, as it is."""
+    if jnp.shape(whole) == jnp.shape(example):
+        return whole
+    return jax.lax.dynamic_slice_in_dim(whole, index, 1)
+
+
+Wanted = frozenset[str]
+
+
+def _gradient(problem: _Problem, wanted: Wanted) -> list[Moments]:
+    gradients = jax.grad(problem.mean_loss)(problem.weights)
+    return _moments(gradients, wanted, problem.objective.batch_size, 1)
+
+
+# Weight-shaped arrays of several examples that exist together hold at most so many elements.
+_ELEMENTS = 1 << 24
+
+
+def _example_gradient(problem: _Problem, wanted: Wanted) -> list[Moments]:
+    """Each example's own backward pass, several at once as long as their gradients stay small."""
+    examples = problem.objective.batch_size
+    size = sum(weight.size for weight in problem.weights)
+    together = max(1, min(examples, _ELEMENTS // size))
+
+    def of_examples(indices: jax.Array) -> list[Moments]:
+        gradients = jax.vmap(jax.grad(problem.example_loss), (None, 0))(problem.weights, indices)
+        moments = jax.vmap(lambda gradient: _moments(gradient, wanted, 1, 1))(gradients)
+        return jax.tree.map(lambda sums: jnp.sum(sums, 0), moments)
+
+    whole = examples - examples % together
+    total = _added(of_examples, jnp.arange(whole).reshape(-1, together))
+    if whole < examples:
+        total = jax.tree.map(jnp.add, total, of_examples(jnp.arange(whole, examples)))
+    return total
+
+
+def _hessian(problem: _Problem, wanted: Wanted) -> list[Moments]:
+    _, product = jax.vjp(jax.grad(problem.mean_loss), problem.weights)
+    return _sampled(problem, wanted, lambda signs: product(signs)[0])
+
+
+def _gauss_newton(problem: _Problem, wanted: Wanted) -> list[Moments]:
+    structure = jax.tree.structure(jax.eval_shape(problem.outputs, problem.weights))
+
+    def outputs(weights: Weights) -> tuple[list[Any], list[Any]]:
+        leaves = jax.tree.leaves(problem.outputs(weights))
+        floats = [leaf for leaf in leaves if _floating(leaf)]
+        return floats, [None if _floating(leaf) else leaf for leaf in leaves]
+
+    floats, pull, rest = jax.vjp(outputs, problem.weights, has_aux=True)
+
+    def loss(floats: list[Any]) -> jax.Array:
+        given = iter(floats)
+        leaves = [next(given) if leaf is None else leaf for leaf in rest]
+        return problem.loss_of(jax.tree.unflatten(structure, leaves))
+
+    # J as the transpose of its transpose: a function with its own backward rule has no forward mode.
+    _, push = jax.vjp(lambda cotangent: pull(cotangent)[0], floats)
+    _, curvature = jax.vjp(jax.grad(loss), floats)
+    return _sampled(problem, wanted, lambda signs: pull(curvature(push(signs)[0])[0])[0])
+
+
+def _sampled(problem: _Problem, wanted: Wanted, product: Callable[[Weights], Weights]) -> list[Moments]:
+    """Terms v * Av, v random signs: their mean is the diagonal of A.
+
+    References:
+        Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix, 2007
+    """
+
+    def of_key(key: jax.Array) -> list[Moments]:
+        keys = jax.random.split(key, len(problem.weights))
+        signs = tuple(
+            jax.random.rademacher(key, weight.shape, weight.dtype)
+            for key, weight in zip(keys, problem.weights, strict=True)
+        )
+        terms = [sign * found for sign, found in zip(signs, product(signs), strict=True)]
+        return _moments(terms, wanted, problem.objective.batch_size, 1)
+
+    return _added(of_key, jax.random.split(problem.key, SAMPLES))
+
+
+def _gradient_flow(problem: _Problem, wanted: Wanted) -> list[Moments]:
+    gradient, product = jax.vjp(jax.grad(problem.mean_loss), problem.weights)
+    return _moments(product(gradient)[0], wanted, problem.objective.batch_size, 1)
+
+
+def _synaptic_flow(problem: _Problem, wanted: Wanted) -> list[Moments]:
+    weights, total = problem.positive()
+    # All examples are the same: one is wanted.
+    flow = [found / problem.objective.batch_size for found in jax.grad(total)(weights)]
+    return _moments(flow, wanted, problem.objective.batch_size, 1)
+
+
+QUANTITIES: Mapping[str, Callable[[_Problem, Wanted], list[Moments]]] = {
+    "gradient": _gradient,
+    "example_gradient": _example_gradient,
+    "hessian": _hessian,
+    "gauss_newton": _gauss_newton,
+    "gradient_flow": _gradient_flow,
+    "synaptic_flow": _synaptic_flow,
+}
+
+
+def _moments(terms: Iterable[jax.Array], wanted: Wanted, weight: int, count: int) -> list[Moments]:
+    return [_moments_of(widened(term), wanted, weight, count) for term in terms]
+
+
+def _moments_of(term: jax.Array, wanted: Wanted, weight: int, count: int) -> Moments:
+    return Moments(
+        weight * term if "sum" in wanted else None,
+        weight * jnp.abs(term) if "absolute_sum" in wanted else None,
+        weight * jnp.square(term) if "square_sum" in wanted else None,
+        jnp.asarray(weight, term.dtype),
+        jnp.asarray(count, term.dtype),
+    )
+
+
+def _added(function: Callable[[jax.Array], Any], arguments: jax.Array) -> Any:
+    """The sum of the function's results over the leading axis; one exists at a time."""
+
+    def step(total: Any, argument: jax.Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(argument)), None
+
+    shapes = jax.eval_shape(function, arguments[0])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(step, zeros, arguments)[0]
