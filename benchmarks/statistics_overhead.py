@@ -1,6 +1,6 @@
 """What reading the activations costs beside the plain forward pass: time, memory, compilation.
 
-    python benchmarks/statistics_overhead.py [--layers 12] [--width 768] [--repeats 7]
+python benchmarks/statistics_overhead.py [--layers 12] [--width 768] [--repeats 7]
 """
 
 from __future__ import annotations

@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 
-from jaxeff import derivatives, importance, leaves, models
-from jaxeff.derivatives import Arrays, Objective
+from jaxeff import derivatives, importance, leaves, models, objectives
+from jaxeff.derivatives import Need
+from jaxeff.functions import first_line
+from jaxeff.gates import gate_moments
 from jaxeff.importance import Criterion, Score
-from jaxeff.models import Model
+from jaxeff.objectives import Arrays, Objective
 from jaxeff.observation import observe
 from jaxeff.statistics import Statistics
 
@@ -69,14 +71,40 @@ def collect(
         return observed
     places = {place.path for place in observed.places if place.role == "weight"}
     weights = tuple((path, index) for index, path in enumerate(named) if path in places)
-    example = None
+    objective, arrays = objectives.objective(model, loss_fn, targets, weights)
     if any(quantity == "example_gradient" for quantity, _ in needs):
-        first, first_targets = models.first_example((batch, targets), model.batch_size)
+        first, first_targets = objectives.first_example((batch, targets), model.batch_size)
         one = models.from_apply(params, apply_fn, first, rngs, apply_kwargs)
-        example = _objective(one, loss_fn, first_targets, weights)
-    objective, arrays = _objective(model, loss_fn, targets, weights, example)
-    found = derivatives.derive(objective, needs, model.params, arrays, jax.random.key(seed))
-    return dataclasses.replace(observed, derivatives=found)
+        example = objectives.objective(one, loss_fn, first_targets, weights)
+        objective, arrays = objectives.with_example((objective, arrays), example)
+    try:
+        return _derived(observed, objective, needs, tuple(named), model.params, arrays, seed)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        names = ", ".join(repr(criterion.name) for criterion in chosen if criterion.needs)
+        raise ValueError(
+            f"`criterion` {names} needs derivatives, and this model or loss cannot be differentiated as that "
+            f"takes. JAX raised {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _derived(
+    observed: Statistics,
+    objective: Objective,
+    needs: Iterable[Need],
+    paths: tuple[str, ...],
+    params: Any,
+    arrays: Arrays,
+    seed: int | jax.Array,
+) -> Statistics:
+    """The statistics with the derivatives that the criteria need."""
+    totals = frozenset(total for quantity, total in needs if quantity == "gate")
+    others = tuple(need for need in needs if need[0] != "gate")
+    found = derivatives.derive(objective, others, params, arrays, jax.random.key(seed))
+    sites = observed.sites
+    if totals:
+        gates = gate_moments(objective, paths, totals, params, arrays)
+        sites = tuple(dataclasses.replace(site, gate=gate) for site, gate in zip(sites, gates, strict=True))
+    return dataclasses.replace(observed, derivatives=found, sites=sites)
 
 
 def _named(criterion: Criteria, *, with_loss: bool) -> tuple[Criterion, ...]:
@@ -95,17 +123,3 @@ def _check_loss_given(criteria: Iterable[Criterion], loss_fn: Any, targets: Any)
                 f"`{absent}` is missing: criterion {criterion.name!r} needs `loss_fn`, a function "
                 "(outputs, targets) -> mean loss or one loss for each example, and `targets`"
             )
-
-
-def _objective(
-    model: Model,
-    loss_fn: Callable | None,
-    targets: Any,
-    weights: tuple[tuple[str, int], ...],
-    example: tuple[Objective, Arrays] | None = None,
-) -> tuple[Objective, Arrays]:
-    loss, constants = (None, []) if loss_fn is None else models.bind_loss(model, loss_fn, targets)
-    one, one_arrays = example or (None, None)
-    function = model.function.without_capture()
-    objective = Objective(function, loss, one, model.origins, weights, model.batch_size or 1)
-    return objective, Arrays(model.inputs, targets, constants, one_arrays)

@@ -2,7 +2,7 @@
 
 In: an `Objective`, the arrays that it reads, and what to collect. Out: `Derivatives` by path. Each
 quantity is one function of a `_Problem` that gives terms shaped like the weights. Imports
-`functions`, `statistics`.
+`objectives`, `statistics`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxeff.functions import Function
+from jaxeff.objectives import Arrays, Objective, batch_leaves, with_batch
 from jaxeff.precision import widened
 from jaxeff.statistics import Derivatives, Moments
 
@@ -27,37 +27,6 @@ SAMPLES = 16
 
 WITHOUT_LOSS = frozenset({"synaptic_flow", "relevance", "relevance_alpha_beta"})
 """Quantities that need no loss and no targets."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What is static of `loss(function(params, inputs), targets)`, and which leaves are weights.
-
-    Attributes:
-        loss: None where none was given.
-        example: the same for a batch of one; None where no per-example quantity is asked for.
-        origins: of the leaves of `inputs`.
-        weights: path of each weight, and its index among the leaves of `params`.
-        batch_size: examples in the batch.
-    """
-
-    function: Function
-    loss: Function | None
-    example: Objective | None
-    origins: tuple[str, ...]
-    weights: tuple[tuple[str, int], ...]
-    batch_size: int
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Arrays:
-    """What an objective reads beside `params`; `constants` are what the loss closed over."""
-
-    inputs: Any
-    targets: Any
-    constants: Any
-    example: Arrays | None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -99,26 +68,25 @@ class _Problem:
         return self.loss_of(self.outputs(weights))
 
     def loss_of(self, outputs: Any) -> jax.Array:
-        assert self.objective.loss is not None, "checked where the objective is made"
-        return jnp.mean(self.objective.loss(outputs, (self.arrays.targets, self.arrays.constants))[0])
+        return self.objective.mean_loss(outputs, self.arrays)
 
     def example_loss(self, weights: Weights, index: jax.Array) -> jax.Array:
         """The loss of one example, run alone."""
         example, arrays = self.objective.example, self.arrays.example
-        assert example is not None and example.loss is not None and arrays is not None
+        assert example is not None and arrays is not None
         pick = functools.partial(_example_of, index=index)
-        whole, one = _batch(self.objective, self.arrays), _batch(example, arrays)
-        inputs = _with_batch(example, arrays, [*map(pick, whole, one)])
+        whole, one = batch_leaves(self.objective, self.arrays), batch_leaves(example, arrays)
+        inputs = with_batch(example, arrays, [*map(pick, whole, one)])
         targets = jax.tree.map(pick, self.arrays.targets, arrays.targets)
         outputs = example.function(self._filled(weights), inputs)[0]
-        return jnp.mean(example.loss(outputs, (targets, arrays.constants))[0])
+        return example.mean_loss(outputs, dataclasses.replace(arrays, targets=targets))
 
     def positive(self) -> tuple[Weights, Callable[[Weights], jax.Array]]:
         """The absolute weights, and the summed outputs of all-positive parameters on inputs of 1."""
         leaves = [jnp.abs(leaf) if _floating(leaf) else leaf for leaf in self._leaves]
-        batch = _batch(self.objective, self.arrays)
+        batch = batch_leaves(self.objective, self.arrays)
         ones = [jnp.ones_like(leaf) if _floating(leaf) else leaf for leaf in batch]
-        inputs = _with_batch(self.objective, self.arrays, ones)
+        inputs = with_batch(self.objective, self.arrays, ones)
 
         def total(weights: Weights) -> jax.Array:
             outputs = self.objective.function(self._with(leaves, weights), inputs)[0]
@@ -139,20 +107,6 @@ class _Problem:
 
 def _floating(leaf: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
-
-
-def _batch(objective: Objective, arrays: Arrays) -> list[Any]:
-    """The leaves of the inputs that are the batch."""
-    inputs = zip(jax.tree.leaves(arrays.inputs), objective.origins, strict=True)
-    return [leaf for leaf, origin in inputs if origin == "batch"]
-
-
-def _with_batch(objective: Objective, arrays: Arrays, batch: Iterable[Any]) -> Any:
-    """The inputs with other leaves for the batch."""
-    leaves, structure = jax.tree.flatten(arrays.inputs)
-    given = iter(batch)
-    pairs = zip(leaves, objective.origins, strict=True)
-    return jax.tree.unflatten(structure, [next(given) if o == "batch" else leaf for leaf, o in pairs])
 
 
 def _example_of(whole: jax.Array, example: jax.Array, *, index: jax.Array) -> jax.Array:
@@ -260,10 +214,11 @@ QUANTITIES: Mapping[str, Callable[[_Problem, Wanted], list[Moments]]] = {
 
 
 def _moments(terms: Iterable[jax.Array], wanted: Wanted, weight: int, count: int) -> list[Moments]:
-    return [_moments_of(widened(term), wanted, weight, count) for term in terms]
+    return [moments_of(widened(term), wanted, weight, count) for term in terms]
 
 
-def _moments_of(term: jax.Array, wanted: Wanted, weight: int, count: int) -> Moments:
+def moments_of(term: jax.Array, wanted: Wanted, weight: int, count: int) -> Moments:
+    """The sums of one term that stands for `weight` examples and counts as `count` terms."""
     return Moments(
         weight * term if "sum" in wanted else None,
         weight * jnp.abs(term) if "absolute_sum" in wanted else None,

@@ -12,12 +12,14 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.derivatives import WITHOUT_LOSS, Need
+from jaxeff.leaves import named_leaves, split_variables
 from jaxeff.precision import wide, widened
 from jaxeff.statistics import Derivatives, Moments, SiteStatistics, Statistics, UnitStatistics
 
@@ -322,6 +324,35 @@ def score(
             f"{jnp.shape(weight)}: return one score per weight"
         )
     return importance
+
+
+def scores(
+    params: Any, statistics: Statistics, criterion: str | Score | Criterion = "activation"
+) -> dict[str, jax.Array]:
+    """The importance of every weight of a model, by path, each shaped like its weight.
+
+    Args:
+        params: as `jaxeff.analyze` takes them.
+        statistics: from `jaxeff.collect` or `jaxeff.calibrate`, for this criterion.
+        criterion: as `jaxeff.analyze` takes it.
+
+    >>> import jaxeff
+    >>> params = {"w": jnp.array([[1.0, -2.0]])}
+    >>> statistics = jaxeff.collect(params, lambda p, x: x @ p["w"], jnp.array([[3.0]]))
+    >>> scores(params, statistics)["w"]
+    Array([[ 3., 12.]], dtype=float32)
+    """
+    leaves = named_leaves(split_variables(params)[0])
+    return {
+        place.path: score(
+            criterion,
+            leaves[place.path],
+            [site for site in statistics.sites if site.path == place.path],
+            statistics.derivatives.get(place.path),
+        )
+        for place in statistics.places
+        if place.role == "weight"
+    }
 
 
 def _unread(weight: jax.Array) -> SiteStatistics:

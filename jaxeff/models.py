@@ -13,22 +13,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxeff import leaves
-from jaxeff.functions import (
-    MISFITS,
-    Function,
-    LinenFunction,
-    NNXFunction,
-    TracedFunction,
-    bound_module,
-    first_line,
-    named_misfit,
-    traced,
-)
+from jaxeff.functions import Function, LinenFunction, NNXFunction, bound_module, named_misfit, traced
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,8 +64,7 @@ def from_nnx(model: nnx.Module) -> tuple[Any, NNXApply]:
     Raises:
         TypeError: it is no NNX module.
 
-    >>> import jax.numpy as jnp
-    >>> params, apply_fn = from_nnx(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    >>>     >>> params, apply_fn = from_nnx(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
     >>> apply_fn(params, jnp.ones((2, 3))).shape
     (2, 4)
     """
@@ -118,54 +106,6 @@ def from_apply(params: Any, apply_fn: Callable, batch: Any, rngs: Any, keywords:
     function, constants = traced(call, core, inputs)
     origins += ("constant",) * len(constants)
     return Model(function, core, (inputs, constants), origins, batch_size)
-
-
-def first_example(batch: Any, batch_size: int | None) -> Any:
-    """A batch of one. Arrays without one row an example, such as a mask, stay whole."""
-    return jax.tree.map(lambda leaf: leaf[:1] if _per_example(leaf, batch_size) else leaf, batch)
-
-
-def _per_example(leaf: Any, batch_size: int | None) -> bool:
-    return np.ndim(leaf) > 0 and np.shape(leaf)[0] == batch_size
-
-
-def bind_loss(model: Model, loss_fn: Callable, targets: Any) -> tuple[Function, list[Any]]:
-    """`loss_fn(outputs, targets)` of a model's outputs, and the arrays that it closed over.
-
-    Raises:
-        TypeError, ValueError: it is no loss of these outputs and targets.
-    """
-    if not callable(loss_fn):
-        raise TypeError(f"`loss_fn` must be a function (outputs, targets), got {type(loss_fn).__name__}")
-    outputs = _outputs.eval_shape(model.function, model.params, model.inputs)
-    try:
-        loss, constants = traced(loss_fn, outputs, targets)
-    except MISFITS as error:
-        raise ValueError(
-            f"`loss_fn` does not accept the model's outputs, {_shapes(outputs)}, with `targets`, "
-            f"{_shapes(targets)}. It raised {type(error).__name__}: {first_line(error)}"
-        ) from error
-    _check_loss(loss, model.batch_size)
-    return loss, constants
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _outputs(function: Function, params: Any, inputs: Any) -> Any:
-    return function.without_capture()(params, inputs)[0]
-
-
-def _check_loss(loss: TracedFunction, batch_size: int | None) -> None:
-    found = [variable.aval for variable in loss.closed.jaxpr.outvars]
-    shapes = [aval.shape for aval in found if jnp.issubdtype(aval.dtype, jnp.floating)]
-    if len(found) != 1 or shapes not in ([()], [(batch_size,)]):
-        raise ValueError(
-            f"`loss_fn` returned {', '.join(map(str, found)) or 'nothing'}: return one floating array, the "
-            f"mean loss (a scalar) or one loss for each of the {batch_size} examples"
-        )
-
-
-def _shapes(tree: Any) -> str:
-    return str(jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree))
 
 
 def _check_apply(apply_fn: Any) -> None:

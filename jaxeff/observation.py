@@ -2,7 +2,7 @@
 
 In: a `Model`'s function, its arrays and what is known of them. Out: the sites' and modules'
 statistics and a place for every leaf of `params`. The activations themselves are never kept.
-Imports `functions`, `graph`, `statistics`.
+Imports `functions`, `graph`, `statistics`, `units`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jaxeff import graph
 from jaxeff.functions import Function
 from jaxeff.graph import axes
-from jaxeff.graph.axes import Dims
 from jaxeff.graph.nonlinearities import BOUNDS
 from jaxeff.graph.program import Value
 from jaxeff.precision import widened
 from jaxeff.statistics import ModuleStatistics, Place, SiteStatistics, Statistics, UnitStatistics
+from jaxeff.units import OverAxes, fold, join, of_emissions
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -45,15 +45,13 @@ def observe(
     watch = _Watch()
     roles = [_watch_site(watch, site, found.leaves[site.leaf].shape) for site in found.sites]
     outputs = [(path, watch.add(value, _last_axis(value))) for path, value in modules]
-    _, observed = graph.evaluate(found.program, jax.tree.leaves((params, inputs)), watch.observers())
+    _, observed = graph.evaluate(found.program, jax.tree.leaves((params, inputs)), watch.hooks())
 
     def seen(watched: _Watched) -> UnitStatistics:
         return observed[watched[0]][watched[1]]
 
     sites = tuple(
-        _site_statistics(
-            site, found.leaves, batch_size, seen(input), seen(pre), _joined(site, [*map(seen, post)], found)
-        )
+        _site_statistics(site, found.leaves, batch_size, seen(input), seen(pre), [*map(seen, post)])
         for site, (input, pre, post) in zip(found.sites, roles, strict=True)
     )
     return Statistics(
@@ -107,11 +105,11 @@ class _Watch:
             asked.append(reduction)
         return value, asked.index(reduction)
 
-    def observers(self) -> graph.Observers:
+    def hooks(self) -> graph.Hooks:
         reductions = {
             value: functools.partial(_reduce_all, asked) for value, asked in self._reductions.items()
         }
-        return graph.Observers(reductions, _add_all)
+        return graph.Hooks(reductions, _add_all)
 
 
 def _reduce_all(reductions: Sequence[_Reduction], array: jax.Array) -> list[UnitStatistics]:
@@ -126,18 +124,14 @@ def _watch_site(
     watch: _Watch, site: graph.Site, shape: tuple[int, ...]
 ) -> tuple[_Watched, _Watched, list[_Watched]]:
     activation = site.activation
-    pre = _OverAxes(activation.pre_dims, site.unit_axes, shape)
+    pre = _Sums(OverAxes(activation.pre_dims, site.unit_axes, shape))
     # The parts of a fused layer are joined: all count their saturated values, or none.
     bounded = any(emission.nonlinearity in BOUNDS for emission in activation.post)
     post = [
-        _OverAxes(e.dims, site.unit_axes, e.shape, _edges(e.nonlinearity) if bounded else None)
-        for e in activation.post
+        watch.add(emission.value, _Sums(over, _edges(emission.nonlinearity) if bounded else None))
+        for emission, over in zip(activation.post, of_emissions(site), strict=True)
     ]
-    return (
-        watch.add(site.input, _over_input(site, shape)),
-        watch.add(activation.pre, pre),
-        [watch.add(e.value, reduction) for e, reduction in zip(activation.post, post, strict=True)],
-    )
+    return watch.add(site.input, _over_input(site, shape)), watch.add(activation.pre, pre), post
 
 
 def _edges(nonlinearity: str) -> tuple[float, float]:
@@ -147,48 +141,28 @@ def _edges(nonlinearity: str) -> tuple[float, float]:
     return low + margin, high - margin
 
 
-def _joined(site: graph.Site, parts: Sequence[UnitStatistics], found: graph.Graph) -> UnitStatistics:
-    """The statistics of all units from those of the parts that a fused layer is split into."""
-    emissions = site.activation.post
-    axis = emissions[0].axis
-    if axis is None:
-        (whole,) = parts
-        return whole
-    order = jnp.argsort(jnp.asarray([index for emission in emissions for index in emission.indices]))
-    # From the end: a scan puts its iterations in front.
-    along = axis - len(found.leaves[site.leaf].shape)
-
-    def join(*sums: jax.Array) -> jax.Array:
-        return jnp.take(jnp.concatenate(sums, along), order, along)
-
-    joined = jax.tree.map(join, *(dataclasses.replace(part, count=part.zeros) for part in parts))
-    return dataclasses.replace(joined, count=parts[0].count)
-
-
 def _over_input(site: graph.Site, shape: tuple[int, ...]) -> _Reduction:
     if site.kind == "embedding":
         return functools.partial(_count_rows, next(iter(site.input_axes)), shape)
     if site.groups == 1:
-        return _OverAxes(site.input_dims, site.input_axes, shape)
+        return _Sums(OverAxes(site.input_dims, site.input_axes, shape))
     return functools.partial(_grouped_input, site, shape)
 
 
 @dataclasses.dataclass(frozen=True)
-class _OverAxes:
-    """Reduces an array to the given axes of a weight; values beyond the edges count as saturated."""
+class _Sums:
+    """The statistics of an array; values beyond the edges count as saturated."""
 
-    dims: Dims
-    kept: frozenset[int]
-    shape: tuple[int, ...]
+    over: OverAxes
     edges: tuple[float, float] | None = None
 
     def __call__(self, array: jax.Array) -> UnitStatistics:
         wide = widened(array)
         magnitude = jnp.abs(wide)
-        maximum = self._reduce(magnitude, jnp.max)
+        maximum = self.over.reduce(magnitude, jnp.max)
         return UnitStatistics(
-            self._reduce(magnitude, jnp.sum),
-            self._reduce(jnp.square(wide), jnp.sum),
+            self.over.reduce(magnitude),
+            self.over.reduce(jnp.square(wide)),
             maximum,
             self._count(wide == 0, wide.dtype),
             jnp.asarray(array.size // maximum.size, wide.dtype),
@@ -201,18 +175,15 @@ class _OverAxes:
         low, high = self.edges
         return self._count((array <= low) | (array >= high), array.dtype)
 
-    def _reduce(self, array: jax.Array, reduction: Callable[..., jax.Array]) -> jax.Array:
-        return axes.reduce_to_axes(self.dims, self.kept, self.shape, array, reduction)
-
     def _count(self, hits: jax.Array, dtype: Any) -> jax.Array:
         # Summed as floats: XLA's CPU takes five times longer over integers.
-        return self._reduce(jnp.where(hits, jnp.ones((), dtype), 0), jnp.sum)
+        return self.over.reduce(jnp.where(hits, jnp.ones((), dtype), 0))
 
 
 def _last_axis(value: Value) -> _Reduction:
     units = len(value.shape) - 1
     dims = (*axes.of_data(value.shape[:-1]), (axes.Factor(0, value.shape[units]),))
-    return _OverAxes(dims, frozenset({0}), value.shape[-1:])
+    return _Sums(OverAxes(dims, frozenset({0}), value.shape[-1:]))
 
 
 def _count_rows(axis: int, shape: tuple[int, ...], indices: jax.Array) -> UnitStatistics:
@@ -228,7 +199,7 @@ def _grouped_input(site: graph.Site, shape: tuple[int, ...], array: jax.Array) -
     (inputs,), (outputs,) = site.input_axes, site.unit_axes
     channels = (site.groups, shape[inputs])
     dims = tuple(_numbered(dim) for dim in site.input_dims)
-    per_channel = _OverAxes(dims, frozenset({0, 1}), channels)(array)
+    per_channel = _Sums(OverAxes(dims, frozenset({0, 1}), channels))(array)
     laid = [size if axis in (inputs, outputs) else 1 for axis, size in enumerate(shape)]
 
     def lay(sums: jax.Array) -> jax.Array:
@@ -251,7 +222,7 @@ def _site_statistics(
     batch_size: int | None,
     input: UnitStatistics,
     pre: UnitStatistics,
-    post: UnitStatistics,
+    post: Sequence[UnitStatistics],
 ) -> SiteStatistics:
     bias = site.activation.bias
     return SiteStatistics(
@@ -265,7 +236,7 @@ def _site_statistics(
         macs=_per_example(site.macs, batch_size),
         input=_over_iterations(input, site.loops),
         pre=_over_iterations(pre, site.loops),
-        post=_over_iterations(post, site.loops),
+        post=_over_iterations(_joined(site, post), site.loops),
     )
 
 
@@ -273,33 +244,21 @@ def _per_example(macs: int | None, batch_size: int | None) -> int | None:
     return macs // batch_size if macs is not None and batch_size and macs % batch_size == 0 else None
 
 
+def _joined(site: graph.Site, parts: Sequence[UnitStatistics]) -> UnitStatistics:
+    """The statistics of all units from those of each emission, which saw as many positions."""
+    laid = [dataclasses.replace(part, count=part.zeros) for part in parts]
+    joined = jax.tree.map(lambda *sums: join(site, sums), *laid)
+    return dataclasses.replace(joined, count=parts[0].count)
+
+
 def _over_iterations(seen: UnitStatistics, loops: Sequence[graph.Loop]) -> UnitStatistics:
-    """Fold the leading axes that scans have added: layers become an axis of the weight, time is summed."""
-    scans = [loop for loop in loops if loop.name == "scan"]
-    rank = seen.absolute_sum.ndim - len(scans)
-    count = seen.count.reshape(*seen.count.shape, *(1,) * rank)
-    folded = dataclasses.replace(seen, count=count)
-    for position, loop in reversed(list(enumerate(scans))):
-        folded = _sum_iterations(folded, position) if loop.axis is None else _lay(folded, position, loop.axis)
-    whole = folded.count.size == 1
-    return dataclasses.replace(folded, count=folded.count.reshape(())) if whole else folded
-
-
-def _sum_iterations(seen: UnitStatistics, position: int) -> UnitStatistics:
-    summed = jax.tree.map(lambda sums: jnp.sum(sums, axis=position), seen)
-    return dataclasses.replace(summed, maximum=jnp.max(seen.maximum, axis=position))
-
-
-def _lay(seen: UnitStatistics, position: int, axis: int) -> UnitStatistics:
-    """Move the axis of iterations to where the weight stacks its layers, which has size 1 so far."""
-
-    def lay(sums: jax.Array) -> jax.Array:
-        moved = jnp.moveaxis(sums, position, position + axis)
-        shape = list(moved.shape)
-        del shape[position + axis + 1]
-        return moved.reshape(shape)
-
-    return jax.tree.map(lay, seen)
+    """Fold the leading axes that scans have added."""
+    scans = sum(loop.name == "scan" for loop in loops)
+    rank = seen.absolute_sum.ndim - scans
+    laid = dataclasses.replace(seen, count=seen.count.reshape(*seen.count.shape, *(1,) * rank))
+    folded = jax.tree.map(lambda sums: fold(sums, loops), laid)
+    count = folded.count.reshape(()) if folded.count.size == 1 else folded.count
+    return dataclasses.replace(folded, maximum=fold(laid.maximum, loops, jnp.max), count=count)
 
 
 def _places(found: graph.Graph) -> tuple[Place, ...]:

@@ -1,7 +1,5 @@
 """Which operation consumes each weight, and what its units emit: structure alone, nothing compiled."""
 
-import operator
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,7 @@ from jaxeff import graph
 from jaxeff.graph import nonlinearities
 
 UNITS = jnp.zeros((4, 6))
-OBSERVE_NOTHING = graph.Observers({}, operator.add)
+NO_HOOKS = graph.Hooks()
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +223,7 @@ def test_an_inlined_program_computes_what_the_model_does(name):
     network = NETWORKS[name]()
     function = lambda variables: network.module.apply(variables, *network.batch, **network.keywords)  # noqa: E731
     program = graph.flatten(jax.make_jaxpr(function)(network.variables))
-    outputs, observed = jax.jit(lambda leaves: graph.evaluate(program, leaves, OBSERVE_NOTHING))(
+    outputs, observed = jax.jit(lambda leaves: graph.evaluate(program, leaves, NO_HOOKS))(
         jax.tree.leaves(network.variables)
     )
     expected = jax.tree.leaves(jax.jit(function)(network.variables))
@@ -239,8 +237,8 @@ def test_an_observer_sees_its_value_once_and_the_value_is_not_kept():
     program = graph.flatten(jax.make_jaxpr(lambda x: jnp.tanh(2.0 * x).sum())(jnp.ones(3)))
     doubled = program.operations[0].outputs[0]
     seen = []
-    observers = graph.Observers({doubled: lambda x: seen.append(x) or x.max()}, operator.add)
-    _, observed = graph.evaluate(program, [jnp.ones(3)], observers)
+    hooks = graph.Hooks({doubled: lambda x: seen.append(x) or x.max()})
+    _, observed = graph.evaluate(program, [jnp.ones(3)], hooks)
     assert len(seen) == 1 and {value: float(kept) for value, kept in observed.items()} == {doubled: 2.0}
 
 

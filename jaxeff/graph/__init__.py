@@ -1,7 +1,8 @@
 """The jaxpr walk: a traced function -> the sites of its weights."""
 
-from jaxeff.graph.evaluation import Observers as Observers
+from jaxeff.graph.evaluation import Hooks as Hooks
 from jaxeff.graph.evaluation import evaluate as evaluate
+from jaxeff.graph.program import Program as Program
 from jaxeff.graph.program import flatten as flatten
 from jaxeff.graph.provenance import Loop as Loop
 from jaxeff.graph.sites import Graph as Graph

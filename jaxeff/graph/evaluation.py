@@ -1,8 +1,8 @@
 """Runs a program, and reduces chosen values as soon as they exist.
 
-In: a `Program`, its arguments, and what to look at. Out: the program's outputs and what was seen.
-Inside a loop the reductions run in the loop's body, so that a scan over layers or time never keeps
-its activations. Imports `program`.
+In: a `Program`, its arguments, and what to look at or to change. Out: the program's outputs and what
+was seen. Inside a loop the reductions run in the loop's body, so that a scan over layers or time never
+keeps its activations. Imports `program`.
 """
 
 from __future__ import annotations
@@ -17,64 +17,98 @@ from jax.extend.core import Literal, jaxpr_as_fun
 
 from jaxeff.graph.program import Operation, Program, Value, scan_operands
 
+Read = Callable[[Value | Literal], Any]
+"""Any earlier array of the same program, by its value."""
+
+Rule = Callable[[list[Any], Read], list[Any]]
+
 
 @dataclasses.dataclass(frozen=True)
-class Observers:
-    """What to look at, and what to keep of it.
+class Hooks:
+    """What to do beside running the program.
 
     Attributes:
-        reductions: for each value a function of its array, which returns a tree of arrays.
+        reductions: for each value a function of its array, which returns a tree of arrays to keep.
         add: joins what two iterations of a `while` returned. Zeros are its neutral element.
+        rules: what to run in place of an operation: `rule(operands, read) -> results`.
+        gates: for each value a function of its array and of the gate that `evaluate` is given for it,
+            which returns the array that the rest of the program gets to see.
     """
 
-    reductions: Mapping[Value, Callable[[Any], Any]]
-    add: Callable[[Any, Any], Any]
+    reductions: Mapping[Value, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
+    add: Callable[[Any, Any], Any] = lambda first, second: jax.tree.map(jnp.add, first, second)
+    rules: Mapping[Operation, Rule] = dataclasses.field(default_factory=dict)
+    gates: Mapping[Value, Callable[[Any, Any], Any]] = dataclasses.field(default_factory=dict)
+
+    def touch(self, program: Program) -> bool:
+        """Whether anything is to be done inside the program or the bodies of its loops."""
+        return any(map(self._concerns, program.inputs)) or any(
+            operation in self.rules
+            or any(map(self._concerns, operation.outputs))
+            or any(map(self.touch, operation.bodies))
+            for operation in program.operations
+        )
+
+    def _concerns(self, value: Value) -> bool:
+        return value in self.reductions or value in self.gates
 
 
 Observed = dict[Value, Any]
 """What was seen. A scan's body adds a leading axis, the iteration; a `while` adds its iterations up;
 a branch not taken gives zeros."""
 
+Gates = Mapping[Value, Any]
+"""Trees of arrays, by the value that they gate; inside a scan, with the iteration as leading axis."""
 
-def evaluate(program: Program, arguments: Sequence[Any], observers: Observers) -> tuple[list[Any], Observed]:
+
+def evaluate(
+    program: Program, arguments: Sequence[Any], hooks: Hooks, gates: Gates | None = None
+) -> tuple[list[Any], Observed]:
     """Run the program under observation.
 
     Args:
         program: from `flatten`.
         arguments: one array for each of `program.inputs`.
-        observers: what they return is kept; the values themselves are not, so that XLA frees them.
+        hooks: what its reductions return is kept; the values themselves are not, so that XLA frees them.
+        gates: one for each value of `hooks.gates`.
 
     Returns:
         One array for each of `program.outputs`, and what was seen of each value looked at.
     """
     values: dict[Value, Any] = dict(program.constants)
     observed: Observed = {}
+    gates = gates or {}
 
     def read(operand: Value | Literal) -> Any:
         return operand.val if isinstance(operand, Literal) else values[operand]
 
     def write(value: Value, array: Any) -> None:
-        if value in observers.reductions:
+        if value in hooks.gates:
+            array = hooks.gates[value](array, gates[value])
+        if value in hooks.reductions:
             # Made once: XLA would repeat a gelu in front of each of the reductions that look at it.
             array = jax.lax.optimization_barrier(array)
-            observed[value] = observers.reductions[value](array)
+            observed[value] = hooks.reductions[value](array)
         values[value] = array
 
     for value, array in zip(program.inputs, arguments, strict=True):
         write(value, array)
     for operation in program.operations:
         operands = [read(operand) for operand in operation.inputs]
-        if any(_watched(body, observers) for body in operation.bodies):
-            results, inside = _LOOPS[operation.name](operation, operands, observers)
+        if operation in hooks.rules:
+            results = hooks.rules[operation](operands, read)
+        elif any(map(hooks.touch, operation.bodies)):
+            results, inside = _LOOPS[operation.name](operation, operands, hooks, gates)
             observed.update(inside)
         else:
-            results = _apply(operation, operands)
+            results = apply(operation, operands)
         for value, array in zip(operation.outputs, results, strict=True):
             write(value, array)
     return [read(output) for output in program.outputs], observed
 
 
-def _apply(operation: Operation, operands: list[Any]) -> list[Any]:
+def apply(operation: Operation, operands: Sequence[Any]) -> list[Any]:
+    """Run one operation as it stands."""
     # Some primitives (custom derivatives) are bound with their callees as functions before the operands;
     # older JAX returns the pair, newer JAX folds them into the parameters.
     bound = operation.primitive.get_bind_params(operation.params)
@@ -84,15 +118,9 @@ def _apply(operation: Operation, operands: list[Any]) -> list[Any]:
     return list(results) if operation.primitive.multiple_results else [results]
 
 
-def _watched(program: Program, observers: Observers) -> bool:
-    return any(value in observers.reductions for value in program.inputs) or any(
-        any(value in observers.reductions for value in operation.outputs)
-        or any(_watched(body, observers) for body in operation.bodies)
-        for operation in program.operations
-    )
-
-
-def _scan(operation: Operation, operands: list[Any], observers: Observers) -> tuple[list[Any], Observed]:
+def _scan(
+    operation: Operation, operands: list[Any], hooks: Hooks, gates: Gates
+) -> tuple[list[Any], Observed]:
     (body,) = operation.bodies
     params = operation.params
     count, carried = scan_operands(operation)
@@ -101,19 +129,32 @@ def _scan(operation: Operation, operands: list[Any], observers: Observers) -> tu
         operands[count : count + carried],
         operands[count + carried :],
     )
+    inside = [value for value in gates if value in _values(body)]
     keys: list[Value] = []
 
-    def step(carry: list[Any], element: list[Any]) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
-        results, observed = evaluate(body, [*constants, *carry, *element], observers)
+    def step(carry: list[Any], element: tuple[list[Any], list[Any]]) -> tuple[list[Any], Any]:
+        slices, own = element
+        own_gates = dict(zip(inside, own, strict=True))
+        results, observed = evaluate(body, [*constants, *carry, *slices], hooks, own_gates)
         keys[:] = observed
         return results[: len(carry)], (results[len(carry) :], list(observed.values()))
 
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
-    carry, (stacked, seen) = jax.lax.scan(step, carry, scanned, **options)
+    elements = scanned, [gates[value] for value in inside]
+    carry, (stacked, seen) = jax.lax.scan(step, carry, elements, **options)
     return [*carry, *stacked], dict(zip(keys, seen, strict=True))
 
 
-def _while(operation: Operation, operands: list[Any], observers: Observers) -> tuple[list[Any], Observed]:
+def _values(program: Program) -> set[Value]:
+    """All values that the program or the bodies of its loops make or take."""
+    own = {value for operation in program.operations for value in operation.outputs} | set(program.inputs)
+    bodies = [body for operation in program.operations for body in operation.bodies]
+    return own.union(*map(_values, bodies))
+
+
+def _while(
+    operation: Operation, operands: list[Any], hooks: Hooks, gates: Gates
+) -> tuple[list[Any], Observed]:
     body = operation.bodies[1]
     params = operation.params
     split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
@@ -121,14 +162,14 @@ def _while(operation: Operation, operands: list[Any], observers: Observers) -> t
     keys: list[Value] = []
 
     def once(carry: list[Any]) -> tuple[list[Any], list[Any]]:
-        results, observed = evaluate(body, [*operands[split[0] : split[1]], *carry], observers)
+        results, observed = evaluate(body, [*operands[split[0] : split[1]], *carry], hooks, gates)
         keys[:] = observed
         return results, list(observed.values())
 
     def step(state: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
         carry, seen = state
         results, new = once(carry)
-        return results, [observers.add(a, b) for a, b in zip(seen, new, strict=True)]
+        return results, [hooks.add(a, b) for a, b in zip(seen, new, strict=True)]
 
     carry = operands[split[1] :]
     nothing = _zeros(jax.eval_shape(once, carry)[1])
@@ -138,15 +179,17 @@ def _while(operation: Operation, operands: list[Any], observers: Observers) -> t
     return carry, dict(zip(keys, seen, strict=True))
 
 
-def _cond(operation: Operation, operands: list[Any], observers: Observers) -> tuple[list[Any], Observed]:
+def _cond(
+    operation: Operation, operands: list[Any], hooks: Hooks, gates: Gates
+) -> tuple[list[Any], Observed]:
     index, *arguments = operands
     shapes: Observed = {}
     for body in operation.bodies:
-        shapes.update(_shapes(body, arguments, observers))
+        shapes.update(_shapes(body, arguments, hooks, gates))
 
     def branch(body: Program) -> Callable[..., tuple[list[Any], list[Any]]]:
         def run(*arguments: Any) -> tuple[list[Any], list[Any]]:
-            results, observed = evaluate(body, arguments, observers)
+            results, observed = evaluate(body, arguments, hooks, gates)
             return results, [observed[key] if key in observed else _zeros(shapes[key]) for key in shapes]
 
         return run
@@ -155,11 +198,11 @@ def _cond(operation: Operation, operands: list[Any], observers: Observers) -> tu
     return results, dict(zip(shapes, seen, strict=True))
 
 
-def _shapes(body: Program, arguments: Sequence[Any], observers: Observers) -> Observed:
+def _shapes(body: Program, arguments: Sequence[Any], hooks: Hooks, gates: Gates) -> Observed:
     keys: list[Value] = []
 
     def run(*arguments: Any) -> list[Any]:
-        _, observed = evaluate(body, arguments, observers)
+        _, observed = evaluate(body, arguments, hooks, gates)
         keys[:] = observed
         return list(observed.values())
 
