@@ -14,6 +14,7 @@ from importlib.metadata import version as _version
 from jaxeff import importance as importance
 from jaxeff import metrics as metrics
 from jaxeff.analysis import analyze as analyze
+from jaxeff.calibration import calibrate as calibrate
 from jaxeff.collection import collect as collect
 from jaxeff.models import from_nnx as from_nnx
 from jaxeff.recommendations import Recommendation as Recommendation

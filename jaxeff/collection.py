@@ -1,21 +1,22 @@
 """params, apply_fn, batch -> Statistics.
 
-Imports `models`, `observation`, `derivatives`, `importance`, `statistics`.
+Imports `models`, `objectives`, `observation`, `derivatives`, `gates`, `importance`, `statistics`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 
-from jaxeff import derivatives, importance, leaves, models, objectives
-from jaxeff.derivatives import Need
+from jaxeff import importance, leaves, models, objectives
+from jaxeff.derivatives import Need, derive
 from jaxeff.functions import first_line
 from jaxeff.gates import gate_moments
 from jaxeff.importance import Criterion, Score
+from jaxeff.models import Model
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.observation import observe
 from jaxeff.statistics import Statistics
@@ -59,60 +60,107 @@ def collect(
     >>> site.post.mean_absolute
     Array([[3., 3.]], dtype=float32)
     """
-    chosen = _named(criterion, with_loss=loss_fn is not None)
-    _check_loss_given(chosen, loss_fn, targets)
-    named = leaves.named_leaves(leaves.split_variables(params)[0])
-    model = models.from_apply(params, apply_fn, batch, rngs, apply_kwargs)
-    observed = observe(
-        model.function, tuple(named), model.origins, model.batch_size, model.params, model.inputs
-    )
-    needs = tuple(sorted({need for criterion in chosen for need in criterion.needs}))
-    if not needs:
-        return observed
-    places = {place.path for place in observed.places if place.role == "weight"}
-    weights = tuple((path, index) for index, path in enumerate(named) if path in places)
-    objective, arrays = objectives.objective(model, loss_fn, targets, weights)
-    if any(quantity == "example_gradient" for quantity, _ in needs):
-        first, first_targets = objectives.first_example((batch, targets), model.batch_size)
-        one = models.from_apply(params, apply_fn, first, rngs, apply_kwargs)
-        example = objectives.objective(one, loss_fn, first_targets, weights)
-        objective, arrays = objectives.with_example((objective, arrays), example)
-    try:
-        return _derived(observed, objective, needs, tuple(named), model.params, arrays, seed)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        names = ", ".join(repr(criterion.name) for criterion in chosen if criterion.needs)
-        raise ValueError(
-            f"`criterion` {names} needs derivatives, and this model or loss cannot be differentiated as that "
-            f"takes. JAX raised {type(error).__name__}: {first_line(error)}"
-        ) from error
+    criteria = named(criterion, with_loss=loss_fn is not None)
+    run = prepare(params, apply_fn, batch, criteria, loss_fn, targets, rngs, apply_kwargs)
+    return run.statistics(batch, targets, jax.random.key(seed))
 
 
-def _derived(
-    observed: Statistics,
-    objective: Objective,
-    needs: Iterable[Need],
-    paths: tuple[str, ...],
-    params: Any,
-    arrays: Arrays,
-    seed: int | jax.Array,
-) -> Statistics:
-    """The statistics with the derivatives that the criteria need."""
-    totals = frozenset(total for quantity, total in needs if quantity == "gate")
-    others = tuple(need for need in needs if need[0] != "gate")
-    found = derivatives.derive(objective, others, params, arrays, jax.random.key(seed))
-    sites = observed.sites
-    if totals:
-        gates = gate_moments(objective, paths, totals, params, arrays)
-        sites = tuple(dataclasses.replace(site, gate=gate) for site, gate in zip(sites, gates, strict=True))
-    return dataclasses.replace(observed, derivatives=found, sites=sites)
-
-
-def _named(criterion: Criteria, *, with_loss: bool) -> tuple[Criterion, ...]:
+def named(criterion: Criteria, *, with_loss: bool) -> tuple[Criterion, ...]:
+    """One criterion or several, each under its name."""
     several = isinstance(criterion, Iterable) and not isinstance(criterion, str)
     return tuple(
         importance.named(one, with_loss=with_loss)
         for one in (criterion if several else (criterion,))  # pyright: ignore
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A model and a loss, bound once: what is done with each batch of the same shapes.
+
+    Attributes:
+        paths: of the leaves of the model's `params`.
+        criteria: what the statistics are for.
+        objective: the loss and the arrays that it reads; None where no criterion needs derivatives.
+    """
+
+    model: Model
+    paths: tuple[str, ...]
+    criteria: tuple[Criterion, ...]
+    objective: tuple[Objective, Arrays] | None
+
+    def statistics(self, batch: Any, targets: Any, key: jax.Array) -> Statistics:
+        """Of one batch; `key` is that of the random signs."""
+        model = self.model
+        batch = jax.tree.leaves(batch)
+        inputs = objectives.with_batch(model.origins, model.inputs, batch)
+        observed = observe(model.function, self.paths, model.origins, model.batch_size, model.params, inputs)
+        if self.objective is None:
+            return observed
+        objective, arrays = self.objective
+        arrays = dataclasses.replace(arrays, inputs=inputs, targets=targets)
+        try:
+            return self._with_derivatives(observed, objective, arrays, key)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            names = ", ".join(repr(criterion.name) for criterion in self.criteria if criterion.needs)
+            raise ValueError(
+                f"`criterion` {names} needs derivatives, and this model or loss cannot be differentiated as "
+                f"that takes. JAX raised {type(error).__name__}: {first_line(error)}"
+            ) from error
+
+    def _with_derivatives(
+        self, observed: Statistics, objective: Objective, arrays: Arrays, key: jax.Array
+    ) -> Statistics:
+        needs = _needs(self.criteria)
+        others = tuple(need for need in needs if need[0] != "gate")
+        found = derive(objective, others, self.model.params, arrays, key)
+        sites = observed.sites
+        totals = frozenset(total for quantity, total in needs if quantity == "gate")
+        if totals:
+            gates = gate_moments(objective, self.paths, totals, self.model.params, arrays)
+            sites = tuple(
+                dataclasses.replace(site, gate=gate) for site, gate in zip(sites, gates, strict=True)
+            )
+        return dataclasses.replace(observed, derivatives=found, sites=sites)
+
+
+def prepare(
+    params: Any,
+    apply_fn: Callable,
+    batch: Any,
+    criteria: tuple[Criterion, ...],
+    loss_fn: Callable | None,
+    targets: Any,
+    rngs: Any,
+    apply_kwargs: Mapping[str, Any],
+) -> Run:
+    """Bind a model and a loss to the shapes of a batch and its targets."""
+    _check_loss_given(criteria, loss_fn, targets)
+    paths = tuple(leaves.named_leaves(leaves.split_variables(params)[0]))
+    model = models.from_apply(params, apply_fn, batch, rngs, apply_kwargs)
+    needs = _needs(criteria)
+    if not needs:
+        return Run(model, paths, criteria, None)
+    weights = _weights(model, paths)
+    objective = objectives.objective(model, loss_fn, targets, weights)
+    if any(quantity == "example_gradient" for quantity, _ in needs):
+        first, first_targets = objectives.first_example((batch, targets), model.batch_size)
+        one = models.from_apply(params, apply_fn, first, rngs, apply_kwargs)
+        example = objectives.objective(one, loss_fn, first_targets, weights)
+        objective = objectives.with_example(objective, example)
+    return Run(model, paths, criteria, objective)
+
+
+def _needs(criteria: Iterable[Criterion]) -> tuple[Need, ...]:
+    return tuple(sorted({need for criterion in criteria for need in criterion.needs}))
+
+
+def _weights(model: Model, paths: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    """The path of each weight, and its index among the leaves."""
+    arguments = model.function, paths, model.origins, model.batch_size, model.params, model.inputs
+    places = observe.eval_shape(*arguments).places
+    found = {place.path for place in places if place.role == "weight"}
+    return tuple((path, index) for index, path in enumerate(paths) if path in found)
 
 
 def _check_loss_given(criteria: Iterable[Criterion], loss_fn: Any, targets: Any) -> None:

@@ -75,8 +75,11 @@ class _Problem:
         example, arrays = self.objective.example, self.arrays.example
         assert example is not None and arrays is not None
         pick = functools.partial(_example_of, index=index)
-        whole, one = batch_leaves(self.objective, self.arrays), batch_leaves(example, arrays)
-        inputs = with_batch(example, arrays, [*map(pick, whole, one)])
+        whole, one = (
+            batch_leaves(self.objective.origins, self.arrays.inputs),
+            batch_leaves(example.origins, arrays.inputs),
+        )
+        inputs = with_batch(example.origins, arrays.inputs, [*map(pick, whole, one)])
         targets = jax.tree.map(pick, self.arrays.targets, arrays.targets)
         outputs = example.function(self._filled(weights), inputs)[0]
         return example.mean_loss(outputs, dataclasses.replace(arrays, targets=targets))
@@ -84,9 +87,9 @@ class _Problem:
     def positive(self) -> tuple[Weights, Callable[[Weights], jax.Array]]:
         """The absolute weights, and the summed outputs of all-positive parameters on inputs of 1."""
         leaves = [jnp.abs(leaf) if _floating(leaf) else leaf for leaf in self._leaves]
-        batch = batch_leaves(self.objective, self.arrays)
+        batch = batch_leaves(self.objective.origins, self.arrays.inputs)
         ones = [jnp.ones_like(leaf) if _floating(leaf) else leaf for leaf in batch]
-        inputs = with_batch(self.objective, self.arrays, ones)
+        inputs = with_batch(self.objective.origins, self.arrays.inputs, ones)
 
         def total(weights: Weights) -> jax.Array:
             outputs = self.objective.function(self._with(leaves, weights), inputs)[0]

@@ -64,7 +64,8 @@ def from_nnx(model: nnx.Module) -> tuple[Any, NNXApply]:
     Raises:
         TypeError: it is no NNX module.
 
-    >>>     >>> params, apply_fn = from_nnx(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    >>> import jax.numpy as jnp
+    >>> params, apply_fn = from_nnx(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
     >>> apply_fn(params, jnp.ones((2, 3))).shape
     (2, 4)
     """

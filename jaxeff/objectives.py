@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -99,17 +99,17 @@ def first_example(batch: Any, batch_size: int | None) -> Any:
     return jax.tree.map(first, batch)
 
 
-def batch_leaves(objective: Objective, arrays: Arrays) -> list[Any]:
-    """The leaves of the inputs that are the batch."""
-    inputs = zip(jax.tree.leaves(arrays.inputs), objective.origins, strict=True)
-    return [leaf for leaf, origin in inputs if origin == "batch"]
+def batch_leaves(origins: Sequence[str], inputs: Any) -> list[Any]:
+    """The leaves of a model's inputs that are the batch."""
+    pairs = zip(jax.tree.leaves(inputs), origins, strict=True)
+    return [leaf for leaf, origin in pairs if origin == "batch"]
 
 
-def with_batch(objective: Objective, arrays: Arrays, batch: Iterable[Any]) -> Any:
-    """The inputs with other leaves for the batch."""
-    leaves, structure = jax.tree.flatten(arrays.inputs)
+def with_batch(origins: Sequence[str], inputs: Any, batch: Iterable[Any]) -> Any:
+    """A model's inputs with other leaves for the batch."""
+    leaves, structure = jax.tree.flatten(inputs)
     given = iter(batch)
-    pairs = zip(leaves, objective.origins, strict=True)
+    pairs = zip(leaves, origins, strict=True)
     return jax.tree.unflatten(structure, [next(given) if o == "batch" else leaf for leaf, o in pairs])
 
 

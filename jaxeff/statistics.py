@@ -196,6 +196,25 @@ class Place:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Stability:
+    """How the order of the scores settles as batches are added.
+
+    Attributes:
+        criterion: whose scores.
+        paths: of the weights.
+        batches: [k], numbers of batches: 2, 4, 8, and so on, and the last.
+        correlation: [k, weights], the rank correlation (Spearman) of a weight's scores after so many
+            batches with those after half as many; over at most 4,096 scores of each.
+    """
+
+    criterion: str = dataclasses.field(metadata=_STATIC)
+    paths: tuple[str, ...] = dataclasses.field(metadata=_STATIC)
+    batches: jax.Array
+    correlation: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Statistics:
     """Sums of one or more batches.
 
@@ -204,12 +223,14 @@ class Statistics:
         modules: outputs that Flax captured, in the order of their names.
         derivatives: of the loss by each weight, by path; empty where none were asked for.
         places: every leaf of `params` once, in the order of first use.
+        stability: of the scores, where `jaxeff.calibrate` collected them.
     """
 
     sites: tuple[SiteStatistics, ...]
     modules: tuple[ModuleStatistics, ...]
     derivatives: Mapping[str, Derivatives]
     places: tuple[Place, ...] = dataclasses.field(metadata=_STATIC)
+    stability: Stability | None = None
 
 
 def merge(first: Statistics, second: Statistics) -> Statistics:
@@ -219,6 +240,20 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
         TypeError: they are no statistics.
         ValueError: the two come from different models, or hold different derivatives.
     """
+    check_alike(first, second)
+    return Statistics(
+        tuple(_merge_sites(a, b) for a, b in zip(first.sites, second.sites, strict=True)),
+        tuple(
+            dataclasses.replace(a, output=a.output + b.output)
+            for a, b in zip(first.modules, second.modules, strict=True)
+        ),
+        {path: first.derivatives[path] + second.derivatives[path] for path in first.derivatives},
+        first.places,
+    )
+
+
+def check_alike(first: Statistics, second: Statistics) -> None:
+    """Raises TypeError or ValueError where the two cannot be added."""
     for name, statistics in (("first", first), ("second", second)):
         if not isinstance(statistics, Statistics):
             kind = type(statistics).__name__
@@ -233,15 +268,6 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
             "`first` and `second` were collected for different criteria: one holds derivatives of the loss "
             "that the other has not. Collect both with the same `criterion`."
         )
-    return Statistics(
-        tuple(_merge_sites(a, b) for a, b in zip(first.sites, second.sites, strict=True)),
-        tuple(
-            dataclasses.replace(a, output=a.output + b.output)
-            for a, b in zip(first.modules, second.modules, strict=True)
-        ),
-        {path: first.derivatives[path] + second.derivatives[path] for path in first.derivatives},
-        first.places,
-    )
 
 
 def _merge_sites(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
