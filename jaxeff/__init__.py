@@ -16,6 +16,8 @@ from jaxeff import metrics as metrics
 from jaxeff.analysis import analyze as analyze
 from jaxeff.calibration import calibrate as calibrate
 from jaxeff.collection import collect as collect
+from jaxeff.comparison import Comparison as Comparison
+from jaxeff.comparison import compare_criteria as compare_criteria
 from jaxeff.models import from_nnx as from_nnx
 from jaxeff.recommendations import Recommendation as Recommendation
 from jaxeff.report import Report as Report

@@ -1,7 +1,7 @@
 """What the loss makes of each weight: gradients, curvature, flow; summed over the batch.
 
 In: an `Objective`, the arrays that it reads, and what to collect. Out: `Derivatives` by path. Each
-quantity is one function of a `_Problem` that gives terms shaped like the weights. Imports
+quantity is one function of a `Problem` that gives terms shaped like the weights. Imports
 `objectives`, `statistics`.
 """
 
@@ -39,11 +39,13 @@ def derive(
         needs: which sums of which quantities.
         key: of the random signs.
     """
-    problem = _Problem(objective, params, arrays, key)
+    problem = Problem(objective, params, arrays)
     wanted: dict[str, set[str]] = {}
     for quantity, total in needs:
         wanted.setdefault(quantity, set()).add(total)
-    found = {name: QUANTITIES[name](problem, frozenset(totals)) for name, totals in sorted(wanted.items())}
+    found = {
+        name: QUANTITIES[name](problem, frozenset(totals), key) for name, totals in sorted(wanted.items())
+    }
     return {
         path: Derivatives(**{name: moments[i] for name, moments in found.items()})
         for i, (path, _) in enumerate(objective.weights)
@@ -53,11 +55,11 @@ def derive(
 Weights = tuple[jax.Array, ...]
 
 
-class _Problem:
+class Problem:
     """The loss as a function of the weights alone."""
 
-    def __init__(self, objective: Objective, params: Any, arrays: Arrays, key: jax.Array):
-        self.objective, self.arrays, self.key = objective, arrays, key
+    def __init__(self, objective: Objective, params: Any, arrays: Arrays):
+        self.objective, self.arrays = objective, arrays
         self._leaves, self._structure = jax.tree.flatten(params)
         self.weights: Weights = tuple(self._leaves[index] for _, index in objective.weights)
 
@@ -122,7 +124,7 @@ def _example_of(whole: jax.Array, example: jax.Array, *, index: jax.Array) -> ja
 Wanted = frozenset[str]
 
 
-def _gradient(problem: _Problem, wanted: Wanted) -> list[Moments]:
+def _gradient(problem: Problem, wanted: Wanted, key: jax.Array) -> list[Moments]:
     gradients = jax.grad(problem.mean_loss)(problem.weights)
     return _moments(gradients, wanted, problem.objective.batch_size, 1)
 
@@ -131,7 +133,7 @@ def _gradient(problem: _Problem, wanted: Wanted) -> list[Moments]:
 _ELEMENTS = 1 << 24
 
 
-def _example_gradient(problem: _Problem, wanted: Wanted) -> list[Moments]:
+def _example_gradient(problem: Problem, wanted: Wanted, key: jax.Array) -> list[Moments]:
     """Each example's own backward pass, several at once as long as their gradients stay small."""
     examples = problem.objective.batch_size
     size = sum(weight.size for weight in problem.weights)
@@ -149,12 +151,12 @@ def _example_gradient(problem: _Problem, wanted: Wanted) -> list[Moments]:
     return total
 
 
-def _hessian(problem: _Problem, wanted: Wanted) -> list[Moments]:
+def _hessian(problem: Problem, wanted: Wanted, key: jax.Array) -> list[Moments]:
     _, product = jax.vjp(jax.grad(problem.mean_loss), problem.weights)
-    return _sampled(problem, wanted, lambda signs: product(signs)[0])
+    return _sampled(problem, wanted, key, lambda signs: product(signs)[0])
 
 
-def _gauss_newton(problem: _Problem, wanted: Wanted) -> list[Moments]:
+def _gauss_newton(problem: Problem, wanted: Wanted, key: jax.Array) -> list[Moments]:
     structure = jax.tree.structure(jax.eval_shape(problem.outputs, problem.weights))
 
     def outputs(weights: Weights) -> tuple[list[Any], list[Any]]:
@@ -172,10 +174,12 @@ def _gauss_newton(problem: _Problem, wanted: Wanted) -> list[Moments]:
     # J as the transpose of its transpose: a function with its own backward rule has no forward mode.
     _, push = jax.vjp(lambda cotangent: pull(cotangent)[0], floats)
     _, curvature = jax.vjp(jax.grad(loss), floats)
-    return _sampled(problem, wanted, lambda signs: pull(curvature(push(signs)[0])[0])[0])
+    return _sampled(problem, wanted, key, lambda signs: pull(curvature(push(signs)[0])[0])[0])
 
 
-def _sampled(problem: _Problem, wanted: Wanted, product: Callable[[Weights], Weights]) -> list[Moments]:
+def _sampled(
+    problem: Problem, wanted: Wanted, key: jax.Array, product: Callable[[Weights], Weights]
+) -> list[Moments]:
     """Terms v * Av, v random signs: their mean is the diagonal of A.
 
     References:
@@ -191,22 +195,22 @@ def _sampled(problem: _Problem, wanted: Wanted, product: Callable[[Weights], Wei
         terms = [sign * found for sign, found in zip(signs, product(signs), strict=True)]
         return _moments(terms, wanted, problem.objective.batch_size, 1)
 
-    return _added(of_key, jax.random.split(problem.key, SAMPLES))
+    return _added(of_key, jax.random.split(key, SAMPLES))
 
 
-def _gradient_flow(problem: _Problem, wanted: Wanted) -> list[Moments]:
+def _gradient_flow(problem: Problem, wanted: Wanted, key: jax.Array) -> list[Moments]:
     gradient, product = jax.vjp(jax.grad(problem.mean_loss), problem.weights)
     return _moments(product(gradient)[0], wanted, problem.objective.batch_size, 1)
 
 
-def _synaptic_flow(problem: _Problem, wanted: Wanted) -> list[Moments]:
+def _synaptic_flow(problem: Problem, wanted: Wanted, key: jax.Array) -> list[Moments]:
     weights, total = problem.positive()
     # All examples are the same: one is wanted.
     flow = [found / problem.objective.batch_size for found in jax.grad(total)(weights)]
     return _moments(flow, wanted, problem.objective.batch_size, 1)
 
 
-QUANTITIES: Mapping[str, Callable[[_Problem, Wanted], list[Moments]]] = {
+QUANTITIES: Mapping[str, Callable[[Problem, Wanted, jax.Array], list[Moments]]] = {
     "gradient": _gradient,
     "example_gradient": _example_gradient,
     "hessian": _hessian,

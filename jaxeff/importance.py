@@ -162,28 +162,30 @@ def fisher(weight: jax.Array, site: SiteStatistics) -> jax.Array:
 
 
 def obd(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """h w^2 / 2, h the diagonal of the Hessian of L: the second-order change when w goes to 0.
+    """abs(h) w^2 / 2, h the diagonal of the Hessian of L: the second-order change when w goes to 0.
 
     h is estimated from `derivatives.SAMPLES` random sign vectors a batch (Hutchinson); its standard error
-    is `site.derivatives.hessian.standard_error`. Where h is negative the importance is 0.
+    is `site.derivatives.hessian.standard_error`. At a minimum h is >= 0, and an estimate below 0 is the
+    noise of a weight that is strongly coupled to others: its size counts, since 0 would remove that
+    weight first.
 
     References:
         LeCun, Denker and Solla, Optimal Brain Damage, 1990
     """
-    return jnp.square(weight) * jnp.maximum(_given(site.derivatives.hessian).mean, 0) / 2
+    return jnp.square(weight) * jnp.abs(_given(site.derivatives.hessian).mean) / 2
 
 
 def obd_gauss_newton(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """h w^2 / 2, h the diagonal of the Gauss-Newton matrix, estimated as for `obd`.
+    """abs(h) w^2 / 2, h the diagonal of the Gauss-Newton matrix, estimated as for `obd`.
 
-    What `obd` has besides, the curvature of the network itself, is left out: LeCun's own choice, for
-    its sign. h is >= 0; where its estimate is not, the importance is 0.
+    What `obd` has besides, the curvature of the network itself, is left out: LeCun's own choice, since h
+    then is >= 0.
 
     References:
         LeCun, Denker and Solla, Optimal Brain Damage, 1990
         Martens, New Insights and Perspectives on the Natural Gradient Method, 2020, arXiv:1412.1193
     """
-    return jnp.square(weight) * jnp.maximum(_given(site.derivatives.gauss_newton).mean, 0) / 2
+    return jnp.square(weight) * jnp.abs(_given(site.derivatives.gauss_newton).mean) / 2
 
 
 def snip(weight: jax.Array, site: SiteStatistics) -> jax.Array:

@@ -121,11 +121,11 @@ def test_obd_is_exact_where_the_hessian_is_diagonal():
     np.testing.assert_allclose(found, curvature * w["w"] ** 2 / 2, rtol=1e-6)
 
 
-def test_where_the_curvature_is_negative_nothing_is_lost():
+def test_where_the_curvature_is_negative_its_size_counts():
     w, x = {"w": jnp.ones((1, 1))}, jnp.ones((1, 1))
     loss = lambda outputs, targets: -jnp.sum(jnp.square(outputs))  # noqa: E731
     found = jaxeff.collect(w, lambda p, x: x @ p["w"], x, criterion="obd", loss_fn=loss, targets=())
-    assert float(importance.scores(w, found, "obd")["w"][0, 0]) == 0
+    assert float(importance.scores(w, found, "obd")["w"][0, 0]) == 1
     assert float(found.derivatives["w"].hessian.mean[0, 0]) == -2
 
 
