@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -164,5 +165,13 @@ def _report(
             ModuleReport(module.path, Activity(module.output.absolute_sum.shape, 1, module.output))
             for module in statistics.modules
         ),
-        model=totals.model(structure, numbers, sum(math.prod(place.shape) for place in statistics.places)),
+        model=dataclasses.replace(
+            totals.model(structure, numbers, sum(math.prod(place.shape) for place in statistics.places)),
+            relevance_residual=_residual(criterion, statistics),
+        ),
     )
+
+
+def _residual(criterion: Criterion, statistics: Statistics) -> jax.Array | None:
+    found = [statistics.conservation[name] for name, _ in criterion.needs if name in statistics.conservation]
+    return found[0].residual if found else None

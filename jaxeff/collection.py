@@ -12,14 +12,15 @@ from typing import Any
 import jax
 
 from jaxeff import importance, leaves, models, objectives
-from jaxeff.derivatives import Need, derive
+from jaxeff.derivatives import QUANTITIES, Need, derive
 from jaxeff.functions import first_line
 from jaxeff.gates import gate_moments
 from jaxeff.importance import Criterion, Score
 from jaxeff.models import Model
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.observation import observe
-from jaxeff.statistics import Statistics
+from jaxeff.relevance import PROPAGATIONS, weight_relevance
+from jaxeff.statistics import Conservation, Statistics
 
 Criteria = str | Score | Criterion | Iterable[str | Score | Criterion]
 
@@ -111,17 +112,29 @@ class Run:
     def _with_derivatives(
         self, observed: Statistics, objective: Objective, arrays: Arrays, key: jax.Array
     ) -> Statistics:
-        needs = _needs(self.criteria)
-        others = tuple(need for need in needs if need[0] != "gate")
-        found = derive(objective, others, self.model.params, arrays, key)
+        wanted: dict[str, set[str]] = {}
+        for quantity, total in _needs(self.criteria):
+            wanted.setdefault(quantity, set()).add(total)
+        totals = {quantity: frozenset(names) for quantity, names in wanted.items()}
+        arguments = self.model.params, arrays
+        plain = tuple(sorted((name, found) for name, found in totals.items() if name in QUANTITIES))
+        derivatives = derive(objective, plain, *arguments, key)
+        conservation: dict[str, Conservation] = {}
+        for name in sorted(totals.keys() & PROPAGATIONS.keys()):
+            rule = PROPAGATIONS[name]
+            found, conservation[name] = weight_relevance(
+                objective, self.paths, rule, totals[name], *arguments
+            )
+            derivatives = {
+                path: dataclasses.replace(known, **{name: found[path]}) for path, known in derivatives.items()
+            }
         sites = observed.sites
-        totals = frozenset(total for quantity, total in needs if quantity == "gate")
-        if totals:
-            gates = gate_moments(objective, self.paths, totals, self.model.params, arrays)
+        if "gate" in totals:
+            gates = gate_moments(objective, self.paths, totals["gate"], *arguments)
             sites = tuple(
                 dataclasses.replace(site, gate=gate) for site, gate in zip(sites, gates, strict=True)
             )
-        return dataclasses.replace(observed, derivatives=found, sites=sites)
+        return dataclasses.replace(observed, derivatives=derivatives, sites=sites, conservation=conservation)
 
 
 def prepare(

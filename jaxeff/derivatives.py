@@ -22,6 +22,9 @@ from jaxeff.statistics import Derivatives, Moments
 Need = tuple[str, str]
 """A quantity of `Derivatives`, and which of its sums: ('gradient', 'square_sum')."""
 
+Wanted = frozenset[str]
+"""Which sums of `Moments`."""
+
 SAMPLES = 16
 """Random sign vectors a batch for the diagonal of a Hessian; several batches add theirs."""
 
@@ -31,21 +34,20 @@ WITHOUT_LOSS = frozenset({"synaptic_flow", "relevance", "relevance_alpha_beta"})
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def derive(
-    objective: Objective, needs: tuple[Need, ...], params: Any, arrays: Arrays, key: jax.Array
+    objective: Objective,
+    wanted: tuple[tuple[str, Wanted], ...],
+    params: Any,
+    arrays: Arrays,
+    key: jax.Array,
 ) -> dict[str, Derivatives]:
     """Every quantity asked for, of every weight, by path.
 
     Args:
-        needs: which sums of which quantities.
+        wanted: quantities, and which of their sums.
         key: of the random signs.
     """
     problem = Problem(objective, params, arrays)
-    wanted: dict[str, set[str]] = {}
-    for quantity, total in needs:
-        wanted.setdefault(quantity, set()).add(total)
-    found = {
-        name: QUANTITIES[name](problem, frozenset(totals), key) for name, totals in sorted(wanted.items())
-    }
+    found = {name: QUANTITIES[name](problem, totals, key) for name, totals in wanted}
     return {
         path: Derivatives(**{name: moments[i] for name, moments in found.items()})
         for i, (path, _) in enumerate(objective.weights)
@@ -119,9 +121,6 @@ def _example_of(whole: jax.Array, example: jax.Array, *, index: jax.Array) -> ja
     if jnp.shape(whole) == jnp.shape(example):
         return whole
     return jax.lax.dynamic_slice_in_dim(whole, index, 1)
-
-
-Wanted = frozenset[str]
 
 
 def _gradient(problem: Problem, wanted: Wanted, key: jax.Array) -> list[Moments]:

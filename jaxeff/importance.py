@@ -226,6 +226,30 @@ def synflow(weight: jax.Array, site: SiteStatistics) -> jax.Array:
     return jnp.abs(weight * _given(site.derivatives.synaptic_flow).mean)
 
 
+def lrp(weight: jax.Array, site: SiteStatistics) -> jax.Array:
+    """abs(sum of R), R the relevance of the winning outputs that passes through the weight; epsilon rule.
+
+    R_ij = x_i w_ij R_j / z_j at each position; the winning output is the largest at each position of the
+    model's outputs. Needs no loss. Products of data (attention, gates), normalisers and nonlinearities
+    pass on as `jaxeff.graph.relevance` says; `statistics.conservation` tells what was lost on the way.
+
+    References:
+        Bach et al., On Pixel-Wise Explanations for Non-Linear Classifier Decisions by Layer-Wise Relevance
+        Propagation, 2015, doi:10.1371/journal.pone.0130140
+        Yeom et al., Pruning by Explaining, 2021, arXiv:1912.08881
+    """
+    return jnp.abs(_given(site.derivatives.relevance).mean)
+
+
+def lrp_alpha_beta(weight: jax.Array, site: SiteStatistics) -> jax.Array:
+    """As `lrp`, with the alpha-beta rule: alpha = 2 of the positive shares, less beta = 1 of the negative.
+
+    References:
+        Bach et al., 2015, as for `lrp`
+    """
+    return jnp.abs(_given(site.derivatives.relevance_alpha_beta).mean)
+
+
 def _given(moments: Moments | None) -> Moments:
     if moments is None:
         raise ValueError("these statistics hold no derivatives for this criterion: collect them with it")
@@ -258,6 +282,8 @@ CRITERIA: Mapping[str, Criterion] = {
         Criterion(snip, "gradient", (("gradient", "sum"),), null_power=1),
         Criterion(grasp, "gradient", (("gradient_flow", "sum"),)),
         Criterion(synflow, "gradient", (("synaptic_flow", "sum"),), null_power=1),
+        Criterion(lrp, "gradient", (("relevance", "sum"),)),
+        Criterion(lrp_alpha_beta, "gradient", (("relevance_alpha_beta", "sum"),)),
     )
 }
 

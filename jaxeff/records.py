@@ -240,6 +240,8 @@ class ModelReport:
         pooled_effective_params, pooled_utilization: of all weights of the model taken as one
             distribution: a layer of faint weights counts for little.
         excluded: how many layers were left out.
+        relevance_residual: for a criterion of relevance, what of the winning outputs was neither passed on to
+            the inputs nor taken by biases, as a fraction; None for any other criterion.
     """
 
     total_params: int = dataclasses.field(metadata=_STATIC)
@@ -256,6 +258,7 @@ class ModelReport:
     pooled_effective_params: jax.Array
     pooled_utilization: jax.Array
     excluded: jax.Array
+    relevance_residual: jax.Array | None = None
 
 
 def none_of(kind: Any) -> Any:

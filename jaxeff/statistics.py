@@ -135,6 +135,28 @@ class Derivatives:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Conservation:
+    """Whether relevance was conserved on its way from the outputs.
+
+    Attributes:
+        total: [], the winning outputs, summed.
+        accounted: [], what of it arrived at inputs and looked-up rows, or was taken by biases and constants.
+    """
+
+    total: jax.Array
+    accounted: jax.Array
+
+    @property
+    def residual(self) -> jax.Array:
+        """What was neither passed on nor taken, as a fraction of the total."""
+        return jnp.abs(self.total - self.accounted) / jnp.abs(self.total)
+
+    def __add__(self, other: Conservation) -> Conservation:
+        return Conservation(self.total + other.total, self.accounted + other.accounted)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SiteStatistics:
     """One use of one weight.
 
@@ -223,6 +245,7 @@ class Statistics:
         modules: outputs that Flax captured, in the order of their names.
         derivatives: of the loss by each weight, by path; empty where none were asked for.
         places: every leaf of `params` once, in the order of first use.
+        conservation: of relevance, by quantity ('relevance', 'relevance_alpha_beta').
         stability: of the scores, where `jaxeff.calibrate` collected them.
     """
 
@@ -230,6 +253,7 @@ class Statistics:
     modules: tuple[ModuleStatistics, ...]
     derivatives: Mapping[str, Derivatives]
     places: tuple[Place, ...] = dataclasses.field(metadata=_STATIC)
+    conservation: Mapping[str, Conservation] = dataclasses.field(default_factory=dict)
     stability: Stability | None = None
 
 
@@ -249,6 +273,7 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
         ),
         {path: first.derivatives[path] + second.derivatives[path] for path in first.derivatives},
         first.places,
+        {name: first.conservation[name] + second.conservation[name] for name in first.conservation},
     )
 
 

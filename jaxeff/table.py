@@ -88,6 +88,11 @@ def _model(report: Report) -> list[str]:
         f"{percent(float(model.null_utilization))}. Scored by {report.criterion}.",
         f"Parameters: {model.total_params:,} in all; {_shares(report)}.",
     ]
+    if model.relevance_residual is not None:
+        lines.append(
+            f"Relevance: {float(model.relevance_residual):.1e} of the winning outputs was neither passed on "
+            "to the inputs nor taken by biases."
+        )
     if int(model.excluded):
         lines.append(
             f"{int(model.excluded)} of {len(report.rows)} layers are not finite and left out of the model."

@@ -5,6 +5,8 @@ from jaxeff.graph.evaluation import evaluate as evaluate
 from jaxeff.graph.program import Program as Program
 from jaxeff.graph.program import flatten as flatten
 from jaxeff.graph.provenance import Loop as Loop
+from jaxeff.graph.relevance import Propagation as Propagation
+from jaxeff.graph.relevance import relevance_rules as relevance_rules
 from jaxeff.graph.sites import Graph as Graph
 from jaxeff.graph.sites import Leaf as Leaf
 from jaxeff.graph.sites import Site as Site

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from jaxeff.graph import axes, nonlinearities
 from jaxeff.graph.axes import Dims, Factor
@@ -76,6 +76,25 @@ class Flow:
 
     def readers(self, value: Value) -> list[Operation]:
         return [self.program.operations[index] for index in self.read_by.get(value, ())]
+
+    def between(self, start: Value, end: Value, of_start: Callable[[Value], bool]) -> list[Operation]:
+        """The operations that make `end` from `start`, constants included, in execution order.
+
+        Args:
+            of_start: whether a value is made of `start`.
+        """
+        wanted: set[int] = set()
+        pending = [end]
+        while pending:
+            value = pending.pop()
+            made = self.made_by.get(value)
+            if value is start or made is None or made in wanted:
+                continue
+            if not of_start(value) and value not in self.provenance.constants:
+                continue
+            wanted.add(made)
+            pending.extend(x for x in self.program.operations[made].inputs if isinstance(x, Value))
+        return [self.program.operations[index] for index in sorted(wanted)]
 
 
 def follow(flow: Flow, output: Value, dims: Dims, shapes: Sequence[tuple[int, ...]], leaf: int) -> Activation:
@@ -285,7 +304,9 @@ class _Reach:
         """The catalogue's name of what lies between an affine image and `post`, from the last one back."""
         constants = self.flow.program.constants
         for start in self._affine_starts(post):
-            name = nonlinearities.recognise(self._between(start, post), start, post, constants)
+            name = nonlinearities.recognise(
+                self.flow.between(start, post, self.images.__contains__), start, post, constants
+            )
             if name != "pointwise":
                 return name
         return "pointwise"
@@ -420,18 +441,3 @@ class _Reach:
             if len(needed) == 1 and self.images[latest].affine:
                 yield latest
             needed = (needed - {latest}) | self._sources(latest)
-
-    def _between(self, start: Value, end: Value) -> list[Operation]:
-        """The operations that make `end` from `start`, constants included, in execution order."""
-        wanted: set[int] = set()
-        pending = [end]
-        while pending:
-            value = pending.pop()
-            made = self.flow.made_by.get(value)
-            if value is start or made is None or made in wanted:
-                continue
-            if value not in self.images and value not in self.flow.provenance.constants:
-                continue
-            wanted.add(made)
-            pending.extend(x for x in self.flow.program.operations[made].inputs if isinstance(x, Value))
-        return [self.flow.program.operations[index] for index in sorted(wanted)]

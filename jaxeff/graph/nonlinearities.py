@@ -220,6 +220,14 @@ def recognise(
     return "leaky_relu" if abs(slope) < 1 and _distance(curve, leaky) < 1e-3 else "pointwise"
 
 
+def within_0_and_1(
+    operations: Sequence[Operation], start: Value, end: Value, constants: Mapping[Value, Any]
+) -> bool:
+    """Whether the pointwise operations compute a function with values in [0, 1]: a gate."""
+    curve = _curve(operations, start, end, constants)
+    return curve is not None and curve.min() >= 0 and curve.max() <= 1
+
+
 def _distance(curve: Array, expected: Array) -> float:
     return float(np.max(np.abs(curve - expected) / (1 + np.abs(expected))))
 

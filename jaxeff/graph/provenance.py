@@ -212,19 +212,19 @@ def _enter(
     operation: Operation, holding: list[Held], provenance: Provenance, around: tuple[Operation, ...]
 ) -> None:
     """Follow the leaves into the bodies of a loop or branch."""
-    for body, first in _operands_of_bodies(operation):
+    for body, first in operands_of_bodies(operation):
         for operand, value in enumerate(body.inputs, start=first):
             if holding[operand]:
                 provenance.held[value] = {
                     leaf: _entering(operation, operand, leaf, dims, provenance)
                     for leaf, dims in holding[operand].items()
                 }
-            elif provenance.is_constant(operation.inputs[operand]) and not _carried(operation, operand):
+            elif provenance.is_constant(operation.inputs[operand]) and not is_carried(operation, operand):
                 provenance.constants.add(value)
         _walk(body, provenance, (*around, operation))
 
 
-def _operands_of_bodies(operation: Operation) -> list[tuple[Program, int]]:
+def operands_of_bodies(operation: Operation) -> list[tuple[Program, int]]:
     """Each body with the index of the operand that is its first input."""
     if operation.name == "while":
         return [(operation.bodies[1], operation.params["cond_nconsts"])]
@@ -237,7 +237,7 @@ def _entering(
     """The dims with which a leaf enters a loop's body: a scan slices what it runs over."""
     if isinstance(dims, Lost) or operation.name == "cond":
         return dims
-    if _carried(operation, operand):
+    if is_carried(operation, operand):
         return Lost(f"the carry of a {operation.name}")
     if operation.name == "while" or operand < scan_operands(operation)[0]:
         return dims
@@ -252,7 +252,7 @@ def _entering(
     return tuple(kept)
 
 
-def _carried(operation: Operation, operand: int) -> bool:
+def is_carried(operation: Operation, operand: int) -> bool:
     if operation.name == "while":
         return operand >= operation.params["cond_nconsts"] + operation.params["body_nconsts"]
     if operation.name == "scan":
