@@ -122,15 +122,13 @@ class Run:
         conservation: dict[str, Conservation] = {}
         for name in sorted(totals.keys() & PROPAGATIONS.keys()):
             rule = PROPAGATIONS[name]
-            found, conservation[name] = weight_relevance(
-                objective, self.paths, rule, totals[name], *arguments
-            )
+            found, conservation[name] = weight_relevance(objective, rule, totals[name], *arguments)
             derivatives = {
                 path: dataclasses.replace(known, **{name: found[path]}) for path, known in derivatives.items()
             }
         sites = observed.sites
         if "gate" in totals:
-            gates = gate_moments(objective, self.paths, totals["gate"], *arguments)
+            gates = gate_moments(objective, totals["gate"], *arguments)
             sites = tuple(
                 dataclasses.replace(site, gate=gate) for site, gate in zip(sites, gates, strict=True)
             )
@@ -155,11 +153,11 @@ def prepare(
     if not needs:
         return Run(model, paths, criteria, None)
     weights = _weights(model, paths)
-    objective = objectives.objective(model, loss_fn, targets, weights)
+    objective = objectives.objective(model, loss_fn, targets, paths, weights)
     if any(quantity == "example_gradient" for quantity, _ in needs):
         first, first_targets = objectives.first_example((batch, targets), model.batch_size)
         one = models.from_apply(params, apply_fn, first, rngs, apply_kwargs)
-        example = objectives.objective(one, loss_fn, first_targets, weights)
+        example = objectives.objective(one, loss_fn, first_targets, paths, weights)
         objective = objectives.with_example(objective, example)
     return Run(model, paths, criteria, objective)
 
@@ -168,12 +166,10 @@ def _needs(criteria: Iterable[Criterion]) -> tuple[Need, ...]:
     return tuple(sorted({need for criterion in criteria for need in criterion.needs}))
 
 
-def _weights(model: Model, paths: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
-    """The path of each weight, and its index among the leaves."""
+def _weights(model: Model, paths: tuple[str, ...]) -> set[str]:
+    """Which of the leaves are weights."""
     arguments = model.function, paths, model.origins, model.batch_size, model.params, model.inputs
-    places = observe.eval_shape(*arguments).places
-    found = {place.path for place in places if place.role == "weight"}
-    return tuple((path, index) for index, path in enumerate(paths) if path in found)
+    return {place.path for place in observe.eval_shape(*arguments).places if place.role == "weight"}
 
 
 def _check_loss_given(criteria: Iterable[Criterion], loss_fn: Any, targets: Any) -> None:

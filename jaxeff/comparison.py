@@ -1,7 +1,7 @@
 """Which criterion to trust: the loss as weights are removed in the order of each one's scores.
 
 In: a model, a loss and criteria. Out: a `Comparison`, whose curves are measured, not predicted.
-Imports `collection`, `importance`, `leaves`, `table`.
+Imports `collection`, `importance`, `problem`, `table`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import importance, leaves, objectives, table
+from jaxeff import importance, objectives, table
 from jaxeff.collection import Criteria, named, prepare
-from jaxeff.derivatives import Problem
 from jaxeff.objectives import Arrays, Objective
+from jaxeff.problem import Problem
 from jaxeff.statistics import Statistics
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
@@ -114,14 +114,12 @@ def compare_criteria(
     measured_batch, measured_targets = (batch, targets) if held_out is None else held_out
     model = run.model if held_out is None else bind(batch=measured_batch, targets=measured_targets).model
     scores = [importance.scores(params, statistics, criterion) for criterion in chosen]
-    weights = tuple(
-        (path, i) for i, path in enumerate(leaves.named_leaves(model.params)) if path in scores[0]
-    )
-    objective, arrays = objectives.objective(model, loss_fn, measured_targets, weights)
-    stacks = tuple(_layer_axes(statistics, path) for path, _ in weights) if scope == "layer" else None
+    objective, arrays = objectives.objective(model, loss_fn, measured_targets, run.paths, scores[0].keys())
+    paths = [path for path, _ in objective.weights]
+    stacks = tuple(_layer_axes(statistics, path) for path in paths) if scope == "layer" else None
 
     def curve(scores: dict[str, jax.Array]) -> jax.Array:
-        ordered = _orders(stacks, [scores[path] for path, _ in weights])
+        ordered = _orders(stacks, [scores[path] for path in paths])
         return _losses(objective, model.params, arrays, ordered, _counts(fractions, ordered, stacks))
 
     keys = jax.random.split(jax.random.key(seed), CONTROLS)

@@ -15,27 +15,26 @@ import jax
 import jax.numpy as jnp
 
 from jaxeff import graph
-from jaxeff.derivatives import moments_of
 from jaxeff.graph.program import Value
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.observation import trace
+from jaxeff.problem import moments_of
 from jaxeff.statistics import Moments
 from jaxeff.units import OverAxes, fold, join, of_emissions
 
 _Gated = dict[Value, list[OverAxes]]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def gate_moments(
-    objective: Objective, paths: tuple[str, ...], totals: frozenset[str], params: Any, arrays: Arrays
+    objective: Objective, totals: frozenset[str], params: Any, arrays: Arrays
 ) -> tuple[Moments, ...]:
     """For each site, in execution order, the moments of its units' gate gradients over the batch.
 
     Args:
-        paths: of the leaves of `params`.
         totals: which sums of `Moments`.
     """
-    found, _ = trace(objective.function, paths, objective.origins, params, arrays.inputs)
+    found, _ = trace(objective.function, objective.paths, objective.origins, params, arrays.inputs)
     structure = jax.tree.structure(jax.eval_shape(objective.function, params, arrays.inputs)[0])
     gated: _Gated = {}
     for site in found.sites:

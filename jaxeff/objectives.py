@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,8 @@ class Objective:
         loss: None where none was given.
         example: the same for a batch of one; None where no per-example quantity is asked for.
         origins: of the leaves of `inputs`.
-        weights: path of each weight, and its index among the leaves of `params`.
+        paths: of the leaves of `params`.
+        weights: path of each weight, and its index among the leaves.
         batch_size: examples in the batch.
     """
 
@@ -35,6 +36,7 @@ class Objective:
     loss: TracedFunction | None
     example: Objective | None
     origins: tuple[str, ...]
+    paths: tuple[str, ...]
     weights: tuple[tuple[str, int], ...]
     batch_size: int
 
@@ -56,19 +58,21 @@ class Arrays:
 
 
 def objective(
-    model: Model, loss_fn: Callable | None, targets: Any, weights: tuple[tuple[str, int], ...]
+    model: Model, loss_fn: Callable | None, targets: Any, paths: Sequence[str], weights: Collection[str]
 ) -> tuple[Objective, Arrays]:
     """The objective of a whole batch.
 
     Args:
-        weights: path of each weight, and its index among the leaves of the model's `params`.
+        paths: of the leaves of the model's `params`.
+        weights: those of them that are weights.
 
     Raises:
         TypeError, ValueError: `loss_fn` is no loss of the model's outputs and these targets.
     """
     loss, constants = (None, []) if loss_fn is None else _traced_loss(model, loss_fn, targets)
     function = model.function.without_capture()
-    found = Objective(function, loss, None, model.origins, weights, model.batch_size or 1)
+    indexed = tuple((path, index) for index, path in enumerate(paths) if path in weights)
+    found = Objective(function, loss, None, model.origins, tuple(paths), indexed, model.batch_size or 1)
     return found, Arrays(model.inputs, targets, constants, None)
 
 

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxeff import graph
-from jaxeff.derivatives import moments_of
 from jaxeff.graph import Propagation
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.observation import trace
 from jaxeff.precision import widened
+from jaxeff.problem import moments_of
 from jaxeff.statistics import Conservation, Moments
 
 PROPAGATIONS: Mapping[str, Propagation] = {
@@ -29,10 +29,9 @@ PROPAGATIONS: Mapping[str, Propagation] = {
 """Quantities of `Derivatives` and their rules."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def weight_relevance(
     objective: Objective,
-    paths: tuple[str, ...],
     propagation: Propagation,
     totals: frozenset[str],
     params: Any,
@@ -41,10 +40,9 @@ def weight_relevance(
     """The relevance that passes through each weight, by path, as a mean over examples.
 
     Args:
-        paths: of the leaves of `params`.
         totals: which sums of `Moments`.
     """
-    found, _ = trace(objective.function, paths, objective.origins, params, arrays.inputs)
+    found, _ = trace(objective.function, objective.paths, objective.origins, params, arrays.inputs)
     program = found.program
     rules = graph.relevance_rules(found, propagation)
     leaves = jax.tree.leaves((params, arrays.inputs))

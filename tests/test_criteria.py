@@ -88,6 +88,29 @@ def test_fisher_takes_the_gradient_of_every_example(tiny):
     _assert_close(_scores(tiny, "fisher")[0], expected)
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn", "swiglu", "shared", "transformer", "lstm", "lifted"])
+def test_fisher_by_taps_and_by_backward_passes_is_that_of_a_loop_over_examples(name):
+    """Dense layers at one position are tapped; convolutions, shared weights and sequences are not."""
+    network = NETWORKS[name]()
+    (x,) = network.batch
+    loss = lambda outputs, targets: jnp.square(outputs - targets).reshape(len(outputs), -1).mean(-1)  # noqa: E731
+    targets = normal(*jax.eval_shape(network.module.apply, network.variables, x).shape)
+    found = jaxeff.collect(*network.arguments, criterion="fisher", loss_fn=loss, targets=targets)
+
+    def example_loss(params, x, y):
+        outputs = network.module.apply({**network.variables, "params": params}, x[None])
+        return loss(outputs, y[None])[0]
+
+    each = jax.vmap(jax.grad(example_loss), (None, 0, 0))(network.variables["params"], x, targets)
+    for keys, gradient in jax.tree_util.tree_flatten_with_path(each)[0]:
+        path = "/".join(key.key for key in keys)
+        if path in found.derivatives:
+            ours = found.derivatives[path].example_gradient
+            expected = np.mean(np.square(gradient), 0)
+            np.testing.assert_allclose(ours.mean_square, expected, rtol=1e-3, atol=1e-5 * expected.max())
+            assert int(ours.terms) == len(x)
+
+
 def _hessian_diagonal(tiny):
     _, kernels, losses, _, _ = tiny
     hessian = jax.hessian(_mean(losses))(kernels)

@@ -1,5 +1,6 @@
 """The jaxpr walk: a traced function -> the sites of its weights."""
 
+from jaxeff.graph.axes import positions as positions
 from jaxeff.graph.evaluation import Hooks as Hooks
 from jaxeff.graph.evaluation import evaluate as evaluate
 from jaxeff.graph.program import Program as Program

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxeff.graph import axes
 from jaxeff.graph.activations import Activation, Flow, follow
 from jaxeff.graph.axes import Dims, Factor
+from jaxeff.graph.nonlinearities import unchanged
 from jaxeff.graph.program import Program, Value
 from jaxeff.graph.provenance import (
     CONSTANT_CONTRACTION,
@@ -67,6 +68,7 @@ class Site:
         input: the value that the weight multiplies; the row numbers for an embedding.
         input_dims: where the weight's input axes stand in it.
         activation: pre- and post-activation and the nonlinearity between them.
+        direct: whether the operation takes the weight as it is stored, but for moves of its elements.
         macs: multiply-accumulates of the whole batch, all iterations of a scan included; None inside a
             `while`. An embedding looks up and has none.
         loops: the loops around the operation, outermost first.
@@ -80,6 +82,7 @@ class Site:
     input: Value
     input_dims: Dims
     activation: Activation
+    direct: bool
     macs: int | None
     loops: tuple[Loop, ...]
 
@@ -228,9 +231,21 @@ def _site(use: Use, leaves: Sequence[Leaf], flow: Flow) -> Site | str:
         reading.input,
         reading.input_dims,
         activation,
+        _direct(use, flow),
         _all_iterations(reading.macs, use.loops),
         use.loops,
     )
+
+
+def _direct(use: Use, flow: Flow) -> bool:
+    assert use.operation is not None
+    value = use.operation.inputs[use.operand]
+    while isinstance(value, Value) and value in flow.made_by:
+        made = flow.program.operations[flow.made_by[value]]
+        if not (axes.moves(made) or unchanged(made)):
+            return False
+        value = made.inputs[0]
+    return isinstance(value, Value)
 
 
 def _all_iterations(macs: int, loops: Sequence[Loop]) -> int | None:
