@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxeff import importance, layers, leaves, others, totals
+from jaxeff import granularity, importance, layers, leaves, others, totals
 from jaxeff.collection import collect
 from jaxeff.importance import Criterion, Score
-from jaxeff.records import Activity, ModuleReport
+from jaxeff.records import Activity, AttentionReport, ModuleReport
 from jaxeff.report import Report
-from jaxeff.statistics import Derivatives, Place, Statistics
+from jaxeff.statistics import AttentionStatistics, Derivatives, Place, Statistics
 
 
 def analyze(
@@ -79,7 +79,7 @@ def analyze(
         )
     elif statistics is None:
         chosen = _without_model(chosen)
-        statistics = Statistics((), (), {}, _places_by_shape(named))
+        statistics = Statistics((), (), (), {}, _places_by_shape(named))
     _check_statistics(named, statistics, chosen)
     return _report(chosen, tuple(named), tuple(named.values()), statistics)
 
@@ -165,11 +165,32 @@ def _report(
             ModuleReport(module.path, Activity(module.output.absolute_sum.shape, 1, module.output))
             for module in statistics.modules
         ),
+        attentions=tuple(
+            _heads(criterion, attention, named, statistics) for attention in statistics.attentions
+        ),
         model=dataclasses.replace(
             totals.model(structure, numbers, sum(math.prod(place.shape) for place in statistics.places)),
             relevance_residual=_residual(criterion, statistics),
         ),
     )
+
+
+def _heads(
+    criterion: Criterion, attention: AttentionStatistics, named: dict[str, Any], statistics: Statistics
+) -> AttentionReport:
+    scores = {
+        part.path: importance.score(
+            criterion,
+            named[part.path],
+            [site for site in statistics.sites if site.path == part.path],
+            statistics.derivatives.get(part.path),
+        )
+        for part in attention.slices
+    }
+    found = jnp.full(attention.units, jnp.nan)
+    if scores:
+        found = granularity.heads_of(attention, scores, statistics, granularity.REDUCTIONS["sum"])
+    return AttentionReport(attention.path, attention.heads, attention.units, attention.entropy, found)
 
 
 def _residual(criterion: Criterion, statistics: Statistics) -> jax.Array | None:

@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import importance, objectives, table
+from jaxeff import granularity, importance, objectives, table
 from jaxeff.collection import Criteria, named, prepare
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.problem import Problem
-from jaxeff.statistics import Statistics
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 CONTROLS = 5
@@ -116,7 +115,7 @@ def compare_criteria(
     scores = [importance.scores(params, statistics, criterion) for criterion in chosen]
     objective, arrays = objectives.objective(model, loss_fn, measured_targets, run.paths, scores[0].keys())
     paths = [path for path, _ in objective.weights]
-    stacks = tuple(_layer_axes(statistics, path) for path in paths) if scope == "layer" else None
+    stacks = tuple(granularity.layer_axes(statistics, path) for path in paths) if scope == "layer" else None
 
     def curve(scores: dict[str, jax.Array]) -> jax.Array:
         ordered = _orders(stacks, [scores[path] for path in paths])
@@ -143,11 +142,6 @@ def _checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
     if len(found) < 2 or not ascending or not 0 <= found[0] <= found[-1] <= 1:
         raise ValueError(f"`fractions` must be two or more ascending numbers in [0, 1], got {fractions!r}")
     return found
-
-
-def _layer_axes(statistics: Statistics, path: str) -> tuple[int, ...]:
-    """The axes over which a weight stacks layers, each of which is a layer of its own."""
-    return next((site.layer_axes for site in statistics.sites if site.path == path), ())
 
 
 Stacks = tuple[tuple[int, ...], ...] | None

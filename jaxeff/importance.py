@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxeff import granularity
 from jaxeff.derivatives import WITHOUT_LOSS, Need
 from jaxeff.leaves import named_leaves, split_variables
 from jaxeff.precision import wide, widened
@@ -355,25 +356,45 @@ def score(
 
 
 def scores(
-    params: Any, statistics: Statistics, criterion: str | Score | Criterion = "activation"
+    params: Any,
+    statistics: Statistics,
+    criterion: str | Score | Criterion = "activation",
+    *,
+    level: str = "weight",
+    reduction: str = "sum",
 ) -> dict[str, jax.Array]:
-    """The importance of every weight of a model, by path, each shaped like its weight.
+    """The importance of everything at one level of a model, by path.
 
     Args:
         params: as `jaxeff.analyze` takes them.
         statistics: from `jaxeff.collect` or `jaxeff.calibrate`, for this criterion.
         criterion: as `jaxeff.analyze` takes it.
+        level: 'weight', each array shaped like its weight; 'unit', shaped like the weight's unit axes
+            (neurons, channels, head features); 'head', [units] of each attention by the common path of its
+            weights, a group of heads that share keys and values being one unit; or 'layer', []. Layers
+            that a scan stacks keep their axes.
+        reduction: how the scores of several weights become one: 'sum', 'mean', 'max' or 'l2'.
+
+    Raises:
+        ValueError: a name is unknown, or the statistics lack what the criterion reads.
 
     >>> import jaxeff
-    >>> params = {"w": jnp.array([[1.0, -2.0]])}
-    >>> statistics = jaxeff.collect(params, lambda p, x: x @ p["w"], jnp.array([[3.0]]))
-    >>> scores(params, statistics)["w"]
-    Array([[ 3., 12.]], dtype=float32)
+    >>> params = {"w": jnp.array([[1.0, -2.0], [3.0, 0.0]])}
+    >>> statistics = jaxeff.collect(params, lambda p, x: x @ p["w"], jnp.eye(2))
+    >>> scores(params, statistics, "magnitude", level="unit", reduction="max")["w"]
+    Array([3., 2.], dtype=float32)
     """
+    chosen = named(criterion)
+    if reduction not in granularity.REDUCTIONS:
+        raise ValueError(
+            f"`reduction` must be one of {', '.join(map(repr, granularity.REDUCTIONS))}, got {reduction!r}"
+        )
+    if level not in _LEVELS:
+        raise ValueError(f"`level` must be one of {', '.join(map(repr, _LEVELS))}, got {level!r}")
     leaves = named_leaves(split_variables(params)[0])
-    return {
+    found = {
         place.path: score(
-            criterion,
+            chosen,
             leaves[place.path],
             [site for site in statistics.sites if site.path == place.path],
             statistics.derivatives.get(place.path),
@@ -381,6 +402,17 @@ def scores(
         for place in statistics.places
         if place.role == "weight"
     }
+    return _LEVELS[level](found, statistics, granularity.REDUCTIONS[reduction])
+
+
+_LEVELS: Mapping[
+    str, Callable[[granularity.Scores, Statistics, granularity.Reduction], dict[str, jax.Array]]
+] = {
+    "weight": lambda scores, statistics, reduction: dict(scores),
+    "unit": granularity.by_unit,
+    "head": granularity.by_head,
+    "layer": granularity.by_layer,
+}
 
 
 def ranks(scores: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,15 @@ from jaxeff.graph import axes
 from jaxeff.graph.nonlinearities import BOUNDS
 from jaxeff.graph.program import Value
 from jaxeff.precision import widened
-from jaxeff.statistics import ModuleStatistics, Place, SiteStatistics, Statistics, UnitStatistics
+from jaxeff.statistics import (
+    AttentionStatistics,
+    HeadSlices,
+    ModuleStatistics,
+    Place,
+    SiteStatistics,
+    Statistics,
+    UnitStatistics,
+)
 from jaxeff.units import OverAxes, fold, join, of_emissions
 
 
@@ -45,9 +54,12 @@ def observe(
     watch = _Watch()
     roles = [_watch_site(watch, site, found.leaves[site.leaf].shape) for site in found.sites]
     outputs = [(path, watch.add(value, _last_axis(value))) for path, value in modules]
+    shapes = [leaf.shape for leaf in found.leaves]
+    attentions = graph.attentions(found.program, found.sites, shapes, found.provenance)
+    heads = [watch.add(a.probabilities, _HeadEntropy(a.over, a.head_dims)) for a in attentions]
     _, observed = graph.evaluate(found.program, jax.tree.leaves((params, inputs)), watch.hooks())
 
-    def seen(watched: _Watched) -> UnitStatistics:
+    def seen(watched: _Watched) -> Any:
         return observed[watched[0]][watched[1]]
 
     sites = tuple(
@@ -55,7 +67,14 @@ def observe(
         for site, (input, pre, post) in zip(found.sites, roles, strict=True)
     )
     return Statistics(
-        sites, tuple(ModuleStatistics(path, seen(watched)) for path, watched in outputs), {}, _places(found)
+        sites,
+        tuple(ModuleStatistics(path, seen(watched)) for path, watched in outputs),
+        tuple(
+            _attention_statistics(attention, found.leaves, seen(watched))
+            for attention, watched in zip(attentions, heads, strict=True)
+        ),
+        {},
+        _places(found),
     )
 
 
@@ -88,7 +107,7 @@ def trace(
     return found, sorted(modules, key=lambda module: made.get(module[1], -1))
 
 
-_Reduction = Callable[[jax.Array], UnitStatistics]
+_Reduction = Callable[[jax.Array], Any]
 _Watched = tuple[Value, int]
 
 
@@ -112,11 +131,11 @@ class _Watch:
         return graph.Hooks(reductions, _add_all)
 
 
-def _reduce_all(reductions: Sequence[_Reduction], array: jax.Array) -> list[UnitStatistics]:
+def _reduce_all(reductions: Sequence[_Reduction], array: jax.Array) -> list[Any]:
     return [reduction(array) for reduction in reductions]
 
 
-def _add_all(first: Sequence[UnitStatistics], second: Sequence[UnitStatistics]) -> list[UnitStatistics]:
+def _add_all(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
     return [a + b for a, b in zip(first, second, strict=True)]
 
 
@@ -214,6 +233,40 @@ def _grouped_input(site: graph.Site, shape: tuple[int, ...], array: jax.Array) -
 def _numbered(dim: tuple[axes.Factor, ...]) -> tuple[axes.Factor, ...]:
     # The channels' dimension is (groups, channels of a group): axes 0 and 1 of what is kept.
     return tuple(axes.Factor(i, factor.size) for i, factor in enumerate(dim)) if len(dim) == 2 else dim
+
+
+@dataclasses.dataclass(frozen=True)
+class _HeadEntropy:
+    """Sums the entropies of each head's distributions, each over one dimension, and counts them."""
+
+    over: int
+    head_dims: tuple[int, ...]
+
+    def __call__(self, array: jax.Array) -> jax.Array:
+        entropies = jnp.sum(jax.scipy.special.entr(widened(array)), self.over, keepdims=True)
+        others = tuple(i for i in range(array.ndim) if i not in self.head_dims)
+        sums = jnp.ravel(jnp.sum(entropies, others))
+        return jnp.append(sums, entropies.size // sums.size)
+
+
+def _attention_statistics(
+    attention: graph.Attention, leaves: Sequence[graph.Leaf], sums: jax.Array
+) -> AttentionStatistics:
+    slices = tuple(
+        HeadSlices(leaves[member.leaf].path, member.axis, member.indices)
+        for member in sorted(attention.members, key=lambda member: member.leaf)
+    )
+    scans = [loop for loop in attention.loops if loop.name == "scan"]
+    in_time = tuple(position for position, loop in enumerate(scans) if loop.axis is None)
+    summed = jnp.sum(sums, in_time)
+    path, heads = _common([part.path for part in slices]), attention.heads
+    return AttentionStatistics(path, heads, attention.units, slices, summed[..., :-1], summed[..., -1:])
+
+
+def _common(paths: Sequence[str]) -> str:
+    """The keys with which all paths begin; of paths that share none, the first."""
+    shared = os.path.commonprefix([path.split("/") for path in paths])
+    return "/".join(shared) or (paths[0] if paths else "")
 
 
 def _site_statistics(

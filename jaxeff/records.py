@@ -73,6 +73,18 @@ class Activity:
         return jnp.sum(self.maximum == 0, axis=axes, dtype=jnp.int32)
 
     @property
+    def saturated(self) -> jax.Array:
+        """Number of units all of whose values lay within 1 % of a bound of their nonlinearity.
+
+        0 where it has no bounds on both sides, as relu has not.
+        """
+        axes = tuple(range(-len(self.shape), 0))
+        if self.sums.saturated is None:
+            return jnp.zeros_like(self.dead)
+        fractions = self._laid(self.sums.saturated / jnp.maximum(self.sums.count, 1))
+        return jnp.sum(fractions == 1, axis=axes, dtype=jnp.int32)
+
+    @property
     def count(self) -> jax.Array:
         """Values seen of each unit."""
         return self.sums.count
@@ -220,6 +232,27 @@ class ModuleReport:
 
     path: str = dataclasses.field(metadata=_STATIC)
     activity: Activity
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionReport:
+    """The heads of one softmax attention.
+
+    Attributes:
+        path: what the paths of its weights have in common.
+        heads: how many there are.
+        units: how many groups of heads share keys and values; the heads themselves where all share one key.
+        entropy: [heads], mean over the batch and all queries, in nats: 0 where a head looks at one position,
+            ln of their number where it looks at all alike. Layers that a scan stacks stand in front.
+        importance: [units], summed over the unit's part of the query, key, value and output weights.
+    """
+
+    path: str = dataclasses.field(metadata=_STATIC)
+    heads: int = dataclasses.field(metadata=_STATIC)
+    units: int = dataclasses.field(metadata=_STATIC)
+    entropy: jax.Array
+    importance: jax.Array
 
 
 @jax.tree_util.register_dataclass

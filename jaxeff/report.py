@@ -20,6 +20,7 @@ from jaxeff import recommendations, serialization, table
 from jaxeff.recommendations import Recommendation
 from jaxeff.records import (
     Activity,
+    AttentionReport,
     LayerNumbers,
     LayerReport,
     LayerStructure,
@@ -51,6 +52,7 @@ class Report:
         activities: what the units emit, one a weight.
         other_numbers: of every leaf that is no weight, stacked.
         modules: outputs that Flax captured.
+        attentions: heads of every softmax attention.
         model: the model-level numbers.
     """
 
@@ -62,6 +64,7 @@ class Report:
     activities: tuple[Activity | None, ...]
     other_numbers: OtherNumbers
     modules: tuple[ModuleReport, ...]
+    attentions: tuple[AttentionReport, ...]
     model: ModelReport
 
     @property
@@ -83,6 +86,7 @@ class Report:
         rows: Sequence[LayerReport],
         others: Sequence[OtherReport],
         modules: Sequence[ModuleReport],
+        attentions: Sequence[AttentionReport],
         model: ModelReport,
     ) -> Report:
         """A report from its parts, as `rows` and `others` give them."""
@@ -95,6 +99,7 @@ class Report:
             tuple(row.activity for row in rows),
             _stacked([_part(OtherNumbers, other) for other in others], OtherNumbers),
             tuple(modules),
+            tuple(attentions),
             model,
         )
 
@@ -162,7 +167,12 @@ class Report:
                 values["null_utilization"] = row.null.utilization
             if row.activity is not None:
                 values["dead_units"] = row.activity.dead
+                values["saturated_units"] = row.activity.saturated
             flat.update({f"layers/{row.path}/{name}": float(value) for name, value in values.items()})
+        for attention in concrete.attentions:
+            name = f"attentions/{attention.path}"
+            flat[f"{name}/entropy"] = float(jnp.mean(attention.entropy))
+            flat[f"{name}/lowest_entropy"] = float(jnp.min(attention.entropy))
         return flat
 
     def to_dict(self) -> dict[str, Any]:

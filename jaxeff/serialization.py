@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.records import LayerReport, ModelReport, ModuleReport, OtherReport
+from jaxeff.records import AttentionReport, LayerReport, ModelReport, ModuleReport, OtherReport
 
 if TYPE_CHECKING:
     from jaxeff.report import Report
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def to_dict(report: Report) -> dict[str, Any]:
@@ -39,6 +39,7 @@ def to_dict(report: Report) -> dict[str, Any]:
         "layers": _encoded(concrete.rows),
         "others": _encoded(concrete.others),
         "modules": _encoded(concrete.modules),
+        "attentions": _encoded(concrete.attentions),
         "recommendations": _encoded(concrete.recommendations()),
     }
 
@@ -65,6 +66,7 @@ def from_json(text: str) -> dict[str, Any]:
             "rows": _decoded(tuple[LayerReport, ...], data["layers"]),
             "others": _decoded(tuple[OtherReport, ...], data["others"]),
             "modules": _decoded(tuple[ModuleReport, ...], data["modules"]),
+            "attentions": _decoded(tuple[AttentionReport, ...], data["attentions"]),
             "model": _decoded(ModelReport, data["model"]),
         }
     except (KeyError, TypeError, ValueError) as error:

@@ -201,6 +201,53 @@ class ModuleStatistics:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadSlices:
+    """What each unit of an attention has of one weight.
+
+    Attributes:
+        path: of the weight.
+        axis: of the weight.
+        indices: for each unit, those along the axis that are its own.
+    """
+
+    path: str
+    axis: int
+    indices: tuple[tuple[int, ...], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionStatistics:
+    """How widely the heads of one softmax attention look.
+
+    Attributes:
+        path: what the paths of its weights have in common.
+        heads: how many there are.
+        units: how many groups of heads share keys and values; the heads themselves where all share one key.
+        slices: the parts of the query, key, value and output weights that belong to each unit.
+        entropy_sum: [heads], of the entropy of the probabilities, in nats, over the batch and all queries;
+            layers that a scan stacks stand in front.
+        count: [1], how many probability distributions each head gave.
+    """
+
+    path: str = dataclasses.field(metadata=_STATIC)
+    heads: int = dataclasses.field(metadata=_STATIC)
+    units: int = dataclasses.field(metadata=_STATIC)
+    slices: tuple[HeadSlices, ...] = dataclasses.field(metadata=_STATIC)
+    entropy_sum: jax.Array
+    count: jax.Array
+
+    @property
+    def entropy(self) -> jax.Array:
+        """Mean entropy of each head, in nats: 0 for one position alone, ln of their number for all alike."""
+        return self.entropy_sum / self.count
+
+    def __add__(self, other: AttentionStatistics) -> AttentionStatistics:
+        total = self.entropy_sum + other.entropy_sum
+        return dataclasses.replace(self, entropy_sum=total, count=self.count + other.count)
+
+
+@dataclasses.dataclass(frozen=True)
 class Place:
     """What one leaf of `params` is.
 
@@ -242,7 +289,8 @@ class Statistics:
 
     Attributes:
         sites: every use of every weight, in execution order.
-        modules: outputs that Flax captured, in the order of their names.
+        modules: outputs that Flax captured, in execution order.
+        attentions: softmax attentions, in execution order.
         derivatives: of the loss by each weight, by path; empty where none were asked for.
         places: every leaf of `params` once, in the order of first use.
         conservation: of relevance, by quantity ('relevance', 'relevance_alpha_beta').
@@ -251,6 +299,7 @@ class Statistics:
 
     sites: tuple[SiteStatistics, ...]
     modules: tuple[ModuleStatistics, ...]
+    attentions: tuple[AttentionStatistics, ...]
     derivatives: Mapping[str, Derivatives]
     places: tuple[Place, ...] = dataclasses.field(metadata=_STATIC)
     conservation: Mapping[str, Conservation] = dataclasses.field(default_factory=dict)
@@ -271,6 +320,7 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
             dataclasses.replace(a, output=a.output + b.output)
             for a, b in zip(first.modules, second.modules, strict=True)
         ),
+        tuple(a + b for a, b in zip(first.attentions, second.attentions, strict=True)),
         {path: first.derivatives[path] + second.derivatives[path] for path in first.derivatives},
         first.places,
         {name: first.conservation[name] + second.conservation[name] for name in first.conservation},
@@ -302,7 +352,8 @@ def _merge_sites(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
 
 def _described(statistics: Statistics) -> tuple:
     sites = tuple((site.path, site.kind, site.unit_axes) for site in statistics.sites)
-    return statistics.places, sites, tuple(module.path for module in statistics.modules)
+    attentions = tuple((found.path, found.slices) for found in statistics.attentions)
+    return statistics.places, sites, attentions, tuple(module.path for module in statistics.modules)
 
 
 def _structures(statistics: Statistics) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxeff.records import LayerReport
+from jaxeff.records import AttentionReport, LayerReport
 
 if TYPE_CHECKING:
     from jaxeff.report import Report
@@ -31,7 +31,8 @@ def render(report: Report) -> str:
             "jax.tree.map(lambda x: x[0], report) is the first."
         )
     report = report.single()
-    lines = [*_layers(report.rows), "", *_model(report), *_notes(report), *_recommendations(report)]
+    lines = [*_layers(report.rows), "", *_model(report), *_attentions(report), *_notes(report)]
+    lines += _recommendations(report)
     return "\n".join(lines)
 
 
@@ -113,6 +114,23 @@ def _shares(report: Report) -> str:
         f"{others / total:.1%} not weights{named}",
     ]
     return ", ".join(parts)
+
+
+def _attentions(report: Report) -> list[str]:
+    return _section("Attention:", [_attention(found) for found in report.attentions])
+
+
+def _attention(found: AttentionReport) -> str:
+    """The spread of the heads' entropies, and of the units' shares of the importance."""
+    entropy, importance = np.asarray(found.entropy), np.asarray(found.importance)
+    shares = importance / np.sum(importance, axis=-1, keepdims=True)
+    units = "" if found.units == found.heads else f" in {found.units} groups"
+    each = "head" if found.units == found.heads else "group"
+    return (
+        f"{found.path or 'model'}: {found.heads} heads{units}, entropy {decimal(float(entropy.min()))} to "
+        f"{decimal(float(entropy.max()))} nats; a {each} holds {percent(float(shares.min()))} to "
+        f"{percent(float(shares.max()))} of the importance"
+    )
 
 
 def _notes(report: Report) -> list[str]:

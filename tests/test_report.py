@@ -72,7 +72,7 @@ def layer(path="dense/kernel", shape=(64, 32), **changes):
 def report_of(*rows, **model):
     bias = OtherReport("dense/bias", "bias", (32,), *map(_scalar, (0.1, 0.2, 0.5, 3, 0)))
     module = ModuleReport("dense", rows[0].activity) if rows and rows[0].activity else None
-    report = Report.assemble("activation", rows, (bias,), (module,) if module else (), None)
+    report = Report.assemble("activation", rows, (bias,), (module,) if module else (), (), None)
     numbers = totals.model(report.structure, report.numbers, sum(row.size for row in rows) + bias.size)
     numbers = dataclasses.replace(numbers, **{name: _scalar(value) for name, value in model.items()})
     return dataclasses.replace(report, model=numbers)

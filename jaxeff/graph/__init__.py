@@ -1,5 +1,7 @@
 """The jaxpr walk: a traced function -> the sites of its weights."""
 
+from jaxeff.graph.attention import Attention as Attention
+from jaxeff.graph.attention import attentions as attentions
 from jaxeff.graph.axes import positions as positions
 from jaxeff.graph.evaluation import Hooks as Hooks
 from jaxeff.graph.evaluation import evaluate as evaluate

@@ -176,6 +176,13 @@ def _reshape(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params
     return tuple(filled)
 
 
+def regrouped(dim: Sequence[Factor], sizes: Sequence[int]) -> list[tuple[Factor, ...]] | None:
+    """A dimension cut into pieces of these sizes, major first; None where its factors do not allow it."""
+    whole = math.prod(factor.size for factor in dim)
+    pieces = _reshape((tuple(dim),), (whole,), tuple(sizes), {}) if whole == math.prod(sizes) else None
+    return None if pieces is None else list(pieces)
+
+
 def _transpose(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: Mapping) -> Dims:
     return tuple(dims[i] for i in params["permutation"])
 

@@ -1,0 +1,359 @@
+"""Attention heads: which slices of which weights belong to each head, and where its probabilities are.
+
+An attention is a softmax whose values weigh other data: a contraction of two operands that are both
+data, one of them normalised over the contracted dimension. The dimensions that the weights' units
+bring into it are the heads. Heads that share keys and values are one unit, the group; where all heads
+share one key, each head is a unit, of the weights that it has for itself. Structure only. Imports the
+rest of `graph`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.extend.core import Literal
+
+from jaxeff.graph import axes, nonlinearities
+from jaxeff.graph.activations import Flow
+from jaxeff.graph.axes import Dims, Factor
+from jaxeff.graph.program import Operation, Program, Value, callee, flatten
+from jaxeff.graph.provenance import Loop, Provenance, contracted, value_shape
+from jaxeff.graph.sites import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """The part of one weight that each unit of an attention has.
+
+    Attributes:
+        leaf: the weight's index among the leaves.
+        axis: of the weight.
+        indices: for each unit, those along the axis that are its own.
+    """
+
+    leaf: int
+    axis: int
+    indices: tuple[tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Attention:
+    """One softmax attention.
+
+    Attributes:
+        probabilities: the softmax's values.
+        over: the dimension in which they sum to 1.
+        head_dims: the dimensions that tell heads apart, in order.
+        heads: how many there are.
+        units: groups of heads that share keys and values, or the heads themselves.
+        members: the parts of weights that belong to the units.
+        loops: the loops around it, as its first member's weight sees them.
+    """
+
+    probabilities: Value
+    over: int
+    head_dims: tuple[int, ...]
+    heads: int
+    units: int
+    members: tuple[Member, ...]
+    loops: tuple[Loop, ...]
+
+
+Labels = Mapping[int, frozenset[Dims]]
+"""Leaf -> where its unit axes stand; several ways where parts of one leaf have met."""
+
+
+def attentions(
+    program: Program, sites: Sequence[Site], shapes: Sequence[tuple[int, ...]], provenance: Provenance
+) -> tuple[Attention, ...]:
+    """Every attention of a program and of the bodies of its loops, in execution order."""
+    by_output = {site.activation.pre: site for site in sites}
+    found: list[Attention] = []
+    _search(program, by_output, shapes, provenance, found)
+    return tuple(found)
+
+
+def _search(
+    program: Program,
+    by_output: Mapping[Value, Site],
+    shapes: Sequence[tuple[int, ...]],
+    provenance: Provenance,
+    found: list[Attention],
+) -> None:
+    flow = Flow(program, provenance)
+    labels = _labelled(program, by_output, provenance)
+    softmaxes = _softmaxes(flow)
+    for operation in program.operations:
+        for body in operation.bodies:
+            _search(body, by_output, shapes, provenance, found)
+        if operation.name == "dot_general":
+            attention = _attention(operation, flow, labels, softmaxes, by_output, shapes)
+            if attention is not None:
+                found.append(attention)
+
+
+def _labelled(
+    program: Program, by_output: Mapping[Value, Site], provenance: Provenance
+) -> dict[Value, Labels]:
+    """Where the units of the nearest weights stand in each value."""
+    labels: dict[Value, Labels] = {}
+    for operation in program.operations:
+        for index, output in enumerate(operation.outputs):
+            site = by_output.get(output)
+            if site is not None:
+                labels[output] = {site.leaf: frozenset({_without_inputs(site)})}
+            elif any(isinstance(x, Value) and x in labels for x in operation.inputs):
+                labels[output] = _through(operation, index, labels)
+    return labels
+
+
+def _without_inputs(site: Site) -> Dims:
+    def kept(factor: Factor) -> Factor:
+        return factor if factor.axis in site.unit_axes else Factor(None, factor.size)
+
+    return tuple(tuple(map(kept, dim)) for dim in site.activation.pre_dims)
+
+
+def _through(operation: Operation, output: int, labels: Mapping[Value, Labels]) -> Labels:
+    """The labels of an operation's output, as far as they can be followed."""
+    found: dict[int, set[Dims]] = {}
+    for operand, value in enumerate(operation.inputs):
+        for leaf, variants in labels.get(value, {}).items() if isinstance(value, Value) else ():
+            moved = (_moved(operation, operand, dims, output) for dims in variants)
+            found.setdefault(leaf, set()).update(
+                dims for dims in moved if dims is not None and axes.held(dims)
+            )
+    return {leaf: frozenset(variants) for leaf, variants in found.items() if variants}
+
+
+def _moved(operation: Operation, operand: int, dims: Dims, output: int) -> Dims | None:
+    shape, result = value_shape(operation.inputs[operand]), operation.outputs[output].shape
+    if axes.moves(operation):
+        return axes.move(operation, dims, shape)[output]
+    if operation.name == "concatenate":
+        along = operation.params["dimension"]
+        return (*dims[:along], (Factor(None, result[along]),), *dims[along + 1 :])
+    if operation.name.startswith("reduce_") and "axes" in operation.params:
+        reduced = {int(axis) for axis in operation.params["axes"]}
+        return tuple(dim for i, dim in enumerate(dims) if i not in reduced)
+    if operation.name == "dot_general":
+        return contracted(operation, operand, dims, axes.of_data(value_shape(operation.inputs[1 - operand])))
+    if nonlinearities.pointwise(operation):
+        return axes.broadcast(dims, shape, result)
+    return dims if callee(operation) is not None and shape == result else None
+
+
+def _softmaxes(flow: Flow) -> dict[Value, int]:
+    """Values that sum to 1 over one dimension, and that dimension."""
+    found: dict[Value, int] = {}
+    for operation in flow.program.operations:
+        if operation.name == "div":
+            over = _normalised_over(flow, operation)
+            if over is not None:
+                found[operation.outputs[0]] = over
+        called = callee(operation)
+        if called is not None and not nonlinearities.pointwise(operation):
+            inner = flatten(called)
+            (result, *_) = inner.outputs
+            over = _softmaxes(Flow(inner, flow.provenance)).get(result) if isinstance(result, Value) else None
+            if over is not None:
+                found[operation.outputs[0]] = over
+    return found
+
+
+def _normalised_over(flow: Flow, division: Operation) -> int | None:
+    """The dimension over which the divisor sums what it divides: exponentials of the same value."""
+    exponential, divisor = division.inputs
+    total = _back(flow, divisor, ("reduce_sum",))
+    numerator = _back(flow, exponential, ("exp", "exp2"))
+    if total is None or numerator is None or len(total.params["axes"]) != 1:
+        return None
+    summed = _back(flow, total.inputs[0], ("exp", "exp2"))
+    (over,) = (int(axis) for axis in total.params["axes"])
+    if summed is None or value_shape(total.inputs[0]) != value_shape(exponential):
+        return None
+    same = summed is numerator or _origin(flow, summed.inputs[0]) is _origin(flow, numerator.inputs[0])
+    return over if same else None
+
+
+def _back(flow: Flow, value: Value | Literal, names: Sequence[str]) -> Operation | None:
+    """The operation of one of these names that makes the value, moves and conversions aside."""
+    while isinstance(value, Value) and value in flow.made_by:
+        operation = flow.program.operations[flow.made_by[value]]
+        if operation.name in names:
+            return operation
+        if not (axes.moves(operation) or nonlinearities.unchanged(operation)):
+            return None
+        value = operation.inputs[0]
+    return None
+
+
+def _origin(flow: Flow, value: Value | Literal) -> Value | Literal:
+    """What an exponent is made of before its maximum is taken off."""
+    shift = _back(flow, value, ("sub",))
+    return value if shift is None else shift.inputs[0]
+
+
+def _attention(
+    operation: Operation,
+    flow: Flow,
+    labels: Mapping[Value, Labels],
+    softmaxes: Mapping[Value, int],
+    by_output: Mapping[Value, Site],
+    shapes: Sequence[tuple[int, ...]],
+) -> Attention | None:
+    """The attention whose probabilities this contraction takes, if it takes any."""
+    contract, batch = operation.params["dimension_numbers"]
+    for side in (0, 1):
+        weights, data = operation.inputs[side], operation.inputs[1 - side]
+        softmax = _softmax_of(flow, weights, softmaxes)
+        found = softmax is not None and contract[side] == (softmaxes[softmax],)
+        if softmax is None or not found or not isinstance(data, Value) or data not in labels:
+            continue
+        shared = dict(zip(batch[side], batch[1 - side], strict=True))
+        heads = _Heads.of(labels[softmax], labels[data], shared, softmax.shape)
+        if heads is None:
+            return None
+        members = heads.members(labels, softmax, data, shared, by_output.values(), shapes)
+        loops = next((site.loops for site in by_output.values() if site.leaf in labels[softmax]), ())
+        dims, sizes = tuple(heads.digits), [d for pieces in heads.digits.values() for d in pieces]
+        units = math.prod(digit.size for digit in sizes if digit.unit)
+        count = math.prod(digit.size for digit in sizes)
+        return Attention(softmax, softmaxes[softmax], dims, count, units, members, loops)
+    return None
+
+
+def _softmax_of(flow: Flow, value: Value | Literal, softmaxes: Mapping[Value, int]) -> Value | None:
+    """The softmax that the value is, but for dropout and conversions."""
+    while isinstance(value, Value) and value not in softmaxes:
+        made = flow.made_by.get(value)
+        operation = None if made is None else flow.program.operations[made]
+        if operation is None or not nonlinearities.pointwise(operation):
+            return None
+        sources = [x for x in operation.inputs if isinstance(x, Value) and x.shape == value.shape]
+        floating = [x for x in sources if flow.provenance.is_data(x) and x.dtype != bool]
+        value = next(
+            (x for x in floating if x in softmaxes), floating[0] if floating else operation.inputs[0]
+        )
+    return value if isinstance(value, Value) else None
+
+
+class _Digit(NamedTuple):
+    """A factor of a dimension that tells heads apart; `unit` where it tells units apart."""
+
+    size: int
+    unit: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Heads:
+    """The dimensions of the probabilities that tell heads apart, each as its digits, major first."""
+
+    digits: Mapping[int, tuple[_Digit, ...]]
+
+    @staticmethod
+    def of(queries: Labels, values: Labels, shared: Mapping[int, int], shape: Sequence[int]) -> _Heads | None:
+        """From the labels of the probabilities and of the values that they weigh."""
+        own = {
+            i
+            for variants in queries.values()
+            for dims in variants
+            for i, dim in enumerate(dims)
+            if _held(dim)
+        }
+        digits: dict[int, tuple[_Digit, ...]] = {}
+        for i in sorted(own):
+            factors = _value_factors(values, shared.get(i))
+            digits[i] = tuple(_Digit(f.size, f.axis is not None) for f in factors) or (
+                _Digit(shape[i], False),
+            )
+        if not digits:
+            return None
+        if not any(digit.unit for pieces in digits.values() for digit in pieces):
+            digits = {i: tuple(_Digit(d.size, True) for d in pieces) for i, pieces in digits.items()}
+        return _Heads(digits)
+
+    def members(
+        self,
+        labels: Mapping[Value, Labels],
+        softmax: Value,
+        data: Value,
+        shared: Mapping[int, int],
+        sites: Iterable[Site],
+        shapes: Sequence[tuple[int, ...]],
+    ) -> tuple[Member, ...]:
+        """The parts of the query, key, value and output weights that belong to each unit."""
+        found: dict[int, dict[int, list[set[int]]]] = {}
+        for leaf, variants in labels[softmax].items():
+            for dims in variants:
+                self._add(found, leaf, {i: dims[i] for i in self.digits})
+        for leaf, variants in labels[data].items():
+            for dims in variants:
+                self._add(found, leaf, {i: dims[shared[i]] for i in self.digits if i in shared})
+        for site in sites:
+            known = labels.get(site.input, {})
+            for leaf in labels[softmax].keys() & known.keys():
+                for dims in known[leaf]:
+                    for variant in labels[softmax][leaf]:
+                        self._add(found, site.leaf, self._in_input(site, dims, variant))
+        return tuple(
+            Member(leaf, axis, tuple(tuple(sorted(unit)) for unit in units))
+            for leaf, by_axis in found.items()
+            for axis, units in by_axis.items()
+            if len(by_axis) == 1 and max(map(max, units)) < shapes[leaf][axis]
+        )
+
+    def _in_input(self, site: Site, dims: Dims, variant: Dims) -> dict[int, tuple[Factor, ...]]:
+        """Of the weight that takes the heads' outputs: the factors of its input axes that are heads."""
+        found: dict[int, tuple[Factor, ...]] = {}
+        for dim, own in zip(dims, site.input_dims, strict=True):
+            pieces = axes.regrouped(own, [factor.size for factor in dim])
+            for i in self.digits:
+                if pieces is not None and _held(variant[i]) and all(factor in dim for factor in variant[i]):
+                    found[i] = tuple(f for factor in variant[i] for f in pieces[dim.index(factor)])
+        return found
+
+    def _add(
+        self,
+        found: dict[int, dict[int, list[set[int]]]],
+        leaf: int,
+        factors: Mapping[int, tuple[Factor, ...]],
+    ) -> None:
+        """Add the indices that each unit has of a leaf, if the factors tell all units apart."""
+        chosen: list[Factor] = []
+        for i, pieces in self.digits.items():
+            if not any(digit.unit for digit in pieces):
+                continue
+            split = axes.regrouped(factors.get(i, ()), [digit.size for digit in pieces])
+            if split is None:
+                return
+            own = [split[j] for j, digit in enumerate(pieces) if digit.unit]
+            if any(len(part) != 1 or part[0].axis is None for part in own):
+                return
+            chosen.extend(part[0] for part in own)
+        (axis, *others) = {factor.axis for factor in chosen}
+        if others or axis is None:
+            return
+        block = min(factor.stride for factor in chosen)
+        starts = np.zeros((), int)
+        for factor in chosen:
+            starts = starts[..., None] + factor.offset + factor.stride * np.arange(factor.size)
+        units = found.setdefault(leaf, {}).setdefault(axis, [set() for _ in starts.ravel()])
+        for unit, start in zip(units, starts.ravel().tolist(), strict=True):
+            unit.update(range(start, start + block))
+
+
+def _held(dim: Sequence[Factor]) -> bool:
+    return any(factor.axis is not None for factor in dim)
+
+
+def _value_factors(values: Labels, dim: int | None) -> tuple[Factor, ...]:
+    """The factors of a dimension of the values, of the first leaf that has any there."""
+    held = [
+        dims[dim] for variants in values.values() for dims in variants if dim is not None and _held(dims[dim])
+    ]
+    return held[0] if held else ()

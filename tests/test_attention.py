@@ -1,0 +1,248 @@
+"""Heads: which weights are whose, how widely each looks, what each is worth."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import NETWORKS, drawn, normal
+
+import jaxeff
+from jaxeff import importance
+
+LENGTH, WIDTH, HEADS, GROUPS, SIZE = 5, 24, 6, 2, 4
+BATCH = 3
+MASK = np.tri(LENGTH, dtype=bool)
+
+
+def _rotate(x):
+    """Rotary positions on [batch, length, heads, size]."""
+    half = x.shape[-1] // 2
+    angle = np.arange(x.shape[1])[:, None] * np.arange(1, half + 1) / 10.0
+    cos, sin = (np.tile(f(angle), 2)[None, :, None].astype(np.float32) for f in (np.cos, np.sin))
+    first, second = jnp.split(x, 2, -1)
+    return x * cos + jnp.concatenate([-second, first], -1) * sin
+
+
+def _attend(query, key, value, seen=None):
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(SIZE)
+    weights = nn.softmax(jnp.where(MASK[None, None], logits, -1e9))
+    if seen is not None:
+        seen.append(weights)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(BATCH, LENGTH, -1)
+
+
+def _split(x, heads=HEADS):
+    return x.reshape(BATCH, LENGTH, heads, -1)
+
+
+def _plain(p, x, seen=None):
+    query, key, value = (_split(x @ p[name]) for name in ("query", "key", "value"))
+    return _attend(_rotate(query), _rotate(key), value, seen) @ p["out"]
+
+
+def _fused(p, x, seen=None):
+    query, key, value = map(_split, jnp.split(x @ p["qkv"], 3, -1))
+    return _attend(query, key, value, seen) @ p["out"]
+
+
+def _stacked(p, x, seen=None):
+    y = (x @ p["qkv"]).reshape(BATCH, LENGTH, 3, HEADS, SIZE)
+    return _attend(_rotate(y[:, :, 0]), _rotate(y[:, :, 1]), y[:, :, 2], seen) @ p["out"]
+
+
+def _interleaved(p, x, seen=None):
+    return _attend(*jnp.split(_split(x @ p["qkv"]), 3, -1), seen) @ p["out"]
+
+
+def _grouped(p, x, seen=None):
+    query = _split(x @ p["query"]).reshape(BATCH, LENGTH, GROUPS, HEADS // GROUPS, SIZE)
+    key, value = _split(x @ p["key"], GROUPS), _split(x @ p["value"], GROUPS)
+    logits = jnp.einsum("bqkgd,bskd->bkgqs", query, key)
+    weights = nn.softmax(logits)
+    if seen is not None:
+        seen.append(weights.reshape(BATCH, HEADS, LENGTH, LENGTH))
+    mixed = jnp.einsum("bkgqs,bskd->bqkgd", weights, value)
+    return mixed.reshape(BATCH, LENGTH, -1) @ p["out"]
+
+
+def _repeated(p, x, seen=None):
+    query = _rotate(_split(x @ p["query"]))
+    key, value = (_split(x @ p[name], GROUPS) for name in ("key", "value"))
+    return _attend(query, *(jnp.repeat(y, HEADS // GROUPS, 2) for y in (key, value)), seen) @ p["out"]
+
+
+def _multi_query(p, x, seen=None):
+    query, key, value = _split(x @ p["query"]), x @ p["key"], x @ p["value"]
+    logits = jnp.einsum("bqhd,bsd->bhqs", query, key)
+    # Spelled out, with its maximum taken off twice.
+    exponentials = jnp.exp(logits - logits.max(-1, keepdims=True))
+    weights = exponentials / jnp.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)
+    if seen is not None:
+        seen.append(weights)
+    return jnp.einsum("bhqs,bsd->bqhd", weights, value).reshape(BATCH, LENGTH, -1) @ p["out"]
+
+
+def _blocks(count, size, *starts):
+    """The indices of each of `count` units, in one block of `size` from each start."""
+    return tuple(
+        tuple(start + size * unit + i for start in starts for i in range(size)) for unit in range(count)
+    )
+
+
+WHOLE, SHARED = (WIDTH, WIDTH), (WIDTH, GROUPS * SIZE)
+FUSED = {"qkv": (WIDTH, 3 * WIDTH), "out": WHOLE}
+FULL = dict.fromkeys(("query", "key", "value", "out"), WHOLE)
+GROUPED = {"query": WHOLE, "key": SHARED, "value": SHARED, "out": WHOLE}
+HEAD = _blocks(HEADS, SIZE, 0)
+GROUP, KEY = _blocks(GROUPS, WIDTH // GROUPS, 0), _blocks(GROUPS, SIZE, 0)
+OF_GROUPS = {"query": (1, GROUP), "key": (1, KEY), "value": (1, KEY), "out": (0, GROUP)}
+
+# name -> the network, the shapes of its weights, its units, and each weight's axis and indices by unit.
+ATTENTIONS = {
+    "plain": (_plain, FULL, HEADS, {**dict.fromkeys(("query", "key", "value"), (1, HEAD)), "out": (0, HEAD)}),
+    "fused": (
+        _fused,
+        FUSED,
+        HEADS,
+        {"qkv": (1, _blocks(HEADS, SIZE, 0, WIDTH, 2 * WIDTH)), "out": (0, HEAD)},
+    ),
+    "stacked": (
+        _stacked,
+        FUSED,
+        HEADS,
+        {"qkv": (1, _blocks(HEADS, SIZE, 0, WIDTH, 2 * WIDTH)), "out": (0, HEAD)},
+    ),
+    "interleaved": (_interleaved, FUSED, HEADS, {"qkv": (1, _blocks(HEADS, 3 * SIZE, 0)), "out": (0, HEAD)}),
+    "grouped": (_grouped, GROUPED, GROUPS, OF_GROUPS),
+    "grouped by repetition": (_repeated, GROUPED, GROUPS, OF_GROUPS),
+    "multi-query": (
+        _multi_query,
+        {"query": WHOLE, "key": (WIDTH, SIZE), "value": (WIDTH, SIZE), "out": WHOLE},
+        HEADS,
+        {"query": (1, HEAD), "out": (0, HEAD)},
+    ),
+}
+CASES = pytest.mark.parametrize(("network", "shapes", "units", "slices"), ATTENTIONS.values(), ids=ATTENTIONS)
+
+
+def _drawn(shapes):
+    return {name: normal(*shape, seed=seed) / 5 for seed, (name, shape) in enumerate(shapes.items())}
+
+
+@CASES
+def test_every_unit_has_its_slices_of_the_weights(network, shapes, units, slices):
+    (found,) = jaxeff.collect(_drawn(shapes), network, normal(BATCH, LENGTH, WIDTH)).attentions
+    assert (found.heads, found.units) == (HEADS, units)
+    assert {part.path: (part.axis, part.indices) for part in found.slices} == slices
+
+
+@CASES
+def test_entropy_of_each_head_is_that_of_its_probabilities(network, shapes, units, slices):
+    params, x, seen = _drawn(shapes), normal(BATCH, LENGTH, WIDTH), []
+    network(params, x, seen)
+    p = np.asarray(seen[0], np.float64)
+    expected = -np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0), -1).mean((0, 2))
+    (found,) = jaxeff.collect(params, network, x).attentions
+    np.testing.assert_allclose(found.entropy, expected, rtol=1e-5, atol=1e-6)
+
+
+@CASES
+def test_importance_of_a_unit_is_the_sum_over_its_slices(network, shapes, units, slices):
+    params, x = _drawn(shapes), normal(BATCH, LENGTH, WIDTH)
+    statistics = jaxeff.collect(params, network, x)
+    weights = importance.scores(params, statistics)
+    reduced = {
+        name: importance.scores(params, statistics, level="head", reduction=name) for name in ("sum", "max")
+    }
+    for unit in range(units):
+        parts = [np.take(weights[path], indices[unit], axis) for path, (axis, indices) in slices.items()]
+        ((total,), (largest,)) = (found.values() for found in reduced.values())
+        np.testing.assert_allclose(total[unit], sum(part.sum() for part in parts), rtol=1e-5)
+        np.testing.assert_allclose(largest[unit], max(part.max() for part in parts), rtol=1e-6)
+
+
+def test_flax_attention_with_dropout():
+    module = nn.MultiHeadDotProductAttention(num_heads=4, dropout_rate=0.5, deterministic=False)
+    x = normal(2, 7, 8)
+    variables = drawn(module, x)
+    rngs = {"dropout": jax.random.key(0)}
+    report = jaxeff.analyze(variables, module.apply, x, rngs=rngs)
+    (found,) = report.attentions
+    assert (found.heads, found.units, found.entropy.shape) == (4, 4, (4,))
+    assert "4 heads, entropy" in str(report) and "attentions/query/kernel/entropy" not in report.scalars()
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(x), None
+
+
+class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return stack(name="stack")(x, None)[0]
+
+
+def test_layers_that_a_scan_stacks_have_heads_of_their_own():
+    x = normal(2, 5, 6)
+    variables = drawn(Stack(), x)
+    report = jaxeff.analyze(variables, Stack().apply, x)
+    (found,) = report.attentions
+    assert found.entropy.shape == found.importance.shape == (3, 2)
+    layer = jax.tree.map(lambda leaf: leaf[0], variables["params"]["stack"])
+    alone = jaxeff.analyze({"params": layer}, lambda v, x: Block().apply(v, x, None)[0], x).attentions[0]
+    np.testing.assert_allclose(found.entropy[0], alone.entropy, rtol=1e-5)
+    np.testing.assert_allclose(found.importance[0], alone.importance, rtol=1e-5)
+
+
+def test_a_softmax_over_classes_is_no_attention():
+    network = lambda p, x: nn.softmax(x @ p["w"])  # noqa: E731
+    assert jaxeff.collect({"w": normal(4, 3)}, network, normal(5, 4)).attentions == ()
+    assert jaxeff.collect(*NETWORKS["cnn"]().arguments).attentions == ()
+
+
+# Levels
+
+
+def test_levels_are_reductions_of_the_weights_scores():
+    network = NETWORKS["scanned"]()
+    statistics = jaxeff.collect(*network.arguments)
+    (score,) = importance.scores(network.variables, statistics).values()
+    reductions = {
+        "sum": np.sum,
+        "mean": np.mean,
+        "max": np.max,
+        "l2": lambda x, axis: np.sqrt(np.square(x).sum(axis)),
+    }
+    for name, reduce in reductions.items():
+        level = lambda level, name=name: importance.scores(  # noqa: E731
+            network.variables, statistics, level=level, reduction=name
+        )["stack/dense/kernel"]
+        np.testing.assert_allclose(level("unit"), reduce(np.asarray(score), axis=1), rtol=1e-6)
+        np.testing.assert_allclose(level("layer"), reduce(np.asarray(score), axis=(1, 2)), rtol=1e-6)
+
+
+def test_unknown_levels_and_reductions_are_named():
+    network = NETWORKS["square"]()
+    statistics = jaxeff.collect(*network.arguments)
+    with pytest.raises(
+        ValueError, match="`level` must be one of 'weight', 'unit', 'head', 'layer', got 'neuron'"
+    ):
+        importance.scores(network.variables, statistics, level="neuron")
+    with pytest.raises(ValueError, match="`reduction` must be one of 'sum', .*, got 'median'"):
+        importance.scores(network.variables, statistics, level="unit", reduction="median")
+
+
+def test_saturated_units_are_counted():
+    w, x = jnp.array([[9.0, 0.1, -9.0]]), jnp.ones((4, 1))
+    for nonlinearity, saturated in ((jnp.tanh, 2), (nn.sigmoid, 2), (nn.relu, 0)):
+        report = jaxeff.analyze(
+            {"w": w}, lambda p, x, f=nonlinearity: f(x @ p["w"]), x, criterion="magnitude"
+        )
+        assert int(report["w"].activity.saturated) == saturated
+        assert report.scalars()["layers/w/saturated_units"] == saturated
