@@ -31,6 +31,7 @@ from jaxeff.statistics import (
     Statistics,
     UnitStatistics,
 )
+from jaxeff.sums import sums
 from jaxeff.units import OverAxes, fold, join, of_emissions
 
 
@@ -176,27 +177,11 @@ class _Sums:
     edges: tuple[float, float] | None = None
 
     def __call__(self, array: jax.Array) -> UnitStatistics:
-        wide = widened(array)
-        magnitude = jnp.abs(wide)
-        maximum = self.over.reduce(magnitude, jnp.max)
+        found = self.over.reduce(array, functools.partial(sums, edges=self.edges))
+        count = jnp.asarray(array.size // found.maximum.size, found.maximum.dtype)
         return UnitStatistics(
-            self.over.reduce(magnitude),
-            self.over.reduce(jnp.square(wide)),
-            maximum,
-            self._count(wide == 0, wide.dtype),
-            jnp.asarray(array.size // maximum.size, wide.dtype),
-            self._saturated(wide),
+            found.absolute, found.square, found.maximum, found.zeros, count, found.saturated
         )
-
-    def _saturated(self, array: jax.Array) -> jax.Array | None:
-        if self.edges is None:
-            return None
-        low, high = self.edges
-        return self._count((array <= low) | (array >= high), array.dtype)
-
-    def _count(self, hits: jax.Array, dtype: Any) -> jax.Array:
-        # Summed as floats: XLA's CPU takes five times longer over integers.
-        return self.over.reduce(jnp.where(hits, jnp.ones((), dtype), 0))
 
 
 def _last_axis(value: Value) -> _Reduction:

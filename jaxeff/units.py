@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ class OverAxes:
     kept: frozenset[int]
     shape: tuple[int, ...]
 
-    def reduce(self, array: jax.Array, reduction: Callable[..., jax.Array] = jnp.sum) -> jax.Array:
+    def reduce(self, array: jax.Array, reduction: Callable[..., Any] = jnp.sum) -> Any:
+        """`reduction(array, axis=tuple)` may return a tree of arrays."""
         return axes.reduce_to_axes(self.dims, self.kept, self.shape, array, reduction)
 
     def spread(self, small: jax.Array, array: jax.Array) -> jax.Array:

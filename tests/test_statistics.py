@@ -10,6 +10,7 @@ import reference
 from networks import BY_NAME, NETWORKS, Network, Seen, normal, relu, sigmoid
 
 import jaxeff
+from jaxeff.sums import sums
 
 # The activations come from float32 forward passes that XLA fuses differently; their sums are as good.
 SUMS = 1e-5
@@ -358,6 +359,23 @@ def test_narrow_activations_are_summed_wide(dtype):
     # 8 bits would stop counting at 256, 11 bits at 2048.
     assert site.post.absolute_sum.dtype == jnp.float32
     assert float(site.post.absolute_sum[0, 0]) == float(site.post.count) == 5000
+
+
+def test_a_unit_may_emit_more_values_than_a_float32_can_count():
+    x = np.ones((2**25, 1), np.float32)
+    x[::2] = 0
+    (site,) = jaxeff.collect({"w": np.ones((1, 1), np.float32)}, lambda p, x: x @ p["w"], x).sites
+    assert float(site.post.zeros[0, 0]) == float(site.post.absolute_sum[0, 0]) == 2**24
+    assert float(site.post.count) == 2**25
+
+
+def test_long_sums_are_as_good_as_short_ones():
+    x = np.random.default_rng(0).random((3_000_000, 2)).astype(np.float32)
+    found = sums(x, (0,), (0.25, 0.5))
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(found.absolute, exact.sum(0), rtol=1e-6)
+    np.testing.assert_allclose(found.square, np.square(exact).sum(0), rtol=1e-6)
+    assert np.array_equal(found.saturated, ((x <= 0.25) | (x >= 0.5)).sum(0))
 
 
 def test_units_with_nothing_but_zeros_have_a_zero_fraction_of_1():

@@ -265,8 +265,8 @@ def reduce_to_axes(
     axes: frozenset[int],
     shape: Sequence[int],
     array: jax.Array,
-    reduction: Callable[..., jax.Array],
-) -> jax.Array:
+    reduction: Callable[..., Any],
+) -> Any:
     """Reduce all but the given axes of a weight, and lay the rest out as the weight has them.
 
     Reduces by axis before it transposes: the big array is never moved (transposing first took three
@@ -276,7 +276,7 @@ def reduce_to_axes(
         dims: where the weight's axes stand in `array`.
         axes: the weight's axes to keep; each must stand whole in the array.
         shape: the weight's shape.
-        reduction: `f(array, axis=tuple)`, such as `jnp.sum`.
+        reduction: `f(array, axis=tuple)`, such as `jnp.sum`, or one that returns a tree of arrays.
 
     Returns:
         The weight's rank; size 1 for each axis not kept, so that it broadcasts against the weight.
@@ -285,6 +285,11 @@ def reduce_to_axes(
     kept = [factor for factor in factors if factor.axis in axes]
     reduced = tuple(i for i, factor in enumerate(factors) if factor.axis not in axes)
     small = reduction(array.reshape([factor.size for factor in factors]), axis=reduced)
+    return jax.tree.map(lambda array: _laid(array, kept, axes, shape), small)
+
+
+def _laid(small: jax.Array, kept: Sequence[Factor], axes: frozenset[int], shape: Sequence[int]) -> jax.Array:
+    """What is left of the factors, in the order of the weight's axes."""
     order = sorted(range(len(kept)), key=lambda i: (kept[i].axis, -kept[i].stride))
     ordered = jnp.transpose(small, order)
     for i, factor in enumerate(kept[j] for j in order):
@@ -292,8 +297,7 @@ def reduce_to_axes(
         if factor.stride == 1 and factor.size > size:
             # Concatenated with other weights: its own units stand at -offset.
             ordered = jax.lax.slice_in_dim(ordered, -factor.offset, -factor.offset + size, axis=i)
-    laid = [size if axis in axes else 1 for axis, size in enumerate(shape)]
-    return ordered.reshape(laid)
+    return ordered.reshape([size if axis in axes else 1 for axis, size in enumerate(shape)])
 
 
 def positions(dims: Dims) -> int:
