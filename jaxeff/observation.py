@@ -178,7 +178,7 @@ class _Sums:
 
     def __call__(self, array: jax.Array) -> UnitStatistics:
         found = self.over.reduce(array, functools.partial(sums, edges=self.edges))
-        count = jnp.asarray(array.size // found.maximum.size, found.maximum.dtype)
+        count = jnp.asarray(self.over.count, found.maximum.dtype)
         return UnitStatistics(
             found.absolute, found.square, found.maximum, found.zeros, count, found.saturated
         )

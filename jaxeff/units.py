@@ -7,6 +7,7 @@ broadcasts against the weight. Imports `graph`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,12 @@ class OverAxes:
     def reduce(self, array: jax.Array, reduction: Callable[..., Any] = jnp.sum) -> Any:
         """`reduction(array, axis=tuple)` may return a tree of arrays."""
         return axes.reduce_to_axes(self.dims, self.kept, self.shape, array, reduction)
+
+    @property
+    def count(self) -> int:
+        """Elements of the array for each one that is left."""
+        # Not read off the shapes: the array may hold units of other weights beside this one's.
+        return math.prod(f.size for dim in self.dims for f in dim if f.axis not in self.kept)
 
     def spread(self, small: jax.Array, array: jax.Array) -> jax.Array:
         """The transpose of a sum: each unit's number at all of its elements of `array`."""

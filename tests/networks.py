@@ -9,140 +9,28 @@ their time compiling it, are not.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-
-Array = np.ndarray
-
-_erf = np.vectorize(math.erf, otypes=[np.float64])
-
-
-def relu(x: Array) -> Array:
-    return np.maximum(x, 0)
-
-
-def sigmoid(x: Array) -> Array:
-    return 1 / (1 + np.exp(-x))
-
-
-def gelu(x: Array) -> Array:
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-BY_NAME: Mapping[str, Callable[[Array], Array]] = {
-    "identity": lambda x: x,
-    "relu": relu,
-    "gelu_tanh": gelu,
-    "gelu_erf": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2))),
-    "silu": lambda x: x * sigmoid(x),
-    "tanh": np.tanh,
-    "sigmoid": sigmoid,
-}
-
-
-class Seen(NamedTuple):
-    """What each module took in and gave out, call by call, in float64, by module path."""
-
-    inputs: dict[str, list[Array]]
-    outputs: dict[str, list[Array]]
-
-    def __getitem__(self, path: str) -> Array:
-        """The one output of a module."""
-        (output,) = self.outputs[path]
-        return output
-
-
-class Site(NamedTuple):
-    """One use of one weight. `emits` is the post-activation where it is not `nonlinearity(output)`."""
-
-    path: str
-    kind: str
-    nonlinearity: str
-    unit_axes: tuple[int, ...]
-    emits: Callable[[Seen], Array] | None = None
-
-    @property
-    def module(self) -> str:
-        return self.path.rpartition("/")[0]
-
-
-class Network(NamedTuple):
-    """`module.apply(variables, *batch, **keywords)`, and what there is to find in it.
-
-    `unpaired`: weights without a site -> a part of the reason. `others`: leaves that are not
-    weights and have another role than their name ('bias', 'scale') -> that role. `seen`: what the
-    layers took in and gave out, where they run in a loop, into which Flax's interceptor cannot look.
-    """
-
-    module: nn.Module
-    variables: dict[str, Any]
-    batch: tuple[Any, ...]
-    keywords: dict[str, Any]
-    sites: tuple[Site, ...]
-    unpaired: dict[str, str] = {}
-    others: dict[str, str] = {}
-    seen: Seen | None = None
-
-    @property
-    def arguments(self) -> tuple[Any, Callable, tuple[Any, ...]]:
-        """The first arguments of `jaxeff.analyze` and `jaxeff.collect`."""
-        return self.variables, self.module.apply, self.batch
-
-
-def drawn(module: nn.Module, *batch: Any, **keywords: Any) -> dict[str, Any]:
-    """Random variables of the shapes that the module asks for; nothing is run or compiled.
-
-    Biases, scales and running averages are drawn too: at 0 and 1 a forgotten one goes unnoticed.
-    """
-    shapes = jax.eval_shape(functools.partial(module.init, **keywords), jax.random.key(0), *batch)
-    generator = np.random.default_rng(0)
-
-    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        z = generator.normal(size=leaf.shape)
-        fan_in = max(math.prod(leaf.shape[:-1]), 1)
-        named = {"scale": 1 + 0.2 * z, "bias": 0.3 * z, "mean": 0.3 * z, "var": np.exp(0.3 * z)}
-        return jnp.asarray(named.get(path[-1].key, z / math.sqrt(fan_in)), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def train(module: nn.Module, *batch: Any, **keywords: Any) -> dict[str, Any]:
-    """Variables after three steps of Adam towards random targets; running averages move along."""
-    variables = drawn(module, *batch, **keywords)
-    optimizer = optax.adam(1e-2)
-
-    @jax.jit
-    def step(variables: dict[str, Any], state: Any) -> tuple[dict[str, Any], Any]:
-        rest = {name: value for name, value in variables.items() if name != "params"}
-
-        def loss(params: Any) -> tuple[jax.Array, Any]:
-            outputs, updates = module.apply({**rest, "params": params}, *batch, mutable=[*rest], **keywords)
-            targets = jax.random.normal(jax.random.key(1), outputs.shape)
-            return jnp.mean(jnp.square(outputs - targets)), updates
-
-        gradients, updates = jax.grad(loss, has_aux=True)(variables["params"])
-        changes, state = optimizer.update(gradients, state)
-        return {**rest, **updates, "params": optax.apply_updates(variables["params"], changes)}, state
-
-    state = optimizer.init(variables["params"])
-    for _ in range(3):
-        variables, state = step(variables, state)
-    return variables
-
-
-def normal(*shape: int, seed: int = 7) -> Array:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def tokens(*shape: int, vocabulary: int) -> Array:
-    return np.random.default_rng(7).integers(0, vocabulary, size=shape).astype(np.int32)
+import recurrent
+import transformed
+from network import BY_NAME as BY_NAME
+from network import Array as Array
+from network import Network as Network
+from network import Seen as Seen
+from network import Site as Site
+from network import drawn as drawn
+from network import gelu as gelu
+from network import module_of as module_of
+from network import normal as normal
+from network import relu as relu
+from network import sigmoid as sigmoid
+from network import tokens as tokens
+from network import train as train
 
 
 class MLP(nn.Module):
@@ -511,51 +399,6 @@ def normalised() -> Network:
     return Network(module, drawn(module, x), (x,), {}, sites)
 
 
-class Recurrent(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(3, name="head")(nn.RNN(nn.LSTMCell(6, name="cell"), name="rnn")(x))
-
-
-def lstm() -> Network:
-    module, x = Recurrent(), normal(4, 5, 3)
-    variables = drawn(module, x)
-    # As the cell names them: input, forget, candidate and output gate.
-    gates = {"i": "sigmoid", "f": "sigmoid", "g": "tanh", "o": "sigmoid"}
-    sites = tuple(
-        Site(f"cell/{side}{gate}/kernel", "dense", name, (1,), lambda seen, gate=gate: seen[f"gate {gate}"])
-        for gate, name in gates.items()
-        for side in "ih"
-    )
-    head = Site("head/kernel", "dense", "identity", (1,))
-    return Network(module, variables, (x,), {}, (*sites, head), seen=_unrolled(variables["params"], x))
-
-
-def _unrolled(params: dict[str, Any], x: Array) -> Seen:
-    """The LSTM and its head in NumPy, step by step."""
-    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    cell, head = wide["cell"], wide["head"]
-    h, c = np.zeros((2, len(x), 6))
-    inputs: dict[str, list[Array]] = {}
-    outputs: dict[str, list[Array]] = {}
-    states = []
-    for step in np.moveaxis(x.astype(np.float64), 1, 0):
-        gate = {}
-        for name in "ifgo":
-            fed, back = step @ cell[f"i{name}"]["kernel"], h @ cell[f"h{name}"]["kernel"]
-            back = back + cell[f"h{name}"]["bias"]
-            gate[name] = np.tanh(fed + back) if name == "g" else sigmoid(fed + back)
-            for path, taken, given in ((f"cell/i{name}", step, fed), (f"cell/h{name}", h, back)):
-                inputs.setdefault(path, []).append(taken)
-                outputs.setdefault(path, []).append(given)
-            outputs.setdefault(f"gate {name}", []).append(gate[name])
-        c = gate["f"] * c + gate["i"] * gate["g"]
-        h = gate["o"] * np.tanh(c)
-        states.append(h)
-    inputs["head"], outputs["head"] = states, [h @ head["kernel"] + head["bias"] for h in states]
-    return Seen(*({path: [np.stack(steps)] for path, steps in calls.items()} for calls in (inputs, outputs)))
-
-
 class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, _):
@@ -647,8 +490,22 @@ _BUILDERS: Mapping[str, Callable[[], Network]] = {
     "swiglu": swiglu,
     "fused": fused,
     "normalised": normalised,
-    "lstm": lstm,
+    "lstm": recurrent.lstm,
+    "optimized lstm": recurrent.optimized_lstm,
+    "gru": recurrent.gru,
+    "simple cell": recurrent.simple_cell,
+    "bidirectional": recurrent.bidirectional,
     "scanned": scanned,
+    "remat scan": transformed.remat_scan,
+    "vmapped": transformed.vmapped,
+    "experts": transformed.experts,
+    "transposed": transformed.transposed,
+    "local": transformed.local,
+    "weight norm": transformed.weight_norm,
+    "low rank": transformed.low_rank,
+    "masked": transformed.masked,
+    "boxed": transformed.boxed,
+    "multi-query": transformed.multi_query,
     "bfloat16": bfloat16,
     "mixed": mixed,
 }

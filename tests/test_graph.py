@@ -55,9 +55,7 @@ def test_each_weight_is_paired_with_its_sites_in_execution_order(name, found):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_leaf_is_in_exactly_one_place(name, found):
     statistics, network = found(name), NETWORKS[name]()
-    leaves = jax.tree_util.tree_flatten_with_path(network.variables["params"])[0]
-    paths = ["/".join(key.key for key in keys) for keys, _ in leaves]
-    assert sorted(place.path for place in statistics.places) == sorted(paths)
+    assert sorted(place.path for place in statistics.places) == sorted(network.leaves)
     with_sites = {site.path for site in statistics.sites}
     for place in statistics.places:
         without_reason = place.role == "weight" and place.reason is None
