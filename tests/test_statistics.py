@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from jax.experimental import pallas
 from networks import BY_NAME, NETWORKS, Network, Seen, module_of, normal, relu, sigmoid
 
 import jaxeff
@@ -260,8 +261,28 @@ def test_a_loop_sums_over_its_iterations(loop, emitted):
     assert float(site.post.count) == len(everything) * 4 and site.nonlinearity == "tanh"
 
 
+def _in_pallas(w, x):
+    def kernel(x_ref, w_ref, o_ref):
+        o_ref[...] = x_ref[...] @ w_ref[...]
+
+    shape = jax.ShapeDtypeStruct((4, 5), jnp.float32)
+    return pallas.pallas_call(kernel, out_shape=shape, interpret=True)(x[:, 0], w)
+
+
+def _in_shard_map(w, x):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
+    over, whole = jax.sharding.PartitionSpec("batch"), jax.sharding.PartitionSpec()
+    return jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(over, whole), out_specs=over)(x, w)
+
+
 # name -> a part of the reason why the weight has no site.
 REASONS = {
+    "a custom kernel": (_in_pallas, "consumed by pallas_call, which has no rule"),
+    "a sharded map": (_in_shard_map, "consumed by shard_map, which has no rule"),
+    "a ragged product": (
+        lambda w, x: jax.lax.ragged_dot(x[:, 0], w[None], jnp.array([4])),
+        "consumed by ragged_dot",
+    ),
     "carried": (lambda w, x: jax.lax.scan(lambda c, _: (c * 2, x @ c), w, length=2)[1], "carry of a scan"),
     "unused": (lambda w, x: x, "unused"),
     "returned": (lambda w, x: (x, w), "returned as an output"),
