@@ -134,10 +134,29 @@ def _check_statistics(named: dict[str, Any], statistics: Statistics, criterion: 
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _report(
     criterion: Criterion, paths: tuple[str, ...], leaves: tuple[Any, ...], statistics: Statistics
 ) -> Report:
+    report, units = _measured(criterion, paths, leaves, statistics)
+    modules = tuple(
+        ModuleReport(module.path, Activity(module.output.absolute_sum.shape, 1, module.output))
+        for module in statistics.modules
+    )
+    # What is taken over as it is does not go through the compiled program, which would copy it.
+    sites = {site.path: site for site in statistics.sites}
+    activities = tuple(
+        layers.activity_of(sites[row.path], row.unit_shape) if found is None and row.path in sites else found
+        for row, found in zip(report.structure, report.activities, strict=True)
+    )
+    found = layers.units_of(units, report.structure)
+    return dataclasses.replace(report, units=found, activities=activities, modules=modules)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measured(
+    criterion: Criterion, paths: tuple[str, ...], leaves: tuple[Any, ...], statistics: Statistics
+) -> tuple[Report, jax.Array]:
+    """The report without units, modules and the activities of weights with one use; and the units, padded."""
     named = dict(zip(paths, leaves, strict=True))
     weights = [
         layers.Layer(
@@ -150,21 +169,21 @@ def _report(
         if place.role == "weight"
     ]
     rows = [part for weight in weights for part in layers.unstacked(weight)]
+    alone = [weight for weight in weights if len(weight.sites) == 1]
     structure = tuple(layers.structure(criterion, row) for row in rows)
     numbers, units = layers.measure(criterion, rows)
     rest = [place for place in statistics.places if place.role != "weight"]
-    return Report(
+    report = Report(
         criterion=criterion.name,
         structure=structure,
         other_structure=tuple(others.structure(place) for place in rest),
         numbers=numbers,
-        units=units,
-        activities=tuple(layers.activity(row) for row in rows),
-        other_numbers=others.measure([named[place.path] for place in rest]),
-        modules=tuple(
-            ModuleReport(module.path, Activity(module.output.absolute_sum.shape, 1, module.output))
-            for module in statistics.modules
+        units=(),
+        activities=tuple(
+            None if any(row is weight for weight in alone) else layers.activity(row) for row in rows
         ),
+        other_numbers=others.measure([named[place.path] for place in rest]),
+        modules=(),
         attentions=tuple(
             _heads(criterion, attention, named, statistics) for attention in statistics.attentions
         ),
@@ -173,6 +192,7 @@ def _report(
             relevance_residual=_residual(criterion, statistics),
         ),
     )
+    return report, units
 
 
 def _heads(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
@@ -462,49 +461,49 @@ def _over_uses(
     return functools.reduce(jnp.add, scores)
 
 
-_SAMPLE = 1 << 16
+_PROFILE, _RUN, _CELLS = 1 << 14, 1 << 4, 1 << 6
+NULL_SIZE = _PROFILE // _RUN * _CELLS
 
 
-def null_sample(
+def null_profile(
     criterion: Criterion,
     weight: jax.Array,
     sites: Sequence[SiteStatistics],
     derivatives: Derivatives,
     usable: jax.Array,
 ) -> jax.Array:
-    """Scores that the layer would have if its weights were noise, independent of all that was seen.
-
-    Normal weights, cut into equally likely cells (64 or more) and each put at its cell's mean, times
-    the factor that the criterion puts on each weight. Utilization and Gini of the sample are those of
-    infinitely many such weights to 1e-3 (0.753 and sqrt(2) - 1 for magnitudes alone).
+    """The factors that the criterion puts on the weights of a layer, whatever these are.
 
     Args:
         criterion: one that has a `null_power`.
         usable: [], False to take magnitudes instead.
 
     Returns:
-        [n], at most 65,536 scores.
+        [16384], evenly spread over the layer, each about as often.
+    """
+    one = jnp.ones((1,) * weight.ndim, wide(weight.dtype))
+    factor = one
+    if sites or not criterion.reads_activations:
+        # A weight of ones, of size 1 on every axis, leaves the factor alone, and as small as it is.
+        factor = _over_uses(criterion, one, sites or (_unread(one),), derivatives)
+    factors = jnp.ravel(jnp.where(usable, factor, 1))
+    return factors[np.arange(_PROFILE) * factors.size // _PROFILE]
+
+
+def null_scores(criterion: Criterion, profile: jax.Array, usable: jax.Array) -> jax.Array:
+    """Scores that a layer would have if its weights were noise, independent of all that was seen.
+
+    The factors of the profile, sorted and averaged 16 at a time, times normal weights, cut into 64 equally
+    likely cells and each put at its cell's mean. Utilization and Gini of the sample are those of
+    infinitely many such weights to 1e-3 (0.753 and sqrt(2) - 1 for magnitudes alone).
+
+    Returns:
+        [65536].
     """
     assert criterion.null_power is not None
-    one = jnp.ones((1,) * weight.ndim, wide(weight.dtype))
-    read = bool(sites) or not criterion.reads_activations
-    # A weight of ones, of size 1 on every axis, leaves the factor alone, and as small as it is.
-    factor = _over_uses(criterion, one, sites or (_unread(one),), derivatives) if read else one
-    profile = _thinned(jnp.ravel(jnp.where(usable, factor, 1)))
-    cells = min(4096, _SAMPLE // profile.size)
-    nodes = jnp.where(usable & read, _half_normal(cells, criterion.null_power), _half_normal(cells, 1))
-    return jnp.ravel(profile[:, None] * nodes[None])
-
-
-def _thinned(profile: jax.Array) -> jax.Array:
-    """At most 1,024 numbers that stand for the profile: means of equal runs of its sorted values."""
-    most = _SAMPLE // 64
-    if profile.size <= most:
-        return profile
-    strided = profile[:: math.ceil(profile.size / (16 * most))]
-    run = math.ceil(strided.size / most)
-    whole = strided.size - strided.size % run
-    return jnp.mean(jnp.sort(strided)[:whole].reshape(-1, run), axis=1)
+    factors = jnp.mean(jnp.sort(profile).reshape(-1, _RUN), axis=1)
+    nodes = jnp.where(usable, _half_normal(_CELLS, criterion.null_power), _half_normal(_CELLS, 1))
+    return jnp.ravel(factors[:, None] * nodes[None])
 
 
 def _half_normal(cells: int, power: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """One weight and what its units emit -> its row of the report.
 
-Layers of similar size share one compiled kernel, which runs over them in a loop. Imports
-`importance`, `metrics`, `records`, `statistics`.
+Layers share compiled kernels, which run over them in a loop. Imports `binned`, `importance`, `metrics`,
+`records`, `statistics`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import importance, metrics
+from jaxeff import binned, importance, metrics
 from jaxeff.importance import Criterion
-from jaxeff.metrics import Metrics
+from jaxeff.metrics import Metrics, Packed
 from jaxeff.precision import widened
 from jaxeff.records import Activity, LayerNumbers, LayerStructure, Null, none_of
 from jaxeff.statistics import Derivatives, Place, SiteStatistics, UnitStatistics
@@ -118,42 +118,197 @@ def activity(layer: Layer) -> Activity | None:
     return Activity(_unit_shape(layer), sums.absolute_sum.ndim, sums)
 
 
-def measure(criterion: Criterion, layers: Sequence[Layer]) -> tuple[LayerNumbers, tuple[jax.Array, ...]]:
-    """The numbers of all layers, stacked, and the importance of the units of each.
+def activity_of(site: SiteStatistics, unit_shape: tuple[int, ...]) -> Activity:
+    """What the units of one use emit."""
+    return Activity(unit_shape, site.post.absolute_sum.ndim, site.post)
 
-    Few kernels serve all layers, whatever their number: one for each class of padded sizes, in a
-    loop over the layers of the class.
+
+def measure(criterion: Criterion, layers: Sequence[Layer]) -> tuple[LayerNumbers, jax.Array]:
+    """The numbers of all layers, stacked, and the importance of the units of each, padded: see `units_of`.
+
+    Few kernels serve all layers, whatever their number. Small layers are sorted; large ones are counted by
+    bit pattern, and sorted where a derivative is taken.
     """
     if not layers:
-        return none_of(LayerNumbers), ()
+        return none_of(LayerNumbers), jnp.zeros((0, 0))
+    small = [index for index, layer in enumerate(layers) if _size(layer) <= _SMALL]
+    large = [index for index, layer in enumerate(layers) if _size(layer) > _SMALL]
+    parts = [
+        measured(criterion, [layers[index] for index in chosen])
+        for chosen, measured in ((small, _by_order), (large, _by_bins))
+        if chosen
+    ]
+    back = np.argsort(np.asarray(small + large))
+    found = _Found(
+        *(
+            jax.tree.map(lambda *rows: jnp.concatenate(rows)[back], *(part[i] for part in parts))
+            for i in range(3)
+        ),
+        made=_joined_made([part.made for part in parts], back),
+    )
+    return _numbers(criterion, found), found.made.units * _unit_scale(found.made.largest_weight)[:, None]
+
+
+def units_of(units: jax.Array, structure: Sequence[LayerStructure]) -> tuple[jax.Array, ...]:
+    """The importance of the units of each layer, shaped like its unit axes."""
+    # By dynamic slices: layers with as many units share a program.
+    return tuple(
+        jax.lax.dynamic_slice(units, (np.int32(index), np.int32(0)), (1, row.unit_count)).reshape(
+            row.unit_shape
+        )
+        for index, row in enumerate(structure)
+    )
+
+
+def _numbers(criterion: Criterion, found: _Found) -> LayerNumbers:
+    effective_units = found.units.effective_params
+    return LayerNumbers(
+        found.summary,
+        _null(found.null) if criterion.null_power is not None else None,
+        effective_units,
+        found.summary.effective_params / jnp.where(effective_units > 0, effective_units, 1),
+        found.made.nonfinite_weights,
+        found.made.largest_weight,
+        found.made.usable,
+    )
+
+
+class _Found(NamedTuple):
+    """Metrics of the scores, of the units and of the null of several layers; and what they were made of."""
+
+    summary: Metrics
+    units: Metrics
+    null: Metrics
+    made: _Made
+
+
+def _joined_made(parts: Sequence[_Made], order: np.ndarray) -> _Made:
+    """The same in the layers' order; padded to one width."""
+    width = max(part.units.shape[1] for part in parts)
+    padded = [
+        part._replace(scores=None, units=jnp.pad(part.units, ((0, 0), (0, width - part.units.shape[1]))))
+        for part in parts
+    ]
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows)[order], *padded)
+
+
+def _by_bins(criterion: Criterion, layers: Sequence[Layer]) -> _Found:
+    """Layers of any size, counted one after the other; the derivatives are those of sorting."""
+    places = [layer.place for layer in layers]
+
+    @jax.custom_jvp
+    def measured(arrays: list[Any]) -> _Found:
+        return _count_all(criterion, [Layer(place, *own) for place, own in zip(places, arrays, strict=True)])
+
+    @measured.defjvp
+    def _(primals: tuple[list[Any]], tangents: tuple[list[Any]]) -> tuple[_Found, _Found]:
+        def sorted_(arrays: list[Any]) -> _Found:
+            return _by_order(
+                criterion, [Layer(place, *own) for place, own in zip(places, arrays, strict=True)]
+            )
+
+        return jax.jvp(sorted_, primals, tangents)
+
+    return measured([tuple(layer[1:]) for layer in layers])
+
+
+def _count_all(criterion: Criterion, layers: Sequence[Layer]) -> _Found:
+    """One kernel to count for each length, one to read the counts for all.
+
+    The outer switch is among the lengths, the next among the shapes, the innermost among equal layers.
+    """
+    width = _padded_size(max([_SMALL, *map(_unit_count, layers)]))
+    groups = _groups(layers)
+    lengths = _lengths([_size(layers[group[0]]) for group in groups])
+    of_length = [
+        [group for group in groups if _length_for(_size(layers[group[0]]), lengths) == length]
+        for length in lengths
+    ]
+
+    def branch(length: int, groups: list[list[int]]) -> Callable[..., tuple[binned.Bins, _Made]]:
+        makers = [_maker(criterion, [layers[i] for i in group], length, width) for group in groups]
+
+        def run(group: jax.Array, member: jax.Array, size: jax.Array) -> tuple[binned.Bins, _Made]:
+            made = jax.lax.switch(group, makers, member)
+            return binned.count(made.scores, size), made._replace(scores=None)
+
+        return run
+
+    branches = [branch(length, groups) for length, groups in zip(lengths, of_length, strict=True)]
+
+    def step(at: tuple[jax.Array, ...]) -> tuple[Packed, _Made]:
+        choice, group, member, size, units = at
+        bins, made = jax.lax.switch(choice, branches, group, member, size)
+        sizes = jnp.stack([units, importance.NULL_SIZE])
+        rows = jnp.stack([made.units, _null_scores(criterion, made, width)])
+        others = jax.lax.map(lambda row: binned.count(*row), (rows, sizes))
+        rows = jax.tree.map(lambda one, two: jnp.concatenate([one[None], two]), bins, others)
+        read = lambda row: metrics.pack(binned.summarize_bins(*row))  # noqa: E731
+        summaries = jax.lax.map(read, (rows, jnp.append(size, sizes)))
+        return summaries, made
+
+    positions = {
+        index: (choice, g, member)
+        for choice, groups in enumerate(of_length)
+        for g, group in enumerate(groups)
+        for member, index in enumerate(group)
+    }
+    steps = [(*positions[i], _size(layer), _unit_count(layer)) for i, layer in enumerate(layers)]
+    summaries, made = jax.lax.map(step, tuple(jnp.asarray(c, jnp.int32) for c in zip(*steps, strict=True)))
+    apart = jax.tree.map(lambda leaf: [leaf[:, at] for at in range(3)], summaries)
+    scores, units, null = (metrics.unpack(Packed(*pair)) for pair in zip(*apart, strict=True))
+    return _Found(scores, units, null, made)
+
+
+def _lengths(sizes: Sequence[int]) -> list[int]:
+    """Lengths to pad to, so that no layer is padded to more than twice its size."""
+    lengths: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        if not lengths or 2 * size < lengths[-1]:
+            lengths.append(size)
+    return lengths
+
+
+def _length_for(size: int, lengths: Sequence[int]) -> int:
+    return min(length for length in lengths if length >= size)
+
+
+def _groups(layers: Sequence[Layer]) -> list[list[int]]:
+    """Layers that one compiled function can make: of equal structure and shapes."""
+    groups: dict[Any, list[int]] = {}
+    for index, layer in enumerate(layers):
+        arrays = _nameless(layer)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays))
+        groups.setdefault((jax.tree.structure(arrays), shapes), []).append(index)
+    return list(groups.values())
+
+
+def _maker(
+    criterion: Criterion, members: Sequence[Layer], length: int, width: int
+) -> Callable[[jax.Array], _Made]:
+    """Makes one of equal layers, by its number among them."""
+    arrays = [_nameless(layer) for layer in members]
+    return functools.partial(_make_one, criterion, members[0].place, arrays, length, width)
+
+
+def _by_order(criterion: Criterion, layers: Sequence[Layer]) -> _Found:
+    """Layers sorted, in classes of padded sizes: one kernel a class, in a loop over its layers."""
     width = _padded_size(max([_SMALL, *map(_unit_count, layers)]))
     classes = _size_classes(layers, width)
     order = [index for members in classes for index in members]
     made = [_make_all(criterion, [layers[index] for index in members], width) for members in classes]
-    found = _summarize(made, [layers[index] for index in order])
+    found = _summarize(criterion, made, [layers[index] for index in order], width)
     back = np.argsort(np.asarray(order))
-    summary, units, null, samples = jax.tree.map(lambda rows: rows[back], found)
-    numbers = LayerNumbers(
-        summary,
-        null if criterion.null_power is not None else None,
-        units.effective_params,
-        summary.effective_params / jnp.where(units.effective_params > 0, units.effective_params, 1),
-        samples.nonfinite_weights,
-        samples.largest_weight,
-        jnp.stack([_usable(criterion, layer) for layer in layers]),
-    )
-    return numbers, tuple(
-        (samples.units[i, : _unit_count(layer)] * jnp.where(summary.max[i] > 0, summary.max[i], 1)).reshape(
-            _unit_shape(layer)
-        )
-        for i, layer in enumerate(layers)
-    )
+    return jax.tree.map(lambda rows: rows[back], found)
 
 
 def _summarize(
-    made: Sequence[tuple[_Made, Metrics | None]], layers: Sequence[Layer]
-) -> tuple[Metrics, Metrics, Null, _Made]:
-    """Metrics of the scores, of the units and of the null; and what they were made of.
+    criterion: Criterion,
+    made: Sequence[tuple[_Made, Metrics | None]],
+    layers: Sequence[Layer],
+    width: int,
+) -> _Found:
+    """Metrics of all that was made.
 
     Args:
         made: class by class, the largest first; the last holds scores that are still to be summarized.
@@ -163,15 +318,16 @@ def _summarize(
     samples = _joined([item._replace(scores=None) for item, _ in made])
     last = made[-1][0].scores
     count, open_ = len(layers), layers[len(layers) - (0 if last is None else len(last)) :]
-    rows = jnp.concatenate([samples.units, samples.null, *([] if last is None else [last])])
-    true = [_unit_count(layer) for layer in layers], [_size(layer) for layer in open_]
-    sizes = jnp.concatenate([jnp.asarray(true[0]), samples.null_size, jnp.asarray(true[1], jnp.int32)])
-    found = jax.lax.map(lambda sample: metrics.summarize_padded(*sample), (rows, sizes))
+    null = jax.lax.map(lambda sample: _null_scores(criterion, sample, width), samples)
+    rows = jnp.concatenate([samples.units, null, *([] if last is None else [last])])
+    sizes = [*map(_unit_count, layers), *(importance.NULL_SIZE for _ in layers), *map(_size, open_)]
+    summarized = lambda sample: metrics.pack(metrics.summarize_padded(*sample))  # noqa: E731
+    found = metrics.unpack(jax.lax.map(summarized, (rows, jnp.asarray(sizes, jnp.int32))))
     units, null, small = (
         jax.tree.map(lambda leaf, at=at: leaf[at], found)
         for at in (slice(0, count), slice(count, 2 * count), slice(2 * count, None))
     )
-    return _joined([*large, small]), units, _null(null), samples
+    return _Found(_joined([*large, small]), units, null, samples)
 
 
 def _joined(parts: Sequence[Any]) -> Any:
@@ -200,8 +356,8 @@ class _Made(NamedTuple):
 
     scores: jax.Array | None
     units: jax.Array
-    null: jax.Array
-    null_size: jax.Array
+    profile: jax.Array  # of the null
+    usable: jax.Array  # whether what the criterion reads is finite
     largest_weight: jax.Array
     nonfinite_weights: jax.Array
 
@@ -213,18 +369,8 @@ def _make_all(criterion: Criterion, layers: Sequence[Layer], width: int) -> tupl
     outer one among the shapes, which are computed on differently, the inner one among equal layers.
     """
     length = max(width, *map(_size, layers))
-    arrays = [(layer.weight, _nameless(layer.sites), layer.derivatives) for layer in layers]
-    groups: dict[Any, list[int]] = {}
-    for index, layer in enumerate(arrays):
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(layer))
-        groups.setdefault((jax.tree.structure(layer), shapes), []).append(index)
-    members = list(groups.values())
-    branches = [
-        functools.partial(
-            _make_one, criterion, layers[group[0]].place, [arrays[i] for i in group], length, width
-        )
-        for group in members
-    ]
+    members = _groups(layers)
+    branches = [_maker(criterion, [layers[i] for i in group], length, width) for group in members]
 
     def step(at: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[_Made, Metrics | None]:
         group, member, size = at
@@ -238,9 +384,10 @@ def _make_all(criterion: Criterion, layers: Sequence[Layer], width: int) -> tupl
     return jax.lax.map(step, tuple(jnp.asarray(column, jnp.int32) for column in zip(*steps, strict=True)))
 
 
-def _nameless(sites: Sites) -> Sites:
-    """The sites without what tells equal layers apart, so that they group."""
-    return tuple(dataclasses.replace(site, path="", bias=None) for site in sites)
+def _nameless(layer: Layer) -> tuple[jax.Array, Sites, Derivatives]:
+    """A layer's arrays without what tells equal layers apart, so that they group."""
+    sites = tuple(dataclasses.replace(site, path="", bias=None) for site in layer.sites)
+    return layer.weight, sites, layer.derivatives
 
 
 def _make_one(
@@ -253,14 +400,18 @@ def _make_one(
 ) -> _Made:
     picked = jax.lax.switch(member, [lambda arrays=arrays: arrays for arrays in members])
     layer = Layer(place, *picked)
-    scores = _scores(criterion, layer)
-    null = _null_sample(criterion, layer)
+    usable = _usable(criterion, layer)
+    scores = importance.score(criterion, layer.weight, layer.sites, layer.derivatives)
+    magnitudes = importance.magnitude(widened(layer.weight))
+    # By magnitude where what the criterion reads is not finite.
+    scores = jnp.where(usable, scores, magnitudes)
+    largest = jnp.max(magnitudes)
     return _Made(
         _padded(scores, length),
-        _padded(_scaled_units(scores, layer), width),
-        _padded(null, width),
-        jnp.asarray(null.size, jnp.int32),
-        jnp.max(_magnitudes(layer.weight)),
+        _padded(_sum_units(scores / _unit_scale(largest), layer), width),
+        _profile(criterion, layer, usable),
+        usable,
+        largest,
         jnp.sum(~jnp.isfinite(layer.weight), dtype=jnp.int32),
     )
 
@@ -269,30 +420,23 @@ def _padded(x: jax.Array, length: int) -> jax.Array:
     return jnp.pad(x.ravel(), (0, length - x.size))
 
 
-def _scores(criterion: Criterion, layer: Layer) -> jax.Array:
-    """The importance of each weight; by magnitude where what the criterion reads is not finite."""
-    scores = importance.score(criterion, layer.weight, layer.sites, layer.derivatives)
-    return jnp.where(_usable(criterion, layer), scores, _magnitudes(layer.weight))
+def _unit_scale(largest_weight: jax.Array) -> jax.Array:
+    """What units are summed over: of large weights the sum may lie beyond float32 where no score does."""
+    return jnp.where((largest_weight > 0) & jnp.isfinite(largest_weight), largest_weight, 1)
 
 
-def _magnitudes(weight: jax.Array) -> jax.Array:
-    return importance.magnitude(widened(weight))
-
-
-def _scaled_units(scores: jax.Array, layer: Layer) -> jax.Array:
-    """The importance of each unit, over the largest of a weight.
-
-    The sum over a unit may lie beyond float32 where its scores do not.
-    """
-    largest = jnp.max(scores)
-    return _sum_units(scores / jnp.where(largest > 0, largest, 1), layer)
-
-
-def _null_sample(criterion: Criterion, layer: Layer) -> jax.Array:
+def _profile(criterion: Criterion, layer: Layer, usable: jax.Array) -> jax.Array:
     if criterion.null_power is None:
         return jnp.zeros(1)
     _, weight, sites, derivatives = layer
-    return importance.null_sample(criterion, weight, sites, derivatives, _usable(criterion, layer))
+    return importance.null_profile(criterion, weight, sites, derivatives, usable)
+
+
+def _null_scores(criterion: Criterion, made: _Made, width: int) -> jax.Array:
+    """One row of scores of noise; of one number where the criterion knows of none."""
+    if criterion.null_power is None:
+        return jnp.zeros(width)
+    return _padded(importance.null_scores(criterion, made.profile, made.usable), width)
 
 
 def _null(summary: Metrics) -> Null:
@@ -308,7 +452,8 @@ def _usable(criterion: Criterion, layer: Layer) -> jax.Array:
     if criterion.reads_activations and layer.sites:
         # A branch that was not taken has seen nothing.
         seen = functools.reduce(jnp.add, [site.post.count for site in layer.sites]) > 0
-        read += [sums.absolute_sum for site in layer.sites for sums in (site.input, site.post)]
+        sides = {"post": ("post",), "input": ("input",)}.get(criterion.side, ("input", "post"))
+        read += [getattr(site, side).absolute_sum for site in layer.sites for side in sides]
         read += jax.tree.leaves([site.gate for site in layer.sites])
     return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(sums)) for sums in read], seen)
 

@@ -31,7 +31,7 @@ from jax.typing import ArrayLike
 from jaxeff import pairs
 from jaxeff.pairs import Pair
 
-_TIE = 1 - 2.0**-40  # sums of rounded pairs that meet a target to this factor meet it
+TIE = 1 - 2.0**-40  # sums of rounded pairs that meet a target to this factor meet it
 
 
 @jax.tree_util.register_dataclass
@@ -92,6 +92,28 @@ def summarize_padded(x: ArrayLike, size: ArrayLike) -> Metrics:
     Array(0.25, dtype=float32)
     """
     return _summarize(_prepare(x, jnp.asarray(size, jnp.int32)))
+
+
+class Packed(NamedTuple):
+    """`Metrics` as two arrays: a loop that gives these compiles in half the time of one that gives 19."""
+
+    floats: Array  # [..., 16]
+    integers: Array  # [..., 3]
+
+
+_INTEGERS = ("zeros", "nonfinite", "size")
+_FLOATS = tuple(field.name for field in dataclasses.fields(Metrics) if field.name not in _INTEGERS)
+
+
+def pack(metrics: Metrics) -> Packed:
+    return Packed(
+        *(jnp.stack([getattr(metrics, name) for name in names], -1) for names in (_FLOATS, _INTEGERS))
+    )
+
+
+def unpack(packed: Packed) -> Metrics:
+    named = {name: packed.floats[..., i] for i, name in enumerate(_FLOATS)}
+    return Metrics(**named, **{name: packed.integers[..., i] for i, name in enumerate(_INTEGERS)})
 
 
 def _summarize(layer: _Layer) -> Metrics:
@@ -397,7 +419,7 @@ def _spread(layer: _Layer) -> _Spread:
         y = lax.dynamic_slice(layer.y, (start,), (width,))
         d, ratio = (y - mean) / mean, y / top
         surprise = -y * jnp.log(jnp.where((ratio > 0) & (y < top), ratio, 1))
-        return [*_own(layer, start, [d, d * d, _excess(y, mean)]), surprise]
+        return [*_own(layer, start, [d, d * d, excess_over_mean(y, mean)]), surprise]
 
     offset, square, excess, surprise = pairs.sums(terms, layer.y.size)
     size = _exactly(layer.size, mean.dtype)
@@ -444,7 +466,7 @@ def _divergence(layer: _Layer, spread: _Spread) -> Pair:
     return jnp.where(uneven, high, 0), jnp.where(uneven, low, 0)
 
 
-def _excess(y: Array, mean: Array) -> Array:
+def excess_over_mean(y: Array, mean: Array) -> Array:
     """(y / mean) ln(y / mean) - (y / mean - 1) to full relative precision.
 
     Near the mean by ln(y / mean) = 2 artanh(s), s = (y - mean) / (y + mean).
@@ -477,7 +499,7 @@ def _std(layer: _Layer, spread: _Spread) -> Array:
 
 
 def _sparsity(layer: _Layer, threshold: float) -> Array:
-    below = pairs.count(layer.bits < pairs.bits_of(_float_at_least(threshold, layer.y.dtype)))
+    below = pairs.count(layer.bits < pairs.bits_of(float_at_least(threshold, layer.y.dtype)))
     return _valid(layer, _fraction(layer, below, threshold))
 
 
@@ -487,7 +509,7 @@ def _fraction(layer: _Layer, below: Array, threshold: float) -> Array:
     return own.astype(layer.y.dtype) / _sized(layer)
 
 
-def _float_at_least(threshold: float, dtype: Any) -> Array:
+def float_at_least(threshold: float, dtype: Any) -> Array:
     """The smallest float >= threshold: float32(0.01), which is below 0.01, has x < 0.01."""
     bound = np.asarray(threshold if threshold <= float(jnp.finfo(dtype).max) else math.inf, dtype)
     # As Python floats: NumPy would round the threshold to the dtype first.
@@ -496,7 +518,7 @@ def _float_at_least(threshold: float, dtype: Any) -> Array:
 
 def _relative_sparsity(layer: _Layer, threshold: float) -> Array:
     # No weight exceeds N < 2^40 means.
-    bound = pairs.constant(min(threshold, 2.0**40) * _TIE, layer.y.dtype)
+    bound = pairs.constant(min(threshold, 2.0**40) * TIE, layer.y.dtype)
     high, low = pairs.multiply(layer.mean, bound)
     below = _fraction(layer, pairs.count((layer.y - high) - low < 0), threshold)
     return _valid(layer, jnp.where(layer.total[0] > 0, below, 1))
@@ -536,7 +558,7 @@ def _coverages(layer: _Layer, descending: Array, shares: tuple[float, ...]) -> l
     side += side**3 < size
     cube = jnp.pad(descending, (0, side**3 - size)).reshape(side, side, side)
     blocks = _blocks(cube)
-    targets = [pairs.multiply(layer.total, pairs.constant(share * _TIE, cube.dtype)) for share in shares]
+    targets = [pairs.multiply(layer.total, pairs.constant(share * TIE, cube.dtype)) for share in shares]
     high, low = (jnp.stack(parts) for parts in zip(*targets, strict=True))
     k = jax.vmap(partial(_count_to_reach, cube, blocks))((high, low))
     fractions = jnp.minimum(k, layer.size).astype(cube.dtype) / _sized(layer)

@@ -156,8 +156,12 @@ class LayerStructure:
         return math.prod(self.shape)
 
     @property
+    def unit_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in self.unit_axes)
+
+    @property
     def unit_count(self) -> int:
-        return math.prod(self.shape[axis] for axis in self.unit_axes)
+        return math.prod(self.unit_shape)
 
 
 @dataclasses.dataclass(frozen=True)
