@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from jaxeff.precision import widened
 
@@ -40,6 +40,7 @@ _LARGE = 1 << 22
 def sums(array: jax.Array, axis: tuple[int, ...], edges: Edges = None) -> Sums:
     """Sums of |x| and x^2, max |x|, how many x are 0, and how many lie at or beyond the edges.
 
+    >>> import jax.numpy as jnp
     >>> found = sums(jnp.array([[1.0, -2.0, 0.0]]), (1,))
     >>> float(found.absolute[0]), float(found.square[0]), float(found.maximum[0]), float(found.zeros[0])
     (3.0, 5.0, 2.0, 1.0)
@@ -51,36 +52,38 @@ def sums(array: jax.Array, axis: tuple[int, ...], edges: Edges = None) -> Sums:
 
 def _together(array: jax.Array, stages: Stages, edges: Edges) -> Sums:
     operands = _operands(array, edges)
-    zero = jnp.zeros((), array.dtype)
+    zeros = (np.zeros((), array.dtype),) * len(operands)
     for stage in stages:
-        operands = jax.lax.reduce(operands, (zero,) * len(operands), _join, stage)
+        operands = lax.reduce(operands, zeros, _join, stage)
     return Sums(*operands, *(() if edges else (None,)))
 
 
 def _join(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
     """Of every operand the sum, but of the third the maximum."""
-    return tuple(jnp.maximum(x, y) if i == 2 else x + y for i, (x, y) in enumerate(zip(a, b, strict=True)))
+    return tuple(
+        lax.max(x, y) if i == 2 else lax.add(x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))
+    )
 
 
 def _apart(array: jax.Array, stages: Stages, edges: Edges) -> Sums:
-    operands = _operands(array, edges)
-    reduced = [_reduced(jnp.max if i == 2 else jnp.sum, x, stages) for i, x in enumerate(operands)]
+    reduced: list[jax.Array] = []
+    for i, operand in enumerate(_operands(array, edges)):
+        for stage in stages:
+            operand = lax.reduce(operand, np.zeros((), array.dtype), lax.max if i == 2 else lax.add, stage)
+        reduced.append(operand)
     return Sums(*reduced, *(() if edges else (None,)))
 
 
-def _reduced(reduction: Callable[..., jax.Array], array: jax.Array, stages: Stages) -> jax.Array:
-    for stage in stages:
-        array = reduction(array, stage)
-    return array
+# `lax` throughout: hundreds of values are summed, and each function of `jax.numpy` is traced as a call.
 
 
 def _operands(x: jax.Array, edges: Edges) -> tuple[jax.Array, ...]:
     def count(hits: jax.Array) -> jax.Array:
-        return hits.astype(x.dtype)
+        return lax.convert_element_type(hits, x.dtype)
 
     # The largest size in other words than the sizes: XLA would store what two reductions share.
-    largest = jnp.maximum(x, -x)
-    found = (jnp.abs(x), jnp.square(x), largest, count(x == 0))
+    largest = lax.max(x, lax.neg(x))
+    found = (lax.abs(x), lax.square(x), largest, count(x == 0))
     return found if edges is None else (*found, count((x <= edges[0]) | (x >= edges[1])))
 
 
