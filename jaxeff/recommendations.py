@@ -1,8 +1,10 @@
 """What to do about a report, each with the numbers it rests on.
 
-Two sets of rules. The methodology's three compare a metric with a fixed threshold. The calibrated
-ones compare a layer with its null: what the same metric would be if the weights were noise. Where
-the two disagree, trust the calibrated ones; the docstrings say why. Imports `records`.
+Two sets of rules. The methodology's three compare a metric with a fixed threshold, set for scores
+that grow with abs(w): squared or gradient scores are more concentrated of themselves, and these three
+leave them alone. The calibrated ones compare a layer with its null: what the same metric would be if
+the weights were noise. Where the two disagree, trust the calibrated ones; the docstrings say why.
+Imports `records`.
 """
 
 from __future__ import annotations
@@ -125,7 +127,13 @@ def _of_layer(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
     if math.isnan(float(row.metrics.utilization)) or float(row.metrics.max) == 0:
         return
     yield from _below_null(row, limits)
-    yield from _layer_redundancy(row, limits)
+    if _by_size(row):
+        yield from _layer_redundancy(row, limits)
+
+
+def _by_size(row: LayerReport) -> bool:
+    """Whether the methodology's thresholds were set for scores like these."""
+    return row.side not in ("gradient", "none")
 
 
 def _dead_units(row: LayerReport) -> Iterator[Recommendation]:
@@ -197,8 +205,9 @@ def _layer_redundancy(row: LayerReport, limits: Limits) -> Iterator[Recommendati
 
 
 def _of_model(report: Report, limits: Limits) -> Iterator[Recommendation]:
-    yield from _model_utilization(report, limits)
-    yield from _model_sparsity(report, limits)
+    if all(map(_by_size, report.rows)):
+        yield from _model_utilization(report, limits)
+        yield from _model_sparsity(report, limits)
     yield from _at_null(report, limits)
 
 

@@ -261,6 +261,8 @@ RULES = {
     "at null": ({"utilization": 0.715}, {"utilization": 0.705}),
 }  # fmt: skip
 
+FIXED = {"layer redundancy", "model utilization", "model sparsity"}
+
 
 @pytest.mark.parametrize(("rule", "speaks", "silent"), [(r, *v) for r, v in RULES.items()], ids=RULES)
 def test_a_rule_speaks_at_its_threshold_and_not_beside_it(rule, speaks, silent):
@@ -305,6 +307,14 @@ def test_a_layer_that_cannot_be_trusted_gets_no_advice_of_its_own():
 def test_units_that_emit_zeros_without_a_nonlinearity_are_not_called_dead():
     report = report_of(layer(nonlinearity="identity", dead=3))
     assert "dead units" not in {advice.rule for advice in recommend(report)}
+
+
+@pytest.mark.parametrize(("scored", "fires"), [("post", True), ("input", True), ("gradient", False)])
+def test_the_fixed_thresholds_are_for_scores_that_grow_with_the_weight(scored, fires):
+    numbers = {"utilization": 0.1, "effective_params": 204.0, "redundancy": 0.9, "relative_sparsity_1e2": 0.9}
+    spoken = {advice.rule for advice in recommend(report_of(layer(scored=scored, dead=1, **numbers)))}
+    assert (spoken & FIXED == FIXED) is fires and (not spoken & FIXED) is not fires
+    assert {"dead units", "below null"} <= spoken
 
 
 def test_limits_may_be_ones_own():
