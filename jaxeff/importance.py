@@ -501,6 +501,8 @@ def null_scores(criterion: Criterion, profile: jax.Array, usable: jax.Array) -> 
         [65536].
     """
     assert criterion.null_power is not None
+    # A constant, as the profile of a magnitude is, XLA would sort while compiling: in a second.
+    profile = jax.lax.optimization_barrier(profile)
     factors = jnp.mean(jnp.sort(profile).reshape(-1, _RUN), axis=1)
     nodes = jnp.where(usable, _half_normal(_CELLS, criterion.null_power), _half_normal(_CELLS, 1))
     return jnp.ravel(factors[:, None] * nodes[None])

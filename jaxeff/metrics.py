@@ -95,7 +95,7 @@ def summarize_padded(x: ArrayLike, size: ArrayLike) -> Metrics:
 
 
 class Packed(NamedTuple):
-    """`Metrics` as two arrays: a loop that gives these compiles in half the time of one that gives 19."""
+    """`Metrics` as two arrays, so that a loop over layers has two results to stack instead of 19."""
 
     floats: Array  # [..., 16]
     integers: Array  # [..., 3]

@@ -51,6 +51,16 @@ def compilations() -> Callable[[], AbstractContextManager[Compilations]]:
     return _compilations
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forgotten_programs() -> Iterator[None]:
+    """Compiled programs of one file are unloaded before the next.
+
+    Each takes several memory mappings, and Linux aborts a process that asks for more than 65,530.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """The test runs with 64-bit numbers on, in every supported jax."""
