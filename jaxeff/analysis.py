@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxeff import granularity, importance, layers, leaves, others, totals
+from jaxeff import importance, layers, leaves, others, totals
 from jaxeff.collection import collect
 from jaxeff.importance import Criterion, Score
 from jaxeff.records import Activity, AttentionReport, ModuleReport
 from jaxeff.report import Report
-from jaxeff.statistics import AttentionStatistics, Derivatives, Place, Statistics
+from jaxeff.statistics import Derivatives, Place, Statistics
 
 
 def analyze(
@@ -137,7 +137,7 @@ def _check_statistics(named: dict[str, Any], statistics: Statistics, criterion: 
 def _report(
     criterion: Criterion, paths: tuple[str, ...], leaves: tuple[Any, ...], statistics: Statistics
 ) -> Report:
-    report, units = _measured(criterion, paths, leaves, statistics)
+    report, units, heads = _measured(criterion, paths, leaves, statistics)
     modules = tuple(
         ModuleReport(module.path, Activity(module.output.absolute_sum.shape, 1, module.output))
         for module in statistics.modules
@@ -148,15 +148,27 @@ def _report(
         layers.activity_of(sites[row.path], row.unit_shape) if found is None and row.path in sites else found
         for row, found in zip(report.structure, report.activities, strict=True)
     )
-    found = layers.units_of(units, report.structure)
-    return dataclasses.replace(report, units=found, activities=activities, modules=modules)
+    attentions = tuple(
+        AttentionReport(attention.path, attention.heads, attention.units, attention.entropy, found)
+        for attention, found in zip(statistics.attentions, heads, strict=True)
+    )
+    return dataclasses.replace(
+        report,
+        units=layers.units_of(units, report.structure),
+        activities=activities,
+        modules=modules,
+        attentions=attentions,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _measured(
     criterion: Criterion, paths: tuple[str, ...], leaves: tuple[Any, ...], statistics: Statistics
-) -> tuple[Report, jax.Array]:
-    """The report without units, modules and the activities of weights with one use; and the units, padded."""
+) -> tuple[Report, jax.Array, list[jax.Array]]:
+    """The report without units, modules, heads and the activities of weights with one use.
+
+    Besides, the units of all layers, padded, and the importance of the heads of each attention.
+    """
     named = dict(zip(paths, leaves, strict=True))
     weights = [
         layers.Layer(
@@ -184,33 +196,14 @@ def _measured(
         ),
         other_numbers=others.measure([named[place.path] for place in rest]),
         modules=(),
-        attentions=tuple(
-            _heads(criterion, attention, named, statistics) for attention in statistics.attentions
-        ),
+        attentions=(),
         model=dataclasses.replace(
             totals.model(structure, numbers, sum(math.prod(place.shape) for place in statistics.places)),
             relevance_residual=_residual(criterion, statistics),
         ),
     )
-    return report, units
-
-
-def _heads(
-    criterion: Criterion, attention: AttentionStatistics, named: dict[str, Any], statistics: Statistics
-) -> AttentionReport:
-    scores = {
-        part.path: importance.score(
-            criterion,
-            named[part.path],
-            [site for site in statistics.sites if site.path == part.path],
-            statistics.derivatives.get(part.path),
-        )
-        for part in attention.slices
-    }
-    found = jnp.full(attention.units, jnp.nan)
-    if scores:
-        found = granularity.heads_of(attention, scores, statistics, granularity.REDUCTIONS["sum"])
-    return AttentionReport(attention.path, attention.heads, attention.units, attention.entropy, found)
+    by_path = {weight.place.path: weight for weight in weights}
+    return report, units, layers.heads(criterion, statistics.attentions, by_path, statistics)
 
 
 def _residual(criterion: Criterion, statistics: Statistics) -> jax.Array | None:

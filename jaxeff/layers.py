@@ -1,7 +1,7 @@
 """One weight and what its units emit -> its row of the report.
 
-Layers share compiled kernels, which run over them in a loop. Imports `binned`, `importance`, `metrics`,
-`records`, `statistics`.
+Layers share compiled kernels, which run over them in a loop. Imports `binned`, `granularity`, `importance`,
+`metrics`, `records`, `statistics`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,26 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import binned, importance, metrics
+from jaxeff import binned, granularity, importance, metrics
 from jaxeff.importance import Criterion
 from jaxeff.metrics import Metrics, Packed
 from jaxeff.precision import widened
 from jaxeff.records import Activity, LayerNumbers, LayerStructure, Null, none_of
-from jaxeff.statistics import Derivatives, Place, SiteStatistics, UnitStatistics
+from jaxeff.statistics import (
+    AttentionStatistics,
+    Derivatives,
+    Place,
+    SiteStatistics,
+    Statistics,
+    UnitStatistics,
+)
 
 Sites = tuple[SiteStatistics, ...]
 
@@ -138,15 +145,51 @@ def measure(criterion: Criterion, layers: Sequence[Layer]) -> tuple[LayerNumbers
         for chosen, measured in ((small, _by_order), (large, _by_bins))
         if chosen
     ]
-    back = np.argsort(np.asarray(small + large))
-    found = _Found(
-        *(
-            jax.tree.map(lambda *rows: jnp.concatenate(rows)[back], *(part[i] for part in parts))
-            for i in range(3)
-        ),
-        made=_joined_made([part.made for part in parts], back),
-    )
+    found = parts[0] if len(parts) == 1 else _merged(parts, np.argsort(np.asarray(small + large)))
     return _numbers(criterion, found), found.made.units * _unit_scale(found.made.largest_weight)[:, None]
+
+
+def heads(
+    criterion: Criterion,
+    attentions: Sequence[AttentionStatistics],
+    weights: Mapping[str, Layer],
+    statistics: Statistics,
+) -> list[jax.Array]:
+    """The importance of the heads of each attention, [units]; nan where no weight of it was read.
+
+    Equal attentions share a kernel, which runs over them in a loop.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index, attention in enumerate(attentions):
+        parts = [(part.axis, part.indices, _sort_of(weights[part.path])) for part in attention.slices]
+        groups.setdefault((attention.units, *parts), []).append(index)
+    found: dict[int, jax.Array] = {}
+    for group in groups.values():
+        alike = [attentions[index] for index in group]
+        found |= zip(group, _heads_alike(criterion, alike, weights, statistics), strict=True)
+    return [found[index] for index in range(len(attentions))]
+
+
+def _heads_alike(
+    criterion: Criterion,
+    attentions: Sequence[AttentionStatistics],
+    weights: Mapping[str, Layer],
+    statistics: Statistics,
+) -> jax.Array:
+    first = attentions[0]
+    if not first.slices:
+        return jnp.full((len(attentions), first.units), jnp.nan)
+    members = [[_nameless(weights[part.path]) for part in attention.slices] for attention in attentions]
+
+    def one(member: jax.Array) -> jax.Array:
+        picked = jax.lax.switch(member, [lambda arrays=arrays: arrays for arrays in members])
+        scores = {
+            part.path: importance.score(criterion, *arrays)
+            for part, arrays in zip(first.slices, picked, strict=True)
+        }
+        return granularity.heads_of(first, scores, statistics, granularity.REDUCTIONS["sum"])
+
+    return jax.lax.map(one, jnp.arange(len(members), dtype=jnp.int32))
 
 
 def units_of(units: jax.Array, structure: Sequence[LayerStructure]) -> tuple[jax.Array, ...]:
@@ -182,14 +225,17 @@ class _Found(NamedTuple):
     made: _Made
 
 
-def _joined_made(parts: Sequence[_Made], order: np.ndarray) -> _Made:
-    """The same in the layers' order; padded to one width."""
-    width = max(part.units.shape[1] for part in parts)
+def _merged(parts: Sequence[_Found], order: np.ndarray) -> _Found:
+    """The same in the layers' order, with the units padded to one width."""
+    width = max(part.made.units.shape[1] for part in parts)
     padded = [
-        part._replace(scores=None, units=jnp.pad(part.units, ((0, 0), (0, width - part.units.shape[1]))))
-        for part in parts
+        part._replace(made=part.made._replace(units=_widened(part.made.units, width))) for part in parts
     ]
     return jax.tree.map(lambda *rows: jnp.concatenate(rows)[order], *padded)
+
+
+def _widened(rows: jax.Array, width: int) -> jax.Array:
+    return jnp.pad(rows, ((0, 0), (0, width - rows.shape[1])))
 
 
 def _by_bins(criterion: Criterion, layers: Sequence[Layer]) -> _Found:
@@ -277,10 +323,15 @@ def _groups(layers: Sequence[Layer]) -> list[list[int]]:
     """Layers that one compiled function can make: of equal structure and shapes."""
     groups: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
-        arrays = _nameless(layer)
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays))
-        groups.setdefault((jax.tree.structure(arrays), shapes), []).append(index)
+        groups.setdefault(_sort_of(layer), []).append(index)
     return list(groups.values())
+
+
+def _sort_of(layer: Layer) -> Hashable:
+    """Equal for layers of equal structure and shapes."""
+    arrays = _nameless(layer)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays))
+    return jax.tree.structure(arrays), shapes
 
 
 def _maker(
@@ -298,6 +349,8 @@ def _by_order(criterion: Criterion, layers: Sequence[Layer]) -> _Found:
     order = [index for members in classes for index in members]
     made = [_make_all(criterion, [layers[index] for index in members], width) for members in classes]
     found = _summarize(criterion, made, [layers[index] for index in order], width)
+    if order == sorted(order):
+        return found
     back = np.argsort(np.asarray(order))
     return jax.tree.map(lambda rows: rows[back], found)
 
