@@ -44,9 +44,9 @@ def analyze(
         batch: the model's input; a tuple is several positional inputs. Without `apply_fn` and
             `batch`, weights are scored by magnitude alone.
         criterion: a name in `jaxeff.importance.CRITERIA`, or a function `(weight, site) -> importance`.
-        loss_fn: `loss_fn(outputs, targets)`, the mean loss or one loss for each example; the criteria
-            that need gradients read it, and a function of your own then finds them in
-            `site.derivatives`.
+        loss_fn: `loss_fn(outputs, targets)`, the mean loss, or one loss for each example, [n], or for each
+            of its positions, [n, ...]; the criteria that need gradients read it, and a function of your own
+            then finds them in `site.derivatives`.
         targets: any tree of arrays, which `loss_fn` gets.
         statistics: from `jaxeff.collect` or `jaxeff.calibrate`, instead of `apply_fn` and `batch`.
         rngs, **apply_kwargs: passed to `apply_fn`.

@@ -41,7 +41,7 @@ class Objective:
     batch_size: int
 
     def mean_loss(self, outputs: Any, arrays: Arrays) -> jax.Array:
-        """Of a batch's outputs; a loss for each example is averaged."""
+        """Of a batch's outputs; a loss for each example, or each of its positions, is averaged."""
         assert self.loss is not None, "checked where the objective is made"
         return jnp.mean(self.loss(outputs, (arrays.targets, arrays.constants))[0])
 
@@ -86,10 +86,10 @@ def with_example(
     """
     (batch, arrays), (one, one_arrays) = whole, example
     assert batch.loss is not None, "per-example quantities have a loss"
-    if batch.loss.closed.jaxpr.outvars[0].aval.shape != (batch.batch_size,):
+    if batch.loss.closed.jaxpr.outvars[0].aval.shape[:1] != (batch.batch_size,):
         raise ValueError(
             "`loss_fn` returned the mean loss: criterion 'fisher' needs one loss for each example, an array "
-            f"of shape ({batch.batch_size},)"
+            f"of shape ({batch.batch_size},), or ({batch.batch_size}, ...) to average over the rest"
         )
     return dataclasses.replace(batch, example=one), dataclasses.replace(arrays, example=one_arrays)
 
@@ -140,11 +140,11 @@ def _outputs(function: Function, params: Any, inputs: Any) -> Any:
 
 def _check_loss(loss: TracedFunction, batch_size: int | None) -> None:
     found = [variable.aval for variable in loss.closed.jaxpr.outvars]
-    shapes = [aval.shape for aval in found if jnp.issubdtype(aval.dtype, jnp.floating)]
+    shapes = [aval.shape[:1] for aval in found if jnp.issubdtype(aval.dtype, jnp.floating)]
     if len(found) != 1 or shapes not in ([()], [(batch_size,)]):
         raise ValueError(
             f"`loss_fn` returned {', '.join(map(str, found)) or 'nothing'}: return one floating array, the "
-            f"mean loss (a scalar) or one loss for each of the {batch_size} examples"
+            f"mean loss (a scalar), or one loss for each of the {batch_size} examples (or of their positions)"
         )
 
 

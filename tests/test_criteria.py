@@ -296,6 +296,17 @@ def test_a_users_function_finds_the_gradients(tiny):
     np.testing.assert_allclose(report["first/kernel"].units, expected.sum(0), rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["taylor", "fisher"])
+def test_a_loss_for_each_position_is_averaged(name):
+    weight, x, y = normal(5, 3), normal(4, 6, 5), normal(4, 6, 3, seed=2)
+    analyze = lambda loss: jaxeff.analyze(  # noqa: E731
+        {"w": weight}, lambda p, x: x @ p["w"], x, criterion=name, loss_fn=loss, targets=y
+    )
+    each = analyze(lambda outputs, targets: jnp.mean(jnp.square(outputs - targets), -1))
+    averaged = analyze(lambda outputs, targets: jnp.mean(jnp.square(outputs - targets), (1, 2)))
+    np.testing.assert_allclose(each["w"].units, averaged["w"].units, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", [n for n, c in importance.CRITERIA.items() if c.needs_loss])
 def test_a_mean_loss_and_a_loss_for_each_example_are_one_to_all_but_fisher(name, tiny):
     variables, _, _, x, labels = tiny
