@@ -188,11 +188,7 @@ def in_order(weights: Sequence[WeightChange], order: str) -> list[WeightChange]:
 
 
 def _more(count: int, top: int | None, what: str) -> list[str]:
-    return (
-        []
-        if top is None or count <= top
-        else [f"... {count - top:,} of {count:,} {what} left out (--top {top})"]
-    )
+    return [] if top is None or count <= top else [f"... {count - top:,} of {count:,} {what} left out."]
 
 
 _HEADER = ("layer", "shape", "used A", "used B", "gini A", "gini B", "change")

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
+from jaxeff import table
 from jaxeff.checkpoints.opening import Checkpoint, natural
 from jaxeff.metrics import Metrics
 from jaxeff.records import LayerReport
 from jaxeff.report import Report
 
 # Of what tells of weights to spare the largest first, of what tells of weights in use the smallest.
-_USED = ("utilization", "effective_params", "entropy", "normalized_entropy", "mean", "std", "max")
+_USED = (
+    *("utilization", "effective_params", "entropy", "normalized_entropy", "mean", "std", "max"),
+    *("coverage_50", "coverage_80", "coverage_90"),
+)
 _SPARE = tuple(field.name for field in dataclasses.fields(Metrics) if field.name not in (*_USED, "size"))
 ORDERS = ("path", "size", *_USED, *_SPARE)
 
@@ -26,13 +33,7 @@ def render(report: Report, checkpoint: Checkpoint, order: str = "path", top: int
 
     The model, the notes and the recommendations are of all rows.
     """
-    kept = in_order(report, order)[:top]
-    lines = str(report).split("\n")
-    rows = len(report.structure)
-    if rows:
-        header, body, rest = lines[:2], lines[2 : 2 + rows], lines[2 + rows :]
-        lines = [*header, *(body[index] for index in kept), *_left_out_rows(rows, top), *rest]
-    return "\n".join([*lines, *_left_out(checkpoint)])
+    return "\n".join([table.render(report, in_order(report, order)[:top]), *_left_out(checkpoint)])
 
 
 def in_order(report: Report, order: str) -> list[int]:
@@ -54,14 +55,6 @@ def _key(order: str) -> Callable[[LayerReport], tuple]:
     return by_number
 
 
-def _left_out_rows(rows: int, top: int | None) -> list[str]:
-    return (
-        []
-        if top is None or rows <= top
-        else [f"... {rows - top:,} of {rows:,} weights left out (--top {top})"]
-    )
-
-
 def _left_out(checkpoint: Checkpoint) -> list[str]:
     parts = [
         f"{name} ({len(arrays):,} arrays, {sum(array.size for array in arrays):,} elements)"
@@ -78,19 +71,16 @@ def write(path: str | os.PathLike, text: str) -> None:
     """
     # A link is followed, not replaced.
     target = Path(os.path.realpath(path))
-    if target.exists() and not stat.S_ISREG(target.stat().st_mode):
-        # A device or a pipe has no whole.
-        _ = target.write_text(text)
-        return
-    beside = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(beside, "x", encoding="utf-8") as file:
+    with _named(path):
+        if _is_special(target):
+            # A device or a pipe has no whole.
+            _ = target.write_text(text)
+            return
+        with _beside(target) as (beside, file):
             _ = file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+            os.replace(beside, target)
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -101,12 +91,32 @@ def check_writable(path: str | os.PathLike) -> None:
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
-        raise IsADirectoryError(21, "Is a directory", str(path))
-    if target.exists() and not stat.S_ISREG(target.stat().st_mode):
-        return
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with _named(path):
+        if not _is_special(target):
+            with _beside(target):
+                pass
+
+
+def _is_special(target: Path) -> bool:
+    return target.exists() and not stat.S_ISREG(target.stat().st_mode)
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[tuple[Path, TextIO]]:
+    """A new file in the target's directory, which is gone afterwards unless it was moved."""
     beside = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(beside, "x"):
-            pass
+        with open(beside, "x", encoding="utf-8") as file:
+            yield beside, file
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: str | os.PathLike) -> Iterator[None]:
+    """Errors are told of this path: a write that fails names none, the file beside it means nothing."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

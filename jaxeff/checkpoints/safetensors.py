@@ -163,6 +163,8 @@ def _stored(name: str, entry: dict[str, Any], begin: int, length: int, path: str
         raise CheckpointError(
             f"{where} has {length:,} bytes, where {quoted(list(shape))} of {kind} has {right:,}"
         )
+    if size > 8 * length:
+        raise CheckpointError(f"{where} has {size:,} elements of {kind} in {length:,} bytes")
     spans = [Span(begin, size)]
     return Stored(name, shape, dtype, kind, in_file(path, spans, dtype or np.dtype(np.uint8)))
 
