@@ -42,9 +42,12 @@ def analyze_checkpoint(path: str | os.PathLike, *, progress: bool = True) -> Rep
         OSError: it cannot be read.
 
     >>> import flax.serialization, pathlib, tempfile
-    >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.msgpack"
-    >>> _ = path.write_bytes(flax.serialization.to_bytes({"params": {"kernel": jnp.ones((3, 4))}}))
-    >>> float(analyze_checkpoint(path, progress=False)["kernel"].metrics.utilization)
+    >>> params = {"kernel": jnp.ones((3, 4))}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder) / "model.msgpack"
+    ...     _ = path.write_bytes(flax.serialization.to_bytes({"params": params}))
+    ...     report = analyze_checkpoint(path, progress=False)
+    >>> float(report["kernel"].metrics.utilization)
     1.0
     """
     return analyze(open_checkpoint(path), progress=progress)

@@ -81,11 +81,13 @@ def compare_checkpoints(
         OSError: one cannot be read.
 
     >>> import flax.serialization, pathlib, tempfile
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> for name, value in (("a", 1.0), ("b", 1.5)):
-    ...     tree = {"kernel": np.full((3, 4), value, np.float32)}
-    ...     _ = (folder / name).write_bytes(flax.serialization.to_bytes(tree))
-    >>> compare_checkpoints(folder / "a", folder / "b", progress=False).weights[0].change
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     paths = [pathlib.Path(folder) / name for name in ("a", "b")]
+    ...     for path, value in zip(paths, (1.0, 1.5)):
+    ...         tree = {"kernel": np.full((3, 4), value, np.float32)}
+    ...         _ = path.write_bytes(flax.serialization.to_bytes(tree))
+    ...     found = compare_checkpoints(*paths, progress=False)
+    >>> found.weights[0].change
     0.5
     """
     return compare(open_checkpoint(a), open_checkpoint(b), progress=progress)

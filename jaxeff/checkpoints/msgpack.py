@@ -17,10 +17,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.checkpoints.stored import CheckpointError, Read, Span, Stored, checked_shape, in_file, quoted
+from jaxeff.checkpoints.stored import (
+    CheckpointError,
+    Read,
+    Span,
+    Stored,
+    checked_shape,
+    dtype_named,
+    in_file,
+    quoted,
+)
 
 _ARRAY, _SCALAR = 1, 3  # as flax.serialization numbers its extensions
 _CHUNKED = "__msgpack_chunked_array__"
@@ -91,7 +99,7 @@ def _stored(keys: tuple[str, ...], leaf: Any, path: str | os.PathLike) -> Stored
     if not isinstance(leaf, _Array):
         kind = "bytes" if isinstance(leaf, (_Bytes, _Extension)) else type(leaf).__name__
         return Stored(name, (), None, kind, in_file(path, (), np.dtype(np.uint8)))
-    dtype, found = _dtype(leaf.kind), sum(span.size for span in leaf.spans)
+    dtype, found = dtype_named(leaf.kind), sum(span.size for span in leaf.spans)
     if dtype is None:
         return Stored(name, leaf.shape, None, leaf.kind, in_file(path, (), np.dtype(np.uint8)))
     if found != math.prod(leaf.shape) * dtype.itemsize or any(
@@ -128,16 +136,6 @@ def _in_order(node: Any) -> list[Any] | None:
     if not isinstance(node, dict) or any(str(index) not in node for index in range(len(node))):
         return None
     return [node[str(index)] for index in range(len(node))]
-
-
-def _dtype(kind: str) -> np.dtype | None:
-    try:
-        dtype = jnp.dtype(kind)
-    except TypeError:
-        return None
-    is_number = dtype.kind == "b" or jnp.issubdtype(dtype, jnp.number)
-    # A long double has another layout on another machine.
-    return dtype if is_number and dtype.char not in "gG" else None
 
 
 class _Malformed(Exception):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """
     path = Path(path)
     # Before its suffix is looked at: a file that is not there is just that.
-    _ = path.stat()
+    if not stat.S_ISDIR(mode := path.stat().st_mode) and not stat.S_ISREG(mode):
+        # A pipe would be waited for.
+        raise CheckpointError(f"{quoted(path)} is neither a file nor a directory")
     return _of_directory(path) if path.is_dir() else _of_file(path)
 
 

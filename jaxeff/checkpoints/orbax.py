@@ -6,6 +6,8 @@ Imports `stored`.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from jaxeff.leaves import key_name
 
 _TREE = "_METADATA"
 _AT_ONCE = 1 << 24  # bytes of rows to read together where few are stored together
+_MOST = 1 << 36  # bytes of rows to read together
 
 
 def is_item(directory: Path) -> bool:
@@ -49,36 +52,35 @@ def list_tree(directory: Path) -> dict[tuple[str, ...], Stored]:
     from etils import epath
 
     # Orbax reports a file that it may not read as one that is not there.
-    with open(directory / _TREE, "rb"):
-        pass
+    text = (directory / _TREE).read_bytes()
     try:
+        is_whole = json.loads(text).get("store_array_data_equal_to_fill_value") is True
         metadata = ocp.PyTreeCheckpointHandler().metadata(epath.Path(directory))
         leaves = jax.tree_util.tree_flatten_with_path(metadata.tree)[0]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FileNotFoundError) as error:
         raise CheckpointError(
             f"{quoted(directory)} has no tree that Orbax reads ({_first_line(error)})"
         ) from error
-    driver = "zarr3" if metadata.use_zarr3 else "zarr"
+    # Where zeros are stored too, what is missing is damage, which would otherwise read as zeros.
+    driver = {"driver": "zarr3" if metadata.use_zarr3 else "zarr", "fill_missing_data_reads": not is_whole}
     return {
         keys: _stored(directory, driver, keys, leaf)
         for keys, leaf in ((tuple(map(key_name, keys)), leaf) for keys, leaf in leaves)
     }
 
 
-def _stored(directory: Path, driver: str, keys: tuple[str, ...], leaf: Any) -> Stored:
-    name, kind = (
-        "/".join(keys),
-        str(getattr(leaf, "dtype", None) or type(leaf).__name__.removesuffix("Metadata")),
-    )
+def _stored(directory: Path, driver: dict[str, Any], keys: tuple[str, ...], leaf: Any) -> Stored:
+    name = "/".join(keys)
     if getattr(leaf, "dtype", None) is None:
-        return Stored(name, (), None, kind, _nothing)
-    array = _array(directory, driver, leaf.name)
+        # A text, or an object of the program's own.
+        return Stored(name, (), None, type(leaf).__name__.removesuffix("Metadata"), _nothing)
+    array, where = _array(directory, driver, leaf.name), f"{quoted(directory)}: array {quoted(name)}"
 
     @contextmanager
     def opened() -> Iterator[Read]:
-        yield _Rows(array, f"{quoted(directory)}: array {quoted(name)}").read
+        yield _Rows(array, where).read
 
-    return Stored(name, tuple(array.shape), np.dtype(array.dtype.numpy_dtype), kind, opened)
+    return Stored(name, tuple(array.shape), np.dtype(array.dtype.numpy_dtype), str(leaf.dtype), opened)
 
 
 @contextmanager
@@ -86,7 +88,7 @@ def _nothing() -> Iterator[Read]:
     yield lambda start, stop: np.empty(0, np.uint8)
 
 
-def _array(directory: Path, driver: str, name: str) -> Any:
+def _array(directory: Path, driver: dict[str, Any], name: str) -> Any:
     import tensorstore
 
     place = directory.absolute()
@@ -98,7 +100,7 @@ def _array(directory: Path, driver: str, name: str) -> Any:
     else:
         store = {"driver": "file", "path": f"{inside}/"}
     try:
-        return tensorstore.open({"driver": driver, "kvstore": store}, open=True, read=True).result()
+        return tensorstore.open({**driver, "kvstore": store}, open=True, read=True).result()
     except ValueError as error:
         raise CheckpointError(
             f"{quoted(directory)}: array {quoted(name)} is missing or damaged ({_first_line(error)})"
@@ -109,26 +111,30 @@ class _Rows:
     """Reads in C order, and keeps the rows that tensorstore had to read together."""
 
     def __init__(self, array: Any, where: str) -> None:
-        self.array, self.where = array, where
+        self.array, self.where, self.dtype = array, where, array.dtype.numpy_dtype
         shape, chunk = array.shape, array.chunk_layout.read_chunk.shape
-        self.row = int(np.prod(shape[1:], dtype=np.int64)) if shape else 1
-        together = chunk[0] if shape and chunk[0] else 1
-        some = _AT_ONCE // max(self.row * array.dtype.numpy_dtype.itemsize * together, 1)
-        self.step = together * max(some, 1)
-        self.first, self.kept = 0, np.empty(0, array.dtype.numpy_dtype)
+        self.row = math.prod(shape[1:])
+        together = max(chunk[0], 1) if shape else 1
+        nbytes = self.row * together * self.dtype.itemsize
+        if nbytes > _MOST:
+            raise CheckpointError(f"{where} has to be read {nbytes:,} bytes at a time, which is too many")
+        self.step = together * max(_AT_ONCE // max(nbytes, 1), 1)
+        self.first, self.kept = 0, np.empty(0, self.dtype)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        parts = []
-        while start < stop:
-            if not self.first <= start < self.first + self.kept.size:
-                self._load(start // self.row // self.step * self.step)
-            part = self.kept[start - self.first : stop - self.first]
-            parts.append(part)
-            start += part.size
-        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else self.kept[:0]
+        found, done = np.empty(stop - start, self.dtype), 0
+        while done < found.size:
+            at = start + done
+            if not self.first <= at < self.first + self.kept.size:
+                self._load(at // self.row // self.step * self.step)
+            part = self.kept[at - self.first : stop - self.first]
+            # Copied, so that no piece keeps all rows in memory.
+            found[done : done + part.size] = part
+            done += part.size
+        return found
 
     def _load(self, row: int) -> None:
-        self.kept = self.kept[:0]
+        self.kept = np.empty(0, self.dtype)
         shape = self.array.shape
         rows = self.array[row : min(row + self.step, shape[0])] if shape else self.array
         try:

@@ -20,6 +20,14 @@ Read = Callable[[int, int], np.ndarray]  # elements from, to, in C order -> [to 
 
 LARGEST = 2**63 - 1  # what a length may be
 _RANK = 64  # as NumPy's
+_DTYPES = frozenset(
+    [
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e4m3b11fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+        "float8_e8m0fnu",
+    ]
+)
 
 
 class CheckpointError(ValueError):
@@ -59,7 +67,7 @@ class Stored:
         """'weight', or what else it is: as `jaxeff.analyze` has it where there is no model."""
         name = re.split(r"[./]", self.name)[-1]
         if self.dtype is None:
-            return f"{self.kind} (not read)"
+            return f"{printable(self.kind)[:40]} (not read)"
         if not jnp.issubdtype(self.dtype, jnp.floating):
             return f"{self.dtype} array"
         if not self.size:
@@ -118,6 +126,12 @@ def checked_shape(shape: object, where: str) -> tuple[int, ...]:
     if not all(type(length) is int and 0 <= length <= LARGEST for length in shape):
         raise CheckpointError(f"{where} has a shape of something else than lengths")
     return tuple(shape)
+
+
+def dtype_named(name: str) -> np.dtype | None:
+    """The dtype of that name, if it is one of numbers that are read here."""
+    # Not whatever NumPy makes of a text: it parses some as Python.
+    return jnp.dtype(name) if name in _DTYPES else None
 
 
 def quoted(name: object) -> str:
