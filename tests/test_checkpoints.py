@@ -191,6 +191,13 @@ def test_every_format_gives_the_report_of_the_arrays(
     assert differences(again, wanted) == []
 
 
+def test_a_path_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _ = saved_orbax(tmp_path), saved_msgpack(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for path in ("orbax", "model.msgpack"):
+        assert "a/kernel" in open_checkpoint(path).arrays
+
+
 def test_units_of_pytorch_come_first(tmp_path: Path) -> None:
     # (out, in), (out, in, h, w)
     arrays = {"lin.weight": normal(70, 900), "conv.weight": normal(48, 30, 3, 3), "lin.bias": normal(70)}

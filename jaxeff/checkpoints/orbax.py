@@ -55,7 +55,7 @@ def list_tree(directory: Path) -> dict[tuple[str, ...], Stored]:
     text = (directory / _TREE).read_bytes()
     try:
         is_whole = json.loads(text).get("store_array_data_equal_to_fill_value") is True
-        metadata = ocp.PyTreeCheckpointHandler().metadata(epath.Path(directory))
+        metadata = ocp.PyTreeCheckpointHandler().metadata(epath.Path(directory.absolute()))
         leaves = jax.tree_util.tree_flatten_with_path(metadata.tree)[0]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FileNotFoundError) as error:
         raise CheckpointError(
