@@ -1,14 +1,15 @@
 """The command line: arguments in, text on standard output and an exit status out.
 
-0: done. 2: the arguments were wrong, said in one line. 130: interrupted. 141: whoever read the
-output has left.
+0: done. 2: the arguments were wrong, or a file could not be read or written, said in one line. 130:
+interrupted. 141: whoever read the output has left.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import jaxeff
 
@@ -17,7 +18,13 @@ examples:
   jaxeff demo                         train on the digits, analyse, print the report
   jaxeff demo --seed 3 --epochs 10    another network, half the training
   jaxeff demo > report.txt            the report alone: progress goes to standard error
+  jaxeff analyze model.safetensors    the weights of a checkpoint, by magnitude
+  jaxeff analyze checkpoint --sort gini --top 20 --json report.json
+  jaxeff compare before after         what changed between two checkpoints
 """
+_PATH = (
+    "a .safetensors file, a directory of shards and their index, an Orbax checkpoint or a Flax .msgpack file"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,10 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("jaxeff: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The interpreter flushes standard output once more when it exits, and would complain.
-        _ = os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_output()
         return 141
+    except OSError as error:
+        print(f"jaxeff: {_told(error)}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _told(error: OSError) -> str:
+    """What the system said, and of which file."""
+    said = (error.strerror or str(error)).split("\n", 1)[0]
+    return said if error.filename is None else f"{os.fspath(error.filename)!r}: {said}"
+
+
+def _leave_output() -> None:
+    # The interpreter flushes standard output once more when it exits, and would complain.
+    _ = os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: Sequence[str] | None) -> None:
@@ -39,7 +59,17 @@ def _run(argv: Sequence[str] | None) -> None:
         arguments = _parser().parse_args(argv)
         arguments.command(arguments)
     finally:
+        _flush()
+
+
+def _flush() -> None:
+    try:
         _ = sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _leave_output()
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -50,6 +80,40 @@ def _demo(arguments: argparse.Namespace) -> None:
         seed=demo.SEED if arguments.seed is None else arguments.seed,
         epochs=demo.EPOCHS if arguments.epochs is None else arguments.epochs,
     )
+
+
+def _analyze(arguments: argparse.Namespace) -> None:
+    from jaxeff.checkpoints import analysis, opening, output
+
+    with _refused():
+        if arguments.json is not None:
+            output.check_writable(arguments.json)
+        checkpoint = opening.open_checkpoint(arguments.path)
+        report = analysis.analyze(checkpoint)
+    if arguments.json is not None:
+        output.write(arguments.json, report.to_json(indent=1))
+    print(output.render(report, checkpoint, arguments.sort, arguments.top))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from jaxeff.checkpoints import comparing, opening
+
+    with _refused():
+        a, b = opening.open_checkpoint(arguments.a), opening.open_checkpoint(arguments.b)
+        comparison = comparing.compare(a, b)
+    print(comparing.render(comparison, arguments.sort, arguments.top))
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """A checkpoint that cannot be read ends the command, like a wrong argument."""
+    from jaxeff.checkpoints.stored import CheckpointError
+
+    try:
+        yield
+    except CheckpointError as error:
+        print(f"jaxeff: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,7 +137,49 @@ def _parser() -> argparse.ArgumentParser:
     _ = demo.add_argument("--seed", type=seed, metavar="N", help="initial weights and order of batches")
     _ = demo.add_argument("--epochs", type=epochs, metavar="N", help="passes over the training digits")
     demo.set_defaults(command=_demo)
+    _add_checkpoints(commands)
     return parser
+
+
+def _add_checkpoints(commands: Any) -> None:
+    analyze = commands.add_parser(
+        "analyze", help="the weights of a checkpoint, by magnitude, without its model"
+    )
+    _ = analyze.add_argument("path", metavar="PATH", help=_PATH)
+    _ = analyze.add_argument(
+        "--json", metavar="FILE", help="also write the report, for jaxeff.Report.from_json"
+    )
+    help_ = "path, size or a metric (utilization, gini, redundancy, ...): those with most to spare first"
+    _ = analyze.add_argument("--sort", metavar="ORDER", default="path", type=_order(_metrics), help=help_)
+    compare = commands.add_parser("compare", help="what changed from one checkpoint to another")
+    _ = compare.add_argument("a", metavar="A", help=_PATH)
+    _ = compare.add_argument("b", metavar="B", help="likewise, of any of the formats")
+    help_ = "path, change or size: the largest first"
+    _ = compare.add_argument("--sort", metavar="ORDER", default="path", type=_order(_changes), help=help_)
+    for command, run in ((analyze, _analyze), (compare, _compare)):
+        _ = command.add_argument("--top", metavar="N", type=_integer(0, 10**9), help="show the first N rows")
+        command.set_defaults(command=run)
+
+
+def _order(known: Callable[[], Sequence[str]]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in known():
+            raise argparse.ArgumentTypeError(f"{text!r} is no order: pass one of {', '.join(known())}")
+        return text
+
+    return parse
+
+
+def _metrics() -> Sequence[str]:
+    from jaxeff.checkpoints import output
+
+    return output.ORDERS
+
+
+def _changes() -> Sequence[str]:
+    from jaxeff.checkpoints import comparing
+
+    return comparing.ORDERS
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:

@@ -19,8 +19,12 @@ _HEADER = ("layer", "shape", "emits", "weights", "used", "null", "gini", "units"
 _MARK = "*"
 
 
-def render(report: Report) -> str:
+def render(report: Report, shown: Sequence[int] | None = None) -> str:
     """The table: a row per layer in forward order, the model, what was analysed, what to do.
+
+    Args:
+        shown: numbers of the rows to show, in that order; all of them unless given. What follows the rows
+            speaks of all.
 
     A report of several models (from `vmap` or `scan`) is not one table: it says how to pick one.
     """
@@ -31,7 +35,12 @@ def render(report: Report) -> str:
             "jax.tree.map(lambda x: x[0], report) is the first."
         )
     report = report.single()
-    lines = [*_layers(report.rows), "", *_model(report), *_attentions(report), *_notes(report)]
+    rows = report.rows
+    chosen = rows if shown is None else [rows[index] for index in shown]
+    lines = [*_layers(chosen)] if chosen or not rows else []
+    if len(chosen) < len(rows):
+        lines.append(f"... {len(rows) - len(chosen):,} of {len(rows):,} layers left out.")
+    lines += ["", *_model(report), *_attentions(report), *_notes(report)]
     lines += _recommendations(report)
     return "\n".join(lines)
 

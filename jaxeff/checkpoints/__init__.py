@@ -1,0 +1,11 @@
+"""Checkpoints without the code of their model: files in, reports out, an array at a time.
+
+path -> opening (safetensors, orbax, msgpack: names and shapes)
+     -> measuring (pieces of one array at a time)
+     -> analysis: a Report; comparing: two checkpoints
+"""
+
+from jaxeff.checkpoints.analysis import analyze_checkpoint as analyze_checkpoint
+from jaxeff.checkpoints.comparing import compare_checkpoints as compare_checkpoints
+from jaxeff.checkpoints.opening import open_checkpoint as open_checkpoint
+from jaxeff.checkpoints.stored import CheckpointError as CheckpointError

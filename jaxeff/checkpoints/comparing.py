@@ -1,0 +1,240 @@
+"""Two checkpoints -> what changed from one to the other. Imports `opening`, `measuring`, `table`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxeff import table
+from jaxeff.checkpoints.measuring import Measuring, Piece, Progress, pieces
+from jaxeff.checkpoints.opening import Checkpoint, natural, open_checkpoint
+from jaxeff.checkpoints.stored import Stored
+from jaxeff.progress import bytes_bar
+
+ORDERS = ("path", "change", "size")
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightChange:
+    """One weight in both checkpoints; a number that is not known is nan.
+
+    Attributes:
+        utilization: in A and in B.
+        gini: in A and in B.
+        change: ||a - b|| / ||a||; infinite where only a is 0.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    utilization: tuple[float, float]
+    gini: tuple[float, float]
+    change: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherChange:
+    """The same of an array that is no weight in both; nan where it could not be read."""
+
+    path: str
+    shape: tuple[int, ...]
+    change: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointComparison:
+    """What changed from checkpoint A to B. `str(comparison)` is a table of 100 columns.
+
+    Attributes:
+        weights: in both, of one shape.
+        others: likewise.
+        only_a, only_b: names in one alone.
+        reshaped: in both, of two shapes: name, shape in A and in B.
+    """
+
+    weights: tuple[WeightChange, ...]
+    others: tuple[OtherChange, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def compare_checkpoints(
+    a: str | os.PathLike, b: str | os.PathLike, *, progress: bool = True
+) -> CheckpointComparison:
+    """What changed from checkpoint `a` to checkpoint `b`, array by array.
+
+    Arrays are matched by name, and read as `analyze_checkpoint` reads them; dtypes may differ.
+
+    Args:
+        a, b: paths of checkpoints, as `analyze_checkpoint` takes them; of any two formats.
+        progress: whether to show a bar on a terminal.
+
+    Raises:
+        CheckpointError: one is of no format that is read here, or damaged.
+        OSError: one cannot be read.
+
+    >>> import flax.serialization, pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     paths = [pathlib.Path(folder) / name for name in ("a", "b")]
+    ...     for path, value in zip(paths, (1.0, 1.5)):
+    ...         tree = {"kernel": np.full((3, 4), value, np.float32)}
+    ...         _ = path.write_bytes(flax.serialization.to_bytes(tree))
+    ...     found = compare_checkpoints(*paths, progress=False)
+    >>> found.weights[0].change
+    0.5
+    """
+    return compare(open_checkpoint(a), open_checkpoint(b), progress=progress)
+
+
+def compare(a: Checkpoint, b: Checkpoint, *, progress: bool = True) -> CheckpointComparison:
+    """The same of two checkpoints that `open_checkpoint` opened."""
+    both = [name for name in a.arrays if name in b.arrays]
+    alike = [name for name in both if a.arrays[name].shape == b.arrays[name].shape]
+    total = sum(checkpoint.arrays[name].nbytes for checkpoint in (a, b) for name in alike)
+    weights: list[WeightChange] = []
+    others: list[OtherChange] = []
+    with bytes_bar("Comparing weights", total, progress) as advance:
+        for name in alike:
+            if a.arrays[name].role == b.arrays[name].role == "weight":
+                weights.append(_weight_change(a, b, name, advance))
+            else:
+                others.append(_other_change(a.arrays[name], b.arrays[name], advance))
+    return CheckpointComparison(
+        tuple(weights),
+        tuple(others),
+        tuple(name for name in a.arrays if name not in b.arrays),
+        tuple(name for name in b.arrays if name not in a.arrays),
+        tuple((name, a.arrays[name].shape, b.arrays[name].shape) for name in both if name not in set(alike)),
+    )
+
+
+def _weight_change(a: Checkpoint, b: Checkpoint, name: str, progress: Progress) -> WeightChange:
+    sides = [(side.arrays[name], side.unit_axis(side.arrays[name])) for side in (a, b)]
+    measured = [Measuring(*side) for side in sides]
+    distance = _Distance()
+    for pair in zip(*(pieces(stored, progress) for stored, _ in sides), strict=True):
+        for measuring, piece in zip(measured, pair, strict=True):
+            measuring.add(piece)
+        distance.add(*pair)
+    first, second = (measuring.found().metrics for measuring in measured)
+    return WeightChange(
+        name,
+        sides[0][0].shape,
+        (float(first.utilization), float(second.utilization)),
+        (float(first.gini), float(second.gini)),
+        distance.relative(),
+    )
+
+
+def _other_change(a: Stored, b: Stored, progress: Progress) -> OtherChange:
+    if a.dtype is None or b.dtype is None:
+        progress(a.nbytes + b.nbytes)
+        return OtherChange(a.name, a.shape, math.nan)
+    distance = _Distance()
+    for pair in zip(pieces(a, progress), pieces(b, progress), strict=True):
+        distance.add(*pair)
+    return OtherChange(a.name, a.shape, distance.relative())
+
+
+class _Distance:
+    """||a - b|| / ||a|| in float64, as the pieces come."""
+
+    def __init__(self) -> None:
+        self.apart, self.all = 0.0, 0.0
+
+    def add(self, a: Piece, b: Piece) -> None:
+        wide = np.complex128 if "c" in (a.elements.dtype.kind, b.elements.dtype.kind) else np.float64
+        x, y = a.elements.astype(wide), b.elements.astype(wide)
+        with np.errstate(invalid="ignore"):
+            difference = np.abs(np.subtract(x, y, out=y))
+        self.apart += float(np.dot(difference, difference))
+        self.all += float(np.vdot(x, x).real)
+
+    def relative(self) -> float:
+        if not self.all:
+            return math.inf if self.apart else 0.0
+        return math.sqrt(self.apart / self.all) if math.isfinite(self.all) else math.nan
+
+
+def render(comparison: CheckpointComparison, order: str = "path", top: int | None = None) -> str:
+    """The table, in an order of ORDERS; of each list the first `top`, and how many were left out."""
+    weights = in_order(comparison.weights, order)
+    lines = [*_table(weights[:top]), *_more(len(weights), top, "weights"), "", _summary(comparison)]
+    for title, names in (
+        ("Only in A:", comparison.only_a),
+        ("Only in B:", comparison.only_b),
+        (
+            "Of another shape:",
+            [f"{name} {list(one)} -> {list(two)}" for name, one, two in comparison.reshaped],
+        ),
+    ):
+        if names:
+            lines += ["", title, *(f"- {name}" for name in names[:top]), *_more(len(names), top, "names")]
+    return "\n".join(lines)
+
+
+def in_order(weights: Sequence[WeightChange], order: str) -> list[WeightChange]:
+    """The largest first, and what is unknown before it; by path as it is."""
+    if order == "path":
+        return sorted(weights, key=lambda weight: natural(weight.path))
+    if order == "size":
+        return sorted(weights, key=lambda weight: -math.prod(weight.shape))
+    return sorted(weights, key=lambda weight: -math.inf if math.isnan(weight.change) else -weight.change)
+
+
+def _more(count: int, top: int | None, what: str) -> list[str]:
+    return [] if top is None or count <= top else [f"... {count - top:,} of {count:,} {what} left out."]
+
+
+_HEADER = ("layer", "shape", "used A", "used B", "gini A", "gini B", "change")
+
+
+def _table(weights: Sequence[WeightChange]) -> list[str]:
+    if not weights:
+        return ["No weight has one name and one shape in both."]
+    cells = [
+        (
+            weight.path,
+            "x".join(map(str, weight.shape)),
+            *map(table.percent, weight.utilization),
+            *map(table.decimal, weight.gini),
+            _change(weight.change),
+        )
+        for weight in weights
+    ]
+    widths = [max(map(len, column)) for column in zip(_HEADER, *cells, strict=True)]
+    widths[0] = min(widths[0], max(table.WIDTH - sum(widths[1:]) - len(widths) + 1, 12))
+    lines = [_line(line, widths) for line in (_HEADER, *cells)]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    left = [table.shorten(cells[0], widths[0]).ljust(widths[0]), cells[1].ljust(widths[1])]
+    return " ".join([*left, *(cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True))])
+
+
+def _change(value: float) -> str:
+    return "?" if math.isnan(value) else "inf" if math.isinf(value) else "0" if not value else f"{value:.2e}"
+
+
+def _summary(comparison: CheckpointComparison) -> str:
+    changed = [other for other in comparison.others if other.change != 0]
+    same = sum(weight.change == 0 for weight in comparison.weights)
+    others = len(comparison.others)
+    text = (
+        f"Change is ||a - b|| / ||a||. {len(comparison.weights)} weights in both, {same} of them equal; "
+        f"{others} other arrays in both, {others - len(changed)} of them equal"
+    )
+    if known := [other for other in changed if not math.isnan(other.change)]:
+        most = max(known, key=lambda other: other.change)
+        text += f", at most {_change(most.change)} apart ({most.path})"
+    if unknown := len(changed) - len(known):
+        text += f", {unknown} of them not known"
+    return f"{text}."
