@@ -1,0 +1,206 @@
+"""Metrics of weights of any number, from one pass: `sketch` counts, `merge` adds, `summarize` tells.
+
+    whole = sketch(x)                                     one pass
+    whole = merge(sketch(part), sketch(other))            the same to the bit, however x is cut
+    metrics, bounds = summarize(whole)                    each metric, and how far off it may be
+    metrics, bounds = summarize(whole, refine(whole, x))  after a second pass, within 3e-6
+    metrics, bounds = summarize_array(x)                  both passes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxeff import bins, certified, moments
+from jaxeff.certified import Bounds as Bounds
+from jaxeff.certified import Places
+from jaxeff.metrics import Metrics
+from jaxeff.moments import Whole
+
+_GOOD = 2.0**-19  # a bound that asks for no second pass
+_ROWS = 64  # that cells can be in: what is 2^64 below the largest weight decides nothing
+_BY_COUNT = bins.PLACE_BITS - 2
+_CELLS = (4 << bins.PLACE_BITS) + (1 << _BY_COUNT)  # 3 bins with one a float, as many by use, some by count
+_NONE = np.uint32(_CELLS << 4)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+    """Counts of an array's bit patterns: unsigned integers, exact for up to 2^40 weights, 1.6 MB.
+
+    Bins are the first 17 bits of a float32's pattern, in rows of one exponent. Adding two sketches
+    (`merge`) gives that of both arrays. Of the last row, which no number has, the first bin holds the
+    entries that are no importance, and the second zeros.
+    """
+
+    sums: Array
+    """[256, 512, 2], of each bin its weights and the sum of the last 14 bits of their patterns, modulo 2^32."""
+    high: Array
+    """[256, 512], the multiples of 2^32 in these: 8 bits and 24 bits."""
+    tallies: Array
+    """[3, 2], entries, and weights but 0 below 1e-3 and 1e-2: low and high word."""
+    extremes: Array
+    """[2], the largest pattern less infinity's, and the smallest but 0 negated, modulo 2^32: maxima."""
+    grain: Array
+    """[], how many last bits of every pattern are known to be 0."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Refinement:
+    """A second pass over the weights of a sketch: those of its crowded bins in finer cells."""
+
+    table: Array
+    """[64 * 512 + 1], of each bin from the base on its first cell and the logarithm of how many it has."""
+    base: Array
+    """[1], the first of these bins."""
+    layout: Array
+    """[69632], of each cell its bin and the logarithm of how many that has."""
+    cells: Array
+    """[69632, 2], of each cell its weights and the sum of their places in it."""
+    used: Array
+    """[], how many cells the bins have."""
+    below: Array
+    """[2, 2], weights but 0 below 1e-2 and 1e-3 of the mean: low and high word."""
+    counted: Array
+    """[], whether these were counted."""
+
+    def holds(self, row: Array) -> Array:
+        """[512], which bins of a row have cells."""
+        index = row - (self.base[0] // bins.COLUMNS).astype(jnp.int32)
+        entries = self.table[:-1].reshape(_ROWS, bins.COLUMNS)[jnp.clip(index, 0, _ROWS - 1)]
+        return (entries < _NONE) & (index >= 0) & (index < _ROWS)
+
+    def first_cell(self, bin_: Array) -> Array:
+        return (self.table[bin_.astype(jnp.uint32) - self.base[0]] >> 4).astype(jnp.int32)
+
+
+@jax.jit
+def sketch(x: ArrayLike) -> Sketch:
+    x = _checked(x)
+    counts = bins.count(x)
+    shape = (bins.ROWS, bins.COLUMNS)
+    tallies = jnp.concatenate([jnp.full(1, x.size, jnp.uint32), counts.below])
+    return Sketch(
+        counts.sums.reshape(*shape, 2),
+        counts.high.reshape(shape),
+        jnp.stack([tallies, jnp.zeros_like(tallies)], axis=1),
+        counts.extremes,
+        jnp.int32(bins.grain(x.dtype)),
+    )
+
+
+def _checked(x: ArrayLike) -> Array:
+    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+        raise TypeError(f"`x` must be one array of importances; got {type(x).__name__}.")
+    x = jnp.asarray(x)
+    if x.dtype == jnp.bool_ or not jnp.isrealobj(x) or not jnp.issubdtype(x.dtype, jnp.number):
+        raise TypeError(f"`x` must hold real numbers, one importance per weight; got {x.dtype}.")
+    if not 0 < x.size < 2**31:
+        raise ValueError(f"`x` must have from 1 to 2^31 - 1 entries; got shape {x.shape}. Merge sketches of parts.")
+    return lax.stop_gradient(x if x.ndim else x[None])
+
+
+@jax.jit
+def merge(a: Sketch, b: Sketch) -> Sketch:
+    sums, carry = bins.add(a.sums, b.sums)
+    return Sketch(
+        sums,
+        a.high + b.high + carry[..., 1] + (carry[..., 0] << 24),
+        _added(a.tallies, b.tallies),
+        jnp.maximum(a.extremes, b.extremes),
+        jnp.minimum(a.grain, b.grain),
+    )
+
+
+def _added(a: Array, b: Array) -> Array:
+    """Sums of numbers [K, 2] of a low and a high word."""
+    low, carry = bins.add(a[:, 0], b[:, 0])
+    return jnp.stack([low, a[:, 1] + b[:, 1] + carry], axis=1)
+
+
+@jax.jit
+def summarize(sketch: Sketch, refinement: Refinement | None = None) -> tuple[Metrics, Bounds]:
+    whole = moments.whole_of(sketch)
+    return certified.certify(sketch, whole, certified.find_all(sketch, whole), refinement)
+
+
+@jax.jit
+def refine(sketch: Sketch, x: ArrayLike) -> Refinement:
+    whole = moments.whole_of(sketch)
+    return _refined(sketch, whole, certified.find_all(sketch, whole), _checked(x))
+
+
+@jax.jit
+def summarize_array(x: ArrayLike) -> tuple[Metrics, Bounds]:
+    counts = sketch(x)
+    whole = moments.whole_of(counts)
+    found = certified.find_all(counts, whole)
+    return certified.certify(counts, whole, found, _refined(counts, whole, found, _checked(x)))
+
+
+def _refined(sketch: Sketch, whole: Whole, places: Places, x: Array) -> Refinement:
+    first = jnp.maximum(whole.last - (_ROWS - 1), 0)
+    counts = lax.dynamic_slice(sketch.sums, (first, 0, 0), (_ROWS, bins.COLUMNS, 1))[..., 0]
+    cells, count, shared = _wanted(sketch, whole, places, first, counts)
+    nothing = jnp.full(counts.size + 1, _NONE), jnp.zeros(_CELLS, jnp.uint32), jnp.int32(0)
+    table, layout, used = lax.cond(
+        cells, lambda: _plan(sketch, first, counts.reshape(-1), shared, places.crossings.bin), lambda: nothing
+    )
+    base = (first * bins.COLUMNS).astype(jnp.uint32)[None]
+    filled = bins.fill(x, table, base, layout, places.limits, jnp.stack([cells, count]).astype(jnp.int32))
+    below = jnp.stack([filled.below, jnp.zeros_like(filled.below)], axis=1)
+    return Refinement(table, base, layout, filled.cells, used, below, count)
+
+
+def _wanted(
+    sketch: Sketch, whole: Whole, places: Places, first: Array, counts: Array
+) -> tuple[Array, Array, Array]:
+    """Whether a bound may be above _GOOD without cells, and without counts below the limits; shared bins."""
+    total, size, mean, crossing = whole.total[0], whole.size[0], whole.mean[0], places.crossings
+    row, column = first + jnp.arange(_ROWS, dtype=jnp.int32), jnp.arange(bins.COLUMNS, dtype=jnp.float32)
+    factor, count = moments.factor_of(whole.last, row)[:, None], counts.astype(jnp.float32)
+    off = column[None] * factor + (moments.base_of(row)[:, None] * factor - mean)
+    lanes = (counts > 1).astype(jnp.float32), count * count * factor, count * factor * factor, count * off * off
+    shared, crowding, blur, spread = bins.across([lax.add] * 4, *(lane.reshape(-1) for lane in lanes))
+    # Weights may be up to a step above the start of their bin, by which `off` measures them.
+    spread = jnp.maximum(jnp.sqrt(spread) - jnp.sqrt(blur), 0) ** 2
+    subnormal = jnp.where(whole.last > 0, whole.before[0][1, 1], total)
+    width = (crossing.most - crossing.least) / jnp.maximum(crossing.least, moments.STEP)
+    crossed = (crossing.count[0] > 1) & (width > 0) & (width * crossing.count[0] / 4 + 1 > _GOOD * size)
+    coarse = (crowding / 6 > _GOOD * size * total) | (blur / 12 > _GOOD * spread) | (subnormal > _GOOD * total)
+    open_ = ~moments.is_sure(sketch) & ~certified.is_even(sketch, whole)
+    cells = open_ & (size < 2.0**31) & (coarse | crossed.any())
+    return cells, open_ & (places.bounds.count[0] > _GOOD * size).any(), shared
+
+
+def _plan(
+    sketch: Sketch, row: Array, counts: Array, shared: Array, crossed: Array
+) -> tuple[Array, Array, Array]:
+    """Table, layout and number of cells: to each bin by its weights and by how few are in use, to the crossed all."""
+    index = row * bins.COLUMNS + jnp.arange(counts.size, dtype=jnp.int32)
+    spare, depth = jnp.zeros_like(shared), jnp.zeros(counts.shape, jnp.uint32)
+    for number in range(bins.PLACE_BITS):
+        spare = spare + (shared <= 2.0**number)
+    for number in range(_BY_COUNT):
+        depth = depth + (counts >= (sketch.tallies[0, 0] + ((1 << number) - 1)) >> number)
+    depth = jnp.where(counts > 1, jnp.maximum(depth, spare.astype(jnp.uint32)), 0)
+    is_crossed = (index[None] == crossed[:, None]).any(axis=0) & (counts > 0)
+    depth = jnp.where(is_crossed, np.uint32(bins.PLACE_BITS), depth)
+    number = jnp.where(depth > 0, np.uint32(1) << depth, 0)
+    through = moments.running_over(lax.cumsum, number, bins.COLUMNS)
+    first, used = through - number, through[-1]
+    table = jnp.append(jnp.where(depth > 0, (first << 4) | depth, _NONE), _NONE)
+    at_first = jnp.where(depth > 0, first, np.uint32(_CELLS))
+    marks = jnp.zeros(_CELLS, jnp.uint32).at[at_first].set((index.astype(jnp.uint32) << 4) | depth, mode="drop")
+    layout = moments.running_over(lax.cummax, marks, 1024)
+    in_use = jnp.arange(_CELLS, dtype=jnp.uint32) < used
+    return table, jnp.where(in_use, layout, 0), used.astype(jnp.int32)
