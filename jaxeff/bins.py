@@ -114,7 +114,9 @@ def _scattered(x: Array) -> Counts:
         return sums, state[1] + high + carry[:, 1], watch
 
     state = (sums, table[:, 0], watch)
-    sums, high, watch = run(0, state) if pieces <= at_once else lax.fori_loop(0, -(-pieces // at_once), run, state)
+    sums, high, watch = (
+        run(0, state) if pieces <= at_once else lax.fori_loop(0, -(-pieces // at_once), run, state)
+    )
     *below, largest, smallest = across([lax.add] * 2 + [lax.max] * 2, *watch.below, *watch[1:])
     return Counts(sums, high, jnp.stack(below), jnp.stack([largest, smallest]))
 
@@ -193,7 +195,9 @@ def _sorted(x: Array) -> Counts:
     below = jnp.searchsorted(ordered, _limits()).astype(jnp.uint32)
     # With no weight the last and the first are no number.
     valid = edges[int(_INVALID >> PLACE_BITS)]
-    extremes = jnp.stack([ordered[jnp.where(valid > 0, valid - 1, x.size - 1)] - _INVALID, np.uint32(0) - ordered[0]])
+    extremes = jnp.stack(
+        [ordered[jnp.where(valid > 0, valid - 1, x.size - 1)] - _INVALID, np.uint32(0) - ordered[0]]
+    )
     return Counts(jnp.stack([count, low], axis=-1), high, below, extremes)
 
 
@@ -224,7 +228,9 @@ def _filled(x: Array, table: Array, base: Array, layout: Array, limits: Array, w
     pieces = jnp.where(wanted > 0, x.size // piece, 0)
 
     def fill(cells: Array, bits: Array) -> Array:
-        entry = table.at[jnp.minimum((bits >> PLACE_BITS) - base, len(table) - 1)].get(mode="promise_in_bounds")
+        entry = table.at[jnp.minimum((bits >> PLACE_BITS) - base, len(table) - 1)].get(
+            mode="promise_in_bounds"
+        )
         depth = entry & 15
         place = (bits & _LAST_PLACE) << depth
         index = (entry >> 4) + (place >> PLACE_BITS)
@@ -252,7 +258,9 @@ def _filled_by_sort(
         count, places, _ = _between(ordered, first, last)
         # Modulo 2^32, which the places above a cell's start sum to less than.
         places = places - count * (start & _LAST_PLACE)
-        return Filled(jnp.stack([count, places], axis=-1), jnp.searchsorted(ordered, limits).astype(jnp.uint32))
+        return Filled(
+            jnp.stack([count, places], axis=-1), jnp.searchsorted(ordered, limits).astype(jnp.uint32)
+        )
 
     def skip() -> Filled:
         return Filled(jnp.zeros((len(layout), 2), jnp.uint32), jnp.zeros_like(limits))

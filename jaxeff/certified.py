@@ -192,7 +192,9 @@ def _positions(
     values = [*covered.value, fixed[1], fixed[0], *relative.value]
     errors = [*covered.error, *jnp.zeros_like(fixed), *relative.error]
     names = [*COVERAGES, "sparsity_1e2", "sparsity_1e3", *RELATIVE]
-    return {name: Known(value, error + _ROUNDED) for name, value, error in zip(names, values, errors, strict=True)}
+    return {
+        name: Known(value, error + _ROUNDED) for name, value, error in zip(names, values, errors, strict=True)
+    }
 
 
 def _fractions(words: Array, whole: Whole) -> Array:
@@ -210,7 +212,10 @@ class Places(NamedTuple):
 
 
 def find_all(sketch: Sketch, whole: Whole) -> Places:
-    factors = [*(1 - share * moments.TIE for share in COVERAGES.values()), *(moments.TIE * r for r in RELATIVE.values())]
+    factors = [
+        *(1 - share * moments.TIE for share in COVERAGES.values()),
+        *(moments.TIE * r for r in RELATIVE.values()),
+    ]
     values = stacked(*[whole.total] * 3, *[whole.mean] * 2)
     values = pairs.multiply(values, stacked(*(pairs.constant(factor, jnp.float32) for factor in factors)))
     limits = _patterns_above(whole, at(values, slice(3, 5)))
@@ -231,7 +236,9 @@ def _patterns_above(whole: Whole, bounds: Pair) -> Array:
     small, whole_ulps = normal < 1 << 23, jnp.ceil(ulps)
     # The high part of a pair with a low part > 0 is below it.
     more = (low > 0) & (~small | (whole_ulps == ulps))
-    return (jnp.where(small, whole_ulps.astype(jnp.int32), normal) + more).astype(jnp.uint32)
+    return (jnp.where(small, whole_ulps.astype(jnp.int32), normal) + more.astype(jnp.int32)).astype(
+        jnp.uint32
+    )
 
 
 def _coverage(whole: Whole, sure: Array, crossing: Found, goal: Pair) -> Known:
@@ -242,7 +249,9 @@ def _coverage(whole: Whole, sure: Array, crossing: Found, goal: Pair) -> Known:
     """
     missing, mean = less(pairs.add(crossing.lower, crossing.total), goal), crossing.level
     slip = 2 * whole.slip, jnp.zeros_like(whole.slip)
-    parts = stacked(pairs.add(missing, slip), less(missing, slip), less(less(missing, slip), crossing.excess), missing)
+    parts = stacked(
+        pairs.add(missing, slip), less(missing, slip), less(less(missing, slip), crossing.excess), missing
+    )
     each = pairs.divide(parts, stacked(mean, single(crossing.most), single(crossing.least), mean))
     most, by_most, by_least, even = (at(each, index) for index in range(4))
     fewest = _ceil(_larger(_larger(by_most, by_least), single(jnp.zeros_like(mean[0]))))
@@ -269,7 +278,10 @@ def _below(whole: Whole, sure: Array, found: Found, limit: Array) -> Known:
     inside = jnp.where(found.count[0] > 1, to_most / jnp.maximum(to_most + to_least, place), mean < level)
     exact = jnp.where(level <= found.least, 0, jnp.where(level > found.most, 1, inside))
     even = jnp.clip((level - found.least) / jnp.maximum(found.most - found.least, place), smallest, largest)
-    value, error = jnp.where(known, exact, even), jnp.where(known, 0, jnp.maximum(largest - even, even - smallest))
+    value, error = (
+        jnp.where(known, exact, even),
+        jnp.where(known, 0, jnp.maximum(largest - even, even - smallest)),
+    )
     count = pairs.add(found.fewer, single(found.count[0] * value))[0]
     return Known(count / whole.size[0], found.count[0] * error / whole.size[0])
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -180,7 +179,9 @@ def _digits(sketch: Sketch, row: Array) -> Array:
     words, high = _words(sketch, row)
     column = jnp.arange(bins.COLUMNS, dtype=jnp.uint32)[:, None]
     counts = _split(words[:, :1], (high >> 24)[:, None], 14)
-    return jnp.concatenate([counts, counts * column, _split(words[:, 1:], (high & 0xFFFFFF)[:, None], 18)], axis=1)
+    return jnp.concatenate(
+        [counts, counts * column, _split(words[:, 1:], (high & 0xFFFFFF)[:, None], 18)], axis=1
+    )
 
 
 def _split(low: Array, high: Array, width: int) -> Array:
@@ -332,9 +333,12 @@ def _cell_sums(sketch: Sketch, whole: Whole, refinement: Refinement) -> Array:
     return _walk(terms, 0, (refinement.used + (_AT_ONCE - 1)) // _AT_ONCE, (6, _AT_ONCE))
 
 
-def _cell_terms(sketch: Sketch, whole: Whole, refinement: Refinement, before: Array, index: Array) -> list[Array]:
+def _cell_terms(
+    sketch: Sketch, whole: Whole, refinement: Refinement, before: Array, index: Array
+) -> list[Array]:
     layout, cells, fewer = (
-        lax.dynamic_slice_in_dim(part, index, _AT_ONCE) for part in (refinement.layout, refinement.cells, before)
+        lax.dynamic_slice_in_dim(part, index, _AT_ONCE)
+        for part in (refinement.layout, refinement.cells, before)
     )
     first, low, floats = bins.cells_at(refinement.table, refinement.base, layout, index)
     fewer = fewer - before[first]
@@ -350,7 +354,9 @@ def _cell_terms(sketch: Sketch, whole: Whole, refinement: Refinement, before: Ar
     ends = _ends(sketch, row, left, left + floats.astype(jnp.float32) * STEP)
     opened = _open(count, (left, within * STEP), *ends, factor)
     count = count * factor
-    between = Open(count * off * ranks, count * off * off * factor, count * mean * _gap(off / jnp.maximum(mean, STEP)))
+    between = Open(
+        count * off * ranks, count * off * off * factor, count * mean * _gap(off / jnp.maximum(mean, STEP))
+    )
     # Of a cell of two floats nothing is open: its weights are at its ends.
     between = [known + jnp.where(floats == 2, most, 0) for known, most in zip(between, opened, strict=True)]
     return [*between, *(jnp.where(floats == 2, 0, most) for most in opened)]
@@ -398,7 +404,12 @@ def _bin_numbers(sketch: Sketch, whole: Whole, goal: Pair, row: Array, column: A
     column, below = _column(whole, running(lax.cumsum, digits) - digits, goal, row, column)
     words, high = sketch.sums[row, column], sketch.high[row, column]
     _, level, least, most = _bin_of(sketch, words, high, row, column)
-    count, level, least, most = pair_of(words[0], high >> 24), times(level, factor), least * factor, most * factor
+    count, level, least, most = (
+        pair_of(words[0], high >> 24),
+        times(level, factor),
+        least * factor,
+        most * factor,
+    )
     over = stacked(level, less(level, single(least)))
     totals = pairs.multiply(count, over)
     bin_ = (row * bins.COLUMNS + column).astype(jnp.float32)

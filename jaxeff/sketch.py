@@ -1,16 +1,15 @@
 """Metrics of weights of any number, from one pass: `sketch` counts, `merge` adds, `summarize` tells.
 
-    whole = sketch(x)                                     one pass
-    whole = merge(sketch(part), sketch(other))            the same to the bit, however x is cut
-    metrics, bounds = summarize(whole)                    each metric, and how far off it may be
-    metrics, bounds = summarize(whole, refine(whole, x))  after a second pass, within 3e-6
-    metrics, bounds = summarize_array(x)                  both passes
+whole = sketch(x)                                     one pass
+whole = merge(sketch(part), sketch(other))            the same to the bit, however x is cut
+metrics, bounds = summarize(whole)                    each metric, and how far off it may be
+metrics, bounds = summarize(whole, refine(whole, x))  after a second pass, within 3e-6
+metrics, bounds = summarize_array(x)                  both passes
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,13 +83,32 @@ class Refinement:
 
 
 @jax.jit
-def sketch(x: ArrayLike) -> Sketch:
+def sketch(x: ArrayLike, size: ArrayLike | None = None) -> Sketch:
+    """Counts of x [...], in one pass; without derivatives.
+
+    Values are taken as float32, which the narrower dtypes fit exactly and others are rounded to.
+
+    Args:
+        x: [...], importances, at most 2^31 - 1.
+        size: [], an integer, which may be traced: only so many of the first entries of x.ravel() count, and
+            the others must be 0.
+
+    Raises:
+        ValueError: x is empty, or too large for one pass.
+        TypeError: x is no array, or one of booleans or complex numbers.
+
+    >>> metrics, bounds = summarize(sketch(jnp.array([4.0, 3.0, 2.0, 1.0])))
+    >>> metrics.coverage_90, bounds.coverage_90 < 1e-6
+    (Array(0.75, dtype=float32), Array(True, dtype=bool))
+    """
     x = _checked(x)
     counts = bins.count(x)
     shape = (bins.ROWS, bins.COLUMNS)
-    tallies = jnp.concatenate([jnp.full(1, x.size, jnp.uint32), counts.below])
+    size = jnp.asarray(x.size if size is None else size).astype(jnp.uint32)
+    tallies = jnp.concatenate([size[None], counts.below])
+    sums = counts.sums.reshape(*shape, 2)
     return Sketch(
-        counts.sums.reshape(*shape, 2),
+        sums.at[-1, 1, 0].add(size - np.uint32(x.size)),  # as many zeros less
         counts.high.reshape(shape),
         jnp.stack([tallies, jnp.zeros_like(tallies)], axis=1),
         counts.extremes,
@@ -104,8 +122,12 @@ def _checked(x: ArrayLike) -> Array:
     x = jnp.asarray(x)
     if x.dtype == jnp.bool_ or not jnp.isrealobj(x) or not jnp.issubdtype(x.dtype, jnp.number):
         raise TypeError(f"`x` must hold real numbers, one importance per weight; got {x.dtype}.")
-    if not 0 < x.size < 2**31:
-        raise ValueError(f"`x` must have from 1 to 2^31 - 1 entries; got shape {x.shape}. Merge sketches of parts.")
+    if x.size == 0:
+        raise ValueError(f"`x` is empty, shape {x.shape}: a layer without weights has no metrics.")
+    if x.size >= 2**31:
+        raise ValueError(
+            f"`x` must have fewer than 2^31 entries; got {x.shape}. Use `merge` on sketches of parts."
+        )
     return lax.stop_gradient(x if x.ndim else x[None])
 
 
@@ -169,14 +191,21 @@ def _wanted(
     row, column = first + jnp.arange(_ROWS, dtype=jnp.int32), jnp.arange(bins.COLUMNS, dtype=jnp.float32)
     factor, count = moments.factor_of(whole.last, row)[:, None], counts.astype(jnp.float32)
     off = column[None] * factor + (moments.base_of(row)[:, None] * factor - mean)
-    lanes = (counts > 1).astype(jnp.float32), count * count * factor, count * factor * factor, count * off * off
+    lanes = (
+        (counts > 1).astype(jnp.float32),
+        count * count * factor,
+        count * factor * factor,
+        count * off * off,
+    )
     shared, crowding, blur, spread = bins.across([lax.add] * 4, *(lane.reshape(-1) for lane in lanes))
     # Weights may be up to a step above the start of their bin, by which `off` measures them.
     spread = jnp.maximum(jnp.sqrt(spread) - jnp.sqrt(blur), 0) ** 2
     subnormal = jnp.where(whole.last > 0, whole.before[0][1, 1], total)
     width = (crossing.most - crossing.least) / jnp.maximum(crossing.least, moments.STEP)
     crossed = (crossing.count[0] > 1) & (width > 0) & (width * crossing.count[0] / 4 + 1 > _GOOD * size)
-    coarse = (crowding / 6 > _GOOD * size * total) | (blur / 12 > _GOOD * spread) | (subnormal > _GOOD * total)
+    coarse = (
+        (crowding / 6 > _GOOD * size * total) | (blur / 12 > _GOOD * spread) | (subnormal > _GOOD * total)
+    )
     open_ = ~moments.is_sure(sketch) & ~certified.is_even(sketch, whole)
     cells = open_ & (size < 2.0**31) & (coarse | crossed.any())
     return cells, open_ & (places.bounds.count[0] > _GOOD * size).any(), shared
@@ -200,7 +229,9 @@ def _plan(
     first, used = through - number, through[-1]
     table = jnp.append(jnp.where(depth > 0, (first << 4) | depth, _NONE), _NONE)
     at_first = jnp.where(depth > 0, first, np.uint32(_CELLS))
-    marks = jnp.zeros(_CELLS, jnp.uint32).at[at_first].set((index.astype(jnp.uint32) << 4) | depth, mode="drop")
+    marks = (
+        jnp.zeros(_CELLS, jnp.uint32).at[at_first].set((index.astype(jnp.uint32) << 4) | depth, mode="drop")
+    )
     layout = moments.running_over(lax.cummax, marks, 1024)
     in_use = jnp.arange(_CELLS, dtype=jnp.uint32) < used
     return table, jnp.where(in_use, layout, 0), used.astype(jnp.int32)
