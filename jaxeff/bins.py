@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,7 +121,7 @@ def _scattered(x: Array) -> Counts:
     return Counts(sums, high, jnp.stack(below), jnp.stack([largest, smallest]))
 
 
-def across(operations: list[Callable[[Array, Array], Array]], *lanes: Array) -> list[Array]:
+def across(operations: Sequence[Callable[[Array, Array], Array]], *lanes: Array) -> list[Array]:
     """Each operation over its lanes [M]: as one reduction, where XLA compiles a chain for each alone."""
 
     def both(a: Any, b: Any) -> Any:
@@ -269,7 +269,7 @@ def _filled_by_sort(
 
 
 def cells_at(table: Array, base: Array, layout: Array, index: Any) -> tuple[Array, Array, Array]:
-    """Of cells from an index on: the first of the bin, the pattern at which they begin and how many they span.
+    """Of cells from an index on: the first of the bin, the pattern at which they begin, how many they span.
 
     A cell that is not in use spans none.
     """

@@ -224,7 +224,10 @@ def find_all(sketch: Sketch, whole: Whole) -> Places:
     columns = jnp.where(jnp.arange(5) < 3, -1, columns)
     rows = (patterns >> 23).astype(jnp.int32)
     found = moments.find_bins(sketch, whole, values, rows, columns)
-    crossings, bounds = (jax.tree.map(lambda part: part[chosen], found) for chosen in (slice(3), slice(3, 5)))
+    crossings, bounds = (
+        jax.tree.map(lambda part: part[:3], found),
+        jax.tree.map(lambda part: part[3:], found),
+    )
     return Places(crossings, at(values, slice(3)), bounds, limits)
 
 
@@ -258,10 +261,10 @@ def _coverage(whole: Whole, sure: Array, crossing: Found, goal: Pair) -> Known:
     most = pick(sure, fewest, _ceil(most))
     # Of weights spread evenly the largest j exceed the mean by a part that falls with j.
     lead = jnp.maximum(jnp.minimum(crossing.most - mean[0], mean[0] - crossing.least), 0) / mean[0]
-    lead = lead * even[0] * jnp.maximum(1 - even[0] / crossing.count[0], 0)
+    lead = lead * even[0] * jnp.maximum(1 - even[0] / crossing.weights[0], 0)
     guess = _ceil(less(even, single(lead)))
     guess = _larger(pick(exceeds(guess, most), most, guess), fewest)
-    above = less(less(whole.size, crossing.fewer), crossing.count)
+    above = less(less(whole.size, crossing.fewer), crossing.weights)
     off = jnp.maximum(less(most, guess)[0], less(guess, fewest)[0])
     return Known(pairs.add(above, guess)[0] / whole.size[0], off / whole.size[0])
 
@@ -274,16 +277,17 @@ def _below(whole: Whole, sure: Array, found: Found, limit: Array) -> Known:
     to_most, to_least = jnp.maximum(found.most - mean, 0), jnp.maximum(mean - found.least, 0)
     largest = jnp.minimum(1, to_most / jnp.maximum(found.most - level + place, place) * _SAFE)
     smallest = jnp.maximum(0, 1 - to_least / jnp.maximum(level - found.least, place) * _SAFE)
-    known = sure | (found.count[0] <= 1) | (level <= found.least) | (level > found.most)
-    inside = jnp.where(found.count[0] > 1, to_most / jnp.maximum(to_most + to_least, place), mean < level)
+    known = sure | (found.weights[0] <= 1) | (level <= found.least) | (level > found.most)
+    of_one = (mean < level).astype(jnp.float32)
+    inside = jnp.where(found.weights[0] > 1, to_most / jnp.maximum(to_most + to_least, place), of_one)
     exact = jnp.where(level <= found.least, 0, jnp.where(level > found.most, 1, inside))
     even = jnp.clip((level - found.least) / jnp.maximum(found.most - found.least, place), smallest, largest)
     value, error = (
         jnp.where(known, exact, even),
         jnp.where(known, 0, jnp.maximum(largest - even, even - smallest)),
     )
-    count = pairs.add(found.fewer, single(found.count[0] * value))[0]
-    return Known(count / whole.size[0], found.count[0] * error / whole.size[0])
+    count = pairs.add(found.fewer, single(found.weights[0] * value))[0]
+    return Known(count / whole.size[0], found.weights[0] * error / whole.size[0])
 
 
 def pick(first: Array, a: Pair, b: Pair) -> Pair:

@@ -76,8 +76,11 @@ def running(total: Callable[..., Array], values: Array) -> Array:
     operation = {lax.cumsum: lax.add, lax.cummax: lax.max}[total]
 
     def in_sequence(values: Array) -> Array:
-        start = jnp.zeros_like(values[0])
-        return lax.scan(lambda sum, value: (operation(sum, value),) * 2, start, values)[1]
+        def step(total: Array, value: Array) -> tuple[Array, Array]:
+            through = operation(total, value)
+            return through, through
+
+        return lax.scan(step, jnp.zeros_like(values[0]), values)[1]
 
     # XLA's CPU compiles a parallel one ten times as long, and takes 10 us for 512 steps.
     return lax.platform_dependent(values, cpu=in_sequence, default=total)
@@ -97,7 +100,7 @@ def running_over(total: Callable[..., Array], values: Array, width: int) -> Arra
 class Bin(NamedTuple):
     """In steps of its row."""
 
-    count: Array
+    weights: Array  # how many
     level: Pair  # the mean: the float below it, and what it is above that
     least: Array  # what weights of the bin may be, from
     most: Array  # to
@@ -197,7 +200,7 @@ def _split(low: Array, high: Array, width: int) -> Array:
 def _numbers(digits: Array, row: Array) -> tuple[Pair, Pair]:
     """Count and total, in steps, of sums [9] of a row's digits."""
     high, low = pair_of(digits.reshape(3, 3))
-    radix = np.float32([2.0**14, 2.0**14, 2.0**18])
+    radix = np.asarray([2.0**14, 2.0**14, 2.0**18], np.float32)
     upper = pairs.add((high[:, 1] * radix, low[:, 1] * radix), (high[:, 2] * radix**2, low[:, 2] * radix**2))
     count, columns, places = (at(pairs.add((high[:, 0], low[:, 0]), upper), index) for index in range(3))
     return count, pairs.add(times(count, base_of(row)), pairs.add(columns, times(places, STEP)))
@@ -300,12 +303,18 @@ def sums_of(sketch: Sketch, whole: Whole, refinement: Refinement | None) -> Sums
 
     sums = _walk(terms, whole.first, whole.last + 1, (7, bins.COLUMNS))
     zeros = whole.zeros[0] * whole.mean[0]
-    known, opened = sums[:4] + jnp.stack([0 * zeros, 0 * zeros, zeros, zeros * whole.mean[0]]), sums[4:]
+    (balance, logarithm, distance, square), opened = (sums[index] for index in range(4)), sums[4:]
     between = jnp.zeros_like(opened)
     if refinement is not None:
         cells = _cell_sums(sketch, whole, refinement)
         between, opened = cells[:3], opened + cells[3:]
-    return Sums(*known, Open(*between), Open(*opened))
+    return Sums(
+        balance,
+        logarithm,
+        distance + zeros,
+        square + zeros * whole.mean[0],
+        *(Open(part[0], part[1], part[2]) for part in (between, opened)),
+    )
 
 
 def unit_of(sketch: Sketch, whole: Whole) -> Array:
@@ -380,7 +389,7 @@ class Found(NamedTuple):
     most: Array
     fewer: Pair  # weights below
     lower: Pair  # their sum
-    count: Pair
+    weights: Pair  # in it
     level: Pair  # the mean
     total: Pair
     excess: Pair  # total less count * least

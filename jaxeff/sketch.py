@@ -25,8 +25,7 @@ from jaxeff.moments import Whole
 
 _GOOD = 2.0**-19  # a bound that asks for no second pass
 _ROWS = 64  # that cells can be in: what is 2^64 below the largest weight decides nothing
-_BY_COUNT = bins.PLACE_BITS - 2
-_CELLS = (4 << bins.PLACE_BITS) + (1 << _BY_COUNT)  # 3 bins with one a float, as many by use, some by count
+_CELLS = 5 << bins.PLACE_BITS  # 3 bins with one a float, some by use, some by count
 _NONE = np.uint32(_CELLS << 4)
 
 
@@ -41,7 +40,7 @@ class Sketch:
     """
 
     sums: Array
-    """[256, 512, 2], of each bin its weights and the sum of the last 14 bits of their patterns, modulo 2^32."""
+    """[256, 512, 2], of each bin its weights and the sum of their patterns' last 14 bits, modulo 2^32."""
     high: Array
     """[256, 512], the multiples of 2^32 in these: 8 bits and 24 bits."""
     tallies: Array
@@ -62,9 +61,9 @@ class Refinement:
     base: Array
     """[1], the first of these bins."""
     layout: Array
-    """[69632], of each cell its bin and the logarithm of how many that has."""
+    """[81920], of each cell its bin and the logarithm of how many that has."""
     cells: Array
-    """[69632, 2], of each cell its weights and the sum of their places in it."""
+    """[81920, 2], of each cell its weights and the sum of their places in it."""
     used: Array
     """[], how many cells the bins have."""
     below: Array
@@ -202,26 +201,29 @@ def _wanted(
     spread = jnp.maximum(jnp.sqrt(spread) - jnp.sqrt(blur), 0) ** 2
     subnormal = jnp.where(whole.last > 0, whole.before[0][1, 1], total)
     width = (crossing.most - crossing.least) / jnp.maximum(crossing.least, moments.STEP)
-    crossed = (crossing.count[0] > 1) & (width > 0) & (width * crossing.count[0] / 4 + 1 > _GOOD * size)
+    crossed = (crossing.weights[0] > 1) & (width > 0) & (width * crossing.weights[0] / 4 + 1 > _GOOD * size)
     coarse = (
         (crowding / 6 > _GOOD * size * total) | (blur / 12 > _GOOD * spread) | (subnormal > _GOOD * total)
     )
     open_ = ~moments.is_sure(sketch) & ~certified.is_even(sketch, whole)
     cells = open_ & (size < 2.0**31) & (coarse | crossed.any())
-    return cells, open_ & (places.bounds.count[0] > _GOOD * size).any(), shared
+    return cells, open_ & (places.bounds.weights[0] > _GOOD * size).any(), shared
 
 
 def _plan(
     sketch: Sketch, row: Array, counts: Array, shared: Array, crossed: Array
 ) -> tuple[Array, Array, Array]:
-    """Table, layout and number of cells: to each bin by its weights and by how few are in use, to the crossed all."""
+    """Table, layout and number of cells.
+
+    A bin has them by how few bins are in use, and by its share of the weights: so few are in a cell of many
+    floats that the sum of their places fits one word. A crossed one has one for each float.
+    """
     index = row * bins.COLUMNS + jnp.arange(counts.size, dtype=jnp.int32)
-    spare, depth = jnp.zeros_like(shared), jnp.zeros(counts.shape, jnp.uint32)
+    spare, depth = jnp.zeros((), jnp.uint32), jnp.zeros(counts.shape, jnp.uint32)
     for number in range(bins.PLACE_BITS):
-        spare = spare + (shared <= 2.0**number)
-    for number in range(_BY_COUNT):
-        depth = depth + (counts >= (sketch.tallies[0, 0] + ((1 << number) - 1)) >> number)
-    depth = jnp.where(counts > 1, jnp.maximum(depth, spare.astype(jnp.uint32)), 0)
+        spare = spare + (shared <= 2.0**number).astype(jnp.uint32)
+        depth = depth + (counts >= (sketch.tallies[0, 0] + ((1 << number) - 1)) >> number).astype(jnp.uint32)
+    depth = jnp.where(counts > 1, jnp.maximum(depth, spare), 0)
     is_crossed = (index[None] == crossed[:, None]).any(axis=0) & (counts > 0)
     depth = jnp.where(is_crossed, np.uint32(bins.PLACE_BITS), depth)
     number = jnp.where(depth > 0, np.uint32(1) << depth, 0)

@@ -80,13 +80,6 @@ def test_both_passes_at_once_are_the_two_in_turn() -> None:
         assert max(dataclasses.astuple(bounds)) < CERTIFIED
 
 
-def test_one_pass_tells_what_the_order_tells() -> None:
-    x = drawn.draw("normal", 2, 1000)
-    found, _ = summarize_array(x)
-    want = metrics.summarize(x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, want)
-
-
 # Merging.
 
 
@@ -177,9 +170,21 @@ def test_a_refinement_bounds_more_than_two_to_the_24_weights_of_one_bin() -> Non
     whole = WHOLE(np.tile(x, 20_000))
     merged = functools.reduce(merge, [WHOLE(np.tile(x, 5_000))] * 4)
     assert_same(merged, whole)
-    found = summarize_array(np.tile(x, 20_000))
+    found = summarize(whole, refine(whole, np.tile(x, 20_000)))
     assert_certified(found, exact_copies(x, 20_000), "one bin")
     assert max(dataclasses.astuple(found[1])) < CERTIFIED
+
+
+@pytest.mark.parametrize("name", ["one bin", "clusters", "wide", "few", "beside a limit"])
+def test_places_in_a_cell_cannot_sum_to_more_than_a_word(name: str) -> None:
+    x = drawn.draw(name, 0, LARGE)
+    whole = WHOLE(x)
+    for _ in range(14):
+        whole = merge(whole, whole)
+    layout = np.unique(np.asarray(refine(whole, x).layout))
+    bins, depths = layout >> 4, layout & 15
+    weights = np.asarray(whole.sums)[..., 0].reshape(-1)[bins].astype(np.uint64)
+    assert np.all((weights * ((1 << 14 - depths) - 1))[depths > 0] < 2**32)
 
 
 # What is no importance, and what is no layer.
