@@ -101,6 +101,20 @@ def test_a_cut_anywhere_changes_no_bit(cut: int, name: str) -> None:
     assert_same(merge(*parts), WHOLE(x))
 
 
+@pytest.mark.parametrize("name", ["clusters", "one bin", "beside a limit"])
+def test_merging_refinements_by_the_parts_gives_that_by_the_whole(name: str) -> None:
+    x = drawn.draw(name, 0, LARGE)
+    whole = WHOLE(x)
+    parts = [refine(whole, padded(part)) for part in np.split(x, [1000, 50_000])]
+    assert_same(functools.reduce(merge, parts), refine(whole, x))
+
+
+def test_merging_unlike_things_is_refused() -> None:
+    whole = WHOLE(np.ones(1000, np.float32))
+    with pytest.raises(TypeError, match="`a` and `b` must be two sketches.*got Sketch and Refinement"):
+        merge(whole, refine(whole, padded(np.ones(1, np.float32))))
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 1000, 4096, 16_385])
 def test_padding_changes_no_bit(size: int) -> None:
     x = drawn.draw("half zero", 0, size)
