@@ -223,7 +223,7 @@ class Filled(NamedTuple):
 
 
 def _filled(x: Array, table: Array, base: Array, layout: Array, limits: Array, wanted: Array) -> Filled:
-    """Filled by x [N]; what is not wanted takes no pass and is 0."""
+    """Filled by x [N]; what is not wanted, cells or weights below, takes no pass and tells nothing."""
     piece, cells = _piece(x.size), jnp.zeros((len(layout) + 1, 2), jnp.uint32)
     pieces = jnp.where(wanted > 0, x.size // piece, 0)
 

@@ -245,7 +245,8 @@ def _refined(sketch: Sketch, whole: Whole, places: Places, x: Array) -> Refineme
     )
     base = (first * bins.COLUMNS).astype(jnp.uint32)[None]
     filled = bins.fill(x, table, base, layout, places.limits, jnp.stack([cells, count]).astype(jnp.int32))
-    below = jnp.stack([filled.below, jnp.zeros_like(filled.below)], axis=1)
+    below = jnp.where(count, filled.below, 0)
+    below = jnp.stack([below, jnp.zeros_like(below)], axis=1)
     return Refinement(table, base, layout, filled.cells, used, below, count)
 
 

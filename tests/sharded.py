@@ -38,10 +38,11 @@ def main() -> None:
             assert not any(word in program.as_text() for word in COPYING), (mesh, name)
             assert_same(program(lying), alone)
             if name == "both":
-                whole = sketch(lying)
+                whole = program(lying)
                 again = refine(whole, lying)
                 assert_same(again, fine)
-                assert_same(summarize(whole, again), want)
+                if mesh is automatic:
+                    assert_same(summarize(whole, again), want)
 
     def of_part(part: jax.Array):
         return jax.tree.map(lambda leaf: leaf[None], sketch(part))

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxeff import metrics, sketch
+from jaxeff import bins, sketch
 from jaxeff.sketch import merge, refine, summarize, summarize_array
 
 LARGE = 100_003  # prime: no piece divides it
@@ -196,8 +196,8 @@ def test_places_in_a_cell_cannot_sum_to_more_than_a_word(name: str) -> None:
     for _ in range(14):
         whole = merge(whole, whole)
     layout = np.unique(np.asarray(refine(whole, x).layout))
-    bins, depths = layout >> 4, layout & 15
-    weights = np.asarray(whole.sums)[..., 0].reshape(-1)[bins].astype(np.uint64)
+    crowded, depths = layout >> 4, layout & 15
+    weights = np.asarray(whole.sums)[..., 0].reshape(-1)[crowded].astype(np.uint64)
     assert np.all((weights * ((1 << 14 - depths) - 1))[depths > 0] < 2**32)
 
 
@@ -207,17 +207,17 @@ def test_places_in_a_cell_cannot_sum_to_more_than_a_word(name: str) -> None:
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf, -1.0, -1e-45])
 def test_an_invalid_importance_makes_every_metric_nan(bad: float) -> None:
     x = np.float32([1, 0, bad, 2, bad, -0.0, 3])
-    counts = WHOLE(x)
-    for found, bounds in (summarize(counts), summarize(counts, refine(counts, x))):
+    counts = WHOLE(padded(x), 7)
+    for found, bounds in (summarize(counts), summarize(counts, refine(counts, padded(x)))):
         assert all(math.isnan(getattr(found, name)) for name in drawn.FIELDS)
         assert (found.zeros, found.nonfinite, found.size) == (2, 2, 7)
         assert not any(dataclasses.astuple(bounds))
 
 
 def test_an_array_of_zeros_stands_by_convention() -> None:
-    found, bounds = summarize(WHOLE(np.zeros(7, np.float32)))
-    want = metrics.summarize(np.zeros(7, np.float32))
-    assert_same(found, want)
+    x = np.zeros(7, np.float32)
+    found, bounds = summarize(WHOLE(padded(x), 7))
+    assert_certified((found, bounds), drawn.exact(x), "zeros")
     assert not any(dataclasses.astuple(bounds))
 
 
@@ -245,7 +245,9 @@ def test_integers_count_as_the_nearest_float32(value: int) -> None:
 
 def test_float64_counts_as_the_nearest_float32(x64: None) -> None:
     x = np.random.default_rng(0).random(7)
-    assert_same(WHOLE(x), WHOLE(x.astype(np.float32)))
+    counts = WHOLE(x)
+    assert_same(counts, WHOLE(x.astype(np.float32)))
+    assert_certified(summarize(counts), drawn.exact(x.astype(np.float32)), "uniform")
     assert int(summarize(WHOLE(np.full(7, 1e300)))[0].nonfinite) == 7
 
 
@@ -297,10 +299,14 @@ def test_it_lowers_for_accelerators(function, platform: str) -> None:
 
 
 def test_what_an_accelerator_runs_counts_alike() -> None:
-    bins = sketch.bins
-    for name in ("normal", "bits", "one bin", "half zero"):
+    sort, scatter = jax.jit(bins._sorted), jax.jit(bins._scattered)
+    sort_again, scatter_again = jax.jit(bins._filled_by_sort), jax.jit(bins._filled)
+    for name in ("normal", "bits", "one bin", "half zero", "clusters", "beside a limit", "smallest"):
         x = jnp.asarray(drawn.draw(name, 0, LARGE))
-        assert_same(jax.jit(bins._sorted)(x), jax.jit(bins._scattered)(x))
+        assert_same(sort(x), scatter(x))
+        fine, limits = refine(WHOLE(x), x), jnp.array([1 << 29, 1 << 30], jnp.uint32)
+        plan = fine.table, fine.base, fine.layout, limits, jnp.array([1, 1])
+        assert_same(sort_again(x, *plan), scatter_again(x, *plan))
 
 
 def test_an_array_on_eight_devices_is_counted_where_it_lies() -> None:
