@@ -161,7 +161,7 @@ def _unevenness(sketch: Sketch, whole: Whole, sums: Sums) -> dict[str, Known]:
     unsure = jnp.where(sure, 0, np.float32(2 / 3))
     square = sums.square + sums.between.square + (1 - unsure) * sums.open.square
     # What bins' means may be off by, from that of all.
-    off = mean * jnp.where(size < 2.0**32, np.float32(2.0**-46), np.float32(2.0**-32))
+    off = mean * jnp.where(size < 2.0**32, np.float32(2.0**-46), np.float32(2.0**-44))
     doubt = unsure * sums.open.square + off * (2 * sums.distance + size * off)
     roots = jnp.sqrt(jnp.stack([jnp.maximum(square - doubt, 0), square + doubt, square]) / size)
     std = roots[2]

@@ -101,7 +101,7 @@ class Bin(NamedTuple):
     """In steps of its row."""
 
     weights: Array  # how many
-    level: Pair  # the mean: the float below it, and what it is above that
+    level: Pair  # the mean
     least: Array  # what weights of the bin may be, from
     most: Array  # to
 
@@ -118,8 +118,9 @@ def _words(sketch: Sketch, row: Array) -> tuple[Array, Array]:
 
 def _bin_of(sketch: Sketch, words: Array, high: Array, row: Array, column: Array) -> Bin:
     start = column.astype(jnp.float32) + base_of(row)
-    count, place, rest = _mean_place(words, high)
-    return Bin(count, (start + place * STEP, rest * STEP), *_ends(sketch, row, start, start + 1))
+    count, place = _mean_place(words, high)
+    level = pairs.add(single(start), times(place, STEP))
+    return Bin(count, level, *_ends(sketch, row, start, start + 1))
 
 
 def base_of(row: Array) -> Array:
@@ -127,17 +128,10 @@ def base_of(row: Array) -> Array:
     return jnp.where(row > 0, np.float32(bins.COLUMNS), np.float32(0))
 
 
-def _mean_place(words: Array, high: Array) -> tuple[Array, Array, Array]:
-    """Count, mean place rounded down and the rest of it, to 2^-24 of a place for up to 2^32 weights."""
-    low, places, top = words[..., 0], words[..., 1], (high >> 24).astype(jnp.float32)
-    count = low.astype(jnp.float32) + top * 2.0**32
-    mean = places.astype(jnp.float32) + (high & 0xFFFFFF).astype(jnp.float32) * 2.0**32
-    mean = mean / jnp.maximum(count, 1)
-    place = jnp.floor(mean)
-    # In integers: the places less count * place fit one word, whatever the higher words are.
-    over = lax.bitcast_convert_type(places - low * place.astype(jnp.uint32), jnp.int32)
-    exact = over.astype(jnp.float32) / jnp.maximum(count, 1)
-    return count, place, jnp.where(top > 0, mean - place, exact)
+def _mean_place(words: Array, high: Array) -> tuple[Array, Pair]:
+    """Count and mean place."""
+    count = pair_of(words[..., 0], high >> 24)
+    return count[0], pairs.divide(pair_of(words[..., 1], high & 0xFFFFFF), count)
 
 
 def _ends(sketch: Sketch, row: Array, start: Array, end: Array) -> tuple[Array, Array]:
@@ -354,7 +348,7 @@ def _cell_terms(
     bin_, count = (layout >> 4).astype(jnp.int32), cells[:, 0].astype(jnp.float32)
     row, column = bin_ // bins.COLUMNS, bin_ % bins.COLUMNS
     words = sketch.sums[row, column]
-    _, center, rest = _mean_place(words, sketch.high[row, column])
+    _, (center, rest) = _mean_place(words, sketch.high[row, column])
     start, place = base_of(row) + column.astype(jnp.float32), (low & 0x3FFF).astype(jnp.float32)
     within = cells[:, 1].astype(jnp.float32) / jnp.maximum(count, 1)
     off, mean = ((place - center) - rest + within) * STEP, start + (center + rest) * STEP

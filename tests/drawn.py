@@ -94,7 +94,7 @@ DRAWS: dict[str, Callable[[Generator, int], np.ndarray]] = {
     "few": lambda g, n: (g.random(n) < 1e-3) * _magnitude(g, n),
     "beside a limit": _beside_a_limit,
     "subnormal": lambda g, n: g.random(n) * 10.0 ** g.uniform(-45, -38.5),
-    "smallest": lambda g, n: g.integers(0, 20, n) * 1.4e-45,
+    "smallest": lambda g, n: g.integers(0, g.choice([4, 20, 400]), n) * 2.0**-149,
     "about the smallest normal": lambda g, n: g.random(n) * 10.0 ** g.uniform(-38.5, -35),
     "subnormal and normal": lambda g, n: g.random(n) * np.where(g.random(n) < 0.5, 1e-38, _scale(g)),
     "wide": lambda g, n: 10.0 ** g.uniform(-45, 38, n),
