@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -114,12 +114,14 @@ def _scattered(x: Array) -> Counts:
         return sums, state[1] + high + carry[:, 1], watch
 
     state = (sums, table[:, 0], watch)
-    sums, high, watch = run(0, state) if pieces <= at_once else lax.fori_loop(0, -(-pieces // at_once), run, state)
+    sums, high, watch = (
+        run(0, state) if pieces <= at_once else lax.fori_loop(0, -(-pieces // at_once), run, state)
+    )
     *below, largest, smallest = across([lax.add] * 2 + [lax.max] * 2, *watch.below, *watch[1:])
     return Counts(sums, high, jnp.stack(below), jnp.stack([largest, smallest]))
 
 
-def across(operations: list[Callable[[Array, Array], Array]], *lanes: Array) -> list[Array]:
+def across(operations: Sequence[Callable[[Array, Array], Array]], *lanes: Array) -> list[Array]:
     """Each operation over its lanes [M]: as one reduction, where XLA compiles a chain for each alone."""
 
     def both(a: Any, b: Any) -> Any:
@@ -193,7 +195,9 @@ def _sorted(x: Array) -> Counts:
     below = jnp.searchsorted(ordered, _limits()).astype(jnp.uint32)
     # With no weight the last and the first are no number.
     valid = edges[int(_INVALID >> PLACE_BITS)]
-    extremes = jnp.stack([ordered[jnp.where(valid > 0, valid - 1, x.size - 1)] - _INVALID, np.uint32(0) - ordered[0]])
+    extremes = jnp.stack(
+        [ordered[jnp.where(valid > 0, valid - 1, x.size - 1)] - _INVALID, np.uint32(0) - ordered[0]]
+    )
     return Counts(jnp.stack([count, low], axis=-1), high, below, extremes)
 
 
@@ -219,12 +223,14 @@ class Filled(NamedTuple):
 
 
 def _filled(x: Array, table: Array, base: Array, layout: Array, limits: Array, wanted: Array) -> Filled:
-    """Filled by x [N]; what is not wanted takes no pass and is 0."""
+    """Filled by x [N]; what is not wanted, cells or weights below, takes no pass and tells nothing."""
     piece, cells = _piece(x.size), jnp.zeros((len(layout) + 1, 2), jnp.uint32)
     pieces = jnp.where(wanted > 0, x.size // piece, 0)
 
     def fill(cells: Array, bits: Array) -> Array:
-        entry = table.at[jnp.minimum((bits >> PLACE_BITS) - base, len(table) - 1)].get(mode="promise_in_bounds")
+        entry = table.at[jnp.minimum((bits >> PLACE_BITS) - base, len(table) - 1)].get(
+            mode="promise_in_bounds"
+        )
         depth = entry & 15
         place = (bits & _LAST_PLACE) << depth
         index = (entry >> 4) + (place >> PLACE_BITS)
@@ -252,7 +258,9 @@ def _filled_by_sort(
         count, places, _ = _between(ordered, first, last)
         # Modulo 2^32, which the places above a cell's start sum to less than.
         places = places - count * (start & _LAST_PLACE)
-        return Filled(jnp.stack([count, places], axis=-1), jnp.searchsorted(ordered, limits).astype(jnp.uint32))
+        return Filled(
+            jnp.stack([count, places], axis=-1), jnp.searchsorted(ordered, limits).astype(jnp.uint32)
+        )
 
     def skip() -> Filled:
         return Filled(jnp.zeros((len(layout), 2), jnp.uint32), jnp.zeros_like(limits))
@@ -261,7 +269,7 @@ def _filled_by_sort(
 
 
 def cells_at(table: Array, base: Array, layout: Array, index: Any) -> tuple[Array, Array, Array]:
-    """Of cells from an index on: the first of the bin, the pattern at which they begin and how many they span.
+    """Of cells from an index on: the first of the bin, the pattern at which they begin, how many they span.
 
     A cell that is not in use spans none.
     """

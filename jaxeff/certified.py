@@ -161,7 +161,7 @@ def _unevenness(sketch: Sketch, whole: Whole, sums: Sums) -> dict[str, Known]:
     unsure = jnp.where(sure, 0, np.float32(2 / 3))
     square = sums.square + sums.between.square + (1 - unsure) * sums.open.square
     # What bins' means may be off by, from that of all.
-    off = mean * jnp.where(size < 2.0**32, np.float32(2.0**-46), np.float32(2.0**-32))
+    off = mean * jnp.where(size < 2.0**32, np.float32(2.0**-46), np.float32(2.0**-44))
     doubt = unsure * sums.open.square + off * (2 * sums.distance + size * off)
     roots = jnp.sqrt(jnp.stack([jnp.maximum(square - doubt, 0), square + doubt, square]) / size)
     std = roots[2]
@@ -192,7 +192,9 @@ def _positions(
     values = [*covered.value, fixed[1], fixed[0], *relative.value]
     errors = [*covered.error, *jnp.zeros_like(fixed), *relative.error]
     names = [*COVERAGES, "sparsity_1e2", "sparsity_1e3", *RELATIVE]
-    return {name: Known(value, error + _ROUNDED) for name, value, error in zip(names, values, errors, strict=True)}
+    return {
+        name: Known(value, error + _ROUNDED) for name, value, error in zip(names, values, errors, strict=True)
+    }
 
 
 def _fractions(words: Array, whole: Whole) -> Array:
@@ -210,7 +212,10 @@ class Places(NamedTuple):
 
 
 def find_all(sketch: Sketch, whole: Whole) -> Places:
-    factors = [*(1 - share * moments.TIE for share in COVERAGES.values()), *(moments.TIE * r for r in RELATIVE.values())]
+    factors = [
+        *(1 - share * moments.TIE for share in COVERAGES.values()),
+        *(moments.TIE * r for r in RELATIVE.values()),
+    ]
     values = stacked(*[whole.total] * 3, *[whole.mean] * 2)
     values = pairs.multiply(values, stacked(*(pairs.constant(factor, jnp.float32) for factor in factors)))
     limits = _patterns_above(whole, at(values, slice(3, 5)))
@@ -219,7 +224,10 @@ def find_all(sketch: Sketch, whole: Whole) -> Places:
     columns = jnp.where(jnp.arange(5) < 3, -1, columns)
     rows = (patterns >> 23).astype(jnp.int32)
     found = moments.find_bins(sketch, whole, values, rows, columns)
-    crossings, bounds = (jax.tree.map(lambda part: part[chosen], found) for chosen in (slice(3), slice(3, 5)))
+    crossings, bounds = (
+        jax.tree.map(lambda part: part[:3], found),
+        jax.tree.map(lambda part: part[3:], found),
+    )
     return Places(crossings, at(values, slice(3)), bounds, limits)
 
 
@@ -231,7 +239,9 @@ def _patterns_above(whole: Whole, bounds: Pair) -> Array:
     small, whole_ulps = normal < 1 << 23, jnp.ceil(ulps)
     # The high part of a pair with a low part > 0 is below it.
     more = (low > 0) & (~small | (whole_ulps == ulps))
-    return (jnp.where(small, whole_ulps.astype(jnp.int32), normal) + more).astype(jnp.uint32)
+    return (jnp.where(small, whole_ulps.astype(jnp.int32), normal) + more.astype(jnp.int32)).astype(
+        jnp.uint32
+    )
 
 
 def _coverage(whole: Whole, sure: Array, crossing: Found, goal: Pair) -> Known:
@@ -242,17 +252,19 @@ def _coverage(whole: Whole, sure: Array, crossing: Found, goal: Pair) -> Known:
     """
     missing, mean = less(pairs.add(crossing.lower, crossing.total), goal), crossing.level
     slip = 2 * whole.slip, jnp.zeros_like(whole.slip)
-    parts = stacked(pairs.add(missing, slip), less(missing, slip), less(less(missing, slip), crossing.excess), missing)
+    parts = stacked(
+        pairs.add(missing, slip), less(missing, slip), less(less(missing, slip), crossing.excess), missing
+    )
     each = pairs.divide(parts, stacked(mean, single(crossing.most), single(crossing.least), mean))
     most, by_most, by_least, even = (at(each, index) for index in range(4))
     fewest = _ceil(_larger(_larger(by_most, by_least), single(jnp.zeros_like(mean[0]))))
     most = pick(sure, fewest, _ceil(most))
     # Of weights spread evenly the largest j exceed the mean by a part that falls with j.
     lead = jnp.maximum(jnp.minimum(crossing.most - mean[0], mean[0] - crossing.least), 0) / mean[0]
-    lead = lead * even[0] * jnp.maximum(1 - even[0] / crossing.count[0], 0)
+    lead = lead * even[0] * jnp.maximum(1 - even[0] / crossing.weights[0], 0)
     guess = _ceil(less(even, single(lead)))
     guess = _larger(pick(exceeds(guess, most), most, guess), fewest)
-    above = less(less(whole.size, crossing.fewer), crossing.count)
+    above = less(less(whole.size, crossing.fewer), crossing.weights)
     off = jnp.maximum(less(most, guess)[0], less(guess, fewest)[0])
     return Known(pairs.add(above, guess)[0] / whole.size[0], off / whole.size[0])
 
@@ -265,13 +277,17 @@ def _below(whole: Whole, sure: Array, found: Found, limit: Array) -> Known:
     to_most, to_least = jnp.maximum(found.most - mean, 0), jnp.maximum(mean - found.least, 0)
     largest = jnp.minimum(1, to_most / jnp.maximum(found.most - level + place, place) * _SAFE)
     smallest = jnp.maximum(0, 1 - to_least / jnp.maximum(level - found.least, place) * _SAFE)
-    known = sure | (found.count[0] <= 1) | (level <= found.least) | (level > found.most)
-    inside = jnp.where(found.count[0] > 1, to_most / jnp.maximum(to_most + to_least, place), mean < level)
+    known = sure | (found.weights[0] <= 1) | (level <= found.least) | (level > found.most)
+    of_one = (mean < level).astype(jnp.float32)
+    inside = jnp.where(found.weights[0] > 1, to_most / jnp.maximum(to_most + to_least, place), of_one)
     exact = jnp.where(level <= found.least, 0, jnp.where(level > found.most, 1, inside))
     even = jnp.clip((level - found.least) / jnp.maximum(found.most - found.least, place), smallest, largest)
-    value, error = jnp.where(known, exact, even), jnp.where(known, 0, jnp.maximum(largest - even, even - smallest))
-    count = pairs.add(found.fewer, single(found.count[0] * value))[0]
-    return Known(count / whole.size[0], found.count[0] * error / whole.size[0])
+    value, error = (
+        jnp.where(known, exact, even),
+        jnp.where(known, 0, jnp.maximum(largest - even, even - smallest)),
+    )
+    count = pairs.add(found.fewer, single(found.weights[0] * value))[0]
+    return Known(count / whole.size[0], found.weights[0] * error / whole.size[0])
 
 
 def pick(first: Array, a: Pair, b: Pair) -> Pair:

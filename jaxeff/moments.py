@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -77,8 +76,11 @@ def running(total: Callable[..., Array], values: Array) -> Array:
     operation = {lax.cumsum: lax.add, lax.cummax: lax.max}[total]
 
     def in_sequence(values: Array) -> Array:
-        start = jnp.zeros_like(values[0])
-        return lax.scan(lambda sum, value: (operation(sum, value),) * 2, start, values)[1]
+        def step(total: Array, value: Array) -> tuple[Array, Array]:
+            through = operation(total, value)
+            return through, through
+
+        return lax.scan(step, jnp.zeros_like(values[0]), values)[1]
 
     # XLA's CPU compiles a parallel one ten times as long, and takes 10 us for 512 steps.
     return lax.platform_dependent(values, cpu=in_sequence, default=total)
@@ -98,8 +100,8 @@ def running_over(total: Callable[..., Array], values: Array, width: int) -> Arra
 class Bin(NamedTuple):
     """In steps of its row."""
 
-    count: Array
-    level: Pair  # the mean: the float below it, and what it is above that
+    weights: Array  # how many
+    level: Pair  # the mean
     least: Array  # what weights of the bin may be, from
     most: Array  # to
 
@@ -116,8 +118,9 @@ def _words(sketch: Sketch, row: Array) -> tuple[Array, Array]:
 
 def _bin_of(sketch: Sketch, words: Array, high: Array, row: Array, column: Array) -> Bin:
     start = column.astype(jnp.float32) + base_of(row)
-    count, place, rest = _mean_place(words, high)
-    return Bin(count, (start + place * STEP, rest * STEP), *_ends(sketch, row, start, start + 1))
+    count, place = _mean_place(words, high)
+    level = pairs.add(single(start), times(place, STEP))
+    return Bin(count, level, *_ends(sketch, row, start, start + 1))
 
 
 def base_of(row: Array) -> Array:
@@ -125,17 +128,10 @@ def base_of(row: Array) -> Array:
     return jnp.where(row > 0, np.float32(bins.COLUMNS), np.float32(0))
 
 
-def _mean_place(words: Array, high: Array) -> tuple[Array, Array, Array]:
-    """Count, mean place rounded down and the rest of it, to 2^-24 of a place for up to 2^32 weights."""
-    low, places, top = words[..., 0], words[..., 1], (high >> 24).astype(jnp.float32)
-    count = low.astype(jnp.float32) + top * 2.0**32
-    mean = places.astype(jnp.float32) + (high & 0xFFFFFF).astype(jnp.float32) * 2.0**32
-    mean = mean / jnp.maximum(count, 1)
-    place = jnp.floor(mean)
-    # In integers: the places less count * place fit one word, whatever the higher words are.
-    over = lax.bitcast_convert_type(places - low * place.astype(jnp.uint32), jnp.int32)
-    exact = over.astype(jnp.float32) / jnp.maximum(count, 1)
-    return count, place, jnp.where(top > 0, mean - place, exact)
+def _mean_place(words: Array, high: Array) -> tuple[Array, Pair]:
+    """Count and mean place."""
+    count = pair_of(words[..., 0], high >> 24)
+    return count[0], pairs.divide(pair_of(words[..., 1], high & 0xFFFFFF), count)
 
 
 def _ends(sketch: Sketch, row: Array, start: Array, end: Array) -> tuple[Array, Array]:
@@ -180,7 +176,9 @@ def _digits(sketch: Sketch, row: Array) -> Array:
     words, high = _words(sketch, row)
     column = jnp.arange(bins.COLUMNS, dtype=jnp.uint32)[:, None]
     counts = _split(words[:, :1], (high >> 24)[:, None], 14)
-    return jnp.concatenate([counts, counts * column, _split(words[:, 1:], (high & 0xFFFFFF)[:, None], 18)], axis=1)
+    return jnp.concatenate(
+        [counts, counts * column, _split(words[:, 1:], (high & 0xFFFFFF)[:, None], 18)], axis=1
+    )
 
 
 def _split(low: Array, high: Array, width: int) -> Array:
@@ -196,7 +194,7 @@ def _split(low: Array, high: Array, width: int) -> Array:
 def _numbers(digits: Array, row: Array) -> tuple[Pair, Pair]:
     """Count and total, in steps, of sums [9] of a row's digits."""
     high, low = pair_of(digits.reshape(3, 3))
-    radix = np.float32([2.0**14, 2.0**14, 2.0**18])
+    radix = np.asarray([2.0**14, 2.0**14, 2.0**18], np.float32)
     upper = pairs.add((high[:, 1] * radix, low[:, 1] * radix), (high[:, 2] * radix**2, low[:, 2] * radix**2))
     count, columns, places = (at(pairs.add((high[:, 0], low[:, 0]), upper), index) for index in range(3))
     return count, pairs.add(times(count, base_of(row)), pairs.add(columns, times(places, STEP)))
@@ -299,12 +297,18 @@ def sums_of(sketch: Sketch, whole: Whole, refinement: Refinement | None) -> Sums
 
     sums = _walk(terms, whole.first, whole.last + 1, (7, bins.COLUMNS))
     zeros = whole.zeros[0] * whole.mean[0]
-    known, opened = sums[:4] + jnp.stack([0 * zeros, 0 * zeros, zeros, zeros * whole.mean[0]]), sums[4:]
+    (balance, logarithm, distance, square), opened = (sums[index] for index in range(4)), sums[4:]
     between = jnp.zeros_like(opened)
     if refinement is not None:
         cells = _cell_sums(sketch, whole, refinement)
         between, opened = cells[:3], opened + cells[3:]
-    return Sums(*known, Open(*between), Open(*opened))
+    return Sums(
+        balance,
+        logarithm,
+        distance + zeros,
+        square + zeros * whole.mean[0],
+        *(Open(part[0], part[1], part[2]) for part in (between, opened)),
+    )
 
 
 def unit_of(sketch: Sketch, whole: Whole) -> Array:
@@ -332,16 +336,19 @@ def _cell_sums(sketch: Sketch, whole: Whole, refinement: Refinement) -> Array:
     return _walk(terms, 0, (refinement.used + (_AT_ONCE - 1)) // _AT_ONCE, (6, _AT_ONCE))
 
 
-def _cell_terms(sketch: Sketch, whole: Whole, refinement: Refinement, before: Array, index: Array) -> list[Array]:
+def _cell_terms(
+    sketch: Sketch, whole: Whole, refinement: Refinement, before: Array, index: Array
+) -> list[Array]:
     layout, cells, fewer = (
-        lax.dynamic_slice_in_dim(part, index, _AT_ONCE) for part in (refinement.layout, refinement.cells, before)
+        lax.dynamic_slice_in_dim(part, index, _AT_ONCE)
+        for part in (refinement.layout, refinement.cells, before)
     )
     first, low, floats = bins.cells_at(refinement.table, refinement.base, layout, index)
     fewer = fewer - before[first]
     bin_, count = (layout >> 4).astype(jnp.int32), cells[:, 0].astype(jnp.float32)
     row, column = bin_ // bins.COLUMNS, bin_ % bins.COLUMNS
     words = sketch.sums[row, column]
-    _, center, rest = _mean_place(words, sketch.high[row, column])
+    _, (center, rest) = _mean_place(words, sketch.high[row, column])
     start, place = base_of(row) + column.astype(jnp.float32), (low & 0x3FFF).astype(jnp.float32)
     within = cells[:, 1].astype(jnp.float32) / jnp.maximum(count, 1)
     off, mean = ((place - center) - rest + within) * STEP, start + (center + rest) * STEP
@@ -350,7 +357,9 @@ def _cell_terms(sketch: Sketch, whole: Whole, refinement: Refinement, before: Ar
     ends = _ends(sketch, row, left, left + floats.astype(jnp.float32) * STEP)
     opened = _open(count, (left, within * STEP), *ends, factor)
     count = count * factor
-    between = Open(count * off * ranks, count * off * off * factor, count * mean * _gap(off / jnp.maximum(mean, STEP)))
+    between = Open(
+        count * off * ranks, count * off * off * factor, count * mean * _gap(off / jnp.maximum(mean, STEP))
+    )
     # Of a cell of two floats nothing is open: its weights are at its ends.
     between = [known + jnp.where(floats == 2, most, 0) for known, most in zip(between, opened, strict=True)]
     return [*between, *(jnp.where(floats == 2, 0, most) for most in opened)]
@@ -374,7 +383,7 @@ class Found(NamedTuple):
     most: Array
     fewer: Pair  # weights below
     lower: Pair  # their sum
-    count: Pair
+    weights: Pair  # in it
     level: Pair  # the mean
     total: Pair
     excess: Pair  # total less count * least
@@ -398,7 +407,12 @@ def _bin_numbers(sketch: Sketch, whole: Whole, goal: Pair, row: Array, column: A
     column, below = _column(whole, running(lax.cumsum, digits) - digits, goal, row, column)
     words, high = sketch.sums[row, column], sketch.high[row, column]
     _, level, least, most = _bin_of(sketch, words, high, row, column)
-    count, level, least, most = pair_of(words[0], high >> 24), times(level, factor), least * factor, most * factor
+    count, level, least, most = (
+        pair_of(words[0], high >> 24),
+        times(level, factor),
+        least * factor,
+        most * factor,
+    )
     over = stacked(level, less(level, single(least)))
     totals = pairs.multiply(count, over)
     bin_ = (row * bins.COLUMNS + column).astype(jnp.float32)

@@ -1,16 +1,16 @@
 """Metrics of weights of any number, from one pass: `sketch` counts, `merge` adds, `summarize` tells.
 
-    whole = sketch(x)                                     one pass
-    whole = merge(sketch(part), sketch(other))            the same to the bit, however x is cut
-    metrics, bounds = summarize(whole)                    each metric, and how far off it may be
-    metrics, bounds = summarize(whole, refine(whole, x))  after a second pass, within 3e-6
-    metrics, bounds = summarize_array(x)                  both passes
+whole = sketch(x)                                     one pass
+whole = merge(sketch(part), sketch(other))            the same to the bit, however x is cut
+metrics, bounds = summarize(whole)                    each metric, and how far off it may be
+metrics, bounds = summarize(whole, refine(whole, x))  after a second pass, within 3e-6
+metrics, bounds = summarize_array(x)                  both passes
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,7 @@ from jaxeff.moments import Whole
 
 _GOOD = 2.0**-19  # a bound that asks for no second pass
 _ROWS = 64  # that cells can be in: what is 2^64 below the largest weight decides nothing
-_BY_COUNT = bins.PLACE_BITS - 2
-_CELLS = (4 << bins.PLACE_BITS) + (1 << _BY_COUNT)  # 3 bins with one a float, as many by use, some by count
+_CELLS = 5 << bins.PLACE_BITS  # 3 bins with one a float, some by use, some by count
 _NONE = np.uint32(_CELLS << 4)
 
 
@@ -42,7 +41,7 @@ class Sketch:
     """
 
     sums: Array
-    """[256, 512, 2], of each bin its weights and the sum of the last 14 bits of their patterns, modulo 2^32."""
+    """[256, 512, 2], of each bin its weights and the sum of their patterns' last 14 bits, modulo 2^32."""
     high: Array
     """[256, 512], the multiples of 2^32 in these: 8 bits and 24 bits."""
     tallies: Array
@@ -63,9 +62,9 @@ class Refinement:
     base: Array
     """[1], the first of these bins."""
     layout: Array
-    """[69632], of each cell its bin and the logarithm of how many that has."""
+    """[81920], of each cell its bin and the logarithm of how many that has."""
     cells: Array
-    """[69632, 2], of each cell its weights and the sum of their places in it."""
+    """[81920, 2], of each cell its weights and the sum of their places in it."""
     used: Array
     """[], how many cells the bins have."""
     below: Array
@@ -83,14 +82,38 @@ class Refinement:
         return (self.table[bin_.astype(jnp.uint32) - self.base[0]] >> 4).astype(jnp.int32)
 
 
+Part = TypeVar("Part", Sketch, Refinement)
+
+
 @jax.jit
-def sketch(x: ArrayLike) -> Sketch:
+def sketch(x: ArrayLike, size: ArrayLike | None = None) -> Sketch:
+    """Counts of x [...], in one pass; without derivatives.
+
+    The bin of a weight is its bit pattern >> 14, its place in it the last 14 bits. An entry that is no
+    importance (nan, infinite or negative) makes every float metric nan. Values are taken as float32, which
+    the narrower dtypes fit exactly and others are rounded to.
+
+    Args:
+        x: [...], importances, at most 2^31 - 1.
+        size: [], an integer, which may be traced: only so many of the first entries of x.ravel() count, and
+            the others must be 0.
+
+    Raises:
+        ValueError: x is empty, or too large for one pass.
+        TypeError: x is no array, or one of booleans or complex numbers.
+
+    >>> metrics, bounds = summarize(sketch(jnp.array([4.0, 3.0, 2.0, 1.0])))
+    >>> metrics.coverage_90, bounds.coverage_90 < 1e-6
+    (Array(0.75, dtype=float32), Array(True, dtype=bool))
+    """
     x = _checked(x)
     counts = bins.count(x)
     shape = (bins.ROWS, bins.COLUMNS)
-    tallies = jnp.concatenate([jnp.full(1, x.size, jnp.uint32), counts.below])
+    size = jnp.asarray(x.size if size is None else size).astype(jnp.uint32)
+    tallies = jnp.concatenate([size[None], counts.below])
+    sums = counts.sums.reshape(*shape, 2)
     return Sketch(
-        counts.sums.reshape(*shape, 2),
+        sums.at[-1, 1, 0].add(size - np.uint32(x.size)),  # as many zeros less
         counts.high.reshape(shape),
         jnp.stack([tallies, jnp.zeros_like(tallies)], axis=1),
         counts.extremes,
@@ -104,13 +127,37 @@ def _checked(x: ArrayLike) -> Array:
     x = jnp.asarray(x)
     if x.dtype == jnp.bool_ or not jnp.isrealobj(x) or not jnp.issubdtype(x.dtype, jnp.number):
         raise TypeError(f"`x` must hold real numbers, one importance per weight; got {x.dtype}.")
-    if not 0 < x.size < 2**31:
-        raise ValueError(f"`x` must have from 1 to 2^31 - 1 entries; got shape {x.shape}. Merge sketches of parts.")
+    if x.size == 0:
+        raise ValueError(f"`x` is empty, shape {x.shape}: a layer without weights has no metrics.")
+    if x.size >= 2**31:
+        raise ValueError(
+            f"`x` must have fewer than 2^31 entries; got {x.shape}. Use `merge` on sketches of parts."
+        )
     return lax.stop_gradient(x if x.ndim else x[None])
 
 
 @jax.jit
-def merge(a: Sketch, b: Sketch) -> Sketch:
+def merge(a: Part, b: Part) -> Part:
+    """The sketch of two arrays together, to the bit; of two refinements of one sketch, their sum.
+
+    Bins add, a + b, so that order and grouping change nothing.
+
+    Args:
+        a: a Sketch or a Refinement.
+        b: the like.
+
+    Raises:
+        TypeError: a and b are not of one kind.
+
+    >>> parts = sketch(jnp.array([4.0, 3.0])), sketch(jnp.array([2.0, 1.0]))
+    >>> summarize(merge(*parts))[0].size
+    Array(4, dtype=int32)
+    """
+    if isinstance(a, Refinement) and isinstance(b, Refinement):
+        return dataclasses.replace(a, cells=a.cells + b.cells, below=_added(a.below, b.below))
+    if not (isinstance(a, Sketch) and isinstance(b, Sketch)):
+        kinds = f"{type(a).__name__} and {type(b).__name__}"
+        raise TypeError(f"`a` and `b` must be two sketches, or two refinements of one; got {kinds}.")
     sums, carry = bins.add(a.sums, b.sums)
     return Sketch(
         sums,
@@ -129,18 +176,59 @@ def _added(a: Array, b: Array) -> Array:
 
 @jax.jit
 def summarize(sketch: Sketch, refinement: Refinement | None = None) -> tuple[Metrics, Bounds]:
+    """Every metric of the weights of a sketch, and how far it may be from exact arithmetic on them.
+
+    |metric - exact| <= bound, or <= bound * exact where `Bounds` says so. Counts are exact up to 2^31 - 1,
+    where they stop.
+
+    Args:
+        sketch: of fewer than 2^40 weights.
+        refinement: by all weights of this sketch. From 10^5 weights to 2^31 - 1 it brings every bound below
+            3e-6.
+
+    >>> metrics, bounds = summarize(sketch(jnp.array([3.0, 1.0, 0.0, 0.0])))
+    >>> metrics.gini, bounds.gini < 1e-6
+    (Array(0.625, dtype=float32), Array(True, dtype=bool))
+    """
     whole = moments.whole_of(sketch)
     return certified.certify(sketch, whole, certified.find_all(sketch, whole), refinement)
 
 
 @jax.jit
 def refine(sketch: Sketch, x: ArrayLike) -> Refinement:
+    """A second pass, over x [...]: what leaves the bounds of the sketch wide, counted in finer cells.
+
+    Of weights in parts, refine the sketch of all by each part, and `merge` the refinements.
+
+    Args:
+        sketch: of all the weights.
+        x: [...], the same weights or a part of them; zeros count for nothing.
+
+    Raises:
+        ValueError: x is empty, or too large for one pass.
+        TypeError: x is no array, or one of booleans or complex numbers.
+
+    >>> x = jnp.array([4.0, 3.0, 2.0, 1.0])
+    >>> whole = sketch(x)
+    >>> summarize(whole, refine(whole, x))[0].coverage_50
+    Array(0.5, dtype=float32)
+    """
     whole = moments.whole_of(sketch)
     return _refined(sketch, whole, certified.find_all(sketch, whole), _checked(x))
 
 
 @jax.jit
 def summarize_array(x: ArrayLike) -> tuple[Metrics, Bounds]:
+    """summarize(s, refine(s, x)) with s = sketch(x), in one program.
+
+    Raises:
+        ValueError: x [...] is empty, or too large for one pass.
+        TypeError: x is no array, or one of booleans or complex numbers.
+
+    >>> metrics, bounds = summarize_array(jnp.array([1.0, 1.0, 0.0, 0.0]))
+    >>> metrics.effective_params, bounds.effective_params < 1e-6
+    (Array(2., dtype=float32), Array(True, dtype=bool))
+    """
     counts = sketch(x)
     whole = moments.whole_of(counts)
     found = certified.find_all(counts, whole)
@@ -157,7 +245,8 @@ def _refined(sketch: Sketch, whole: Whole, places: Places, x: Array) -> Refineme
     )
     base = (first * bins.COLUMNS).astype(jnp.uint32)[None]
     filled = bins.fill(x, table, base, layout, places.limits, jnp.stack([cells, count]).astype(jnp.int32))
-    below = jnp.stack([filled.below, jnp.zeros_like(filled.below)], axis=1)
+    below = jnp.where(count, filled.below, 0)
+    below = jnp.stack([below, jnp.zeros_like(below)], axis=1)
     return Refinement(table, base, layout, filled.cells, used, below, count)
 
 
@@ -169,30 +258,40 @@ def _wanted(
     row, column = first + jnp.arange(_ROWS, dtype=jnp.int32), jnp.arange(bins.COLUMNS, dtype=jnp.float32)
     factor, count = moments.factor_of(whole.last, row)[:, None], counts.astype(jnp.float32)
     off = column[None] * factor + (moments.base_of(row)[:, None] * factor - mean)
-    lanes = (counts > 1).astype(jnp.float32), count * count * factor, count * factor * factor, count * off * off
+    lanes = (
+        (counts > 1).astype(jnp.float32),
+        count * count * factor,
+        count * factor * factor,
+        count * off * off,
+    )
     shared, crowding, blur, spread = bins.across([lax.add] * 4, *(lane.reshape(-1) for lane in lanes))
     # Weights may be up to a step above the start of their bin, by which `off` measures them.
     spread = jnp.maximum(jnp.sqrt(spread) - jnp.sqrt(blur), 0) ** 2
     subnormal = jnp.where(whole.last > 0, whole.before[0][1, 1], total)
     width = (crossing.most - crossing.least) / jnp.maximum(crossing.least, moments.STEP)
-    crossed = (crossing.count[0] > 1) & (width > 0) & (width * crossing.count[0] / 4 + 1 > _GOOD * size)
-    coarse = (crowding / 6 > _GOOD * size * total) | (blur / 12 > _GOOD * spread) | (subnormal > _GOOD * total)
+    crossed = (crossing.weights[0] > 1) & (width > 0) & (width * crossing.weights[0] / 4 + 1 > _GOOD * size)
+    coarse = (
+        (crowding / 6 > _GOOD * size * total) | (blur / 12 > _GOOD * spread) | (subnormal > _GOOD * total)
+    )
     open_ = ~moments.is_sure(sketch) & ~certified.is_even(sketch, whole)
     cells = open_ & (size < 2.0**31) & (coarse | crossed.any())
-    return cells, open_ & (places.bounds.count[0] > _GOOD * size).any(), shared
+    return cells, open_ & (places.bounds.weights[0] > _GOOD * size).any(), shared
 
 
 def _plan(
     sketch: Sketch, row: Array, counts: Array, shared: Array, crossed: Array
 ) -> tuple[Array, Array, Array]:
-    """Table, layout and number of cells: to each bin by its weights and by how few are in use, to the crossed all."""
+    """Table, layout and number of cells.
+
+    A bin has them by how few bins are in use, and by its share of the weights: so few are in a cell of many
+    floats that the sum of their places fits one word. A crossed one has one for each float.
+    """
     index = row * bins.COLUMNS + jnp.arange(counts.size, dtype=jnp.int32)
-    spare, depth = jnp.zeros_like(shared), jnp.zeros(counts.shape, jnp.uint32)
+    spare, depth = jnp.zeros((), jnp.uint32), jnp.zeros(counts.shape, jnp.uint32)
     for number in range(bins.PLACE_BITS):
-        spare = spare + (shared <= 2.0**number)
-    for number in range(_BY_COUNT):
-        depth = depth + (counts >= (sketch.tallies[0, 0] + ((1 << number) - 1)) >> number)
-    depth = jnp.where(counts > 1, jnp.maximum(depth, spare.astype(jnp.uint32)), 0)
+        spare = spare + (shared <= 2.0**number).astype(jnp.uint32)
+        depth = depth + (counts >= (sketch.tallies[0, 0] + ((1 << number) - 1)) >> number).astype(jnp.uint32)
+    depth = jnp.where(counts > 1, jnp.maximum(depth, spare), 0)
     is_crossed = (index[None] == crossed[:, None]).any(axis=0) & (counts > 0)
     depth = jnp.where(is_crossed, np.uint32(bins.PLACE_BITS), depth)
     number = jnp.where(depth > 0, np.uint32(1) << depth, 0)
@@ -200,7 +299,9 @@ def _plan(
     first, used = through - number, through[-1]
     table = jnp.append(jnp.where(depth > 0, (first << 4) | depth, _NONE), _NONE)
     at_first = jnp.where(depth > 0, first, np.uint32(_CELLS))
-    marks = jnp.zeros(_CELLS, jnp.uint32).at[at_first].set((index.astype(jnp.uint32) << 4) | depth, mode="drop")
+    marks = (
+        jnp.zeros(_CELLS, jnp.uint32).at[at_first].set((index.astype(jnp.uint32) << 4) | depth, mode="drop")
+    )
     layout = moments.running_over(lax.cummax, marks, 1024)
     in_use = jnp.arange(_CELLS, dtype=jnp.uint32) < used
     return table, jnp.where(in_use, layout, 0), used.astype(jnp.int32)

@@ -1,0 +1,62 @@
+"""Run by test_sketch.py in a process with eight devices: sketches of sharded arrays against one device's."""
+
+import drawn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxeff.sketch import refine, sketch, summarize
+
+SPECS = {
+    "rows": P("a"),
+    "columns": P(None, "b"),
+    "both": P("a", "b"),
+    "in one": P(("a", "b")),
+    "replicated": P(),
+}
+COPYING = ("all-gather", "all-to-all", "collective-permute")
+
+
+def assert_same(a, b) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), a, b)
+
+
+def main() -> None:
+    assert len(jax.devices()) == 8
+    automatic = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    explicit = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    x = drawn.draw("clusters", 0, 2**16).reshape(512, 128)
+    alone = sketch(x)
+    fine = refine(alone, x)
+    want = summarize(alone, fine)
+    for mesh in (automatic, explicit):
+        for name, spec in SPECS.items():
+            lying = jax.device_put(x, NamedSharding(mesh, spec))
+            program = sketch.lower(lying).compile()
+            assert not any(word in program.as_text() for word in COPYING), (mesh, name)
+            assert_same(program(lying), alone)
+            if name == "both":
+                whole = program(lying)
+                again = refine(whole, lying)
+                assert_same(again, fine)
+                if mesh is automatic:
+                    assert_same(summarize(whole, again), want)
+
+    def of_part(part: jax.Array):
+        return jax.tree.map(lambda leaf: leaf[None], sketch(part))
+
+    parts = jax.shard_map(of_part, mesh=automatic, in_specs=P("a"), out_specs=P("a"), check_vma=False)
+    each = parts(jax.device_put(x, NamedSharding(automatic, P("a"))))
+    for index, rows in enumerate(np.split(x, 4)):
+        assert_same(jax.tree.map(lambda leaf, i=index: leaf[i], each), sketch(rows))
+
+    large = jax.ShapeDtypeStruct((2**12, 2**12), jnp.float32, sharding=NamedSharding(automatic, P("a", "b")))
+    program = sketch.lower(large).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 64e6
+    assert not any(word in program.as_text() for word in COPYING)
+
+
+if __name__ == "__main__":
+    main()
