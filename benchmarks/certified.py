@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from jaxeff import metrics
+from jaxeff import exact
 from jaxeff.sketch import refine, sketch, summarize, summarize_array
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -77,7 +77,7 @@ def _cost(weights: int, repeats: int) -> None:
             "summarize a refined sketch": lambda: summarize(counts, fine),
             "both passes": lambda: summarize_array(x),
             "both passes, nearly constant": lambda: summarize_array(near),
-            "metrics.summarize": lambda: metrics.summarize(x),
+            "exact.summarize": lambda: exact.summarize(x),
         },
         repeats,
     )

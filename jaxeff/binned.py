@@ -5,7 +5,7 @@ largest are cut into at most 2^16 bins, at most 2^-8 wide relative to what they 
 range allows: of nearly equal weights each bin is one float. A bin keeps how many weights it holds, and
 the sum of their places in it. What the weights of one bin differ by is left out, so that arrays of few
 distinct values are exact and others good to 1e-6. One pass of a few ns a weight on a CPU, where sorting
-takes 100. Imports `metrics`, `pairs`.
+takes 100. Imports `exact`, `pairs`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxeff import pairs
-from jaxeff.metrics import TIE, Metrics, excess_over_mean, float_at_least
+from jaxeff.exact import TIE, Metrics, excess_over_mean, float_at_least
 from jaxeff.pairs import Pair
 
 COVERAGES = {"coverage_50": 0.5, "coverage_80": 0.8, "coverage_90": 0.9}
@@ -271,7 +271,7 @@ def _spread(bins: Bins, y: Array, before: Array, total: Pair, mean: Pair, size: 
 
 
 def _information(spread: _Spread, size: _Size) -> dict[str, Array]:
-    """As in `metrics`: of H and ln N - H, the smaller is a sum of terms of one sign, and leads."""
+    """As in `exact`: of H and ln N - H, the smaller is a sum of terms of one sign, and leads."""
     most, scale = size.log, jnp.where(size.int > 1, size.log, 1)
     divergence = jnp.where(spread.even, 0, spread.divergence)
     shannon = jnp.maximum(spread.entropy, 0)

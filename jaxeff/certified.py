@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxeff import bins, moments, pairs
-from jaxeff.metrics import Metrics
+from jaxeff.exact import TIE, Metrics
 from jaxeff.moments import Found, Sums, Whole, at, exceeds, less, single, stacked
 from jaxeff.pairs import Pair
 
@@ -213,8 +213,8 @@ class Places(NamedTuple):
 
 def find_all(sketch: Sketch, whole: Whole) -> Places:
     factors = [
-        *(1 - share * moments.TIE for share in COVERAGES.values()),
-        *(moments.TIE * r for r in RELATIVE.values()),
+        *(1 - share * TIE for share in COVERAGES.values()),
+        *(TIE * r for r in RELATIVE.values()),
     ]
     values = stacked(*[whole.total] * 3, *[whole.mean] * 2)
     values = pairs.multiply(values, stacked(*(pairs.constant(factor, jnp.float32) for factor in factors)))

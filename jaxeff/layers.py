@@ -1,7 +1,7 @@
 """One weight and what its units emit -> its row of the report.
 
-Layers share compiled kernels, which run over them in a loop. Imports `binned`, `granularity`, `importance`,
-`metrics`, `records`, `statistics`.
+Layers share compiled kernels, which run over them in a loop. Imports `binned`, `exact`, `granularity`,
+`importance`, `records`, `statistics`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import binned, granularity, importance, metrics
+from jaxeff import binned, exact, granularity, importance
+from jaxeff.exact import Metrics, Packed
 from jaxeff.importance import Criterion
-from jaxeff.metrics import Metrics, Packed
 from jaxeff.precision import widened
 from jaxeff.records import Activity, LayerNumbers, LayerStructure, Null, none_of
 from jaxeff.statistics import (
@@ -289,7 +289,7 @@ def _count_all(criterion: Criterion, layers: Sequence[Layer]) -> _Found:
         rows = jnp.stack([made.units, _null_scores(criterion, made, width)])
         others = jax.lax.map(lambda row: binned.count(*row), (rows, sizes))
         rows = jax.tree.map(lambda one, two: jnp.concatenate([one[None], two]), bins, others)
-        read = lambda row: metrics.pack(binned.summarize_bins(*row))  # noqa: E731
+        read = lambda row: exact.pack(binned.summarize_bins(*row))  # noqa: E731
         summaries = jax.lax.map(read, (rows, jnp.append(size, sizes)))
         return summaries, made
 
@@ -302,7 +302,7 @@ def _count_all(criterion: Criterion, layers: Sequence[Layer]) -> _Found:
     steps = [(*positions[i], _size(layer), _unit_count(layer)) for i, layer in enumerate(layers)]
     summaries, made = jax.lax.map(step, tuple(jnp.asarray(c, jnp.int32) for c in zip(*steps, strict=True)))
     apart = jax.tree.map(lambda leaf: [leaf[:, at] for at in range(3)], summaries)
-    scores, units, null = (metrics.unpack(Packed(*pair)) for pair in zip(*apart, strict=True))
+    scores, units, null = (exact.unpack(Packed(*pair)) for pair in zip(*apart, strict=True))
     return _Found(scores, units, null, made)
 
 
@@ -374,8 +374,8 @@ def _summarize(
     null = jax.lax.map(lambda sample: _null_scores(criterion, sample, width), samples)
     rows = jnp.concatenate([samples.units, null, *([] if last is None else [last])])
     sizes = [*map(_unit_count, layers), *(importance.NULL_SIZE for _ in layers), *map(_size, open_)]
-    summarized = lambda sample: metrics.pack(metrics.summarize_padded(*sample))  # noqa: E731
-    found = metrics.unpack(jax.lax.map(summarized, (rows, jnp.asarray(sizes, jnp.int32))))
+    summarized = lambda sample: exact.pack(exact.summarize_padded(*sample))  # noqa: E731
+    found = exact.unpack(jax.lax.map(summarized, (rows, jnp.asarray(sizes, jnp.int32))))
     units, null, small = (
         jax.tree.map(lambda leaf, at=at: leaf[at], found)
         for at in (slice(0, count), slice(count, 2 * count), slice(2 * count, None))
@@ -430,7 +430,7 @@ def _make_all(criterion: Criterion, layers: Sequence[Layer], width: int) -> tupl
         made = jax.lax.switch(group, branches, member)
         if length == width:
             return made, None
-        return made._replace(scores=None), metrics.summarize_padded(made.scores, size)
+        return made._replace(scores=None), exact.summarize_padded(made.scores, size)
 
     position = {index: (g, i) for g, group in enumerate(members) for i, index in enumerate(group)}
     steps = [(*position[index], _size(layer)) for index, layer in enumerate(layers)]

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from jaxeff.sketch import Refinement, Sketch
 
 STEP = np.float32(2.0**-bins.PLACE_BITS)  # a place
-TIE = 1 - 2.0**-40  # as in `metrics`: what meets a target to this factor meets it
 _AT_ONCE = 1024  # cells
 
 

@@ -1,7 +1,7 @@
 """What a report is made of: the numbers of layers, of other leaves, of modules and of the model.
 
 Everything is a pytree: structure (paths, shapes, reasons) is static, numbers are arrays. Imports
-`metrics`, `statistics`.
+`exact`, `statistics`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxeff.metrics import Metrics
+from jaxeff.exact import Metrics
 from jaxeff.statistics import UnitStatistics
 
 _STATIC = {"static": True}

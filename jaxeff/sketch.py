@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from jaxeff import bins, certified, moments
 from jaxeff.certified import Bounds as Bounds
 from jaxeff.certified import Places
-from jaxeff.metrics import Metrics
+from jaxeff.exact import Metrics
 from jaxeff.moments import Whole
 
 _GOOD = 2.0**-19  # a bound that asks for no second pass

@@ -1,4 +1,4 @@
-"""The numbers of all layers -> those of the model as a whole. Imports `metrics`, `records`."""
+"""The numbers of all layers -> those of the model as a whole. Imports `exact`, `records`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxeff.metrics import Metrics
+from jaxeff.exact import Metrics
 from jaxeff.records import LayerNumbers, LayerStructure, ModelReport
 
 

@@ -14,7 +14,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxeff import metrics
+from jaxeff import exact, metrics
 from jaxeff.metrics import summarize
 
 FIELDS = [field.name for field in dataclasses.fields(metrics.Metrics)]
@@ -506,7 +506,7 @@ def test_scratch_memory_is_a_few_times_the_input(function: Callable, copies: flo
 @pytest.mark.parametrize("make", [normal, lambda n: np.full(n, 0.1, np.float32), lambda n: np.eye(1, n)[0]])
 def test_padding_with_zeros_changes_nothing(size: int, make: Callable) -> None:
     x = jnp.asarray(make(size), jnp.float32)
-    padded = metrics.summarize_padded(jnp.pad(x, (0, 10_000 - size)), size)
+    padded = exact.summarize_padded(jnp.pad(x, (0, 10_000 - size)), size)
     # Two roundings: N is a constant in the one and an argument in the other.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), summarize(x), padded)
 
@@ -515,7 +515,7 @@ def test_padding_with_zeros_changes_nothing(size: int, make: Callable) -> None:
 def test_padding_with_zeros_changes_no_slope(field: str) -> None:
     x = jnp.asarray(normal(100))
     plain = jax.grad(lambda x: getattr(summarize(x), field))(x)
-    padded = jax.grad(lambda x: getattr(metrics.summarize_padded(jnp.pad(x, (0, 60)), 100), field))(x)
+    padded = jax.grad(lambda x: getattr(exact.summarize_padded(jnp.pad(x, (0, 60)), 100), field))(x)
     np.testing.assert_allclose(padded, plain, rtol=1e-5, atol=1e-9)
 
 
@@ -641,3 +641,37 @@ def test_descending_the_entropy_concentrates_a_layer() -> None:
 
     _, losses = jax.lax.scan(step, jnp.asarray(normal(64)), length=20)
     assert losses[-1] < 0.9 * losses[0]
+
+
+# Methods
+
+
+def test_the_two_methods_agree() -> None:
+    x = np.abs(np.random.default_rng(0).standard_normal(100_003)).astype(np.float32)
+    by_order, by_counts = metrics.summarize(x, method="exact"), metrics.summarize(x, method="sketch")
+    for field in dataclasses.fields(by_order):
+        close = pytest.approx(float(getattr(by_order, field.name)), rel=6e-6, abs=6e-6)
+        assert float(getattr(by_counts, field.name)) == close, field.name
+
+
+def test_without_a_method_large_arrays_are_sketched() -> None:
+    shapes = {size: jax.ShapeDtypeStruct((size,), jnp.float32) for size in (1 << 16, 1 << 22)}
+    primitives = {
+        size: {equation.params.get("name") for equation in jax.make_jaxpr(metrics.summarize)(shape).eqns}
+        for size, shape in shapes.items()
+    }
+    assert primitives[1 << 16] == {"summarize"} and "summarize" not in primitives[1 << 22]
+
+
+def test_a_sketch_has_the_derivative_of_sorting() -> None:
+    x = np.abs(np.random.default_rng(0).standard_normal(1000)).astype(np.float32)
+    ours, theirs = (
+        jax.grad(lambda x, method=method: metrics.summarize(x, method=method).gini)(x)
+        for method in ("sketch", "exact")
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_an_unknown_method_is_named() -> None:
+    with pytest.raises(ValueError, match="`method` must be 'exact', 'sketch' or None, got 'fast'"):
+        metrics.summarize(jnp.ones(3), method="fast")

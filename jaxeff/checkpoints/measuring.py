@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxeff import importance, metrics, sketch
+from jaxeff import exact, importance, sketch
 from jaxeff.checkpoints.stored import Stored
-from jaxeff.metrics import Metrics
+from jaxeff.exact import Metrics
 from jaxeff.records import Null, OtherNumbers
 from jaxeff.sketch import Refinement, Sketch
 from jaxeff.statistics import Derivatives
@@ -150,25 +150,13 @@ class UnitSums:
 def counted_on(counts: Sketch | None, elements: np.ndarray) -> Sketch:
     """The counts with those of one more piece [n], n up to LARGE."""
     if counts is None:
-        counts = _counted(np.zeros(SMALL, elements.dtype), np.int32(0))
+        counts = sketch.sketch(np.zeros(SMALL, elements.dtype), np.int32(0))
     return _counted_on(counts, padded(elements), np.int32(elements.size))
 
 
 @jax.jit
 def _counted_on(counts: Sketch, elements: Array, size: Array) -> Sketch:
-    return sketch.merge(counts, _counted(jnp.abs(elements), size))
-
-
-@jax.jit
-def _counted(x: Array, size: Array) -> Sketch:
-    """The sketch of x[:size]; the others must be 0."""
-    whole = sketch.sketch(x)
-    padding = x.size - size.astype(jnp.uint32)
-    return dataclasses.replace(
-        whole,
-        sums=whole.sums.at[-1, 1, 0].add(-padding),
-        tallies=whole.tallies.at[0, 0].set(size.astype(jnp.uint32)),
-    )
+    return sketch.merge(counts, sketch.sketch(jnp.abs(elements), size))
 
 
 def padded(elements: np.ndarray) -> np.ndarray:
@@ -194,21 +182,13 @@ def read_counts(counts: Sketch, again: Callable[[], Iterator[Piece]]) -> Metrics
 
 def _refined_on(sum: Refinement | None, counts: Sketch, elements: np.ndarray) -> Refinement:
     one = jax.block_until_ready(_refined(counts, elements))
-    return one if sum is None else _added(sum, one)
+    return one if sum is None else sketch.merge(sum, one)
 
 
 @jax.jit
 def _refined(counts: Sketch, elements: Array) -> Refinement:
     # Zeros are in no cell and below no limit, those of the padding too.
     return sketch.refine(counts, jnp.abs(elements))
-
-
-@jax.jit
-def _added(a: Refinement, b: Refinement) -> Refinement:
-    """Of two parts of an array: the plan is that of all counts, the same for both."""
-    low = a.below[:, 0] + b.below[:, 0]
-    high = a.below[:, 1] + b.below[:, 1] + (low < a.below[:, 0])
-    return dataclasses.replace(a, cells=a.cells + b.cells, below=jnp.stack([low, high], axis=1))
 
 
 # Metrics of what lies in memory.
@@ -228,7 +208,7 @@ def sorted_metrics(x: np.ndarray) -> Metrics:
     """Of [n] importances, float32, n up to SORTED."""
     whole = np.zeros(SORTED, np.float32)
     whole[: x.size] = x
-    return jax.device_get(metrics.summarize_padded(whole, np.int32(x.size)))
+    return jax.device_get(exact.summarize_padded(whole, np.int32(x.size)))
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from jaxeff import table
 from jaxeff.checkpoints.opening import Checkpoint, natural
-from jaxeff.metrics import Metrics
+from jaxeff.exact import Metrics
 from jaxeff.records import LayerReport
 from jaxeff.report import Report
 
