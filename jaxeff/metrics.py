@@ -55,7 +55,8 @@ def summarize(x: ArrayLike, *, method: str | None = None) -> Metrics:
 
 
 def _method(x: ArrayLike) -> str:
-    large = jnp.size(x) >= _SKETCHED and jnp.result_type(x) != jnp.float64
+    # What is no array at all is for the exact form to refuse.
+    large = getattr(x, "size", 0) >= _SKETCHED and getattr(x, "dtype", None) != jnp.float64
     return "sketch" if large and jax.default_backend() == "cpu" else "exact"
 
 
