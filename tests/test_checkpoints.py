@@ -5,12 +5,12 @@ import errno
 import json
 import math
 import os
-import resource
 import signal
 import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ from jaxeff.checkpoints import (
     CheckpointError,
     analyze_checkpoint,
     compare_checkpoints,
+    interruption,
     measuring,
     open_checkpoint,
-    orbax,
     output,
     safetensors,
     stored,
@@ -274,7 +274,8 @@ def test_float64_beyond_float32_is_infinite(tmp_path: Path) -> None:
 def test_large_weights_have_units_beyond_float32(tmp_path: Path) -> None:
     array = np.full((10, 4), 8e37, np.float32)
     report = analyze_checkpoint(save(tmp_path / "m.safetensors", {"w/kernel": array}))
-    assert differences(report, jaxeff.analyze({"w": {"kernel": array}}).single()) == []
+    assert np.isinf(report["w/kernel"].units).all()
+    assert float(report["w/kernel"].metrics.utilization) == pytest.approx(1)
     assert float(report["w/kernel"].effective_units) == pytest.approx(4)
 
 
@@ -303,7 +304,8 @@ def test_chunks_of_msgpack_are_joined(tmp_path: Path, monkeypatch: pytest.Monkey
     file = tmp_path / "model"
     _ = file.write_bytes(flax.serialization.msgpack_serialize(tree_of(arrays)))
     assert b"__msgpack_chunked_array__" in file.read_bytes()
-    assert differences(analyze_checkpoint(file), jaxeff.analyze(tree_of(arrays)).single()) == []
+    whole = save(tmp_path / "m.safetensors", arrays)
+    assert differences(analyze_checkpoint(file), analyze_checkpoint(whole)) == []
 
 
 def test_msgpack_of_every_kind_of_leaf(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -360,12 +362,16 @@ def test_an_array_is_read_in_pieces(tmp_path: Path) -> None:
 
 
 def test_peak_memory_is_bounded(tmp_path: Path) -> None:
-    size = 500_000_000
-    path = sparse(tmp_path / "m.safetensors", "I8", [size])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    array = open_checkpoint(path).arrays["w"]
-    assert sum(piece.elements.nbytes for piece in measuring.pieces(array)) == size
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+    # 300 MB, in less than 100.
+    path = sparse(tmp_path / "m.safetensors", "BF16", [30_000, 5_000])
+    tracemalloc.start()
+    try:
+        report = analyze_checkpoint(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert int(report["w"].metrics.zeros) == 150_000_000
+    assert peak < 100_000_000
 
 
 # Hostile files.
@@ -531,7 +537,7 @@ def test_a_text_in_orbax_is_accounted_for(tmp_path: Path) -> None:
     report = analyze_checkpoint(tmp_path / "x")
     assert {other.path: other.role for other in report.others} == {
         "n": "int64 array",
-        "name": "String (not read)",
+        "name": "string (not read)",
     }
 
 
@@ -573,10 +579,7 @@ def test_orbax_names_an_array_outside(tmp_path: Path, capsys: pytest.CaptureFixt
     text = (tmp_path / "inside" / "_METADATA").read_text()
     text = text.replace('"key": "a"', '"key": "../outside/a"').replace("('a',)", "('../outside/a',)")
     _ = (tmp_path / "inside" / "_METADATA").write_text(text)
-    # By Orbax or, should that let it pass, by us.
-    assert "outside" in refused(["analyze", str(tmp_path / "inside")], capsys)
-    with pytest.raises(CheckpointError, match="not in it"):
-        _ = orbax._array(tmp_path / "inside", {"driver": "zarr"}, "../outside/a")
+    assert "not in it" in refused(["analyze", str(tmp_path / "inside")], capsys)
 
 
 MSGPACKS = {
@@ -819,10 +822,30 @@ def test_interruption_has_its_status(tmp_path: Path) -> None:
     # Larger than can be read in the time.
     path = sparse(tmp_path / "m.safetensors", "BF16", [1 << 20, 1 << 20])
     process = run_command("analyze", str(path))
-    wait_until_open(process.pid, path)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=100)
+    try:
+        wait_until_open(process.pid, path)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
     assert (process.returncode, out, err) == (130, "", "jaxeff: interrupted\n")
+
+
+def test_an_interruption_is_held_until_it_may_be_heard() -> None:
+    heard = []
+    with pytest.raises(KeyboardInterrupt), interruption.held() as hear:
+        signal.raise_signal(signal.SIGINT)
+        heard.append("held")
+        hear()
+        heard.append("passed over")
+    with pytest.raises(KeyboardInterrupt), interruption.held():
+        signal.raise_signal(signal.SIGINT)
+        heard.append("held to the end")
+        with pytest.raises(KeyboardInterrupt):
+            # A second one is not held.
+            signal.raise_signal(signal.SIGINT)
+    assert heard == ["held", "held to the end"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # Comparison.

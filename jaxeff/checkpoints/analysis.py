@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff import importance, totals
-from jaxeff.checkpoints import measuring
+from jaxeff.checkpoints import interruption, measuring
 from jaxeff.checkpoints.measuring import Measured, Progress
 from jaxeff.checkpoints.opening import Checkpoint, open_checkpoint
 from jaxeff.checkpoints.stored import Stored
@@ -55,11 +55,21 @@ def analyze_checkpoint(path: str | os.PathLike, *, progress: bool = True) -> Rep
 
 def analyze(checkpoint: Checkpoint, *, progress: bool = True) -> Report:
     """The same of a checkpoint that `open_checkpoint` opened."""
+    with interruption.held() as hear:
+        return _analyze(checkpoint, progress, hear)
+
+
+def _analyze(checkpoint: Checkpoint, progress: bool, hear: Callable[[], None]) -> Report:
     arrays = checkpoint.arrays.values()
     weights = [array for array in arrays if array.role == "weight"]
     others = [array for array in arrays if array.role != "weight"]
     total = sum(array.nbytes for array in arrays)
-    with bytes_bar("Reading weights", total, progress) as advance:
+    with bytes_bar("Reading weights", total, progress) as show:
+
+        def advance(count: int) -> None:
+            show(count)
+            hear()
+
         measured = [measure(array, checkpoint.unit_axis(array), advance) for array in weights]
         other_numbers = [measuring.measure_other(array, advance) for array in others]
     structure = tuple(_structure(array, checkpoint.unit_axis(array)) for array in weights)
@@ -80,10 +90,10 @@ def analyze(checkpoint: Checkpoint, *, progress: bool = True) -> Report:
 
 def measure(stored: Stored, unit_axis: int, progress: Progress) -> Measured:
     """What one weight's magnitudes are reduced to, in one pass over it, seldom two."""
-    measuring_ = measuring.Measuring(stored, unit_axis)
-    for piece in measuring.pieces(stored, progress):
-        measuring_.add(piece)
-    return measuring_.found()
+    with measuring.Measuring(stored, unit_axis) as weight:
+        for piece in measuring.pieces(stored, progress):
+            weight.add(piece)
+        return weight.found()
 
 
 def _structure(stored: Stored, unit_axis: int) -> LayerStructure:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxeff import table
+from jaxeff.checkpoints import interruption
 from jaxeff.checkpoints.measuring import Measuring, Piece, Progress, pieces
 from jaxeff.checkpoints.opening import Checkpoint, natural, open_checkpoint
 from jaxeff.checkpoints.stored import Stored
@@ -100,7 +101,12 @@ def compare(a: Checkpoint, b: Checkpoint, *, progress: bool = True) -> Checkpoin
     total = sum(checkpoint.arrays[name].nbytes for checkpoint in (a, b) for name in alike)
     weights: list[WeightChange] = []
     others: list[OtherChange] = []
-    with bytes_bar("Comparing weights", total, progress) as advance:
+    with bytes_bar("Comparing weights", total, progress) as show, interruption.held() as hear:
+
+        def advance(count: int) -> None:
+            show(count)
+            hear()
+
         for name in alike:
             if a.arrays[name].role == b.arrays[name].role == "weight":
                 weights.append(_weight_change(a, b, name, advance))
@@ -117,13 +123,13 @@ def compare(a: Checkpoint, b: Checkpoint, *, progress: bool = True) -> Checkpoin
 
 def _weight_change(a: Checkpoint, b: Checkpoint, name: str, progress: Progress) -> WeightChange:
     sides = [(side.arrays[name], side.unit_axis(side.arrays[name])) for side in (a, b)]
-    measured = [Measuring(*side) for side in sides]
     distance = _Distance()
-    for pair in zip(*(pieces(stored, progress) for stored, _ in sides), strict=True):
-        for measuring, piece in zip(measured, pair, strict=True):
-            measuring.add(piece)
-        distance.add(*pair)
-    first, second = (measuring.found().metrics for measuring in measured)
+    with Measuring(*sides[0]) as one, Measuring(*sides[1]) as two:
+        for pair in zip(*(pieces(stored, progress) for stored, _ in sides), strict=True):
+            one.add(pair[0])
+            two.add(pair[1])
+            distance.add(*pair)
+        first, second = one.found().metrics, two.found().metrics
     return WeightChange(
         name,
         sides[0][0].shape,

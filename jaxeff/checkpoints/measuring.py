@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,10 @@ class Measured(NamedTuple):
 
 
 class Measuring:
-    """One weight, as its pieces come."""
+    """One weight, as its pieces come.
+
+    A context: an interrupted interpreter must not end while the device still reads a piece.
+    """
 
     def __init__(self, stored: Stored, unit_axis: int) -> None:
         self.stored = stored
@@ -92,6 +95,12 @@ class Measuring:
         self.largest = np.float32(0)
         self.counts: Sketch | None = None
         self.all = np.zeros(0, np.float32)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _ = jax.block_until_ready(self.counts)
 
     def add(self, piece: Piece) -> None:
         if self.stored.size > SORTED:
