@@ -231,7 +231,7 @@ def _earlier(counts: Array, values: Pair) -> tuple[Array, Pair, Pair]:
         return (sums[0] + row[0], pairs.add(sums[1], row[1])), sums
 
     columns = jax.tree.map(lambda part: part.reshape(_SIDE, _SIDE).T, (counts, values))
-    none = jnp.zeros(_SIDE, jnp.int32), _single(jnp.zeros(_SIDE))
+    none = jnp.zeros(_SIDE, jnp.int32), _single(jnp.zeros(_SIDE, jnp.float32))
     rows, inside = lax.scan(add, none, columns)
     (_, total), above = lax.scan(add, jax.tree.map(lambda part: part[0], none), rows)
     above = jax.tree.map(lambda part: part[None], above)

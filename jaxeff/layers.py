@@ -20,7 +20,7 @@ import numpy as np
 from jaxeff import binned, exact, granularity, importance
 from jaxeff.exact import Metrics, Packed
 from jaxeff.importance import Criterion
-from jaxeff.precision import widened
+from jaxeff.precision import wide, widened
 from jaxeff.records import Activity, LayerNumbers, LayerStructure, Null, none_of
 from jaxeff.statistics import (
     AttentionStatistics,
@@ -133,19 +133,19 @@ def activity_of(site: SiteStatistics, unit_shape: tuple[int, ...]) -> Activity:
 def measure(criterion: Criterion, layers: Sequence[Layer]) -> tuple[LayerNumbers, jax.Array]:
     """The numbers of all layers, stacked, and the importance of the units of each, padded: see `units_of`.
 
-    Few kernels serve all layers, whatever their number. Small layers are sorted; large ones are counted by
-    bit pattern, and sorted where a derivative is taken.
+    Few kernels serve all layers, whatever their number. Small layers, and those of float64, are sorted;
+    large ones are counted by bit pattern, and sorted where a derivative is taken.
     """
     if not layers:
         return none_of(LayerNumbers), jnp.zeros((0, 0))
-    small = [index for index, layer in enumerate(layers) if _size(layer) <= _SMALL]
-    large = [index for index, layer in enumerate(layers) if _size(layer) > _SMALL]
+    kinds: dict[Any, list[int]] = {}
+    for index, layer in enumerate(layers):
+        kinds.setdefault((_is_counted(layer), wide(layer.weight.dtype)), []).append(index)
     parts = [
-        measured(criterion, [layers[index] for index in chosen])
-        for chosen, measured in ((small, _by_order), (large, _by_bins))
-        if chosen
+        (_by_bins if counted else _by_order)(criterion, [layers[index] for index in chosen])
+        for (counted, _), chosen in kinds.items()
     ]
-    found = parts[0] if len(parts) == 1 else _merged(parts, np.argsort(np.asarray(small + large)))
+    found = parts[0] if len(parts) == 1 else _merged(parts, np.argsort(np.concatenate([*kinds.values()])))
     return _numbers(criterion, found), found.made.units * _unit_scale(found.made.largest_weight)[:, None]
 
 
@@ -190,6 +190,10 @@ def _heads_alike(
         return granularity.heads_of(first, scores, statistics, granularity.REDUCTIONS["sum"])
 
     return jax.lax.map(one, jnp.arange(len(members), dtype=jnp.int32))
+
+
+def _is_counted(layer: Layer) -> bool:
+    return _size(layer) > _SMALL and wide(layer.weight.dtype) == jnp.float32
 
 
 def units_of(units: jax.Array, structure: Sequence[LayerStructure]) -> tuple[jax.Array, ...]:
@@ -454,8 +458,10 @@ def _make_one(
     picked = jax.lax.switch(member, [lambda arrays=arrays: arrays for arrays in members])
     layer = Layer(place, *picked)
     usable = _usable(criterion, layer)
-    scores = importance.score(criterion, layer.weight, layer.sites, layer.derivatives)
     magnitudes = importance.magnitude(widened(layer.weight))
+    # In the weight's own precision, whatever that of the activations, so that equal layers give equal types.
+    scores = importance.score(criterion, layer.weight, layer.sites, layer.derivatives)
+    scores = scores.astype(magnitudes.dtype)
     # By magnitude where what the criterion reads is not finite.
     scores = jnp.where(usable, scores, magnitudes)
     largest = jnp.max(magnitudes)
@@ -475,14 +481,17 @@ def _padded(x: jax.Array, length: int) -> jax.Array:
 
 def _unit_scale(largest_weight: jax.Array) -> jax.Array:
     """What units are summed over: of large weights the sum may lie beyond float32 where no score does."""
-    return jnp.where((largest_weight > 0) & jnp.isfinite(largest_weight), largest_weight, 1)
+    # Not near the ends of float32: XLA divides by multiplying with the reciprocal, which must be a number.
+    scale = jnp.clip(largest_weight, 2.0**-100, 2.0**100)
+    return jnp.where((largest_weight > 0) & jnp.isfinite(largest_weight), scale, 1)
 
 
 def _profile(criterion: Criterion, layer: Layer, usable: jax.Array) -> jax.Array:
     if criterion.null_power is None:
         return jnp.zeros(1)
     _, weight, sites, derivatives = layer
-    return importance.null_profile(criterion, weight, sites, derivatives, usable)
+    profile = importance.null_profile(criterion, weight, sites, derivatives, usable)
+    return profile.astype(wide(weight.dtype))
 
 
 def _null_scores(criterion: Criterion, made: _Made, width: int) -> jax.Array:

@@ -440,7 +440,9 @@ def find_cells(sketch: Sketch, refinement: Refinement, whole: Whole, goals: Pair
 def _cell_numbers(sketch: Sketch, refinement: Refinement, whole: Whole, goal: Pair, found: Found) -> Array:
     row, column, places = found.bin // bins.COLUMNS, found.bin % bins.COLUMNS, 1 << bins.PLACE_BITS
     place = STEP * factor_of(whole.last, row)
-    counts = lax.dynamic_slice(refinement.cells, (refinement.first_cell(found.bin), 0), (places, 1))[:, 0]
+    counts = lax.dynamic_slice(
+        refinement.cells, (refinement.first_cell(found.bin), np.int32(0)), (places, 1)
+    )[:, 0]
     through = running_over(lax.cumsum, counts, 128)
     # sum n i over places i before, as what the running counts by then fall short of the last of them.
     halves = [running_over(lax.cumsum, half, 128) - half for half in (through & 0xFFFF, through >> 16)]

@@ -237,7 +237,9 @@ def summarize_array(x: ArrayLike) -> tuple[Metrics, Bounds]:
 
 def _refined(sketch: Sketch, whole: Whole, places: Places, x: Array) -> Refinement:
     first = jnp.maximum(whole.last - (_ROWS - 1), 0)
-    counts = lax.dynamic_slice(sketch.sums, (first, 0, 0), (_ROWS, bins.COLUMNS, 1))[..., 0]
+    counts = lax.dynamic_slice(sketch.sums, (first, np.int32(0), np.int32(0)), (_ROWS, bins.COLUMNS, 1))[
+        ..., 0
+    ]
     cells, count, shared = _wanted(sketch, whole, places, first, counts)
     nothing = jnp.full(counts.size + 1, _NONE), jnp.zeros(_CELLS, jnp.uint32), jnp.int32(0)
     table, layout, used = lax.cond(

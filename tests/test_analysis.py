@@ -498,3 +498,30 @@ def test_a_model_without_weights_is_a_report_too():
     report = jaxeff.analyze({"scale": jnp.ones(3)}, lambda params, x: x * params["scale"][None], normal(4, 3))
     assert report.layers == {} and report.model.total_params == 3
     assert "No weights" in str(report)
+
+
+def test_layers_of_several_dtypes_and_sizes_stand_in_one_report(x64):
+    draw = np.random.default_rng(0).standard_normal
+    shapes = {"large": (300, 300), "small": (20, 30)}
+    params = {
+        f"{name} {dtype.__name__}": jnp.asarray(draw(shape), dtype)
+        for name, shape in shapes.items()
+        for dtype in (np.float16, np.float32, np.float64)
+    }
+    report = jaxeff.analyze(params)
+    for path, weight in params.items():
+        expected = reference.metrics(np.abs(np.asarray(weight, np.float64)))
+        assert float(report[path].metrics.gini) == pytest.approx(expected["gini"], rel=2e-6), path
+
+
+def test_float64_inputs_of_a_float32_model(x64):
+    params = {"a": np.ones((3, 4), np.float32), "b": np.ones((5, 4), np.float32)}
+    report = jaxeff.analyze(
+        params, lambda p, x, y: x @ p["a"] + y @ p["b"], (np.ones((2, 3)), np.ones((2, 5)))
+    )
+    assert float(report.model.utilization) == 1
+
+
+@pytest.mark.parametrize("size", [3e38, 1e-37])
+def test_units_of_the_largest_and_smallest_weights_count(size):
+    assert float(jaxeff.analyze({"w": jnp.full((3, 4), size)})["w"].effective_units) == 4

@@ -337,3 +337,8 @@ def test_an_array_on_eight_devices_is_counted_where_it_lies() -> None:
     script = Path(__file__).with_name("sharded.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_second_pass_runs_in_64_bit(x64: None) -> None:
+    x = np.float32(1) + np.arange(1000, dtype=np.float32) * np.float32(2**-20)
+    assert_certified(summarize_array(x), drawn.exact(x), "uniform")
