@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from fractions import Fraction
@@ -337,6 +339,35 @@ def test_an_array_on_eight_devices_is_counted_where_it_lies() -> None:
     script = Path(__file__).with_name("sharded.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_several_processes_find_what_one_does() -> None:
+    alone, *others = [found for count in (1, 2, 4) for found in _of_processes(count)]
+    for found in others:
+        assert found["sketch"] == alone["sketch"]
+        for ours, theirs in zip(found["report"], alone["report"], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def _of_processes(count: int) -> list[dict]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).with_name("distributed.py")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, script, str(port), str(count), str(process)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(count)
+    ]
+    done = [process.communicate(timeout=300) for process in running]
+    assert all(process.returncode == 0 for process in running), done
+    return [json.loads(output.splitlines()[-1]) for output, _ in done]
 
 
 def test_a_second_pass_runs_in_64_bit(x64: None) -> None:

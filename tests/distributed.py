@@ -1,0 +1,51 @@
+"""Run by test_sketch.py in several processes: what they find together of arrays that none holds whole.
+
+    python distributed.py PORT PROCESSES PROCESS
+
+The last line printed is JSON: the bytes of a sketch's metrics and bounds, and the metrics of a report.
+"""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxeff
+
+
+def main(port: int, processes: int, process: int) -> None:
+    if processes > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"localhost:{port}", processes, process)
+    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    assert len(jax.devices()) == processes
+
+    def placed(x: np.ndarray, spec: P) -> jax.Array:
+        x = x.astype(np.float32)
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+
+    draw = np.random.default_rng(0).standard_normal
+    shapes = {"a": (16, 32), "b": (32, 16), "large": (16, 8192)}
+    params = {name: placed(draw(shape), P(None, "devices")) for name, shape in shapes.items()}
+    batch = placed(draw((16, 16)), P("devices"))
+
+    @jax.jit
+    def analyzed(params, batch):
+        return jaxeff.analyze(
+            params, lambda p, x: jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["large"], batch
+        ).numbers.metrics
+
+    sketched = jaxeff.sketch.summarize(jaxeff.sketch.sketch(placed(np.abs(draw((4096, 16))), P("devices"))))
+    found = {
+        "sketch": [np.asarray(leaf).tobytes().hex() for leaf in jax.tree.leaves(sketched)],
+        "report": [np.asarray(field).tolist() for field in dataclasses.astuple(analyzed(params, batch))],
+    }
+    print(f"\n{json.dumps(found)}")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
