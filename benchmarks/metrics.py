@@ -1,0 +1,121 @@
+"""What the metrics of an array cost, and how far off they are: sketch and sort beside NumPy and jax.numpy.
+
+    python benchmarks/metrics.py [--weights 10000000] [--repeats 7]
+
+NumPy and jax.numpy compute entropy, sparsity, Gini and coverage as one would write them down, in float32: two
+sorts. Then the 148 leaves of a GPT-2 small (124 M weights): all metrics of each, first call and warm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import timing
+
+import jaxeff
+from jaxeff import metrics, sketch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import reference  # noqa: E402
+
+SHOWN = ("entropy", "gini", "coverage_80", "relative_sparsity_1e2")
+
+
+def plain(xp, x):
+    """Entropy, Gini, coverage and sparsity in plain array code, with `numpy` or `jax.numpy`."""
+    p = x / xp.sum(x)
+    entropy = -xp.sum(p * xp.log(p + 1e-12))
+    ascending = xp.sort(x)
+    gini = 2 * xp.sum(xp.arange(1, x.size + 1) * ascending) / (x.size * xp.sum(x)) - (x.size + 1) / x.size
+    reached = xp.cumsum(xp.sort(x)[::-1]) >= 0.8 * xp.sum(x)
+    faint = xp.mean(x < 1e-2 * xp.mean(x))
+    return entropy, gini, (xp.argmax(reached) + 1) / x.size, faint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    _ = parser.add_argument("--weights", type=int, default=10**7)
+    _ = parser.add_argument("--repeats", type=int, default=7)
+    _ = parser.add_argument("--leaves", action=argparse.BooleanOptionalAction, default=True)
+    chosen = parser.parse_args()
+    print(timing.machine())
+    one_array(chosen.weights, chosen.repeats)
+    if chosen.leaves:
+        gpt2(chosen.repeats)
+
+
+def one_array(size: int, repeats: int) -> None:
+    host = np.abs(np.random.default_rng(0).standard_normal(size)).astype(np.float32)
+    x = jnp.asarray(host)
+    read = jax.jit(jnp.max)
+    programs = {
+        "sketch, one pass": jax.jit(lambda x: sketch.summarize(sketch.sketch(x))[0]),
+        "sketch, both passes": jax.jit(functools.partial(metrics.summarize, method="sketch")),
+        "exact (sorts)": jax.jit(functools.partial(metrics.summarize, method="exact")),
+        "jax.numpy": jax.jit(functools.partial(plain, jnp)),
+    }
+    compiled, scratch, spent = {}, {}, {}
+    for name, program in programs.items():
+        start = time.perf_counter()
+        compiled[name] = program.lower(x).compile()
+        spent[name] = time.perf_counter() - start
+        scratch[name] = compiled[name].memory_analysis().temp_size_in_bytes / x.nbytes
+    runs = {name: functools.partial(program, x) for name, program in compiled.items()}
+    runs |= {"NumPy": lambda: plain(np, host), "one reading pass": lambda: read(x)}
+    seconds = timing.interleaved(runs, repeats)
+    truth = reference.metrics(host)
+    print(f"\n{size:,} normal weights, float32\n")
+    print("| | ns a weight | NumPy's time over it | scratch / input | compile | " + " | ".join(SHOWN) + " |")
+    print("|---|---|---|---|---|" + "---|" * len(SHOWN))
+    for name in runs:
+        per_weight = timing.spread([1e9 * each / size for each in seconds[name]])
+        faster = timing.spread(timing.ratios(seconds, "NumPy", name))
+        cost = f"{scratch[name]:.2f} | {spent[name]:.1f} s" if name in compiled else " | "
+        errors = " | ".join(_errors(runs[name](), truth))
+        print(f"| {name} | {per_weight} | {faster} | {cost} | {errors} |")
+
+
+def _errors(found, truth) -> list[str]:
+    """Relative, of each metric shown."""
+    if isinstance(found, jax.Array):
+        return [""] * len(SHOWN)
+    values = found if isinstance(found, tuple) else [getattr(found, name) for name in SHOWN]
+    return [f"{abs(float(v) / truth[name] - 1):.0e}" for name, v in zip(SHOWN, values, strict=True)]
+
+
+def gpt2(repeats: int) -> None:
+    shapes = [(50257, 768), (1024, 768)]
+    block = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,), (768, 3072), (3072,)]
+    shapes += 12 * [*block, (3072, 768), (768,)] + [(768,), (768,)]
+    draw = np.random.default_rng(0).standard_normal
+    params = {f"{i:03}": jnp.asarray(draw(shape, np.float32)) for i, shape in enumerate(shapes)}
+    host = [np.abs(np.asarray(leaf)).ravel() for leaf in params.values()]
+    size = sum(leaf.size for leaf in host)
+
+    def numpy_run():
+        return [plain(np, leaf) for leaf in host]
+
+    start = time.perf_counter()
+    _ = numpy_run()
+    plain_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    _ = jax.block_until_ready(jaxeff.analyze(params))
+    first = time.perf_counter() - start
+    seconds = timing.interleaved(
+        {"NumPy": numpy_run, "analyze": lambda: jaxeff.analyze(params)}, max(repeats // 3, 2)
+    )
+    print(f"\nGPT-2 small: {len(params)} leaves, {size / 1e6:.1f} M weights, `jaxeff.analyze(params)`\n")
+    print(f"first call, compiling included: {first:.2f} s, NumPy {plain_seconds / first:.1f} times as long")
+    print(f"warm: {timing.spread(seconds['analyze'], ' s')}, NumPy {timing.spread(seconds['NumPy'], ' s')}")
+    print(f"time, NumPy / analyze, warm: {timing.spread(timing.ratios(seconds, 'NumPy', 'analyze'))}")
+
+
+if __name__ == "__main__":
+    main()
