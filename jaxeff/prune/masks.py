@@ -1,0 +1,307 @@
+"""Importance -> which weights stay: a mask for each leaf, True = kept.
+
+Imports `allocation`, `patterns`, `selection`; of jaxeff `importance` and `leaves`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+from jaxeff import importance as criteria
+from jaxeff.leaves import named_leaves, split_variables
+from jaxeff.prune.allocation import ALLOCATIONS, lamp
+from jaxeff.prune.patterns import UNSTRUCTURED, NByM, Pattern
+from jaxeff.prune.selection import lowest
+from jaxeff.statistics import Statistics
+
+Prunable = Callable[[str, Any], bool] | Mapping[str, bool] | None
+Limits = float | Mapping[str, float] | None
+
+
+def is_prunable(path: str, leaf: Any) -> bool:
+    """Floating arrays of two axes or more, but for biases, scales and embeddings."""
+    name = path.rsplit("/", 1)[-1]
+    floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return floating and jnp.ndim(leaf) > 1 and name not in ("bias", "scale", "embedding")
+
+
+def scored(
+    params: Any,
+    statistics: Statistics | None = None,
+    criterion: str | criteria.Score = "magnitude",
+    *,
+    prunable: Prunable = None,
+) -> Any:
+    """The importance of every weight, shaped like `params`.
+
+    Args:
+        params: a tree of arrays, or variables, whose `params` collection is taken.
+        statistics: from `jaxeff.collect` or `jaxeff.calibrate`, for this criterion; without them, magnitudes.
+        criterion: as `jaxeff.analyze` takes it.
+        prunable: which leaves may be pruned: a function `(path, leaf) -> bool`, or exceptions from
+            `is_prunable` by path.
+
+    Returns:
+        Scores where a leaf may be pruned; a number, 0, where it may not.
+
+    Raises:
+        ValueError: a path of `prunable` is none of the leaves', or the criterion needs statistics.
+
+    >>> scored({"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.zeros(2)})["kernel"]
+    Array([[1., 2.]], dtype=float32)
+    """
+    core = split_variables(params)[0]
+    named = named_leaves(core)
+    chosen = _chosen(prunable, named)
+    if statistics is not None:
+        found = criteria.scores(params, statistics, criterion)
+    elif criteria.named(criterion).function is criteria.magnitude:
+        found = {path: jnp.abs(leaf) for path, leaf in named.items()}
+    else:
+        raise ValueError(f"`statistics` are missing: criterion {criterion!r} is made of them")
+    scores = [found[path] if path in chosen else jnp.zeros(()) for path in named]
+    return jax.tree.unflatten(jax.tree.structure(core), scores)
+
+
+def _chosen(prunable: Prunable, named: Mapping[str, Any]) -> set[str]:
+    if callable(prunable):
+        return {path for path, leaf in named.items() if prunable(path, leaf)}
+    exceptions = dict(prunable or {})
+    if unknown := exceptions.keys() - named.keys():
+        raise ValueError(f"`prunable` names {sorted(unknown)[0]!r}, which is no leaf: {', '.join(named)}")
+    return {path for path, leaf in named.items() if exceptions.get(path, is_prunable(path, leaf))}
+
+
+def masks(
+    importance: Any,
+    sparsity: float | Array | None = None,
+    *,
+    scope: str = "layer",
+    pattern: Pattern = UNSTRUCTURED,
+    allocation: str | Mapping[str, float] = "uniform",
+    max_sparsity: Limits = None,
+) -> Any:
+    """Which weights stay if the least important go.
+
+    Exactly round(sparsity x groups) groups of the pattern go, of each layer or of all; of equal scores the
+    first.
+
+    Args:
+        importance: a tree of non-negative scores, such as `scored` gives; a leaf that is one number stays
+            whole.
+        sparsity: the fraction to remove, in [0, 1), which may be traced. None for `NByM`, which has its own.
+        scope: 'layer' removes from each leaf by itself, 'global' in one order over all.
+        pattern: `Unstructured()`, `Block(shape)`, `Units()` or `NByM(n, m)`.
+        allocation: with scope 'layer', how much of each: 'uniform', 'erk', or fractions by path. With scope
+            'global', 'lamp' makes the scores of layers comparable first.
+        max_sparsity: at most so much of any layer goes, or of those named; with scope 'global' others make
+            up for it.
+
+    Returns:
+        Masks, True = kept, shaped like `importance`.
+
+    Raises:
+        ValueError: an argument is out of range, a pattern does not divide a leaf, or a score is nan or
+            negative.
+
+    Warns:
+        UserWarning: nothing of a layer would be left.
+
+    >>> masks({"a": jnp.array([3.0, 1.0, 2.0, 4.0]), "b": jnp.zeros(())}, 0.5)["a"]
+    Array([ True, False, False,  True], dtype=bool)
+    """
+    named = named_leaves(importance)
+    scores = {path: score for path, score in named.items() if jnp.ndim(score)}
+    _check(scores, sparsity, scope, pattern, allocation)
+    if isinstance(pattern, NByM):
+        kept = {path: pattern.kept(score, path) for path, score in scores.items()}
+    else:
+        groups = {path: pattern.groups(score, path) for path, score in scores.items()}
+        select = _of_all if scope == "global" else _of_each
+        chosen = select(groups, sparsity, allocation, _limits(max_sparsity, groups))
+        kept = {path: pattern.expanded(mask, scores[path].shape) for path, mask in chosen.items()}
+    _warn_of_collapse(kept)
+    leaves = [kept.get(path, jnp.asarray(True)) for path in named]
+    return jax.tree.unflatten(jax.tree.structure(importance), leaves)
+
+
+def _of_each(
+    groups: dict[str, Array], sparsity: Any, allocation: Any, limits: dict[str, float]
+) -> dict[str, Array]:
+    shapes = {path: score.shape for path, score in groups.items()}
+    shares = ALLOCATIONS[allocation](shapes, sparsity) if isinstance(allocation, str) else allocation
+    return {
+        path: ~lowest([score], _counted(_at_most(shares[path], limits[path]), score.size))[0]
+        for path, score in groups.items()
+    }
+
+
+def _of_all(
+    groups: dict[str, Array], sparsity: Any, allocation: Any, limits: dict[str, float]
+) -> dict[str, Array]:
+    if allocation == "lamp":
+        groups = {path: lamp(score) for path, score in groups.items()}
+    count = _counted(sparsity, sum(score.size for score in groups.values()))
+    open_ = dict(groups)
+    free = 0
+    for path, score in groups.items():
+        most = _counted(limits[path], score.size)
+        free += most
+        if most < score.size:
+            # What a layer must keep goes after everything else.
+            open_[path] = jnp.where(lowest([score], most)[0], score, jnp.inf)
+    removed = lowest([*open_.values()], jnp.minimum(count, free))
+    return {path: ~mask for path, mask in zip(groups, removed, strict=True)}
+
+
+def _counted(share: Any, size: int) -> Any:
+    """round(share x size); in float32 where the share is traced."""
+    if isinstance(share, Tracer):
+        return jnp.round(share * size).astype(jnp.int32)
+    return round(float(share) * size)
+
+
+def _at_most(share: Any, limit: float) -> Any:
+    return jnp.minimum(share, limit) if isinstance(share, Tracer) else min(float(share), limit)
+
+
+def _limits(max_sparsity: Limits, groups: Mapping[str, Array]) -> dict[str, float]:
+    given = max_sparsity if isinstance(max_sparsity, Mapping) else dict.fromkeys(groups, max_sparsity or 1.0)
+    if unknown := given.keys() - groups.keys():
+        raise ValueError(
+            f"`max_sparsity` names {sorted(unknown)[0]!r}, which is not pruned: {', '.join(groups)}"
+        )
+    for path, limit in given.items():
+        if not 0 <= limit <= 1:
+            raise ValueError(f"`max_sparsity` must be in [0, 1], got {limit} for {path!r}")
+    return {path: float(given.get(path, 1.0)) for path in groups}
+
+
+def _check(scores: Mapping[str, Array], sparsity: Any, scope: str, pattern: Any, allocation: Any) -> None:
+    if not scores:
+        raise ValueError("`importance` holds no scores: every leaf is a single number")
+    if scope not in ("layer", "global"):
+        raise ValueError(f"`scope` must be 'layer' or 'global', got {scope!r}")
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"`pattern` must be Unstructured(), Block, Units or NByM, got {pattern!r}")
+    _check_sparsity(sparsity, pattern)
+    _check_allocation(scores, scope, allocation)
+    for path, score in scores.items():
+        if isinstance(score, Tracer):
+            continue
+        if not bool(jnp.all(score >= 0)):
+            raise ValueError(
+                f"`importance` of {path!r} holds nan or negative scores: pass non-negative numbers"
+            )
+
+
+def _check_sparsity(sparsity: Any, pattern: Any) -> None:
+    if isinstance(pattern, NByM):
+        if sparsity is not None and not math.isclose(sparsity, pattern.sparsity):
+            raise ValueError(
+                f"`sparsity` is {pattern.sparsity:g} where {pattern.n} of {pattern.m} stay, got {sparsity}: "
+                "leave it out"
+            )
+        return
+    if isinstance(sparsity, Tracer):
+        return
+    if sparsity is None or not 0 <= float(sparsity) < 1:
+        raise ValueError(f"`sparsity` must be in [0, 1), the fraction to remove, got {sparsity}")
+
+
+def _check_allocation(scores: Mapping[str, Array], scope: str, allocation: Any) -> None:
+    if isinstance(allocation, Mapping):
+        if scope == "global":
+            raise ValueError("`allocation` by path is for scope 'layer'")
+        if allocation.keys() != scores.keys():
+            different = sorted(allocation.keys() ^ scores.keys())[0]
+            raise ValueError(
+                f"`allocation` must name each leaf that is pruned, and no other: see {different!r}"
+            )
+        wrong = [path for path, share in allocation.items() if not 0 <= share < 1]
+        if wrong:
+            raise ValueError(f"`allocation` must be in [0, 1), got {allocation[wrong[0]]} for {wrong[0]!r}")
+        return
+    known = ("uniform", "lamp") if scope == "global" else tuple(ALLOCATIONS)
+    if allocation not in known:
+        choices = ", ".join(map(repr, known))
+        raise ValueError(f"`allocation` with scope {scope!r} must be one of {choices}, got {allocation!r}")
+
+
+def _warn_of_collapse(kept: Mapping[str, Array]) -> None:
+    for path, mask in kept.items():
+        if not isinstance(mask, Tracer) and not bool(jnp.any(mask)):
+            warnings.warn(f"nothing of {path!r} is left: set `max_sparsity`", stacklevel=3)
+
+
+def apply(params: Any, masks: Any) -> Any:
+    """`params` with 0 where a mask is False.
+
+    Raises:
+        ValueError: the masks are of another tree, or of other shapes.
+
+    >>> apply({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})["w"]
+    Array([1., 0.], dtype=float32)
+    """
+    core = split_variables(params)[0]
+    check_alike(core, masks)
+    masked = jax.tree.map(lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf)), core, masks)
+    return masked if core is params else {**params, "params": masked}
+
+
+def check_alike(params: Any, masks: Any) -> None:
+    """That masks are of these params."""
+    leaves, given = named_leaves(params), named_leaves(masks)
+    if leaves.keys() != given.keys():
+        different = sorted(leaves.keys() ^ given.keys())[0]
+        raise ValueError(f"`masks` are of other params: {different!r} is in one of them alone")
+    for path, mask in given.items():
+        if jnp.shape(mask) not in ((), jnp.shape(leaves[path])):
+            raise ValueError(
+                f"`masks` are of other params: {path!r} has shape {jnp.shape(mask)} there and "
+                f"{jnp.shape(leaves[path])} here"
+            )
+
+
+def sparsity(masks: Any) -> float:
+    """The fraction that masks remove, of the leaves that may be pruned."""
+    pruned = [mask for mask in jax.tree.leaves(masks) if jnp.ndim(mask)]
+    return 1 - sum(int(jnp.sum(mask)) for mask in pruned) / sum(mask.size for mask in pruned)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A mask in an eighth of its bytes."""
+
+    bits: Array
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def pack(masks: Any) -> Any:
+    """Masks with eight weights to a byte.
+
+    >>> pack({"w": jnp.ones((3, 5), bool)})["w"].bits.shape
+    (2,)
+    """
+    return jax.tree.map(lambda mask: Packed(jnp.packbits(mask), jnp.shape(mask)), masks)
+
+
+def unpack(packed: Any) -> Any:
+    """What `pack` was given."""
+
+    def one(mask: Packed) -> Array:
+        size = int(np.prod(mask.shape))
+        return jnp.unpackbits(mask.bits, count=size).astype(bool).reshape(mask.shape)
+
+    return jax.tree.map(one, packed, is_leaf=lambda leaf: isinstance(leaf, Packed))

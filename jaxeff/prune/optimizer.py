@@ -1,0 +1,90 @@
+"""An optimizer that prunes as it goes, and keeps what it pruned at 0.
+
+Imports `masks`, `patterns`, `schedules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jaxeff.prune.masks import Limits, Prunable, masks, scored
+from jaxeff.prune.patterns import UNSTRUCTURED, Pattern
+from jaxeff.prune.schedules import Schedule
+
+
+class SparseState(NamedTuple):
+    """Of `sparsify`.
+
+    Attributes:
+        step: [], steps so far.
+        masks: shaped like the params, True = kept.
+        inner: the state of the optimizer inside.
+    """
+
+    step: Array
+    masks: Any
+    inner: Any
+
+
+def sparsify(
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    *,
+    importance: Callable[[Any, Any], Any] | None = None,
+    prunable: Prunable = None,
+    scope: str = "layer",
+    pattern: Pattern = UNSTRUCTURED,
+    allocation: str | Mapping[str, float] = "uniform",
+    max_sparsity: Limits = None,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer whose updates bring pruned weights to 0 and leave them there.
+
+    The update of a weight whose mask is False is minus the weight, so that neither weight decay nor momentum
+    revives it and `optax.apply_updates` is all there is to call. The optimizer inside sees gradients of 0
+    there. Goes last in a chain: what follows it would change its updates.
+
+    Args:
+        optimizer: what trains the weights that stay.
+        schedule: `one_shot`, `periodic`, `cubic`, or a function of the step that gives a `Target`.
+        importance: `f(params, gradients)` -> scores, shaped like the params, where masks are due; magnitudes
+            unless given, by which pruned weights never come back. By scores of gradients they may.
+        prunable: as `prune.scored` takes it, for magnitudes.
+        scope, pattern, allocation, max_sparsity: as `prune.masks` takes them.
+
+    Returns:
+        A transformation whose `update` needs the params, with a `SparseState`.
+
+    >>> from jaxeff.prune import one_shot
+    >>> optimizer = sparsify(optax.sgd(0.1), one_shot(0.5))
+    >>> params = {"w": jnp.array([[1.0, 3.0]])}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+    >>> optax.apply_updates(params, updates)["w"]
+    Array([[0. , 2.7]], dtype=float32)
+    """
+    inside = optax.with_extra_args_support(optimizer)
+    score = importance or (lambda params, gradients: scored(params, prunable=prunable))
+    how = {"scope": scope, "pattern": pattern, "allocation": allocation, "max_sparsity": max_sparsity}
+
+    def init(params: Any) -> SparseState:
+        shapes = jax.eval_shape(score, params, params)
+        kept = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), shapes)
+        return SparseState(jnp.zeros((), jnp.int32), kept, inside.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, SparseState]:
+        if params is None:
+            raise ValueError("`params` is missing: call `update(gradients, state, params)`")
+        sparsity, due = schedule(state.step)
+        target = None if hasattr(pattern, "kept") else sparsity
+        kept = jax.lax.cond(due, lambda: masks(score(params, updates), target, **how), lambda: state.masks)
+        masked = jax.tree.map(lambda mask, update: jnp.where(mask, update, 0), kept, updates)
+        found, inner = inside.update(masked, state.inner, params, **extra)
+        found = jax.tree.map(lambda mask, update, leaf: jnp.where(mask, update, -leaf), kept, found, params)
+        return found, SparseState(state.step + 1, kept, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,68 @@
+"""The lowest of many scores, exactly so many of them, without putting them in order.
+
+Everything is elementwise or a count, so that scores that lie on several devices stay there: a bisection over
+bit patterns finds the score up to which all go, a second one over indices the ties that go with them.
+Imports nothing of jaxeff.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def lowest(scores: Sequence[Array], count: int | Array) -> list[Array]:
+    """Which scores are among the `count` lowest of all arrays together; of equal ones the first.
+
+    Args:
+        scores: of any shapes, non-negative, fewer than 2^31 in all; compared as float32.
+        count: [], an integer from 0 to their number, which may be traced.
+
+    Returns:
+        Arrays of truths of the same shapes, `count` of them True.
+
+    >>> lowest([jnp.array([3.0, 1.0, 1.0]), jnp.array([0.5])], 2)
+    [Array([False,  True, False], dtype=bool), Array([ True], dtype=bool)]
+    """
+    patterns = [_pattern(score) for score in scores]
+    count = jnp.asarray(count, jnp.int32)
+    limit = _largest(lambda limit: _count([bits < limit for bits in patterns]) <= count)
+    missing = count - _count([bits < limit for bits in patterns])
+    offsets = [sum(score.size for score in scores[:i]) for i in range(len(scores))]
+    tied = [(bits == limit, _index(bits.shape, at)) for bits, at in zip(patterns, offsets, strict=True)]
+    first = _largest(lambda first: _count([ties & (index < first) for ties, index in tied]) <= missing)
+    return [
+        (bits < limit) | (ties & (index < first)) for bits, (ties, index) in zip(patterns, tied, strict=True)
+    ]
+
+
+def _pattern(score: Array) -> Array:
+    """Ordered as the scores are; -0.0 as 0."""
+    bits = lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32)
+    return jnp.where(bits == jnp.iinfo(jnp.int32).min, 0, bits)
+
+
+def _count(truths: Sequence[Array]) -> Array:
+    return sum((jnp.sum(truth, dtype=jnp.int32) for truth in truths), jnp.int32(0))
+
+
+def _index(shape: tuple[int, ...], offset: int) -> Array:
+    """Of each element, in C order, without a reshape that would bring them to one device."""
+    index, stride = jnp.full(shape, offset, jnp.int32), 1
+    for axis in reversed(range(len(shape))):
+        index = index + stride * lax.broadcasted_iota(jnp.int32, shape, axis)
+        stride *= shape[axis]
+    return index
+
+
+def _largest(holds: Callable[[Array], Array]) -> Array:
+    """The largest integer below 2^31 for which something holds that holds of 0 and of all below it."""
+
+    def step(number: Array, found: Array) -> Array:
+        tried = found | lax.shift_left(jnp.int32(1), jnp.int32(30) - number)
+        return jnp.where(holds(tried), tried, found)
+
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(31), step, jnp.int32(0))
