@@ -144,7 +144,7 @@ def test_masks_of_a_criterion_on_activations():
     statistics = jaxeff.collect(variables, model.apply, batch, criterion="wanda")
     masks = prune.masks(prune.scored(variables, statistics, "wanda"), 0.2)
     # A fifth of the weights hangs on an input that is always 0.
-    np.testing.assert_array_equal(masks["kernel"][0], False)
+    np.testing.assert_array_equal(masks["params"]["kernel"][0], False)
     pruned = prune.apply(variables, masks)
     np.testing.assert_array_equal(model.apply(pruned, batch), model.apply(variables, batch))
 
@@ -232,6 +232,15 @@ def test_pruned_weights_stay_at_exactly_0(name):
         kernel, mask = params[layer]["kernel"], state.masks[layer]["kernel"]
         assert int((kernel == 0).sum()) == round(0.8 * kernel.size) == int((~mask).sum())
         assert bool((params[layer]["bias"] != 0).all())
+
+
+def test_variables_are_trained_as_they_are():
+    optimizer = prune.sparsify(optax.sgd(0.1), prune.one_shot(0.5))
+    variables = {**Network().init(jax.random.key(0), X), "batch_stats": {"mean": jnp.ones((3, 3))}}
+    updates, _ = optimizer.update(variables, optimizer.init(variables), variables)
+    after = optax.apply_updates(variables, updates)
+    assert int((after["params"]["Dense_0"]["kernel"] == 0).sum()) == 64
+    assert bool((after["batch_stats"]["mean"] != 0).all())
 
 
 def test_accumulated_steps_keep_to_the_masks():

@@ -45,7 +45,7 @@ def scored(
     """The importance of every weight, shaped like `params`.
 
     Args:
-        params: a tree of arrays, or variables, whose `params` collection is taken.
+        params: a tree of arrays, or variables, of which the `params` collection alone may be pruned.
         statistics: from `jaxeff.collect` or `jaxeff.calibrate`, for this criterion; without them, magnitudes.
         criterion: as `jaxeff.analyze` takes it.
         prunable: which leaves may be pruned: a function `(path, leaf) -> bool`, or exceptions from
@@ -60,7 +60,7 @@ def scored(
     >>> scored({"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.zeros(2)})["kernel"]
     Array([[1., 2.]], dtype=float32)
     """
-    core = split_variables(params)[0]
+    core, _ = split_variables(params)
     named = named_leaves(core)
     chosen = _chosen(prunable, named)
     if statistics is not None:
@@ -70,7 +70,10 @@ def scored(
     else:
         raise ValueError(f"`statistics` are missing: criterion {criterion!r} is made of them")
     scores = [found[path] if path in chosen else jnp.zeros(()) for path in named]
-    return jax.tree.unflatten(jax.tree.structure(core), scores)
+    tree = jax.tree.unflatten(jax.tree.structure(core), scores)
+    if core is params:
+        return tree
+    return {**jax.tree.map(lambda leaf: jnp.zeros(()), dict(params)), "params": tree}
 
 
 def _chosen(prunable: Prunable, named: Mapping[str, Any]) -> set[str]:
@@ -253,10 +256,8 @@ def apply(params: Any, masks: Any) -> Any:
     >>> apply({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})["w"]
     Array([1., 0.], dtype=float32)
     """
-    core = split_variables(params)[0]
-    check_alike(core, masks)
-    masked = jax.tree.map(lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf)), core, masks)
-    return masked if core is params else {**params, "params": masked}
+    check_alike(params, masks)
+    return jax.tree.map(lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf)), params, masks)
 
 
 def check_alike(params: Any, masks: Any) -> None:
