@@ -29,15 +29,12 @@ def main(port: int, processes: int, process: int) -> None:
         return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
 
     draw = np.random.default_rng(0).standard_normal
-    shapes = {"a": (16, 32), "b": (32, 16), "large": (16, 8192)}
-    params = {name: placed(draw(shape), P(None, "devices")) for name, shape in shapes.items()}
+    params = {"w": placed(draw((16, 8192)), P(None, "devices"))}
     batch = placed(draw((16, 16)), P("devices"))
 
     @jax.jit
     def analyzed(params, batch):
-        return jaxeff.analyze(
-            params, lambda p, x: jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["large"], batch
-        ).numbers.metrics
+        return jaxeff.analyze(params, lambda p, x: jax.nn.relu(x @ p["w"]), batch).numbers.metrics
 
     sketched = jaxeff.sketch.summarize(jaxeff.sketch.sketch(placed(np.abs(draw((4096, 16))), P("devices"))))
     found = {

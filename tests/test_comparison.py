@@ -134,8 +134,8 @@ def test_criteria_beat_removal_at_random_on_digits(seed):
         compared = jaxeff.compare_criteria(
             state.params,
             state.apply_fn,
-            training.images[:512],
-            training.labels[:512],
+            training.images[:256],
+            training.labels[:256],
             cross_entropy,
             CRITERIA,
             scope=scope,

@@ -379,9 +379,9 @@ BAD = {
     "no targets": ({"loss_fn": cross_entropy}, ValueError, "`targets` is missing: criterion 'taylor'"),
     "no function": ({"loss_fn": 3, "targets": LABELS}, TypeError, "`loss_fn` must be a function"),
     "a loss of another shape": (
-        {"loss_fn": lambda o, t: o, "targets": LABELS},
+        {"loss_fn": lambda o, t: o.T, "targets": LABELS},
         ValueError,
-        r"`loss_fn` returned float32\[6,3\].*6 examples",
+        r"`loss_fn` returned float32\[3,6\].*6 examples",
     ),
     "two losses": (
         {"loss_fn": lambda o, t: (o.sum(), 1.0), "targets": LABELS},
