@@ -7,19 +7,12 @@ from __future__ import annotations
 
 import argparse
 
-import flax.linen as nn
 import jax
 import optax
 import timing
+from lenet import LeNet300100
 
 from jaxeff import prune
-
-
-class LeNet300100(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Dense(300)(x))
-        return nn.Dense(10)(nn.relu(nn.Dense(100)(x)))
 
 
 def main() -> None:

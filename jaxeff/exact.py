@@ -330,7 +330,8 @@ def _exactly(count: int | Array, dtype: Any) -> Pair:
     return pairs.fast_two_sum((count & ~0xFFF).astype(dtype), (count & 0xFFF).astype(dtype))
 
 
-def _checked(x: ArrayLike) -> Array:
+def checked(x: ArrayLike) -> Array:
+    """x as an array of importances, of whatever real dtype; what is none is refused."""
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         raise TypeError(f"`x` must be one array of importances; got {type(x).__name__}.")
     x = jnp.asarray(x)
@@ -338,6 +339,11 @@ def _checked(x: ArrayLike) -> Array:
         raise TypeError(f"`x` must hold real numbers, one importance per weight; got {x.dtype}.")
     if x.size == 0:
         raise ValueError(f"`x` is empty, shape {x.shape}: a layer without weights has no metrics.")
+    return x
+
+
+def _checked(x: ArrayLike) -> Array:
+    x = checked(x)
     return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32).ravel()
 
 

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from jaxeff import bins, certified, moments
 from jaxeff.certified import Bounds as Bounds
 from jaxeff.certified import Places
-from jaxeff.exact import Metrics
+from jaxeff.exact import Metrics, checked
 from jaxeff.moments import Whole
 
 _GOOD = 2.0**-19  # a bound that asks for no second pass
@@ -122,13 +122,7 @@ def sketch(x: ArrayLike, size: ArrayLike | None = None) -> Sketch:
 
 
 def _checked(x: ArrayLike) -> Array:
-    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
-        raise TypeError(f"`x` must be one array of importances; got {type(x).__name__}.")
-    x = jnp.asarray(x)
-    if x.dtype == jnp.bool_ or not jnp.isrealobj(x) or not jnp.issubdtype(x.dtype, jnp.number):
-        raise TypeError(f"`x` must hold real numbers, one importance per weight; got {x.dtype}.")
-    if x.size == 0:
-        raise ValueError(f"`x` is empty, shape {x.shape}: a layer without weights has no metrics.")
+    x = checked(x)
     if x.size >= 2**31:
         raise ValueError(
             f"`x` must have fewer than 2^31 entries; got {x.shape}. Use `merge` on sketches of parts."
