@@ -37,7 +37,8 @@ def main() -> None:
             program = sketch.lower(lying).compile()
             assert not any(word in program.as_text() for word in COPYING), (mesh, name)
             assert_same(program(lying), alone)
-            if name == "both":
+            # Older versions of jax cannot scatter on a mesh of explicit axes, as the second pass does.
+            if name == "both" and (mesh is automatic or jax.__version_info__ >= (0, 10)):
                 whole = program(lying)
                 again = refine(whole, lying)
                 assert_same(again, fine)
