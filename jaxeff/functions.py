@@ -69,6 +69,13 @@ class LinenFunction:
         return outputs[0] if mutable else outputs, {}
 
 
+def merged(structure: Any, params: Any, state: Any) -> nnx.Module:
+    """The NNX model of its parts; `params` may be a plain dict, as `nnx.to_pure_dict` gives."""
+    # Some versions of Flax cannot read a State of a State.
+    params = params if isinstance(params, nnx.State) else nnx.State(params)
+    return nnx.merge(structure, params, state)
+
+
 @dataclasses.dataclass(frozen=True)
 class NNXFunction:
     """An NNX model split into structure and state: equal for equal structures.
@@ -86,7 +93,7 @@ class NNXFunction:
         state, batch, arrays = inputs
 
         def apply(params: Any, *batch: Any) -> Any:
-            model = nnx.merge(self.structure, nnx.State(params), state)
+            model = merged(self.structure, params, state)
             return model(*batch, **dict(self.statics), **arrays)
 
         return named_misfit(apply, params, batch), {}

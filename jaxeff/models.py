@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxeff import leaves
-from jaxeff.functions import Function, LinenFunction, NNXFunction, bound_module, named_misfit, traced
+from jaxeff.functions import Function, LinenFunction, NNXFunction, bound_module, merged, named_misfit, traced
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class NNXApply:
     state: Any
 
     def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
-        return nnx.merge(self.structure, nnx.State(params), self.state)(*batch, **keywords)
+        return merged(self.structure, params, self.state)(*batch, **keywords)
 
 
 def from_nnx(model: nnx.Module) -> tuple[Any, NNXApply]:
