@@ -353,7 +353,9 @@ class Fused(nn.Module):
     def __call__(self, x):
         gate, up = jnp.split(nn.Dense(20, name="halves")(x), 2, axis=-1)
         y = nn.Dense(14, use_bias=False, name="turns")(nn.silu(gate) * up)
-        y = nn.sigmoid(y[..., ::2]) * jnp.tanh(y[..., 1::2])
+        # Written as slices: indexing with a step is a gather to older versions of jax, which is not followed.
+        even, odd = (jax.lax.slice_in_dim(y, start, None, 2, axis=-1) for start in (0, 1))
+        y = nn.sigmoid(even) * jnp.tanh(odd)
         y = nn.Dense(12, name="stacked")(y).reshape(*y.shape[:-1], 3, 4)
         return nn.Dense(3, name="head")(nn.relu(y[..., 0, :]) + y[..., 1, :] * y[..., 2, :])
 
