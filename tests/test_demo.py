@@ -80,7 +80,11 @@ def test_demo_prints_accuracy_and_report_and_keeps_progress_apart():
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 def test_interrupt_ends_with_one_line_and_status_130():
     command = [*JAXEFF, "demo", "--epochs", "10000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+    # A job in the background ignores interrupts, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    _ = signal.signal(signal.SIGINT, before)
+    with running:
         assert running.stderr is not None
         assert running.stderr.readline().startswith("epoch 1/10000")
         running.send_signal(signal.SIGINT)
