@@ -108,6 +108,7 @@ def test_a_layer_keeps_what_it_must_and_others_make_up_for_it():
     masks = prune.masks(scores, 0.5, scope="global", max_sparsity={"weak": 0.75})
     assert (int(masks["weak"].sum()), int(masks["strong"].sum())) == (5, 15)
     assert int(prune.masks(scores, 0.5, max_sparsity=0.25)["weak"].sum()) == 15
+    assert prune.sparsity(prune.masks(scores, 0.5, max_sparsity=0.0)) == 0
 
 
 def test_a_layer_that_vanishes_is_named():

@@ -179,7 +179,8 @@ def _at_most(share: Any, limit: float) -> Any:
 
 
 def _limits(max_sparsity: Limits, groups: Mapping[str, Array]) -> dict[str, float]:
-    given = max_sparsity if isinstance(max_sparsity, Mapping) else dict.fromkeys(groups, max_sparsity or 1.0)
+    one = 1.0 if max_sparsity is None else max_sparsity
+    given = one if isinstance(one, Mapping) else dict.fromkeys(groups, one)
     if unknown := given.keys() - groups.keys():
         raise ValueError(
             f"`max_sparsity` names {sorted(unknown)[0]!r}, which is not pruned: {', '.join(groups)}"
