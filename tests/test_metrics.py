@@ -14,7 +14,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxeff import exact, metrics
+from jaxeff import exact, metrics, sketch
 from jaxeff.metrics import summarize
 
 FIELDS = [field.name for field in dataclasses.fields(metrics.Metrics)]
@@ -319,7 +319,7 @@ def test_negative_zero_is_zero() -> None:
     assert_close(got, reference.metrics(np.array([0.0, 1, 1])))
 
 
-@pytest.mark.parametrize("function", [summarize, *ALONE.values()])
+@pytest.mark.parametrize("function", [summarize, sketch.sketch, sketch.summarize_array, *ALONE.values()])
 def test_what_is_no_layer_is_refused(function: Callable) -> None:
     with pytest.raises(ValueError, match="`x` is empty"):
         function(jnp.zeros((0, 3)))

@@ -240,17 +240,6 @@ def test_an_array_of_zeros_stands_by_convention() -> None:
     assert not any(dataclasses.astuple(bounds))
 
 
-@pytest.mark.parametrize("function", [WHOLE, summarize_array])
-def test_what_is_no_layer_is_refused(function) -> None:
-    with pytest.raises(ValueError, match="`x` is empty"):
-        function(jnp.zeros((0, 3)))
-    for wrong in (jnp.ones(3, bool), jnp.ones(3, complex)):
-        with pytest.raises(TypeError, match=f"`x` must hold real numbers.*{wrong.dtype}"):
-            function(wrong)
-    with pytest.raises(TypeError, match="`x` must be one array"):
-        function([1.0, 2.0])
-
-
 def test_more_weights_than_one_pass_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="`x`.*merge"):
         jax.eval_shape(WHOLE, jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32))

@@ -121,11 +121,11 @@ def _layer(found: Measured) -> LayerNumbers:
     return LayerNumbers(
         metrics=found.metrics,
         null=measuring.null(),
-        effective_units=units,  # pyright: ignore[reportArgumentType]
-        effective_fan_in=effective / (units if units > 0 else np.float32(1)),  # pyright: ignore[reportArgumentType]
+        effective_units=jnp.asarray(units),
+        effective_fan_in=jnp.asarray(effective / (units if units > 0 else np.float32(1))),
         nonfinite_weights=found.metrics.nonfinite,
-        largest_weight=found.largest,  # pyright: ignore[reportArgumentType]
-        evidence_finite=np.bool_(True),  # pyright: ignore[reportArgumentType]
+        largest_weight=jnp.asarray(found.largest),
+        evidence_finite=jnp.asarray(True),
     )
 
 

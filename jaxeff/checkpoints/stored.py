@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import BinaryIO
+from io import FileIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -94,7 +94,7 @@ def in_file(path: str | os.PathLike, spans: Sequence[Span], dtype: np.dtype) -> 
     return opened
 
 
-def _read_spans(file: BinaryIO, spans: Sequence[Span], dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+def _read_spans(file: FileIO, spans: Sequence[Span], dtype: np.dtype, start: int, stop: int) -> np.ndarray:
     found, begin = np.empty(stop - start, dtype), 0
     for span in spans:
         first, last = max(start, begin), min(stop, begin + span.size)
@@ -106,12 +106,12 @@ def _read_spans(file: BinaryIO, spans: Sequence[Span], dtype: np.dtype, start: i
     return found
 
 
-def fill(file: BinaryIO, buffer: memoryview) -> None:
+def fill(file: FileIO, buffer: memoryview) -> None:
     """Reads until the buffer is full."""
     done = 0
     while done < len(buffer):
         # No more than a system call may return.
-        count = file.readinto(buffer[done : done + (1 << 30)])  # pyright: ignore[reportAttributeAccessIssue]
+        count = file.readinto(buffer[done : done + (1 << 30)])
         if not count:
             raise CheckpointError(
                 f"{quoted(file.name)} ended while it was read: was it written to meanwhile?"
