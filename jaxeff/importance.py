@@ -10,17 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from statistics import NormalDist
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxeff import granularity
 from jaxeff.derivatives import WITHOUT_LOSS, Need
 from jaxeff.leaves import named_leaves, split_variables
-from jaxeff.precision import wide, widened
+from jaxeff.precision import widened
 from jaxeff.statistics import Derivatives, Moments, SiteStatistics, Statistics, UnitStatistics
 
 Score = Callable[[jax.Array, SiteStatistics], jax.Array]
@@ -345,7 +343,7 @@ def score(
     criterion, weight = named(criterion), widened(weight)
     if not sites and criterion.reads_activations:
         return magnitude(weight)
-    importance = _over_uses(criterion, weight, sites or (_unread(weight),), derivatives or Derivatives())
+    importance = over_uses(criterion, weight, sites, derivatives or Derivatives())
     if jnp.shape(importance) != jnp.shape(weight):
         raise ValueError(
             f"`criterion` {criterion.name} returned shape {jnp.shape(importance)} for a weight of shape "
@@ -439,6 +437,19 @@ def correlation(first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.where(constant, 1, found)
 
 
+def over_uses(
+    criterion: Criterion, weight: jax.Array, sites: Sequence[SiteStatistics], derivatives: Derivatives
+) -> jax.Array:
+    """What the criterion makes of a weight, averaged over its uses by the positions that each saw."""
+    sites = sites or (_unread(weight),)
+    sites = [dataclasses.replace(site, derivatives=derivatives) for site in sites]
+    if not criterion.reads_activations:
+        return criterion.function(weight, sites[0])
+    total = jnp.maximum(functools.reduce(jnp.add, [site.post.count for site in sites]), 1)
+    scores = [criterion.function(weight, site) * (site.post.count / total) for site in sites]
+    return functools.reduce(jnp.add, scores)
+
+
 def _unread(weight: jax.Array) -> SiteStatistics:
     """A use of which nothing is known. Flax lays every kernel out with its units last."""
     nan = jnp.full((1,) * weight.ndim, jnp.nan)
@@ -448,74 +459,3 @@ def _unread(weight: jax.Array) -> SiteStatistics:
         path="", kind="weight", nonlinearity="identity", bias=None, unit_axes=units, input_axes=(),
         layer_axes=(), macs=None, input=unknown, pre=unknown, post=unknown,
     )  # fmt: skip
-
-
-def _over_uses(
-    criterion: Criterion, weight: jax.Array, sites: Sequence[SiteStatistics], derivatives: Derivatives
-) -> jax.Array:
-    sites = [dataclasses.replace(site, derivatives=derivatives) for site in sites]
-    if not criterion.reads_activations:
-        return criterion.function(weight, sites[0])
-    total = jnp.maximum(functools.reduce(jnp.add, [site.post.count for site in sites]), 1)
-    scores = [criterion.function(weight, site) * (site.post.count / total) for site in sites]
-    return functools.reduce(jnp.add, scores)
-
-
-_PROFILE, _RUN, _CELLS = 1 << 14, 1 << 4, 1 << 6
-NULL_SIZE = _PROFILE // _RUN * _CELLS
-
-
-def null_profile(
-    criterion: Criterion,
-    weight: jax.Array,
-    sites: Sequence[SiteStatistics],
-    derivatives: Derivatives,
-    usable: jax.Array,
-) -> jax.Array:
-    """The factors that the criterion puts on the weights of a layer, whatever these are.
-
-    Args:
-        criterion: one that has a `null_power`.
-        usable: [], False to take magnitudes instead.
-
-    Returns:
-        [16384], evenly spread over the layer, each about as often.
-    """
-    one = jnp.ones((1,) * weight.ndim, wide(weight.dtype))
-    factor = one
-    if sites or not criterion.reads_activations:
-        # A weight of ones, of size 1 on every axis, leaves the factor alone, and as small as it is.
-        factor = _over_uses(criterion, one, sites or (_unread(one),), derivatives)
-    factors = jnp.ravel(jnp.where(usable, factor, 1))
-    return factors[np.arange(_PROFILE) * factors.size // _PROFILE]
-
-
-def null_scores(criterion: Criterion, profile: jax.Array, usable: jax.Array) -> jax.Array:
-    """Scores that a layer would have if its weights were noise, independent of all that was seen.
-
-    The factors of the profile, sorted and averaged 16 at a time, times normal weights, cut into 64 equally
-    likely cells and each put at its cell's mean. Utilization and Gini of the sample are those of
-    infinitely many such weights to 1e-3 (0.753 and sqrt(2) - 1 for magnitudes alone).
-
-    Returns:
-        [65536].
-    """
-    assert criterion.null_power is not None
-    # A constant, as the profile of a magnitude is, XLA would sort while compiling: in a second.
-    profile = jax.lax.optimization_barrier(profile)
-    factors = jnp.mean(jnp.sort(profile).reshape(-1, _RUN), axis=1)
-    nodes = jnp.where(usable, _half_normal(_CELLS, criterion.null_power), _half_normal(_CELLS, 1))
-    return jnp.ravel(factors[:, None] * nodes[None])
-
-
-def _half_normal(cells: int, power: int) -> np.ndarray:
-    """The means of |z|^power (1 or 2), z normal, in equally likely cells."""
-    normal = NormalDist()
-    edges = np.array([normal.inv_cdf(0.5 + 0.5 * cell / cells) for cell in range(cells)])
-    density = np.array([*map(normal.pdf, edges), 0.0])
-    if power == 1:
-        means = 2 * cells * (density[:-1] - density[1:])
-    else:
-        moment = np.append(edges * density[:-1], 0.0)
-        means = 1 + 2 * cells * (moment[:-1] - moment[1:])
-    return means.astype(np.float32)

@@ -1,7 +1,7 @@
 """One weight and what its units emit -> its row of the report.
 
 Layers share compiled kernels, which run over them in a loop. Imports `binned`, `exact`, `granularity`,
-`importance`, `records`, `statistics`.
+`importance`, `noise`, `records`, `statistics`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import binned, exact, granularity, importance
+from jaxeff import binned, exact, granularity, importance, noise
 from jaxeff.exact import Metrics, Packed
 from jaxeff.importance import Criterion
 from jaxeff.precision import wide, widened
@@ -289,7 +289,7 @@ def _count_all(criterion: Criterion, layers: Sequence[Layer]) -> _Found:
     def step(at: tuple[jax.Array, ...]) -> tuple[Packed, _Made]:
         choice, group, member, size, units = at
         bins, made = jax.lax.switch(choice, branches, group, member, size)
-        sizes = jnp.stack([units, importance.NULL_SIZE])
+        sizes = jnp.stack([units, noise.SIZE])
         rows = jnp.stack([made.units, _null_scores(criterion, made, width)])
         others = jax.lax.map(lambda row: binned.count(*row), (rows, sizes))
         rows = jax.tree.map(lambda one, two: jnp.concatenate([one[None], two]), bins, others)
@@ -377,7 +377,7 @@ def _summarize(
     count, open_ = len(layers), layers[len(layers) - (0 if last is None else len(last)) :]
     null = jax.lax.map(lambda sample: _null_scores(criterion, sample, width), samples)
     rows = jnp.concatenate([samples.units, null, *([] if last is None else [last])])
-    sizes = [*map(_unit_count, layers), *(importance.NULL_SIZE for _ in layers), *map(_size, open_)]
+    sizes = [*map(_unit_count, layers), *(noise.SIZE for _ in layers), *map(_size, open_)]
     summarized = lambda sample: exact.pack(exact.summarize_padded(*sample))  # noqa: E731
     found = exact.unpack(jax.lax.map(summarized, (rows, jnp.asarray(sizes, jnp.int32))))
     units, null, small = (
@@ -490,7 +490,7 @@ def _profile(criterion: Criterion, layer: Layer, usable: jax.Array) -> jax.Array
     if criterion.null_power is None:
         return jnp.zeros(1)
     _, weight, sites, derivatives = layer
-    profile = importance.null_profile(criterion, weight, sites, derivatives, usable)
+    profile = noise.profile(criterion, weight, sites, derivatives, usable)
     return profile.astype(wide(weight.dtype))
 
 
@@ -498,7 +498,7 @@ def _null_scores(criterion: Criterion, made: _Made, width: int) -> jax.Array:
     """One row of scores of noise; of one number where the criterion knows of none."""
     if criterion.null_power is None:
         return jnp.zeros(width)
-    return _padded(importance.null_scores(criterion, made.profile, made.usable), width)
+    return _padded(noise.scores(criterion, made.profile, made.usable), width)
 
 
 def _null(summary: Metrics) -> Null:

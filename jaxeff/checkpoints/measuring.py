@@ -1,7 +1,7 @@
 """Arrays that stream by in pieces -> their numbers, in memory for a few pieces.
 
 Counts by bit pattern are merged from piece to piece on the device, while the host sums the units of the
-same piece and reads the next. Imports `stored`, `metrics`, `sketch`, `importance`, `records`.
+same piece and reads the next. Imports `stored`, `exact`, `sketch`, `importance`, `noise`, `records`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxeff import exact, importance, sketch
+from jaxeff import exact, importance, noise, sketch
 from jaxeff.checkpoints.stored import Stored
 from jaxeff.exact import Metrics
 from jaxeff.records import Null, OtherNumbers
@@ -225,8 +225,8 @@ def null() -> Null:
     """The metrics of magnitudes of noise, the same for every weight."""
     criterion = importance.named("magnitude")
     sure = jnp.asarray(True)
-    profile = importance.null_profile(criterion, jnp.ones((1, 1)), (), Derivatives(), sure)
-    scores = importance.null_scores(criterion, profile, sure)
+    profile = noise.profile(criterion, jnp.ones((1, 1)), (), Derivatives(), sure)
+    scores = noise.scores(criterion, profile, sure)
     found = sorted_metrics(np.asarray(scores))
     return Null(found.utilization, found.gini, found.coverage_50, found.coverage_80, found.coverage_90)
 
