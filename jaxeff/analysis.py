@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxeff import importance, layers, leaves, others, totals
 from jaxeff.collection import collect
@@ -137,7 +138,8 @@ def _check_statistics(named: dict[str, Any], statistics: Statistics, criterion: 
 def _report(
     criterion: Criterion, paths: tuple[str, ...], leaves: tuple[Any, ...], statistics: Statistics
 ) -> Report:
-    report, units, heads = _measured(criterion, paths, leaves, statistics)
+    in_parts = any(map(_may_lie_in_parts, leaves))
+    report, units, heads = _measured(criterion, paths, in_parts, leaves, statistics)
     modules = tuple(
         ModuleReport(module.path, Activity(module.output.absolute_sum.shape, 1, module.output))
         for module in statistics.modules
@@ -161,9 +163,20 @@ def _report(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def _may_lie_in_parts(leaf: Any) -> bool:
+    """On several devices; of an array in a trace it is not known."""
+    if isinstance(leaf, Tracer):
+        return jax.device_count() > 1
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_replicated
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _measured(
-    criterion: Criterion, paths: tuple[str, ...], leaves: tuple[Any, ...], statistics: Statistics
+    criterion: Criterion,
+    paths: tuple[str, ...],
+    in_parts: bool,
+    leaves: tuple[Any, ...],
+    statistics: Statistics,
 ) -> tuple[Report, jax.Array, list[jax.Array]]:
     """The report without units, modules, heads and the activities of weights with one use.
 
@@ -183,7 +196,7 @@ def _measured(
     rows = [part for weight in weights for part in layers.unstacked(weight)]
     alone = [weight for weight in weights if len(weight.sites) == 1]
     structure = tuple(layers.structure(criterion, row) for row in rows)
-    numbers, units = layers.measure(criterion, rows)
+    numbers, units = layers.measure(criterion, rows, in_parts)
     rest = [place for place in statistics.places if place.role != "weight"]
     report = Report(
         criterion=criterion.name,

@@ -5,23 +5,24 @@ largest are cut into at most 2^16 bins, at most 2^-8 wide relative to what they 
 range allows: of nearly equal weights each bin is one float. A bin keeps how many weights it holds, and
 the sum of their places in it. What the weights of one bin differ by is left out, so that arrays of few
 distinct values are exact and others good to 1e-6. One pass of a few ns a weight on a CPU, where sorting
-takes 100. Imports `exact`, `pairs`.
+takes 100. Imports `exact`, `pairs`, `sharded`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxeff import pairs
-from jaxeff.exact import TIE, Metrics, excess_over_mean, float_at_least
+from jaxeff.exact import COVERAGES, TIE, Metrics, excess_over_mean, float_at_least
 from jaxeff.pairs import Pair
-
-COVERAGES = {"coverage_50": 0.5, "coverage_80": 0.8, "coverage_90": 0.9}
+from jaxeff.sharded import everywhere
 
 THRESHOLDS = (1e-2, 1e-3)
 _SPARSITIES = ("sparsity_1e2", "sparsity_1e3", "relative_sparsity_1e2", "relative_sparsity_1e3")
@@ -29,7 +30,8 @@ _SPARSITIES = ("sparsity_1e2", "sparsity_1e3", "relative_sparsity_1e2", "relativ
 _SIDE = 1 << 8
 _BINS = _SIDE * _SIDE
 _PLACE_BITS = 12
-_PIECE = 1 << (32 - _PLACE_BITS)  # so many places sum to less than 2^32
+_PIECE = 1 << 18
+_RUN = 4  # the places of so many pieces sum to less than 2^32
 
 
 class Bins(NamedTuple):
@@ -82,42 +84,99 @@ def summarize(x: Array) -> Metrics:
 
 
 def count(x: Array, size: int | Array | None = None) -> Bins:
-    """The bins of x [...]; or of its first `size` entries, where the others are 0."""
-    bits = pairs.bits_of(x.astype(jnp.float32).ravel())
-    bits = jnp.where(bits == jnp.iinfo(jnp.int32).min, 0, bits)  # -0.0
-    bits = jnp.where((bits < 0) | (bits > _INFINITY), _INFINITY, bits)
+    """The bins of x [...], counted where it lies; or of its first `size` entries, where the others are 0."""
     padding = 0 if size is None else x.size - size
-    valid = jnp.where(bits < _INFINITY, bits, 0)
-    # No pattern of a number is 0 in either.
-    largest, smallest = _most(valid, jnp.where(valid > 0, _INFINITY - valid, 0))
+    largest, smallest = _extremes(x)
     smallest = jnp.where(largest > 0, _INFINITY - smallest, 0)
     # Bins begin at multiples of their width: none reaches over a power of two, so that in each the floats
     # are evenly spaced. One spare bit, for the first bin may begin before the smallest weight.
     shift = jnp.maximum(33 - lax.clz(largest - smallest) - 16, 0)
     first = (smallest >> shift) << shift
-    counted, place, zeros, lost = _scatter(bits, first, shift)
-    bins = Bins(counted, place, jnp.stack([first, shift, smallest, largest, zeros - padding, lost]))
+    counts, places = _scatter(x, jnp.stack([first, shift]))
+    held, zeros, lost = counts[:_BINS], counts[_BINS] - padding, counts[_BINS + 1]
+    width = (1 << jnp.minimum(shift, _PLACE_BITS)).astype(jnp.float32)
+    place = places[:_BINS] / (jnp.maximum(held, 1).astype(jnp.float32) * width)
+    bins = Bins(held, place, jnp.stack([first, shift, smallest, largest, zeros, lost]))
     limits = [*map(_pattern_at_least, THRESHOLDS), *_relative_limits(bins, x.size - padding)]
-    below = _totals([valid < limit for limit in limits]) - lost - padding
+    below = _below(x, jnp.stack(limits)) + zeros
     return bins._replace(integers=jnp.concatenate([bins.integers, below]))
 
 
 _INFINITY = 0x7F800000
 
 
-def _most(*operands: Array) -> list[Array]:
-    """The largest of each array [N] of positive integers."""
-    zero = jnp.zeros((), jnp.int32)
-    joined = lambda a, b: tuple(map(jnp.maximum, a, b))  # noqa: E731
-    return list(lax.reduce(operands, (zero,) * len(operands), joined, (0,)))
+def _patterns(x: Array) -> Array:
+    """Bit patterns; infinity's for what is no importance."""
+    bits = pairs.bits_of(x.astype(jnp.float32))
+    bits = jnp.where(bits == jnp.iinfo(jnp.int32).min, 0, bits)  # -0.0
+    return jnp.where((bits < 0) | (bits > _INFINITY), _INFINITY, bits)
 
 
-def _totals(hits: list[Array]) -> Array:
-    """How often each array [N] of truths is true, from one pass."""
-    counted = tuple(hit.astype(jnp.int32) for hit in hits)
-    zero = jnp.zeros((), jnp.int32)
-    joined = lambda a, b: tuple(map(jnp.add, a, b))  # noqa: E731
-    return jnp.stack(lax.reduce(counted, (zero,) * len(hits), joined, (0,)))
+def _most(x: Array) -> Array:
+    """[2], the largest pattern, and the largest of positive ones' taken from infinity's."""
+    bits = _patterns(x.reshape(-1))
+    # No pattern of a number is 0 in either.
+    valid = jnp.where(bits < _INFINITY, bits, 0)
+    return jnp.stack(_across(jnp.maximum, valid, jnp.where(valid > 0, _INFINITY - valid, 0)))
+
+
+def _counts_below(x: Array, limits: Array) -> Array:
+    """[4], how many positive weights lie below each limit."""
+    bits = _patterns(x.reshape(-1))
+    hits = [((bits > 0) & (bits < limit) & (bits < _INFINITY)).astype(jnp.int32) for limit in limits]
+    return jnp.stack(_across(jnp.add, *hits))
+
+
+def _across(operation: Callable[[Array, Array], Array], *lanes: Array) -> list[Array]:
+    """The operation over each array [N] of non-negative integers, all in one pass."""
+    both = lambda a, b: tuple(map(operation, a, b))  # noqa: E731
+    return list(lax.reduce(lanes, (np.int32(0),) * len(lanes), both, (0,)))
+
+
+def _scattered(x: Array, where: Array) -> tuple[Array, Array]:
+    """Of each bin, and of zeros and what is no number: how many, and the sum of their places in it.
+
+    Args:
+        x: [...].
+        where: [2], the pattern at which the first bin begins, and the shift.
+    """
+    first, shift = where
+    flat, length = x.reshape(-1), min(x.size, _PIECE)
+    pieces = -(-x.size // length)
+    coarse = jnp.maximum(shift - _PLACE_BITS, 0)
+
+    def count(index: Array, table: Array) -> Array:
+        # The last piece begins early, and leaves out what the one before it has counted.
+        start = jnp.minimum(index * length, x.size - length)
+        bits = _patterns(lax.dynamic_slice(flat, (start,), (length,)))
+        bits = jnp.where(lax.iota(jnp.int32, length) >= index * length - start, bits, 0)
+        offset = bits - first
+        key = jnp.where(bits > 0, jnp.where(bits < _INFINITY, offset >> shift, _BINS + 1), _BINS)
+        place = ((offset & ((1 << shift) - 1)) >> coarse).astype(jnp.uint32)
+        updates = jnp.stack([jnp.ones_like(place), place], axis=1)
+        return table.at[key].add(updates, mode="promise_in_bounds")
+
+    def run(index: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        start, stop = index * _RUN, jnp.minimum((index + 1) * _RUN, pieces)
+        table = lax.fori_loop(start, stop, count, jnp.zeros((_BINS + 2, 2), jnp.uint32))
+        return sums[0] + table[:, 0].astype(jnp.int32), sums[1] + table[:, 1].astype(jnp.float32)
+
+    none = jnp.zeros(_BINS + 2, jnp.int32), jnp.zeros(_BINS + 2, jnp.float32)
+    counts, places = lax.fori_loop(np.int32(0), np.int32(-(-pieces // _RUN)), run, none)
+    return counts.at[_BINS].add(x.size - pieces * length), places
+
+
+def _total(sums: Any, axes: tuple[str, ...], _: int) -> Any:
+    return lax.psum(sums, axes)
+
+
+def _total_most(most: Array, axes: tuple[str, ...], _: int) -> Array:
+    return lax.pmax(most, axes)
+
+
+_extremes = everywhere(_most, _total_most)
+_scatter = everywhere(_scattered, _total)
+_below = everywhere(_counts_below, _total)
 
 
 def summarize_bins(bins: Bins, size: int | Array) -> Metrics:
@@ -189,30 +248,6 @@ class _Spread(NamedTuple):
     variance: Array
     gini: Array
     even: Array
-
-
-def _scatter(bits: Array, first: Array, shift: Array) -> tuple[Array, Array, Array, Array]:
-    """How many weights each bin holds, and their mean place in it, from 0 to 1; zeros; what is no number."""
-    pieces = -(-bits.size // _PIECE)
-    length = -(-bits.size // pieces)
-    padding = pieces * length - bits.size
-    padded = jnp.pad(bits, (0, padding)).reshape(pieces, length)
-    coarse = jnp.maximum(shift - _PLACE_BITS, 0)
-
-    def step(sums: tuple[Array, Array], piece: Array) -> tuple[tuple[Array, Array], None]:
-        offset = piece - first
-        key = jnp.where(piece > 0, jnp.where(piece < _INFINITY, offset >> shift, _BINS + 1), _BINS)
-        place = ((offset & ((1 << shift) - 1)) >> coarse).astype(jnp.uint32)
-        updates = jnp.stack([jnp.ones_like(place), place], axis=1)
-        empty = jnp.zeros((_BINS + 2, 2), jnp.uint32)
-        new = empty.at[key].add(updates, mode="promise_in_bounds")
-        return (sums[0] + new[:, 0].astype(jnp.int32), sums[1] + new[:, 1].astype(jnp.float32)), None
-
-    none = jnp.zeros(_BINS + 2, jnp.int32), jnp.zeros(_BINS + 2, jnp.float32)
-    (counts, places), _ = lax.scan(step, none, padded)
-    count, width = counts[:_BINS], (1 << (shift - coarse)).astype(jnp.float32)
-    place = places[:_BINS] / (jnp.maximum(count, 1).astype(jnp.float32) * width)
-    return count, place, counts[_BINS] - padding, counts[_BINS + 1]
 
 
 def _pair(counts: Array) -> Pair:

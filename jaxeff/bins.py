@@ -1,4 +1,4 @@
-"""Passes over an array that count its weights by bit pattern, in exact integers. Imports nothing of jaxeff.
+"""Passes over an array that count its weights by bit pattern, in exact integers. Imports `sharded`.
 
 The 31 bits of a non-negative float32 are ordered as the numbers are. The first 17 (8 of exponent, 9 of
 mantissa) name one of 2^17 bins, at most 2^-9 wide relative to what they hold; the last 14 are a weight's
@@ -12,18 +12,15 @@ the weights.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.flatten_util import ravel_pytree
-from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxeff.sharded import everywhere
 
 ROWS = 256  # one an exponent
 COLUMNS = 512
@@ -280,73 +277,7 @@ def cells_at(table: Array, base: Array, layout: Array, index: Any) -> tuple[Arra
     return first, start, jnp.where(depth > 0, np.uint32(1) << (PLACE_BITS - depth), 0)
 
 
-# Where the array lies.
-
-
-def _everywhere(local: Callable[..., Any], total: Callable[..., Any]) -> Callable[..., Any]:
-    """local(x, *plan) of all of x, by total(local(part, *plan), axes, devices) where x lies in parts.
-
-    Args:
-        local: x [...] and arrays that every device has, all of at least one axis -> a tuple of sums.
-        total: such a tuple of one device, names of mesh axes, the devices along these -> the sums over them.
-    """
-
-    def of_parts(mesh: Any, spec: Any) -> Callable[..., Any]:
-        axes = tuple(axis for entry in spec for axis in _axes(entry))
-        devices = math.prod(mesh.shape[axis] for axis in axes)
-        return lambda *given: total(local(*given), axes, devices) if axes else local(*given)
-
-    def partition(mesh: Any, given: Any, results: Any) -> Any:
-        whole = NamedSharding(mesh, PartitionSpec())
-        kept = (given[0].sharding, *(whole for _ in given[1:]))
-        return mesh, of_parts(mesh, kept[0].spec), jax.tree.map(lambda _: whole, results), kept
-
-    def inferred(mesh: Any, given: Any, results: Any) -> Any:
-        return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), results)
-
-    partitioned = custom_partitioning(local)
-    partitioned.def_partition(partition, infer_sharding_from_operands=inferred, sharding_rule=_unrelated)
-
-    @custom_vmap
-    def one(*given: Array) -> Any:
-        sharding = jax.typeof(given[0]).sharding
-        if jax.sharding.get_abstract_mesh().manual_axes:
-            return local(*given)
-        if not any(sharding.spec):
-            return partitioned(*given)
-        return jax.shard_map(
-            of_parts(sharding.mesh, sharding.spec),
-            mesh=sharding.mesh,
-            in_specs=(sharding.spec, *(PartitionSpec() for _ in given[1:])),
-            out_specs=PartitionSpec(),
-            check_vma=False,
-        )(*given)
-
-    @one.def_vmap
-    def _(size: int, batched: list[bool], *given: Array) -> tuple[Any, Any]:
-        rows = [
-            array if many else jnp.broadcast_to(array, (size, *array.shape))
-            for array, many in zip(given, batched, strict=True)
-        ]
-        sums = lax.map(lambda row: one(*row), rows)
-        return sums, jax.tree.map(lambda _: True, sums)
-
-    return one
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    """Names in one entry of a PartitionSpec."""
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-
-
-def _unrelated(mesh: Any, given: Any, results: Any) -> str:
-    """A rule for Shardy: no axis of a result is one of an argument."""
-    names = itertools.count()
-
-    def axes(arrays: Any) -> str:
-        return ", ".join(" ".join(f"i{next(names)}" for _ in array.shape) for array in arrays)
-
-    return f"{axes(given)} -> {axes(results)}"
+# Over the devices that an array lies on.
 
 
 def _total(counts: Counts, axes: tuple[str, ...], devices: int) -> Counts:
@@ -374,5 +305,5 @@ def _filled_anyhow(x: Array, *plan: Array) -> Filled:
     return lax.platform_dependent(x.reshape(-1), *plan, cpu=_filled, default=_filled_by_sort)
 
 
-count = _everywhere(_counted, _total)
-fill = _everywhere(_filled_anyhow, _total_filled)
+count = everywhere(_counted, _total)
+fill = everywhere(_filled_anyhow, _total_filled)

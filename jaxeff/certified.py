@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxeff import bins, moments, pairs
-from jaxeff.exact import TIE, Metrics
+from jaxeff.exact import COVERAGES, TIE, Metrics
 from jaxeff.moments import Found, Sums, Whole, at, exceeds, less, single, stacked
 from jaxeff.pairs import Pair
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from jaxeff.sketch import Refinement, Sketch
 
 
-COVERAGES = {"coverage_50": 0.5, "coverage_80": 0.8, "coverage_90": 0.9}
 RELATIVE = {"relative_sparsity_1e2": 1e-2, "relative_sparsity_1e3": 1e-3}
 _DEAD = {"effective_params": 0, "utilization": 0, "redundancy": 1, "mean": 0, "std": 0, "max": 0}
 _ROUNDED = 2.0**-23  # of a number up to 1, twice over

@@ -96,11 +96,15 @@ def _analyze(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from jaxeff.checkpoints import comparing, opening
+    from jaxeff.checkpoints import comparing, opening, output
 
     with _refused():
+        if arguments.json is not None:
+            output.check_writable(arguments.json)
         a, b = opening.open_checkpoint(arguments.a), opening.open_checkpoint(arguments.b)
         comparison = comparing.compare(a, b)
+    if arguments.json is not None:
+        output.write(arguments.json, comparison.to_json(indent=1))
     print(comparing.render(comparison, arguments.sort, arguments.top))
 
 
@@ -154,6 +158,7 @@ def _add_checkpoints(commands: Any) -> None:
     compare = commands.add_parser("compare", help="what changed from one checkpoint to another")
     _ = compare.add_argument("a", metavar="A", help=_PATH)
     _ = compare.add_argument("b", metavar="B", help="likewise, of any of the formats")
+    _ = compare.add_argument("--json", metavar="FILE", help="also write what changed")
     help_ = "path, change or size: the largest first"
     _ = compare.add_argument("--sort", metavar="ORDER", default="path", type=_order(_changes), help=help_)
     for command, run in ((analyze, _analyze), (compare, _compare)):

@@ -31,6 +31,7 @@ from jax.typing import ArrayLike
 from jaxeff import pairs
 from jaxeff.pairs import Pair
 
+COVERAGES = {"coverage_50": 0.5, "coverage_80": 0.8, "coverage_90": 0.9}
 TIE = 1 - 2.0**-40  # sums of rounded pairs that meet a target to this factor meet it
 
 
@@ -119,13 +120,11 @@ def unpack(packed: Packed) -> Metrics:
 def _summarize(layer: _Layer) -> Metrics:
     spread = _spread(layer)
     descending = _descending(layer)
-    halves, most, nearly_all = _coverages(layer, descending, (0.5, 0.8, 0.9))
+    coverages = _coverages(layer, descending, tuple(COVERAGES.values()))
     return Metrics(
         **_information(layer, spread)._asdict(),
         gini=_gini(layer, descending),
-        coverage_50=halves,
-        coverage_80=most,
-        coverage_90=nearly_all,
+        **dict(zip(COVERAGES, coverages, strict=True)),
         sparsity_1e2=_sparsity(layer, 1e-2),
         sparsity_1e3=_sparsity(layer, 1e-3),
         relative_sparsity_1e2=_relative_sparsity(layer, 1e-2),

@@ -130,21 +130,27 @@ def activity_of(site: SiteStatistics, unit_shape: tuple[int, ...]) -> Activity:
     return Activity(unit_shape, site.post.absolute_sum.ndim, site.post)
 
 
-def measure(criterion: Criterion, layers: Sequence[Layer]) -> tuple[LayerNumbers, jax.Array]:
+def measure(
+    criterion: Criterion, layers: Sequence[Layer], in_parts: bool = False
+) -> tuple[LayerNumbers, jax.Array]:
     """The numbers of all layers, stacked, and the importance of the units of each, padded: see `units_of`.
 
     Few kernels serve all layers, whatever their number. Small layers, and those of float64, are sorted;
     large ones are counted by bit pattern, and sorted where a derivative is taken.
+
+    Args:
+        in_parts: whether weights may lie in parts on several devices. Each is then counted where it lies,
+            by a kernel for its shape, and only those of float64 are sorted.
     """
     if not layers:
         return none_of(LayerNumbers), jnp.zeros((0, 0))
     kinds: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
-        kinds.setdefault((_is_counted(layer), wide(layer.weight.dtype)), []).append(index)
-    parts = [
-        (_by_bins if counted else _by_order)(criterion, [layers[index] for index in chosen])
-        for (counted, _), chosen in kinds.items()
-    ]
+        kinds.setdefault((_is_counted(layer, in_parts), wide(layer.weight.dtype)), []).append(index)
+    parts = []
+    for (counted, _), chosen in kinds.items():
+        alike = [layers[index] for index in chosen]
+        parts.append(_by_bins(criterion, alike, in_parts) if counted else _by_order(criterion, alike))
     found = parts[0] if len(parts) == 1 else _merged(parts, np.argsort(np.concatenate([*kinds.values()])))
     return _numbers(criterion, found), found.made.units * _unit_scale(found.made.largest_weight)[:, None]
 
@@ -192,8 +198,8 @@ def _heads_alike(
     return jax.lax.map(one, jnp.arange(len(members), dtype=jnp.int32))
 
 
-def _is_counted(layer: Layer) -> bool:
-    return _size(layer) > _SMALL and wide(layer.weight.dtype) == jnp.float32
+def _is_counted(layer: Layer, in_parts: bool) -> bool:
+    return (in_parts or _size(layer) > _SMALL) and wide(layer.weight.dtype) == jnp.float32
 
 
 def units_of(units: jax.Array, structure: Sequence[LayerStructure]) -> tuple[jax.Array, ...]:
@@ -211,7 +217,7 @@ def _numbers(criterion: Criterion, found: _Found) -> LayerNumbers:
     effective_units = found.units.effective_params
     return LayerNumbers(
         found.summary,
-        _null(found.null) if criterion.null_power is not None else None,
+        _null(criterion, found),
         effective_units,
         found.summary.effective_params / jnp.where(effective_units > 0, effective_units, 1),
         found.made.nonfinite_weights,
@@ -221,11 +227,11 @@ def _numbers(criterion: Criterion, found: _Found) -> LayerNumbers:
 
 
 class _Found(NamedTuple):
-    """Metrics of the scores, of the units and of the null of several layers; and what they were made of."""
+    """Metrics of several layers' scores, units and null (None where it is known); and what they are of."""
 
     summary: Metrics
     units: Metrics
-    null: Metrics
+    null: Metrics | None
     made: _Made
 
 
@@ -242,13 +248,14 @@ def _widened(rows: jax.Array, width: int) -> jax.Array:
     return jnp.pad(rows, ((0, 0), (0, width - rows.shape[1])))
 
 
-def _by_bins(criterion: Criterion, layers: Sequence[Layer]) -> _Found:
+def _by_bins(criterion: Criterion, layers: Sequence[Layer], in_parts: bool) -> _Found:
     """Layers of any size, counted one after the other; the derivatives are those of sorting."""
     places = [layer.place for layer in layers]
 
     @jax.custom_jvp
     def measured(arrays: list[Any]) -> _Found:
-        return _count_all(criterion, [Layer(place, *own) for place, own in zip(places, arrays, strict=True)])
+        own = [Layer(place, *each) for place, each in zip(places, arrays, strict=True)]
+        return _count_all(criterion, own, in_parts)
 
     @measured.defjvp
     def _(primals: tuple[list[Any]], tangents: tuple[list[Any]]) -> tuple[_Found, _Found]:
@@ -262,35 +269,33 @@ def _by_bins(criterion: Criterion, layers: Sequence[Layer]) -> _Found:
     return measured([tuple(layer[1:]) for layer in layers])
 
 
-def _count_all(criterion: Criterion, layers: Sequence[Layer]) -> _Found:
-    """One kernel to count for each length, one to read the counts for all.
+def _count_all(criterion: Criterion, layers: Sequence[Layer], in_parts: bool) -> _Found:
+    """One kernel to count for each length, or in parts for each shape; one to read the counts for all.
 
-    The outer switch is among the lengths, the next among the shapes, the innermost among equal layers.
+    The outer switch is among the kernels, the next among the shapes, the innermost among equal layers.
     """
     width = _padded_size(max([_SMALL, *map(_unit_count, layers)]))
     groups = _groups(layers)
-    lengths = _lengths([_size(layers[group[0]]) for group in groups])
-    of_length = [
-        [group for group in groups if _length_for(_size(layers[group[0]]), lengths) == length]
-        for length in lengths
-    ]
+    kernels = [(None, [group]) for group in groups] if in_parts else _by_length(layers, groups)
 
-    def branch(length: int, groups: list[list[int]]) -> Callable[..., tuple[binned.Bins, _Made]]:
+    def branch(length: int | None, groups: list[list[int]]) -> Callable[..., tuple[binned.Bins, _Made]]:
         makers = [_maker(criterion, [layers[i] for i in group], length, width) for group in groups]
 
         def run(group: jax.Array, member: jax.Array, size: jax.Array) -> tuple[binned.Bins, _Made]:
             made = jax.lax.switch(group, makers, member)
-            return binned.count(made.scores, size), made._replace(scores=None)
+            return binned.count(made.scores, None if length is None else size), made._replace(scores=None)
 
         return run
 
-    branches = [branch(length, groups) for length, groups in zip(lengths, of_length, strict=True)]
+    branches = [branch(length, groups) for length, groups in kernels]
 
     def step(at: tuple[jax.Array, ...]) -> tuple[Packed, _Made]:
         choice, group, member, size, units = at
         bins, made = jax.lax.switch(choice, branches, group, member, size)
-        sizes = jnp.stack([units, noise.SIZE])
-        rows = jnp.stack([made.units, _null_scores(criterion, made, width)])
+        rows, sizes = made.units[None], units[None]
+        if _is_sampled(criterion):
+            null = _padded(noise.scores(criterion, made.profile, made.usable), width)
+            rows, sizes = jnp.stack([made.units, null]), jnp.append(units, noise.SIZE)
         others = jax.lax.map(lambda row: binned.count(*row), (rows, sizes))
         rows = jax.tree.map(lambda one, two: jnp.concatenate([one[None], two]), bins, others)
         read = lambda row: exact.pack(binned.summarize_bins(*row))  # noqa: E731
@@ -299,28 +304,28 @@ def _count_all(criterion: Criterion, layers: Sequence[Layer]) -> _Found:
 
     positions = {
         index: (choice, g, member)
-        for choice, groups in enumerate(of_length)
+        for choice, (_, groups) in enumerate(kernels)
         for g, group in enumerate(groups)
         for member, index in enumerate(group)
     }
     steps = [(*positions[i], _size(layer), _unit_count(layer)) for i, layer in enumerate(layers)]
     summaries, made = jax.lax.map(step, tuple(jnp.asarray(c, jnp.int32) for c in zip(*steps, strict=True)))
-    apart = jax.tree.map(lambda leaf: [leaf[:, at] for at in range(3)], summaries)
-    scores, units, null = (exact.unpack(Packed(*pair)) for pair in zip(*apart, strict=True))
-    return _Found(scores, units, null, made)
+    scores, units, *null = (
+        exact.unpack(jax.tree.map(lambda leaf, at=at: leaf[:, at], summaries))
+        for at in range(summaries.floats.shape[1])
+    )
+    return _Found(scores, units, null[0] if null else None, made)
 
 
-def _lengths(sizes: Sequence[int]) -> list[int]:
-    """Lengths to pad to, so that no layer is padded to more than twice its size."""
-    lengths: list[int] = []
-    for size in sorted(sizes, reverse=True):
-        if not lengths or 2 * size < lengths[-1]:
-            lengths.append(size)
-    return lengths
-
-
-def _length_for(size: int, lengths: Sequence[int]) -> int:
-    return min(length for length in lengths if length >= size)
+def _by_length(layers: Sequence[Layer], groups: list[list[int]]) -> list[tuple[int, list[list[int]]]]:
+    """Lengths to pad to, so that no layer is padded to more than twice its size; and the groups of each."""
+    found: list[tuple[int, list[list[int]]]] = []
+    for group in sorted(groups, key=lambda group: -_size(layers[group[0]])):
+        size = _size(layers[group[0]])
+        if not found or 2 * size < found[-1][0]:
+            found.append((size, []))
+        found[-1][1].append(group)
+    return found
 
 
 def _groups(layers: Sequence[Layer]) -> list[list[int]]:
@@ -339,7 +344,7 @@ def _sort_of(layer: Layer) -> Hashable:
 
 
 def _maker(
-    criterion: Criterion, members: Sequence[Layer], length: int, width: int
+    criterion: Criterion, members: Sequence[Layer], length: int | None, width: int
 ) -> Callable[[jax.Array], _Made]:
     """Makes one of equal layers, by its number among them."""
     arrays = [_nameless(layer) for layer in members]
@@ -375,16 +380,22 @@ def _summarize(
     samples = _joined([item._replace(scores=None) for item, _ in made])
     last = made[-1][0].scores
     count, open_ = len(layers), layers[len(layers) - (0 if last is None else len(last)) :]
-    null = jax.lax.map(lambda sample: _null_scores(criterion, sample, width), samples)
-    rows = jnp.concatenate([samples.units, null, *([] if last is None else [last])])
-    sizes = [*map(_unit_count, layers), *(noise.SIZE for _ in layers), *map(_size, open_)]
+    rows, sizes = [samples.units], [*map(_unit_count, layers)]
+    if _is_sampled(criterion):
+        made_of_noise = lambda sample: noise.scores(criterion, sample.profile, sample.usable)  # noqa: E731
+        rows.append(_widened(jax.lax.map(made_of_noise, samples), width))
+        sizes += [noise.SIZE] * count
+    if last is not None:
+        rows.append(last)
+        sizes += map(_size, open_)
     summarized = lambda sample: exact.pack(exact.summarize_padded(*sample))  # noqa: E731
-    found = exact.unpack(jax.lax.map(summarized, (rows, jnp.asarray(sizes, jnp.int32))))
-    units, null, small = (
-        jax.tree.map(lambda leaf, at=at: leaf[at], found)
-        for at in (slice(0, count), slice(count, 2 * count), slice(2 * count, None))
-    )
-    return _Found(_joined([*large, small]), units, null, samples)
+    stacked = jnp.concatenate(rows), jnp.asarray(sizes, jnp.int32)
+    found = exact.unpack(jax.lax.map(summarized, stacked))
+    ends = [0, *itertools.accumulate(len(part) for part in rows)]
+    parts = [jax.tree.map(lambda leaf, at=at: leaf[slice(*at)], found) for at in itertools.pairwise(ends)]
+    small = [parts.pop()] if last is not None else []
+    null = parts[1] if _is_sampled(criterion) else None
+    return _Found(_joined([*large, *small]), parts[0], null, samples)
 
 
 def _joined(parts: Sequence[Any]) -> Any:
@@ -451,7 +462,7 @@ def _make_one(
     criterion: Criterion,
     place: Place,
     members: Sequence[tuple[jax.Array, Sites, Derivatives]],
-    length: int,
+    length: int | None,
     width: int,
     member: jax.Array,
 ) -> _Made:
@@ -466,7 +477,7 @@ def _make_one(
     scores = jnp.where(usable, scores, magnitudes)
     largest = jnp.max(magnitudes)
     return _Made(
-        _padded(scores, length),
+        scores if length is None else _padded(scores, length),
         _padded(_sum_units(scores / _unit_scale(largest), layer), width),
         _profile(criterion, layer, usable),
         usable,
@@ -487,24 +498,26 @@ def _unit_scale(largest_weight: jax.Array) -> jax.Array:
 
 
 def _profile(criterion: Criterion, layer: Layer, usable: jax.Array) -> jax.Array:
-    if criterion.null_power is None:
+    if not _is_sampled(criterion):
         return jnp.zeros(1)
     _, weight, sites, derivatives = layer
     profile = noise.profile(criterion, weight, sites, derivatives, usable)
     return profile.astype(wide(weight.dtype))
 
 
-def _null_scores(criterion: Criterion, made: _Made, width: int) -> jax.Array:
-    """One row of scores of noise; of one number where the criterion knows of none."""
+def _is_sampled(criterion: Criterion) -> bool:
+    """Whether there is a null, and it depends on what was seen."""
+    return criterion.null_power is not None and noise.known(criterion) is None
+
+
+def _null(criterion: Criterion, found: _Found) -> Null | None:
     if criterion.null_power is None:
-        return jnp.zeros(width)
-    return _padded(noise.scores(criterion, made.profile, made.usable), width)
-
-
-def _null(summary: Metrics) -> Null:
-    return Null(
-        summary.utilization, summary.gini, summary.coverage_50, summary.coverage_80, summary.coverage_90
-    )
+        return None
+    if (known := noise.known(criterion)) is not None:
+        return Null(*(jnp.full_like(found.summary.utilization, value) for value in known))
+    assert found.null is not None
+    names = (field.name for field in dataclasses.fields(Null))
+    return Null(*(getattr(found.null, name) for name in names))
 
 
 def _usable(criterion: Criterion, layer: Layer) -> jax.Array:

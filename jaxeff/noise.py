@@ -1,7 +1,7 @@
 """Scores that a layer would have if its weights were noise, under what was seen of it: each metric's null.
 
 In two steps, so that layers of all shapes share the second: a profile of the factors that the criterion puts
-on the weights, then scores. Imports `importance`, `precision`, `statistics`.
+on the weights, then scores. Imports `exact`, `importance`, `precision`, `statistics`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.importance import Criterion, over_uses
+from jaxeff.exact import COVERAGES, TIE
+from jaxeff.importance import Criterion, magnitude, over_uses
 from jaxeff.precision import wide
 from jaxeff.statistics import Derivatives, SiteStatistics
 
@@ -59,9 +60,31 @@ def scores(criterion: Criterion, profile: jax.Array, usable: jax.Array) -> jax.A
     assert criterion.null_power is not None
     # A constant, as the profile of a magnitude is, XLA would sort while compiling: in a second.
     profile = jax.lax.optimization_barrier(profile)
-    factors = jnp.mean(jnp.sort(profile).reshape(-1, _RUN), axis=1)
+    factors = jnp.mean(_in_order(profile).reshape(-1, _RUN), axis=1)
     nodes = jnp.where(usable, _half_normal(_CELLS, criterion.null_power), _half_normal(_CELLS, 1))
     return jnp.ravel(factors[:, None] * nodes[None])
+
+
+def _in_order(profile: jax.Array) -> jax.Array:
+    """Sorted, where the factors differ at all."""
+    return jax.lax.cond(jnp.min(profile) == jnp.max(profile), lambda: profile, lambda: jnp.sort(profile))
+
+
+def known(criterion: Criterion) -> tuple[float, ...] | None:
+    """The null where it is the same for every layer, as for magnitudes: the metrics of the scores.
+
+    Returns:
+        utilization, gini, coverage_50, coverage_80, coverage_90; or None where it depends on what was seen.
+    """
+    if criterion.function is not magnitude:
+        return None
+    nodes = np.sort(_half_normal(_CELLS, 1).astype(np.float64))
+    shares, copies = nodes / nodes.sum(), SIZE // _CELLS
+    gini = 2 * np.dot(np.arange(1, _CELLS + 1) - 0.5, shares) / _CELLS - 1
+    reached = np.cumsum(np.repeat(shares[::-1] / copies, copies))
+    coverages = [1 + np.searchsorted(reached, share * TIE) for share in COVERAGES.values()]
+    used = np.exp(-np.dot(shares, np.log(shares))) / _CELLS
+    return float(used), float(gini), *(float(count) / SIZE for count in coverages)
 
 
 def _half_normal(cells: int, power: int) -> np.ndarray:

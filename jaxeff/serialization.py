@@ -35,12 +35,12 @@ def to_dict(report: Report) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "criterion": concrete.criterion,
-        "model": _encoded(concrete.model),
-        "layers": _encoded(concrete.rows),
-        "others": _encoded(concrete.others),
-        "modules": _encoded(concrete.modules),
-        "attentions": _encoded(concrete.attentions),
-        "recommendations": _encoded(concrete.recommendations()),
+        "model": encoded(concrete.model),
+        "layers": encoded(concrete.rows),
+        "others": encoded(concrete.others),
+        "modules": encoded(concrete.modules),
+        "attentions": encoded(concrete.attentions),
+        "recommendations": encoded(concrete.recommendations()),
     }
 
 
@@ -73,15 +73,16 @@ def from_json(text: str) -> dict[str, Any]:
         raise ValueError(f"not a jaxeff report: {type(error).__name__} at {error}") from error
 
 
-def _encoded(node: Any) -> Any:
+def encoded(node: Any) -> Any:
+    """Plain Python data that JSON can hold."""
     if dataclasses.is_dataclass(node):
-        return {field.name: _encoded(getattr(node, field.name)) for field in dataclasses.fields(node)}
+        return {field.name: encoded(getattr(node, field.name)) for field in dataclasses.fields(node)}
     if isinstance(node, Mapping):
-        return {key: _encoded(value) for key, value in node.items()}
+        return {key: encoded(value) for key, value in node.items()}
     if isinstance(node, (tuple, list)):
-        return [_encoded(item) for item in node]
+        return [encoded(item) for item in node]
     if isinstance(node, (jax.Array, np.ndarray, np.generic)):
-        return _encoded(np.asarray(node).tolist())
+        return encoded(np.asarray(node).tolist())
     if isinstance(node, float) and not math.isfinite(node):
         return None if math.isnan(node) else "Infinity" if node > 0 else "-Infinity"
     return node

@@ -1,4 +1,6 @@
-"""Run by test_sketch.py in a process with eight devices: sketches of sharded arrays against one device's."""
+"""Run by test_sketch.py in a process with eight devices: sketches and reports of sharded weights."""
+
+import re
 
 import drawn
 import jax
@@ -7,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxeff
 from jaxeff.sketch import refine, sketch, summarize
 
 SPECS = {
@@ -57,6 +60,40 @@ def main() -> None:
     program = sketch.lower(large).compile()
     assert program.memory_analysis().temp_size_in_bytes < 64e6
     assert not any(word in program.as_text() for word in COPYING)
+    reports(automatic)
+
+
+def reports(mesh: jax.sharding.Mesh) -> None:
+    """Nothing is gathered but what the forward gathers itself, and small rows of the noise beside a layer."""
+    draw = np.random.default_rng(0).standard_normal
+    shapes = {"a": (64, 512), "b": (512, 512), "c": (512, 512), "d": (512, 1024)}
+    params = {name: draw(shape, np.float32) for name, shape in shapes.items()}
+    batch = draw((16, 64), np.float32)
+
+    def apply_fn(params, x):
+        for weight in params.values():
+            x = jax.nn.relu(x @ weight)
+        return x
+
+    lying = {name: jax.device_put(w, NamedSharding(mesh, P("a", "b"))) for name, w in params.items()}
+    parts = jax.device_put(batch, NamedSharding(mesh, P("a")))
+    alone = jaxeff.analyze(params, apply_fn, batch)
+    program = jax.jit(lambda params, batch: jaxeff.analyze(params, apply_fn, batch))
+    program = program.lower(lying, parts).compile()
+    for report in (program(lying, parts), jaxeff.analyze(lying, apply_fn, parts)):
+        for ours, theirs in zip(report.layers.values(), alone.layers.values(), strict=True):
+            np.testing.assert_allclose(ours.metrics.gini, theirs.metrics.gini, rtol=1e-5)
+            np.testing.assert_allclose(ours.metrics.utilization, theirs.metrics.utilization, rtol=1e-5)
+            np.testing.assert_allclose(ours.effective_units, theirs.effective_units, rtol=1e-5)
+            assert int(ours.metrics.zeros) == int(theirs.metrics.zeros)
+    forward = gathered(jax.jit(apply_fn).lower(lying, parts).compile().as_text())
+    assert len(gathered(program.as_text())) <= len(forward), (gathered(program.as_text()), forward)
+
+
+def gathered(program: str) -> list[str]:
+    """Shapes of what is gathered or moved, of the size of a layer's weights."""
+    found = re.findall(rf"= \w+\[([\d,]*)\]\S* (?:{'|'.join(COPYING)})(?:-start)?\(", program)
+    return [shape for shape in found if np.prod([int(side) for side in shape.split(",")]) > 2**14]
 
 
 if __name__ == "__main__":

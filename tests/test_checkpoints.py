@@ -885,6 +885,11 @@ def test_what_changed_between_two(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert cli.main(["compare", *map(str, paths), "--sort", "change", "--top", "1"]) == 0
     printed = capsys.readouterr().out
     assert "moved" in printed and "kept" not in printed and "1 of 2 weights left out" in printed
+    file = tmp_path / "changes.json"
+    assert cli.main(["compare", *map(str, paths), "--json", str(file)]) == 0
+    written = json.loads(file.read_text())
+    assert written == json.loads(found.to_json())
+    assert written["weights"][0]["change"] == found.weights[0].change and written["only_a"] == ["gone"]
 
 
 def test_formats_compare_with_each_other(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Two checkpoints -> what changed from one to the other. Imports `opening`, `measuring`, `table`."""
+"""Two checkpoints -> what changed between them. Imports `opening`, `measuring`, `serialization`, `table`."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from jaxeff.checkpoints.measuring import Measuring, Piece, Progress, pieces
 from jaxeff.checkpoints.opening import Checkpoint, natural, open_checkpoint
 from jaxeff.checkpoints.stored import Stored
 from jaxeff.progress import bytes_bar
+from jaxeff.serialization import encoded
 
 ORDERS = ("path", "change", "size")
 
@@ -64,6 +66,10 @@ class CheckpointComparison:
 
     def __str__(self) -> str:
         return render(self)
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The fields as JSON; nan is null, infinity the string "Infinity"."""
+        return json.dumps(encoded(self), allow_nan=False, indent=indent)
 
 
 def compare_checkpoints(
