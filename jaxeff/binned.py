@@ -98,7 +98,8 @@ def count(x: Array, size: int | Array | None = None) -> Bins:
     place = places[:_BINS] / (jnp.maximum(held, 1).astype(jnp.float32) * width)
     bins = Bins(held, place, jnp.stack([first, shift, smallest, largest, zeros, lost]))
     limits = [*map(_pattern_at_least, THRESHOLDS), *_relative_limits(bins, x.size - padding)]
-    below = _below(x, jnp.stack(limits)) + zeros
+    # Behind the barrier the patterns are made again; XLA would keep those of the first pass in memory.
+    below = _below(lax.optimization_barrier(x), jnp.stack(limits)) + zeros
     return bins._replace(integers=jnp.concatenate([bins.integers, below]))
 
 

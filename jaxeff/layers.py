@@ -260,9 +260,10 @@ def _by_bins(criterion: Criterion, layers: Sequence[Layer], in_parts: bool) -> _
     @measured.defjvp
     def _(primals: tuple[list[Any]], tangents: tuple[list[Any]]) -> tuple[_Found, _Found]:
         def sorted_(arrays: list[Any]) -> _Found:
-            return _by_order(
-                criterion, [Layer(place, *own) for place, own in zip(places, arrays, strict=True)]
-            )
+            own = [Layer(place, *each) for place, each in zip(places, arrays, strict=True)]
+            found = _by_order(criterion, own)
+            width = max(map(_unit_count, own))
+            return found._replace(made=found.made._replace(units=found.made.units[:, :width]))
 
         return jax.jvp(sorted_, primals, tangents)
 
@@ -274,7 +275,7 @@ def _count_all(criterion: Criterion, layers: Sequence[Layer], in_parts: bool) ->
 
     The outer switch is among the kernels, the next among the shapes, the innermost among equal layers.
     """
-    width = _padded_size(max([_SMALL, *map(_unit_count, layers)]))
+    width = max(map(_unit_count, layers))
     groups = _groups(layers)
     kernels = [(None, [group]) for group in groups] if in_parts else _by_length(layers, groups)
 
@@ -294,8 +295,10 @@ def _count_all(criterion: Criterion, layers: Sequence[Layer], in_parts: bool) ->
         bins, made = jax.lax.switch(choice, branches, group, member, size)
         rows, sizes = made.units[None], units[None]
         if _is_sampled(criterion):
-            null = _padded(noise.scores(criterion, made.profile, made.usable), width)
-            rows, sizes = jnp.stack([made.units, null]), jnp.append(units, noise.SIZE)
+            null = noise.scores(criterion, made.profile, made.usable)[None]
+            longest = max(width, noise.SIZE)
+            rows = jnp.concatenate([_widened(rows, longest), _widened(null, longest)])
+            sizes = jnp.append(units, noise.SIZE)
         others = jax.lax.map(lambda row: binned.count(*row), (rows, sizes))
         rows = jax.tree.map(lambda one, two: jnp.concatenate([one[None], two]), bins, others)
         read = lambda row: exact.pack(binned.summarize_bins(*row))  # noqa: E731
@@ -475,15 +478,24 @@ def _make_one(
     scores = scores.astype(magnitudes.dtype)
     # By magnitude where what the criterion reads is not finite.
     scores = jnp.where(usable, scores, magnitudes)
-    largest = jnp.max(magnitudes)
+    largest, nonfinite = _largest_and_nonfinite(magnitudes)
     return _Made(
         scores if length is None else _padded(scores, length),
         _padded(_sum_units(scores / _unit_scale(largest), layer), width),
         _profile(criterion, layer, usable),
         usable,
         largest,
-        jnp.sum(~jnp.isfinite(layer.weight), dtype=jnp.int32),
+        nonfinite,
     )
+
+
+def _largest_and_nonfinite(magnitudes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """In one pass, which XLA compiles into one kernel; without derivatives."""
+    magnitudes = jax.lax.stop_gradient(magnitudes)
+    nonfinite = (~jnp.isfinite(magnitudes)).astype(jnp.int32)
+    both = lambda a, b: (jnp.maximum(a[0], b[0]), a[1] + b[1])  # noqa: E731
+    nothing = np.zeros((), magnitudes.dtype), np.int32(0)
+    return jax.lax.reduce((magnitudes, nonfinite), nothing, both, tuple(range(magnitudes.ndim)))
 
 
 def _padded(x: jax.Array, length: int) -> jax.Array:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxeff.exact import Metrics
 from jaxeff.records import LayerNumbers, LayerStructure, ModelReport
 
+_SPARSITIES = ("sparsity_1e2", "sparsity_1e3", "relative_sparsity_1e2", "relative_sparsity_1e3")
+
 
 def model(structure: Sequence[LayerStructure], numbers: LayerNumbers, total_params: int) -> ModelReport:
     """Sums over the layers, each weighed by its size, and the pooled distribution."""
@@ -18,26 +20,23 @@ def model(structure: Sequence[LayerStructure], numbers: LayerNumbers, total_para
     included = jnp.isfinite(found.effective_params)
     weights = jnp.sum(jnp.where(included, sizes, 0))
 
-    def weighted(values: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(included, sizes * values, 0)) / weights
-
+    null = jnp.full_like(sizes, jnp.nan) if numbers.null is None else numbers.null.utilization
+    averaged = {"null_utilization": null, **{name: getattr(found, name) for name in _SPARSITIES}}
+    weighted = (
+        jnp.sum(jnp.where(included[None], sizes[None] * jnp.stack([*averaged.values()]), 0), 1) / weights
+    )
     effective = jnp.sum(jnp.where(included, found.effective_params, 0))
     pooled = _pooled_effective_params(found, sizes, included)
-    null = jnp.full_like(sizes, jnp.nan) if numbers.null is None else numbers.null.utilization
     return ModelReport(
         total_params=total_params,
         weights=sum(layer.size for layer in structure),
         effective_params=effective,
         utilization=effective / weights,
-        null_utilization=weighted(null),
         compression_potential=1 - effective / weights,
         average_redundancy=jnp.sum(jnp.where(included, found.redundancy, 0)) / jnp.sum(included),
-        sparsity_1e2=weighted(found.sparsity_1e2),
-        sparsity_1e3=weighted(found.sparsity_1e3),
-        relative_sparsity_1e2=weighted(found.relative_sparsity_1e2),
-        relative_sparsity_1e3=weighted(found.relative_sparsity_1e3),
         pooled_effective_params=pooled,
         pooled_utilization=pooled / weights,
+        **dict(zip(averaged, weighted, strict=True)),
         excluded=jnp.sum(~included, dtype=jnp.int32),
     )
 
