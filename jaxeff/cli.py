@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _ = parser.add_argument("--version", action="version", version=f"jaxeff {jaxeff.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    demo = commands.add_parser("demo", help="train a small network on scanned digits and analyse it")
+    demo = commands.add_parser("demo", help="train a small network on scanned digits, analyse and prune it")
     seed, epochs = _integer(0, 2**32 - 1), _integer(1, 10_000)
     _ = demo.add_argument("--seed", type=seed, metavar="N", help="initial weights and order of batches")
     _ = demo.add_argument("--epochs", type=epochs, metavar="N", help="passes over the training digits")

@@ -56,6 +56,26 @@ def test_training_passes_95_percent_on_held_out_digits(trained):
     assert history[-1].loss < 0.1 * history[0].loss
 
 
+def test_a_tenth_of_the_weights_does_as_well(trained):
+    state, _ = trained
+    pruned, _ = demo.train_pruned(state, seed=0)
+    _, test = demo.split(demo.digits())
+    assert float(demo.accuracy(pruned, test)) > float(demo.accuracy(state, test)) - 0.01
+    kept = jax.tree.leaves(pruned.opt_state.masks)
+    assert sum(int(mask.sum()) for mask in kept if mask.ndim) == round(
+        0.1 * sum(mask.size for mask in kept if mask.ndim)
+    )
+    assert all(
+        jax.tree.leaves(
+            jax.tree.map(
+                lambda w, m: bool((w[~m] == 0).all()) if m.ndim else True,
+                pruned.params,
+                pruned.opt_state.masks,
+            )
+        )
+    )
+
+
 def test_equal_seeds_give_equal_networks_and_others_do_not():
     (first, _), (again, _), (other, _) = (demo.train(seed, epochs=1) for seed in (1, 1, 2))
     same = jax.tree.map(np.array_equal, first.params, again.params)
@@ -74,7 +94,14 @@ def test_demo_prints_accuracy_and_report_and_keeps_progress_apart():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Test accuracy: ")
     assert "Dense_0/kernel" in done.stdout
-    assert [line.split()[:2] for line in done.stderr.splitlines()] == [["epoch", "1/2"], ["epoch", "2/2"]]
+    shown = [line.split()[:2] for line in done.stderr.splitlines()]
+    assert shown == [[task, step] for task in ("Training", "Pruning") for step in ("1/2", "2/2")]
+    rows = {line[:29].strip(): line[29:].split() for line in done.stdout.splitlines()[-8:]}
+    before, after = (int(number.replace(",", "")) for number in rows["parameters that are not 0"])
+    weights, biases = 3 * 3 * 16 + 3 * 3 * 16 * 32 + 512 * 512 + 512 * 10, 16 + 32 + 512 + 10
+    assert weights <= before <= weights + biases
+    assert round(0.1 * weights) <= after <= round(0.1 * weights) + biases
+    assert rows["test accuracy"][1] == "%"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
@@ -86,11 +113,11 @@ def test_interrupt_ends_with_one_line_and_status_130():
     _ = signal.signal(signal.SIGINT, before)
     with running:
         assert running.stderr is not None
-        assert running.stderr.readline().startswith("epoch 1/10000")
+        assert running.stderr.readline().startswith("Training 1/10000")
         running.send_signal(signal.SIGINT)
         rest = running.stderr.read().splitlines()
     assert running.returncode == 130
-    assert [line for line in rest if not line.startswith("epoch ")] == ["jaxeff: interrupted"]
+    assert [line for line in rest if not line.startswith("Training ")] == ["jaxeff: interrupted"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
