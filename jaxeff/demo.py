@@ -211,7 +211,8 @@ def _bytes(state: TrainState) -> int:
 
 def _packed_bytes(state: TrainState) -> int:
     """Of a file that holds the parameters that are kept, and which they are."""
-    masks = state.opt_state.masks
+    opt_state: Any = state.opt_state
+    masks = opt_state.masks
     kept = [leaf.nbytes * float(jnp.mean(mask)) for leaf, mask in _pairs(state.params, masks)]
     return round(sum(kept)) + sum(leaf.nbytes for leaf in jax.tree.leaves(prune.pack(masks)))
 
