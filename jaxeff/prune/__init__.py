@@ -19,6 +19,9 @@ from jaxeff.prune.patterns import Block as Block
 from jaxeff.prune.patterns import NByM as NByM
 from jaxeff.prune.patterns import Units as Units
 from jaxeff.prune.patterns import Unstructured as Unstructured
+from jaxeff.prune.rounds import Pruned as Pruned
+from jaxeff.prune.rounds import Round as Round
+from jaxeff.prune.rounds import iterative as iterative
 from jaxeff.prune.schedules import cubic as cubic
 from jaxeff.prune.schedules import one_shot as one_shot
 from jaxeff.prune.schedules import periodic as periodic
