@@ -1,7 +1,7 @@
 """Prune and train, round by round.
 
-In: a training state and the user's functions of it. Out: `Pruned`. Imports `masks`, `patterns`,
-`training`; of jaxeff `progress`.
+In: a training state and the user's functions of it. Out: `Pruned`. Imports `criteria`, `masks`,
+`patterns`, `training`; of jaxeff `progress`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxeff.progress import progress_bar
+from jaxeff.prune.criteria import Importance
 from jaxeff.prune.masks import Limits, Prunable, masks, scored
 from jaxeff.prune.masks import sparsity as sparsity_of
 from jaxeff.prune.patterns import UNSTRUCTURED, NByM, Pattern
@@ -30,7 +31,6 @@ from jaxeff.prune.training import (
     restarted,
 )
 
-Importance = Callable[[State], Any]
 Way = Callable[[float], float]
 
 
