@@ -6,7 +6,7 @@ In: Linen variables and batches. Out: their `batch_stats`. Of jaxeff imports `fu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,8 +27,8 @@ def recalibrate(variables: Any, apply_fn: Callable, batches: Iterable[Any], **ap
     mean weighed by n_b. Each batch is normalised by its own statistics, as in training.
 
     A module writes a = k a + (1 - k) b, with k its momentum and b the batch's. Two passes, from two values
-    of a, give k and b, so that b is exact to float32 rounding over 1 - k. What does not follow that rule
-    stays as it is: a BatchNorm that the model keeps frozen, the vectors of a SpectralNorm.
+    of a, give k and b, so that b is exact to float32 rounding over 1 - k. What the batches do not change, a
+    BatchNorm that the model keeps frozen, stays as it is, and so does what is not called `mean` or `var`.
 
     Args:
         variables: a Linen variables dict with `params` and `batch_stats`.
@@ -42,7 +42,7 @@ def recalibrate(variables: Any, apply_fn: Callable, batches: Iterable[Any], **ap
         `state.replace(batch_stats=prune.recalibrate(...))`.
 
     Raises:
-        ValueError: there are no `batch_stats`, no batches, or no batch changes them.
+        ValueError: there are no `batch_stats`, no batches, or no running averages that a batch changes.
 
     >>> import flax.linen as nn
     >>> model = nn.BatchNorm(use_running_average=False)
@@ -76,22 +76,22 @@ def _of_batches(
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """The size of each batch, and its own value of each running average."""
     momenta: dict[str, float] = {}
-    probed = jax.tree.map(lambda leaf: True, stats)
+    probed: Any = None
     for batch in batches:
         batch = batch if isinstance(batch, tuple) else (batch,)
         if not momenta:
-            momenta = _momenta(*update(probed, batch))
-            # The others are read by the model as they are: 0 in their place would change what follows.
-            flags = [path in momenta for path in named_leaves(stats)]
-            probed = jax.tree.unflatten(jax.tree.structure(stats), flags)
+            named = [path for path in named_leaves(stats) if path.rsplit("/", 1)[-1] in ("mean", "var")]
+            # What the model reads as it is must be as it is, or it would change the batch further on.
+            changing = _changing(*update(_flags(stats, named), batch), named)
+            probed = _flags(stats, changing)
+            momenta = _momenta(*update(probed, batch), changing)
         found = named_leaves(update(probed, batch)[0])
-        yield (
-            batch_size(batch) or 1,
-            {
-                path: np.asarray(found[path], np.float64) / (1 - momentum)
-                for path, momentum in momenta.items()
-            },
-        )
+        values = {path: np.asarray(found[path], np.float64) / (1 - k) for path, k in momenta.items()}
+        yield batch_size(batch) or 1, values
+
+
+def _flags(stats: Any, paths: Sequence[str]) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(stats), [path in paths for path in named_leaves(stats)])
 
 
 def _over_all(means: dict[str, np.ndarray], spread: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -101,10 +101,8 @@ def _over_all(means: dict[str, np.ndarray], spread: dict[str, np.ndarray]) -> di
 
 
 def _with_values(stats: Any, values: dict[str, np.ndarray]) -> Any:
-    leaves = [
-        jnp.asarray(values.get(path, leaf), jnp.result_type(leaf))
-        for path, leaf in named_leaves(stats).items()
-    ]
+    named = named_leaves(stats)
+    leaves = [jnp.asarray(values.get(path, leaf), jnp.result_type(leaf)) for path, leaf in named.items()]
     return jax.tree.unflatten(jax.tree.structure(stats), leaves)
 
 
@@ -127,25 +125,35 @@ def _updated(
     return low, run(start), start
 
 
-def _momenta(low: Any, high: Any, start: Any) -> dict[str, float]:
-    """The momentum of each running average, by path.
+def _changing(low: Any, high: Any, start: Any, paths: Sequence[str]) -> list[str]:
+    """Those that a batch does change.
 
     Raises:
         ValueError: there are none.
     """
-    found: dict[str, float] = {}
-    start, high = named_leaves(start), named_leaves(high)
-    for path, leaf in named_leaves(low).items():
-        each = (np.asarray(high[path], np.float64) - np.asarray(leaf, np.float64)) / np.asarray(start[path])
-        momentum = float(np.mean(each))
-        same = bool(np.all(np.abs(each - momentum) < 1e-5))
-        if same and -1e-5 < momentum < 1 - 1e-5:
-            found[path] = momentum
+    low, high, start = named_leaves(low), named_leaves(high), named_leaves(start)
+    found = [path for path in paths if np.any(low[path] != 0) or np.any(high[path] != start[path])]
     if not found:
         raise ValueError(
-            "`apply_fn` does not change `batch_stats`: pass what makes it use the batch's statistics, such "
-            "as `train=True` or `use_running_average=False`"
+            "`apply_fn` does not change the means and variances of `batch_stats`: pass what makes it use the "
+            "batch's own, such as `train=True` or `use_running_average=False`"
         )
+    return found
+
+
+def _momenta(low: Any, high: Any, start: Any, paths: Sequence[str]) -> dict[str, float]:
+    """The momentum of each running average, by path.
+
+    Raises:
+        ValueError: one follows another rule.
+    """
+    low, high, start = named_leaves(low), named_leaves(high), named_leaves(start)
+    found: dict[str, float] = {}
+    for path in paths:
+        each = (np.asarray(high[path], np.float64) - np.asarray(low[path], np.float64)) / start[path]
+        found[path] = float(np.mean(each))
+        if not (np.all(np.abs(each - found[path]) < 1e-5) and -1e-5 < found[path] < 1 - 1e-5):
+            raise ValueError(f"`batch_stats` has {path!r}, which is no running average of the batches")
     return found
 
 

@@ -320,9 +320,11 @@ def entropy_regularized(
 
     Args:
         state: with a `tx`, the Optax transformation that `step` reads from it, and its `opt_state`, as a Flax
-            `TrainState` has. Of other states: put `prune.add_entropy_gradient` first in the optimizer, train,
-            and give the trained state to `prune.iterative_magnitude`.
-        strength: of the penalty, 0 or more.
+            `TrainState` has. Of other states: put `prune.add_entropy_gradient` into the optimizer, train, and
+            give the trained state to `prune.iterative_magnitude`.
+        strength: of the penalty, 0 or more. A step changes weights by strength x slope besides what the
+            optimizer does, whatever its learning rate: within the gradient, Adam would scale it up where the
+            loss has nearly none.
         steps: with the penalty.
         fine_tune: steps without it, after each pruning.
         step, batches, evaluate, sparsity, rounds, prunable, **options: as `prune.iterative` takes them.
@@ -340,20 +342,23 @@ def entropy_regularized(
     if not (hasattr(state, "tx") and hasattr(state, "opt_state")):
         raise TypeError(
             f"`state` is a {type(state).__name__} without `tx` and `opt_state`: put "
-            "`prune.add_entropy_gradient` first in its optimizer, train, and pass the trained state to "
+            "`prune.add_entropy_gradient` into its optimizer, train, and pass the trained state to "
             "`prune.iterative_magnitude`"
         )
-    penalty = add_entropy_gradient(strength, prunable)
+    if not strength >= 0:
+        raise ValueError(f"`strength` must be 0 or more, got {strength}")
+    # Behind an optimizer updates descend.
+    penalty = add_entropy_gradient(-strength, prunable)
     state = copied(state)
     penalised = replaced(
         state,
-        tx=optax.chain(penalty, state.tx),
-        opt_state=(penalty.init(state.params), state.opt_state),
+        tx=optax.chain(state.tx, penalty),
+        opt_state=(state.opt_state, penalty.init(state.params)),
     )
     with progress_bar("Training", steps, options.get("progress", True)) as advance:
         training = Training(step, repeated(batches), evaluate, None, advance)
         trained = training.run(penalised, None, steps)
-    counting, opt_state = trained.opt_state
+    opt_state, counting = trained.opt_state
     if int(counting.step) != steps:
         raise ValueError(
             "`step` did not use `state.tx`: take the optimizer from the state, not from outside it"

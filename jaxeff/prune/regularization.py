@@ -5,6 +5,7 @@ Imports `masks`; of jaxeff `leaves` and `metrics`.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,11 @@ from jaxeff.prune.masks import Prunable, prunable_paths
 
 
 class EntropyState(NamedTuple):
-    """Of `add_entropy_gradient`: [], steps so far."""
+    """Of `add_entropy_gradient`.
+
+    Attributes:
+        step: [], steps so far.
+    """
 
     step: Array
 
@@ -29,11 +34,14 @@ def add_entropy_gradient(strength: float, prunable: Prunable = None) -> optax.Gr
     H is the entropy of p = |w| / sum |w| of a layer's N weights. Its slope by |w| is -(ln p + H) / sum |w|:
     weights below exp(-H) of the sum shrink, those above it grow, and a few come to hold what many held. The
     penalty knows nothing of a layer's scale. The slope of a weight that is 0 is taken as 0, and so is that of
-    a layer of zeros. Comes first in a chain, as `optax.add_decayed_weights` does; adaptive optimizers scale
-    what they get.
+    a layer of zeros.
+
+    In a chain it stands where `optax.add_decayed_weights` would. Before Adam it does harm: Adam scales small
+    gradients up, and those of the penalty are small. Behind `optax.scale_by_adam` it is left as it is, and
+    behind a whole optimizer, whose updates descend, with -strength.
 
     Args:
-        strength: 0 or more.
+        strength: a number.
         prunable: which leaves, as `prune.scored` takes it.
 
     Returns:
@@ -45,9 +53,8 @@ def add_entropy_gradient(strength: float, prunable: Prunable = None) -> optax.Gr
     >>> updates["w"].round(3)
     Array([[-0.019,  0.006,  0.   ]], dtype=float32)
     """
-    if not 0 <= strength < float("inf"):
-        raise ValueError(f"`strength` must be a number, 0 or more, got {strength}")
-
+    if not math.isfinite(strength):
+        raise ValueError(f"`strength` must be a number, got {strength}")
     slope = jax.grad(lambda weight: metrics.normalized_entropy(jnp.abs(weight)))
 
     def init(params: Any) -> EntropyState:

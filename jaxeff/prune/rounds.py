@@ -171,7 +171,10 @@ def iterative(
 
 def _share(number: int, rounds: int, final: float) -> float:
     """What is gone after a round, if `final` is after the last: the same part of what is left each time."""
-    return final if number == rounds else 1 - (1 - final) ** (number / rounds)
+    if number == rounds or not 0 <= final < 1:
+        # To the bit in the end; what is out of range is for `masks` to refuse.
+        return final
+    return 1 - (1 - final) ** (number / rounds)
 
 
 @dataclasses.dataclass(frozen=True)
