@@ -1,12 +1,15 @@
-"""Masks made of importance, and an optimizer that keeps to them.
+"""Masks made of importance, an optimizer that keeps to them, and recipes that do it all.
 
 importance = prune.scored(params)                      # or of a criterion, from statistics
 masks = prune.masks(importance, sparsity=0.9)          # True = kept
 params = prune.apply(params, masks)
 optimizer = prune.sparsify(optax.adamw(1e-3), prune.cubic(0.9, begin=100, end=1000, every=50))
+pruned = prune.iterative_magnitude(state, step, batches, evaluate, sparsity=0.95, rounds=8, steps=500)
 """
 
 from jaxeff.prune.allocation import ALLOCATIONS as ALLOCATIONS
+from jaxeff.prune.batch_norm import recalibrate as recalibrate
+from jaxeff.prune.criteria import calibrated as calibrated
 from jaxeff.prune.masks import apply as apply
 from jaxeff.prune.masks import masks as masks
 from jaxeff.prune.masks import pack as pack
@@ -19,6 +22,17 @@ from jaxeff.prune.patterns import Block as Block
 from jaxeff.prune.patterns import NByM as NByM
 from jaxeff.prune.patterns import Units as Units
 from jaxeff.prune.patterns import Unstructured as Unstructured
+from jaxeff.prune.recipes import entropy_regularized as entropy_regularized
+from jaxeff.prune.recipes import gradual as gradual
+from jaxeff.prune.recipes import iterative_magnitude as iterative_magnitude
+from jaxeff.prune.recipes import iterative_obd as iterative_obd
+from jaxeff.prune.recipes import iterative_taylor as iterative_taylor
+from jaxeff.prune.recipes import lottery_ticket as lottery_ticket
+from jaxeff.prune.regularization import EntropyState as EntropyState
+from jaxeff.prune.regularization import add_entropy_gradient as add_entropy_gradient
+from jaxeff.prune.rounds import Pruned as Pruned
+from jaxeff.prune.rounds import Round as Round
+from jaxeff.prune.rounds import iterative as iterative
 from jaxeff.prune.schedules import cubic as cubic
 from jaxeff.prune.schedules import one_shot as one_shot
 from jaxeff.prune.schedules import periodic as periodic

@@ -62,7 +62,7 @@ def scored(
     """
     core, _ = split_variables(params)
     named = named_leaves(core)
-    chosen = _chosen(prunable, named)
+    chosen = prunable_paths(prunable, named)
     if statistics is not None:
         found = criteria.scores(params, statistics, criterion)
     elif criteria.named(criterion).function is criteria.magnitude:
@@ -76,7 +76,8 @@ def scored(
     return {**jax.tree.map(lambda leaf: jnp.zeros(()), dict(params)), "params": tree}
 
 
-def _chosen(prunable: Prunable, named: Mapping[str, Any]) -> set[str]:
+def prunable_paths(prunable: Prunable, named: Mapping[str, Any]) -> set[str]:
+    """The leaves that may be pruned."""
     if callable(prunable):
         return {path for path, leaf in named.items() if prunable(path, leaf)}
     exceptions = dict(prunable or {})

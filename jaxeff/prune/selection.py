@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 
+@jax.jit
 def lowest(scores: Sequence[Array], count: int | Array) -> list[Array]:
     """Which scores are among the `count` lowest of all arrays together; of equal ones the first.
 
