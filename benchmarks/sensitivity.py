@@ -4,8 +4,9 @@
 
 Three networks of many layers, several seeds each. The report (criterion 'activation') reads training
 examples; the loss is that of held-out ones, with one layer at a time pruned by magnitude. For each network
-Spearman's correlation over its layers: the median over seeds, and the range. 1: what is high in the report is
-what costs. Of n layers that have nothing to do with each other it has a standard deviation of 1 / sqrt(n - 1).
+Spearman's correlation over its layers: the median over seeds, and the range. 1: what is high in the report
+costs. By chance alone, over n layers, it has a standard deviation of 1 / sqrt(n - 1). Then the loss with all
+layers pruned, spread over them by what was measured (on the same held-out examples) and by other rules.
 """
 
 from __future__ import annotations
@@ -27,8 +28,15 @@ from transformer import Transformer
 import jaxeff
 from jaxeff import demo, prune
 
-SPARSITIES = (0.8, 0.9)
+SHOWN = (0.8, 0.9)
 CONTEXT = 64
+
+ALLOCATIONS = {
+    "uniform": {},
+    "erk": {"allocation": "erk"},
+    "global": {"scope": "global"},
+    "lamp": {"scope": "global", "allocation": "lamp"},
+}
 
 METRICS = {
     "size": lambda row: row.size,
@@ -134,27 +142,40 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def correlations(task: Task, seed: int) -> dict[tuple[str, float], float]:
-    """For each metric and sparsity, over the layers of one trained network."""
-    params = trained(task, seed)
-    apply_fn = task.module.apply
-    variables = {"params": params}
+Figures = dict[tuple[str, float], float]
+
+
+def figures(task: Task, seed: int) -> tuple[Figures, Figures]:
+    """Of one trained network: a correlation for each metric and sparsity, a loss for each allocation."""
+    variables = {"params": trained(task, seed)}
     start = time.perf_counter()
-    measured = jax.block_until_ready(
-        prune.sensitivity(variables, apply_fn, *task.held_out, loss_fn, SPARSITIES)
-    )
+    measured = jax.block_until_ready(prune.sensitivity(variables, task.module.apply, *task.held_out, loss_fn))
     seconds = time.perf_counter() - start
-    report = jaxeff.analyze(variables, apply_fn, task.training[0][:512])
+    report = jaxeff.analyze(variables, task.module.apply, task.training[0][:512])
     rows = [report[path] for path in measured.paths]
     rises = np.asarray(measured.losses) - float(measured.dense)
+    rises = {sparsity: rises[:, measured.sparsities.index(sparsity)] for sparsity in SHOWN}
     print(
-        f"seed {seed}: {len(rows)} layers, held-out loss {float(measured.dense):.3f}; pruned alone to 80 %: "
-        f"{timing.spread([*map(float, rises[:, 0])])} more; measured in {seconds:.1f} s"
+        f"seed {seed}: {len(rows)} layers, held-out loss {float(measured.dense):.3f}; one layer at 80 %: "
+        f"{timing.spread([*map(float, rises[0.8])])} more; measured in {seconds:.1f} s"
     )
-    return {
-        (name, sparsity): spearman(np.array([float(metric(row)) for row in rows]), rises[:, column])
+    found = {
+        (name, sparsity): spearman(np.array([float(metric(row)) for row in rows]), rises[sparsity])
         for name, metric in METRICS.items()
-        for column, sparsity in enumerate(SPARSITIES)
+        for sparsity in SHOWN
+    }
+    return found, allocated(task, variables, measured)
+
+
+def allocated(task: Task, variables, measured: prune.Sensitivity) -> Figures:
+    """The loss with all layers pruned, for each allocation and sparsity."""
+    inputs, targets = task.held_out
+    importance = prune.scored(variables)
+    loss = jax.jit(lambda pruned: jnp.mean(loss_fn(task.module.apply(pruned, inputs), targets)))
+    return {
+        (name, sparsity): float(loss(prune.apply(variables, prune.masks(importance, sparsity, **how))))
+        for name, how in {**ALLOCATIONS, "measured": {"allocation": measured}}.items()
+        for sparsity in SHOWN
     }
 
 
@@ -164,22 +185,26 @@ def main() -> None:
     chosen = parser.parse_args()
     print(timing.machine())
     tasks = {"MLP": digits(MLP()), "CNN": digits(CNN()), "transformer": text()}
-    found: dict[tuple[str, str, float], list[float]] = {}
-    for task_name, task in tasks.items():
-        print(f"\n{task_name}")
-        for seed in range(chosen.seeds):
-            for (name, sparsity), value in correlations(task, seed).items():
-                found.setdefault((task_name, name, sparsity), []).append(value)
-    columns = [(task, sparsity) for task in tasks for sparsity in SPARSITIES]
+    found: dict[str, list[tuple[Figures, Figures]]] = {}
+    for name, task in tasks.items():
+        print(f"\n{name}")
+        found[name] = [figures(task, seed) for seed in range(chosen.seeds)]
+    print_table({name: [both[0] for both in each] for name, each in found.items()}, "+.2f")
+    print_table({name: [both[1] for both in each] for name, each in found.items()}, ".3g")
+
+
+def print_table(found: dict[str, list[Figures]], form: str) -> None:
+    """A row for each name, a column for each task and sparsity: median and range over seeds."""
+    columns = [(task, sparsity) for task in found for sparsity in SHOWN]
     print("\n| | " + " | ".join(f"{task}, {sparsity:.0%}" for task, sparsity in columns) + " |")
     print("|---|" + "---|" * len(columns))
-    for name in METRICS:
-        cells = (_cell(found[task, name, sparsity]) for task, sparsity in columns)
-        print(f"| {name} | {' | '.join(cells)} |")
+    for name in dict.fromkeys(name for name, _ in next(iter(found.values()))[0]):
+        cells = [[one[name, sparsity] for one in found[task]] for task, sparsity in columns]
+        print(f"| {name} | {' | '.join(_cell(values, form) for values in cells)} |")
 
 
-def _cell(values: list[float]) -> str:
-    return f"{statistics.median(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
+def _cell(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 if __name__ == "__main__":

@@ -219,11 +219,13 @@ def sensitivity(
     chosen = _chosen(params, named, importance, prunable)
     objective, arrays = objectives.objective(model, loss_fn, targets, tuple(named), chosen)
     groups, thresholds = [], []
-    for path, score in chosen.items():
-        group, found = _grouped(path, jnp.abs(named[path]) if score is None else score, pattern, fractions)
+    for path, given in chosen.items():
+        score = _magnitude(path, named[path]) if given is None else given
+        check_scores({path: score})
+        group, found = _grouped(path, score, pattern, fractions)
         thresholds.append(found)
         # Magnitudes of single weights are made where they are read, so that no copy stays.
-        groups.append(None if score is None and isinstance(pattern, Unstructured) else group)
+        groups.append(None if given is None and isinstance(pattern, Unstructured) else group)
     stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *thresholds)
     whole = UNSTRUCTURED if isinstance(pattern, NByM) else pattern
     dense, losses = _losses(objective, whole, model.params, arrays, groups, stacked)
@@ -271,11 +273,16 @@ def _checked_sparsities(sparsities: Sequence[float], pattern: Pattern) -> tuple[
     return found
 
 
+def _magnitude(path: str, weight: Array) -> Array:
+    if not isinstance(weight, Tracer) and bool(jnp.any(jnp.isnan(weight))):
+        raise ValueError(f"`params` hold nan at {path!r}: magnitudes have no order")
+    return jnp.abs(weight)
+
+
 def _grouped(
     path: str, score: Array, pattern: Pattern, sparsities: Sequence[float]
 ) -> tuple[Array, Threshold]:
     """What goes together, scored, and for each sparsity, [sparsities], up to where it goes."""
-    check_scores({path: score})
     if isinstance(pattern, NByM):
         # Those that go are the lowest.
         group = pattern.kept(score, path).astype(jnp.float32)
