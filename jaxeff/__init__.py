@@ -13,6 +13,7 @@ from importlib.metadata import version as _version
 
 from jaxeff import importance as importance
 from jaxeff import metrics as metrics
+from jaxeff import plot as plot
 from jaxeff import prune as prune
 from jaxeff import sketch as sketch
 from jaxeff.analysis import analyze as analyze

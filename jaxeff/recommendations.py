@@ -3,7 +3,8 @@
 Two sets of rules. The methodology's three compare a metric with a fixed threshold, set for scores
 that grow with abs(w): squared or gradient scores are more concentrated of themselves, and these three
 leave them alone. The calibrated ones compare a layer with its null: what the same metric would be if
-the weights were noise. Where the two disagree, trust the calibrated ones; the docstrings say why.
+the weights were noise. Where the two disagree, trust the calibrated ones; the docstrings say why. What
+was measured of a layer, where it is given, outranks both.
 Imports `records`.
 """
 
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from jaxeff.records import LayerReport
 
 if TYPE_CHECKING:
+    from jaxeff.prune.sensitivity import Sensitivity
     from jaxeff.report import Report
 
 
@@ -31,6 +33,7 @@ class Limits:
         below_null: a layer whose utilization is this much below its null, and three standard
             deviations of noise more, holds its importance in fewer weights than noise would.
         at_null: a layer this close to its null cannot be told from noise by this criterion.
+        loss_rise: what pruning a layer alone may cost, as a fraction of the dense loss.
         utilization_bands, gini_bands: between low and medium, and medium and high.
         severe_redundancy: above this the methodology speaks of severe over-parameterization.
     """
@@ -40,6 +43,7 @@ class Limits:
     sparsity: float = 0.5
     below_null: float = 0.05
     at_null: float = 0.02
+    loss_rise: float = 0.1
     utilization_bands: tuple[float, float] = (0.3, 0.7)
     gini_bands: tuple[float, float] = (0.4, 0.6)
     severe_redundancy: float = 0.7
@@ -53,7 +57,7 @@ class Recommendation:
     """One thing to do.
 
     Attributes:
-        rule: which rule spoke: 'dead units', 'below null', 'layer redundancy', ...
+        rule: which rule spoke: 'dead units', 'below null', 'measured sensitivity', ...
         path: of the layer; None for the model.
         message: what to do, in a sentence.
         evidence: the numbers that the rule compared.
@@ -108,18 +112,27 @@ def _band(value: float, edges: tuple[float, float]) -> str:
     return "high" if value > high else "medium" if value >= low else "low"
 
 
-def recommend(report: Report, limits: Limits = LIMITS) -> tuple[Recommendation, ...]:
+def recommend(
+    report: Report, limits: Limits = LIMITS, sensitivity: Sensitivity | None = None
+) -> tuple[Recommendation, ...]:
     """All that the rules have to say: per layer in forward order, then the model.
 
     Args:
         report: of one model.
+        sensitivity: of the same model, from `jaxeff.prune.sensitivity`: adds what was measured of each layer.
 
     Raises:
-        ValueError: the report is of several models or steps.
+        ValueError: the report is of several models or steps, or the sensitivity of other params.
     """
     concrete = report.single()
-    found = [advice for row in concrete.rows for advice in _of_layer(row, limits)]
-    return (*found, *_of_model(concrete, limits))
+    measured = {} if sensitivity is None else _measured(sensitivity, concrete, limits)
+    found: list[Recommendation] = []
+    for row in concrete.rows:
+        found += _of_layer(row, limits)
+        # Layers that a scan stacks are one leaf: spoken of once, after the first.
+        leaf = row.path if row.path in measured else _leaf(row.path)
+        found += [measured.pop(leaf)] if leaf in measured else []
+    return (*found, *measured.values(), *_of_model(concrete, limits))
 
 
 def _of_layer(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
@@ -202,6 +215,39 @@ def _layer_redundancy(row: LayerReport, limits: Limits) -> Iterator[Recommendati
             "prune it structurally, the highest first.",
             {"redundancy": redundancy, "limit": limits.layer_redundancy},
         )
+
+
+def _measured(sensitivity: Sensitivity, report: Report, limits: Limits) -> dict[str, Recommendation]:
+    """By leaf, how far it went, alone, before the loss rose by more than the limit."""
+    known = {row.path for row in report.rows} | {other.path for other in report.others}
+    if strange := set(sensitivity.paths) - known - set(map(_leaf, known)):
+        raise ValueError(f"`sensitivity` is of other params: the report has no {sorted(strange)[0]!r}")
+    tolerance = limits.loss_rise * abs(float(sensitivity.dense))
+    highest = sensitivity.highest(tolerance)
+    return {
+        path: _of_curve(sensitivity, index, highest[path], tolerance)
+        for index, path in enumerate(sensitivity.paths)
+    }
+
+
+def _of_curve(sensitivity: Sensitivity, index: int, highest: float, tolerance: float) -> Recommendation:
+    sparsity = highest or sensitivity.sparsities[0]
+    rise = float(sensitivity.rises()[index, sensitivity.sparsities.index(sparsity)])
+    dense = float(sensitivity.dense)
+    pruned = f"pruned alone by {sensitivity.order} {'up ' if highest else ''}to {100 * sparsity:.3g} %"
+    rose = f"{rise:.2g} from {dense:.3g} (measured)"
+    message = (
+        f"{pruned}, the loss rose by at most {rose}."
+        if highest
+        else f"{pruned}, the loss rose by {rose}: prune other layers first."
+    )
+    evidence = {"sparsity": sparsity, "loss_rise": rise, "dense_loss": dense, "limit": tolerance}
+    return Recommendation("measured sensitivity", sensitivity.paths[index], message, evidence)
+
+
+def _leaf(path: str) -> str:
+    """Of a layer's path in a report: 'blocks/kernel[3]' is one of those stacked in 'blocks/kernel'."""
+    return path.rsplit("[", 1)[0]
 
 
 def _of_model(report: Report, limits: Limits) -> Iterator[Recommendation]:

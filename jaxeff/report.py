@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,9 @@ from jaxeff.records import (
     OtherStructure,
     none_of,
 )
+
+if TYPE_CHECKING:
+    from jaxeff.prune.sensitivity import Sensitivity
 
 _STATIC = {"static": True}
 
@@ -153,9 +156,14 @@ class Report:
     def __str__(self) -> str:
         return table.render(self)
 
-    def recommendations(self) -> tuple[Recommendation, ...]:
-        """What to do, each with the numbers it rests on: see `jaxeff.recommendations.recommend`."""
-        return recommendations.recommend(self)
+    def recommendations(self, sensitivity: Sensitivity | None = None) -> tuple[Recommendation, ...]:
+        """What to do, each with the numbers it rests on: see `jaxeff.recommendations.recommend`.
+
+        Args:
+            sensitivity: of the same model, from `jaxeff.prune.sensitivity`: adds what was measured of each
+                layer.
+        """
+        return recommendations.recommend(self, sensitivity=sensitivity)
 
     def scalars(self) -> dict[str, float]:
         """A flat dict of numbers for any tracker: 'model/utilization', 'layers/Dense_0/kernel/gini', ..."""

@@ -36,3 +36,5 @@ from jaxeff.prune.rounds import iterative as iterative
 from jaxeff.prune.schedules import cubic as cubic
 from jaxeff.prune.schedules import one_shot as one_shot
 from jaxeff.prune.schedules import periodic as periodic
+from jaxeff.prune.sensitivity import Sensitivity as Sensitivity
+from jaxeff.prune.sensitivity import sensitivity as sensitivity

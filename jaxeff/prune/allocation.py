@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """What knows by measurement how much of each layer may go: a `Sensitivity`."""
+
+    def allocation(self, sparsity: Any) -> Mapping[str, Any]:
+        """By path, the fraction of the layer that goes where so much of all goes."""
+        ...
 
 
 def uniform(shapes: Shapes, sparsity: float | Array) -> dict[str, float | Array]:

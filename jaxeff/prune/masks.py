@@ -18,8 +18,8 @@ from jax import Array
 from jax.core import Tracer
 
 from jaxeff import importance as criteria
-from jaxeff.leaves import named_leaves, split_variables
-from jaxeff.prune.allocation import ALLOCATIONS, lamp
+from jaxeff.leaves import is_variables, named_leaves, split_variables
+from jaxeff.prune.allocation import ALLOCATIONS, Measured, lamp
 from jaxeff.prune.patterns import UNSTRUCTURED, NByM, Pattern
 from jaxeff.prune.selection import lowest
 from jaxeff.statistics import Statistics
@@ -92,7 +92,7 @@ def masks(
     *,
     scope: str = "layer",
     pattern: Pattern = UNSTRUCTURED,
-    allocation: str | Mapping[str, float] = "uniform",
+    allocation: str | Mapping[str, float] | Measured = "uniform",
     max_sparsity: Limits = None,
 ) -> Any:
     """Which weights stay if the least important go.
@@ -106,8 +106,8 @@ def masks(
         sparsity: the fraction to remove, in [0, 1), which may be traced. None for `NByM`, which has its own.
         scope: 'layer' removes from each leaf by itself, 'global' in one order over all.
         pattern: `Unstructured()`, `Block(shape)`, `Units()` or `NByM(n, m)`.
-        allocation: with scope 'layer', how much of each: 'uniform', 'erk', or fractions by path. With scope
-            'global', 'lamp' makes the scores of layers comparable first.
+        allocation: with scope 'layer', how much of each: 'uniform', 'erk', fractions by path, or what
+            `sensitivity` measured. With scope 'global', 'lamp' makes the scores of layers comparable first.
         max_sparsity: at most so much of any layer goes, or of those named; with scope 'global' others make
             up for it.
 
@@ -124,8 +124,10 @@ def masks(
     >>> masks({"a": jnp.array([3.0, 1.0, 2.0, 4.0]), "b": jnp.zeros(())}, 0.5)["a"]
     Array([ True, False, False,  True], dtype=bool)
     """
-    named = named_leaves(importance)
+    named = _by_path(importance)
     scores = {path: score for path, score in named.items() if jnp.ndim(score)}
+    if isinstance(allocation, Measured):
+        allocation = allocation.allocation(sparsity)
     _check(scores, sparsity, scope, pattern, allocation)
     if isinstance(pattern, NByM):
         kept = {path: pattern.kept(score, path) for path, score in scores.items()}
@@ -139,13 +141,20 @@ def masks(
     return jax.tree.unflatten(jax.tree.structure(importance), leaves)
 
 
+def _by_path(importance: Any) -> dict[str, Any]:
+    """The leaves by path; those of the `params` collection of variables by their path below it."""
+    named = named_leaves(importance)
+    above = "params/" if is_variables(importance) else ""
+    return {path.removeprefix(above): leaf for path, leaf in named.items()}
+
+
 def _of_each(
     groups: dict[str, Array], sparsity: Any, allocation: Any, limits: dict[str, float]
 ) -> dict[str, Array]:
     shapes = {path: score.shape for path, score in groups.items()}
     shares = ALLOCATIONS[allocation](shapes, sparsity) if isinstance(allocation, str) else allocation
     return {
-        path: ~lowest([score], _counted(_at_most(shares[path], limits[path]), score.size))[0]
+        path: ~lowest([score], counted(_at_most(shares[path], limits[path]), score.size))[0]
         for path, score in groups.items()
     }
 
@@ -155,11 +164,11 @@ def _of_all(
 ) -> dict[str, Array]:
     if allocation == "lamp":
         groups = {path: lamp(score) for path, score in groups.items()}
-    count = _counted(sparsity, sum(score.size for score in groups.values()))
+    count = counted(sparsity, sum(score.size for score in groups.values()))
     open_ = dict(groups)
     free = 0
     for path, score in groups.items():
-        most = _counted(limits[path], score.size)
+        most = counted(limits[path], score.size)
         free += most
         if most < score.size:
             # What a layer must keep goes after everything else.
@@ -168,7 +177,7 @@ def _of_all(
     return {path: ~mask for path, mask in zip(groups, removed, strict=True)}
 
 
-def _counted(share: Any, size: int) -> Any:
+def counted(share: Any, size: int) -> Any:
     """round(share x size); in float32 where the share is traced."""
     if isinstance(share, Tracer):
         return jnp.round(share * size).astype(jnp.int32)
@@ -197,10 +206,19 @@ def _check(scores: Mapping[str, Array], sparsity: Any, scope: str, pattern: Any,
         raise ValueError("`importance` holds no scores: every leaf is a single number")
     if scope not in ("layer", "global"):
         raise ValueError(f"`scope` must be 'layer' or 'global', got {scope!r}")
-    if not isinstance(pattern, Pattern):
-        raise TypeError(f"`pattern` must be Unstructured(), Block, Units or NByM, got {pattern!r}")
+    check_pattern(pattern)
     _check_sparsity(sparsity, pattern)
     _check_allocation(scores, scope, allocation)
+    check_scores(scores)
+
+
+def check_pattern(pattern: Any) -> None:
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"`pattern` must be Unstructured(), Block, Units or NByM, got {pattern!r}")
+
+
+def check_scores(scores: Mapping[str, Array]) -> None:
+    """That they are numbers, none negative."""
     for path, score in scores.items():
         if isinstance(score, Tracer):
             continue
@@ -233,7 +251,8 @@ def _check_allocation(scores: Mapping[str, Array], scope: str, allocation: Any) 
             raise ValueError(
                 f"`allocation` must name each leaf that is pruned, and no other: see {different!r}"
             )
-        wrong = [path for path, share in allocation.items() if not 0 <= share < 1]
+        known_shares = {path: share for path, share in allocation.items() if not isinstance(share, Tracer)}
+        wrong = [path for path, share in known_shares.items() if not 0 <= share < 1]
         if wrong:
             raise ValueError(f"`allocation` must be in [0, 1), got {allocation[wrong[0]]} for {wrong[0]!r}")
         return
@@ -262,16 +281,16 @@ def apply(params: Any, masks: Any) -> Any:
     return jax.tree.map(lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf)), params, masks)
 
 
-def check_alike(params: Any, masks: Any) -> None:
-    """That masks are of these params."""
-    leaves, given = named_leaves(params), named_leaves(masks)
+def check_alike(params: Any, tree: Any, name: str = "masks") -> None:
+    """That masks, or what else the argument is called, are of these params."""
+    leaves, given = named_leaves(params), named_leaves(tree)
     if leaves.keys() != given.keys():
         different = sorted(leaves.keys() ^ given.keys())[0]
-        raise ValueError(f"`masks` are of other params: {different!r} is in one of them alone")
-    for path, mask in given.items():
-        if jnp.shape(mask) not in ((), jnp.shape(leaves[path])):
+        raise ValueError(f"`{name}` of other params: {different!r} is in one of them alone")
+    for path, leaf in given.items():
+        if jnp.shape(leaf) not in ((), jnp.shape(leaves[path])):
             raise ValueError(
-                f"`masks` are of other params: {path!r} has shape {jnp.shape(mask)} there and "
+                f"`{name}` of other params: {path!r} has shape {jnp.shape(leaf)} there and "
                 f"{jnp.shape(leaves[path])} here"
             )
 

@@ -1,6 +1,6 @@
 """An optimizer that prunes as it goes, and keeps what it pruned at 0.
 
-Imports `masks`, `patterns`, `schedules`.
+Imports `allocation`, `masks`, `patterns`, `schedules`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxeff.prune.allocation import Measured
 from jaxeff.prune.masks import Limits, Prunable, masks, scored
 from jaxeff.prune.patterns import UNSTRUCTURED, Pattern
 from jaxeff.prune.schedules import Schedule
@@ -40,7 +41,7 @@ def sparsify(
     prunable: Prunable = None,
     scope: str = "layer",
     pattern: Pattern = UNSTRUCTURED,
-    allocation: str | Mapping[str, float] = "uniform",
+    allocation: str | Mapping[str, float] | Measured = "uniform",
     max_sparsity: Limits = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer whose updates bring pruned weights to 0 and leave them there.

@@ -8,6 +8,7 @@ Imports nothing of jaxeff.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +29,39 @@ def lowest(scores: Sequence[Array], count: int | Array) -> list[Array]:
     >>> lowest([jnp.array([3.0, 1.0, 1.0]), jnp.array([0.5])], 2)
     [Array([False,  True, False], dtype=bool), Array([ True], dtype=bool)]
     """
+    return below(scores, threshold(scores, count))
+
+
+class Threshold(NamedTuple):
+    """What tells the lowest scores from the others: two integers.
+
+    Attributes:
+        limit: [], a bit pattern; every score below it is among the lowest.
+        first: [], an index; of the scores at the limit those before it are. With both 0 there are none.
+    """
+
+    limit: Array
+    first: Array
+
+
+@jax.jit
+def threshold(scores: Sequence[Array], count: int | Array) -> Threshold:
+    """Between the `count` lowest of all arrays together and the others, as `lowest` has them."""
     patterns = [_pattern(score) for score in scores]
     count = jnp.asarray(count, jnp.int32)
     limit = _largest(lambda limit: _count([bits < limit for bits in patterns]) <= count)
     missing = count - _count([bits < limit for bits in patterns])
-    offsets = [sum(score.size for score in scores[:i]) for i in range(len(scores))]
-    tied = [(bits == limit, _index(bits.shape, at)) for bits, at in zip(patterns, offsets, strict=True)]
+    tied = [(bits == limit, index) for bits, index in zip(patterns, _indices(scores), strict=True)]
     first = _largest(lambda first: _count([ties & (index < first) for ties, index in tied]) <= missing)
+    return Threshold(limit, first)
+
+
+def below(scores: Sequence[Array], threshold: Threshold) -> list[Array]:
+    """Which scores a threshold counts among the lowest."""
+    limit, first = threshold
     return [
-        (bits < limit) | (ties & (index < first)) for bits, (ties, index) in zip(patterns, tied, strict=True)
+        (bits < limit) | ((bits == limit) & (index < first))
+        for bits, index in zip(map(_pattern, scores), _indices(scores), strict=True)
     ]
 
 
@@ -48,6 +73,12 @@ def _pattern(score: Array) -> Array:
 
 def _count(truths: Sequence[Array]) -> Array:
     return sum((jnp.sum(truth, dtype=jnp.int32) for truth in truths), jnp.int32(0))
+
+
+def _indices(scores: Sequence[Array]) -> list[Array]:
+    """Of each element among those of all arrays."""
+    offsets = [sum(score.size for score in scores[:i]) for i in range(len(scores))]
+    return [_index(score.shape, at) for score, at in zip(scores, offsets, strict=True)]
 
 
 def _index(shape: tuple[int, ...], offset: int) -> Array:
