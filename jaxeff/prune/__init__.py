@@ -7,11 +7,14 @@ optimizer = prune.sparsify(optax.adamw(1e-3), prune.cubic(0.9, begin=100, end=10
 """
 
 from jaxeff.prune.allocation import ALLOCATIONS as ALLOCATIONS
+from jaxeff.prune.dynamic import rigl as rigl
+from jaxeff.prune.dynamic import sparse_evolution as sparse_evolution
 from jaxeff.prune.masks import apply as apply
 from jaxeff.prune.masks import masks as masks
 from jaxeff.prune.masks import pack as pack
 from jaxeff.prune.masks import scored as scored
 from jaxeff.prune.masks import sparsity as sparsity
+from jaxeff.prune.masks import straight_through as straight_through
 from jaxeff.prune.masks import unpack as unpack
 from jaxeff.prune.optimizer import SparseState as SparseState
 from jaxeff.prune.optimizer import sparsify as sparsify

@@ -1,4 +1,4 @@
-"""The lowest of many scores, exactly so many of them, without putting them in order.
+"""The lowest or highest of many scores, exactly so many of them, without putting them in order.
 
 Everything is elementwise or a count, so that scores that lie on several devices stay there: a bisection over
 bit patterns finds the score up to which all go, a second one over indices the ties that go with them.
@@ -14,12 +14,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 
-def lowest(scores: Sequence[Array], count: int | Array) -> list[Array]:
+# Above the pattern of every number.
+_LAST = 2**31 - 1
+
+
+def lowest(scores: Sequence[Array], count: int | Array, among: Sequence[Array] | None = None) -> list[Array]:
     """Which scores are among the `count` lowest of all arrays together; of equal ones the first.
 
     Args:
         scores: of any shapes, non-negative, fewer than 2^31 in all; compared as float32.
         count: [], an integer from 0 to their number, which may be traced.
+        among: truths of the same shapes, `count` or more of them True: those to choose from. All unless given.
 
     Returns:
         Arrays of truths of the same shapes, `count` of them True.
@@ -27,11 +32,26 @@ def lowest(scores: Sequence[Array], count: int | Array) -> list[Array]:
     >>> lowest([jnp.array([3.0, 1.0, 1.0]), jnp.array([0.5])], 2)
     [Array([False,  True, False], dtype=bool), Array([ True], dtype=bool)]
     """
-    patterns = [_pattern(score) for score in scores]
+    return _first([_pattern(score) for score in scores], count, among)
+
+
+def highest(scores: Sequence[Array], count: int | Array, among: Sequence[Array] | None = None) -> list[Array]:
+    """Which scores are among the `count` highest; as `lowest` otherwise, of equal ones the first too.
+
+    >>> highest([jnp.array([3.0, 1.0, 3.0])], 1)
+    [Array([ True, False, False], dtype=bool)]
+    """
+    return _first([_LAST - 1 - _pattern(score) for score in scores], count, among)
+
+
+def _first(patterns: list[Array], count: int | Array, among: Sequence[Array] | None) -> list[Array]:
+    """The `count` lowest of integers from 0 on, of equal ones the first."""
+    if among is not None:
+        patterns = [jnp.where(open_, bits, _LAST) for open_, bits in zip(among, patterns, strict=True)]
     count = jnp.asarray(count, jnp.int32)
     limit = _largest(lambda limit: _count([bits < limit for bits in patterns]) <= count)
     missing = count - _count([bits < limit for bits in patterns])
-    offsets = [sum(score.size for score in scores[:i]) for i in range(len(scores))]
+    offsets = [sum(bits.size for bits in patterns[:i]) for i in range(len(patterns))]
     tied = [(bits == limit, _index(bits.shape, at)) for bits, at in zip(patterns, offsets, strict=True)]
     first = _largest(lambda first: _count([ties & (index < first) for ties, index in tied]) <= missing)
     return [
