@@ -146,7 +146,7 @@ def _dynamic(
 
     def init(params: Any) -> SparseState:
         kept = masks(_random(key, shapes(params)), sparsity, allocation=allocation)
-        return SparseState(jnp.zeros((), jnp.int32), kept, inside.init(params))
+        return SparseState(jnp.zeros((), jnp.int32), jax.tree.map(_beside, kept, params), inside.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, SparseState]:
         check_given(params)
@@ -174,6 +174,11 @@ def _random(key: Array, shapes: Any) -> Any:
     keys = jax.random.split(key, len(leaves))
     drawn = [jax.random.uniform(one, leaf.shape, jnp.float32) for one, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(structure, drawn)
+
+
+def _beside(mask: Array, leaf: Array) -> Array:
+    """The mask, on the devices of the leaf."""
+    return mask & jnp.ones_like(leaf, bool) if mask.ndim else mask
 
 
 def _moved(mask: Array, magnitude: Array, promise: Array, share: Array) -> Array:
