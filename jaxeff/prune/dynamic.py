@@ -6,6 +6,7 @@ others. Imports `masks`, `optimizer`, `schedules`, `selection`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,16 +35,20 @@ def rigl(
 ) -> optax.GradientTransformationExtraArgs:
     """Rigging the lottery: what is dropped is small, what is grown has a large gradient.
 
-    Masks are random at first. At a step t where they are due, of the n active weights of a layer
-    k = round(a(t) n) are dropped, those of the smallest abs(w), a(t) = fraction / 2 (1 + cos(pi t / end)). Then k of
-    all that are not active now are grown, those of the largest abs(dL/dw); of equal ones the first. A weight that is
-    dropped and grown in one step stays as it is. Others that are grown start at 0, and what the optimizer
-    inside holds of them (any array of their path and shape: momentum, second moments) is set to 0. The number
-    of active weights of a layer never changes.
+    Masks are random at first. At a step t where they are due, each layer of n active weights drops
 
-    The first update makes dense params sparse, and leaves the masks as they are. As with `sparsify`, updates of
-    inactive weights are minus the weight, and it goes last in a chain. `update` wants the gradients of all
-    weights, as `jax.grad` gives them.
+        k = round(a(t) n),  a(t) = fraction / 2 (1 + cos(pi t / end))
+
+    of them, those of the smallest abs(w), and then grows k of all that are not active now, those of the
+    largest abs(dL/dw); of equal ones the first. So n is the same at every step.
+
+    A weight that is dropped and grown in one step stays as it is. Others that are grown start at 0, and so
+    does what the optimizer inside holds of them, momentum and second moments: any array of their path and
+    shape. What stays is trained in that step too. The first update makes dense params sparse, and moves no
+    mask.
+
+    As with `sparsify`, updates of inactive weights are minus the weight, and it goes last in a chain.
+    `update` takes the gradients of all weights, as `jax.grad` gives them.
 
     Args:
         optimizer: what trains the active weights.
@@ -92,8 +97,8 @@ def sparse_evolution(
 ) -> optax.GradientTransformationExtraArgs:
     """Sparse evolutionary training: what is dropped is small, what is grown is random.
 
-    As `rigl` in all else, in the form in which Evci et al. compare the two. The paper drops the same fraction all
-    along, of positive and negative weights each, and draws the values of what it grows.
+    As `rigl` in all else, in the form in which Evci et al. compare the two. Mocanu et al. drop the same
+    fraction all along, of the positive and of the negative weights, and draw the values of what they grow.
 
     Args:
         key: of the random masks, and, with the step, of what is grown.
@@ -106,8 +111,8 @@ def sparse_evolution(
         ValueError: an argument is out of range.
 
     References:
-        Mocanu, Mocanu, Stone, Nguyen, Gibescu and Liotta, Scalable Training of Artificial Neural Networks with
-        Adaptive Sparse Connectivity Inspired by Network Science, 2018, arXiv:1707.04780
+        Mocanu, Mocanu, Stone, Nguyen, Gibescu and Liotta, Scalable Training of Artificial Neural Networks
+        with Adaptive Sparse Connectivity Inspired by Network Science, 2018, arXiv:1707.04780
 
     >>> optimizer = sparse_evolution(optax.sgd(0.1), 0.5, key=jax.random.key(0), end=750, every=100)
     >>> optimizer.init({"w": jnp.ones((4, 8))}).masks["w"].sum()
@@ -157,7 +162,7 @@ def _dynamic(
 
         def moved() -> Any:
             magnitudes, promises = scored(params, prunable=prunable), promise(updates, shapes(params), step)
-            return jax.tree.map(lambda *layer: _moved(*layer, share), before, magnitudes, promises)
+            return jax.tree.map(functools.partial(_moved, share=share), before, magnitudes, promises)
 
         kept = jax.lax.cond(due, moved, lambda: before)
         stayed = jax.tree.map(jnp.logical_and, before, kept)
@@ -182,7 +187,7 @@ def _beside(mask: Array, leaf: Array) -> Array:
 
 
 def _moved(mask: Array, magnitude: Array, promise: Array, share: Array) -> Array:
-    """The mask of one layer, with as many True, after the lowest magnitudes went and the highest promises came."""
+    """The mask of one layer after the lowest magnitudes went and as many of the highest promises came."""
     if mask.ndim == 0:
         return mask
     count = jnp.round(share * jnp.sum(mask, dtype=jnp.int32)).astype(jnp.int32)
@@ -193,7 +198,7 @@ def _moved(mask: Array, magnitude: Array, promise: Array, share: Array) -> Array
 
 
 def _forgotten(inner: Any, grown: Any) -> Any:
-    """The state of an optimizer with 0 for what is grown, wherever an array has the path and shape of a mask."""
+    """The state of an optimizer with 0 for what is grown, in arrays of the path and shape of a mask."""
     of = {keys: new for keys, new in jax.tree_util.tree_flatten_with_path(grown)[0] if new.ndim}
 
     def forget(keys: tuple, leaf: Any) -> Any:

@@ -264,9 +264,9 @@ def apply(params: Any, masks: Any) -> Any:
 def straight_through(params: Any, masks: Any) -> Any:
     """`apply(params, masks)` in value, `params` in derivative: what is pruned is trained all the same.
 
-    With w~ = mask w, the gradient of a weight is dL/dw~, mask or not. So the weights stay dense, each step goes by
-    the loss of the pruned network, and masks that are made anew of the weights may bring one back. The
-    derivative is that of another function than the value, on purpose: it is no gradient of any loss.
+    With w~ = mask w, the gradient of a weight is dL/dw~, mask or not. So the weights stay dense, each step
+    goes by the loss of the pruned network, and masks that are made anew of the weights may bring one back.
+    What a pruned weight gets is not the derivative of the loss, which is 0.
 
     Args:
         params: a tree of arrays.

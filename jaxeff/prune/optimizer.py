@@ -93,7 +93,12 @@ def check_given(params: Any) -> None:
 
 
 def masked_update(
-    inside: optax.GradientTransformationExtraArgs, kept: Any, updates: Any, inner: Any, params: Any, **extra: Any
+    inside: optax.GradientTransformationExtraArgs,
+    kept: Any,
+    updates: Any,
+    inner: Any,
+    params: Any,
+    **extra: Any,
 ) -> tuple[Any, Any]:
     """One step of the optimizer inside for the weights that are kept; minus the weight for the others."""
     masked = jax.tree.map(lambda mask, update: jnp.where(mask, update, 0), kept, updates)

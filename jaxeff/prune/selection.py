@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-
 # Above the pattern of every number.
 _LAST = 2**31 - 1
 
@@ -24,7 +23,7 @@ def lowest(scores: Sequence[Array], count: int | Array, among: Sequence[Array] |
     Args:
         scores: of any shapes, non-negative, fewer than 2^31 in all; compared as float32.
         count: [], an integer from 0 to their number, which may be traced.
-        among: truths of the same shapes, `count` or more of them True: those to choose from. All unless given.
+        among: truths of the same shapes, `count` or more of them True: what to choose from. All if None.
 
     Returns:
         Arrays of truths of the same shapes, `count` of them True.
