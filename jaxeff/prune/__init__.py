@@ -10,11 +10,14 @@ pruned = prune.iterative_magnitude(state, step, batches, evaluate, sparsity=0.95
 from jaxeff.prune.allocation import ALLOCATIONS as ALLOCATIONS
 from jaxeff.prune.batch_norm import recalibrate as recalibrate
 from jaxeff.prune.criteria import calibrated as calibrated
+from jaxeff.prune.dynamic import rigl as rigl
+from jaxeff.prune.dynamic import sparse_evolution as sparse_evolution
 from jaxeff.prune.masks import apply as apply
 from jaxeff.prune.masks import masks as masks
 from jaxeff.prune.masks import pack as pack
 from jaxeff.prune.masks import scored as scored
 from jaxeff.prune.masks import sparsity as sparsity
+from jaxeff.prune.masks import straight_through as straight_through
 from jaxeff.prune.masks import unpack as unpack
 from jaxeff.prune.optimizer import SparseState as SparseState
 from jaxeff.prune.optimizer import sparsify as sparsify

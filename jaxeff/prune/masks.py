@@ -281,6 +281,46 @@ def apply(params: Any, masks: Any) -> Any:
     return jax.tree.map(lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf)), params, masks)
 
 
+def straight_through(params: Any, masks: Any) -> Any:
+    """`apply(params, masks)` in value, `params` in derivative: what is pruned is trained all the same.
+
+    With w~ = mask w, the gradient of a weight is dL/dw~, mask or not. So the weights stay dense, each step
+    goes by the loss of the pruned network, and masks that are made anew of the weights may bring one back.
+    What a pruned weight gets is not the derivative of the loss, which is 0.
+
+    Args:
+        params: a tree of arrays.
+        masks: shaped like `params`, True = kept; they may depend on `params`, and have no derivative.
+
+    Returns:
+        A tree like `params`: exactly 0 where a mask is False, exactly the weight where it is True.
+
+    Raises:
+        ValueError: the masks are of another tree, or of other shapes.
+
+    References:
+        Bengio, Leonard and Courville, Estimating or Propagating Gradients Through Stochastic Neurons, 2013,
+        arXiv:1308.3432; of pruned weights: Lin, Stich, Barba, Dmitriev and Jaggi, Dynamic Model Pruning with
+        Feedback, 2020, arXiv:2006.07253
+
+    >>> def loss(params):
+    ...     kept = masks(scored(params), 0.5)
+    ...     return jnp.sum(jnp.square(straight_through(params, kept)["w"] - 1))
+    >>> jax.grad(loss)({"w": jnp.array([[0.5, 3.0]])})["w"]
+    Array([[-2.,  4.]], dtype=float32)
+    """
+    check_alike(params, masks)
+    return jax.tree.map(_through, params, masks)
+
+
+@jax.custom_jvp
+def _through(leaf: Array, mask: Array) -> Array:
+    return jnp.where(mask, leaf, jnp.zeros_like(leaf))
+
+
+_through.defjvps(lambda tangent, value, leaf, mask: tangent, None)
+
+
 def check_alike(params: Any, tree: Any, name: str = "masks") -> None:
     """That masks, or what else the argument is called, are of these params."""
     leaves, given = named_leaves(params), named_leaves(tree)

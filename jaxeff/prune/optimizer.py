@@ -20,7 +20,7 @@ from jaxeff.prune.schedules import Schedule
 
 
 class SparseState(NamedTuple):
-    """Of `sparsify`.
+    """Of `sparsify`, `rigl` and `sparse_evolution`.
 
     Attributes:
         step: [], steps so far.
@@ -78,14 +78,31 @@ def sparsify(
         return SparseState(jnp.zeros((), jnp.int32), kept, inside.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, SparseState]:
-        if params is None:
-            raise ValueError("`params` is missing: call `update(gradients, state, params)`")
+        check_given(params)
         sparsity, due = schedule(state.step)
         target = None if hasattr(pattern, "kept") else sparsity
         kept = jax.lax.cond(due, lambda: masks(score(params, updates), target, **how), lambda: state.masks)
-        masked = jax.tree.map(lambda mask, update: jnp.where(mask, update, 0), kept, updates)
-        found, inner = inside.update(masked, state.inner, params, **extra)
-        found = jax.tree.map(lambda mask, update, leaf: jnp.where(mask, update, -leaf), kept, found, params)
+        found, inner = masked_update(inside, kept, updates, state.inner, params, **extra)
         return found, SparseState(state.step + 1, kept, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_given(params: Any) -> None:
+    if params is None:
+        raise ValueError("`params` is missing: call `update(gradients, state, params)`")
+
+
+def masked_update(
+    inside: optax.GradientTransformationExtraArgs,
+    kept: Any,
+    updates: Any,
+    inner: Any,
+    params: Any,
+    **extra: Any,
+) -> tuple[Any, Any]:
+    """One step of the optimizer inside for the weights that are kept; minus the weight for the others."""
+    masked = jax.tree.map(lambda mask, update: jnp.where(mask, update, 0), kept, updates)
+    found, inner = inside.update(masked, inner, params, **extra)
+    found = jax.tree.map(lambda mask, update, leaf: jnp.where(mask, update, -leaf), kept, found, params)
+    return found, inner

@@ -1,4 +1,4 @@
-"""The lowest of many scores, exactly so many of them, without putting them in order.
+"""The lowest or highest of many scores, exactly so many of them, without putting them in order.
 
 Everything is elementwise or a count, so that scores that lie on several devices stay there: a bisection over
 bit patterns finds the score up to which all go, a second one over indices the ties that go with them.
@@ -14,14 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+# Above the pattern of every number.
+_LAST = 2**31 - 1
+
 
 @jax.jit
-def lowest(scores: Sequence[Array], count: int | Array) -> list[Array]:
+def lowest(scores: Sequence[Array], count: int | Array, among: Sequence[Array] | None = None) -> list[Array]:
     """Which scores are among the `count` lowest of all arrays together; of equal ones the first.
 
     Args:
         scores: of any shapes, non-negative, fewer than 2^31 in all; compared as float32.
         count: [], an integer from 0 to their number, which may be traced.
+        among: truths of the same shapes, `count` or more of them True: what to choose from. All if None.
 
     Returns:
         Arrays of truths of the same shapes, `count` of them True.
@@ -29,7 +33,17 @@ def lowest(scores: Sequence[Array], count: int | Array) -> list[Array]:
     >>> lowest([jnp.array([3.0, 1.0, 1.0]), jnp.array([0.5])], 2)
     [Array([False,  True, False], dtype=bool), Array([ True], dtype=bool)]
     """
-    return below(scores, threshold(scores, count))
+    return _first([*map(_pattern, scores)], count, among)
+
+
+@jax.jit
+def highest(scores: Sequence[Array], count: int | Array, among: Sequence[Array] | None = None) -> list[Array]:
+    """Which scores are among the `count` highest; as `lowest` otherwise, of equal ones the first too.
+
+    >>> highest([jnp.array([3.0, 1.0, 3.0])], 1)
+    [Array([ True, False, False], dtype=bool)]
+    """
+    return _first([_LAST - 1 - _pattern(score) for score in scores], count, among)
 
 
 class Threshold(NamedTuple):
@@ -47,21 +61,35 @@ class Threshold(NamedTuple):
 @jax.jit
 def threshold(scores: Sequence[Array], count: int | Array) -> Threshold:
     """Between the `count` lowest of all arrays together and the others, as `lowest` has them."""
-    patterns = [_pattern(score) for score in scores]
-    count = jnp.asarray(count, jnp.int32)
-    limit = _largest(lambda limit: _count([bits < limit for bits in patterns]) <= count)
-    missing = count - _count([bits < limit for bits in patterns])
-    tied = [(bits == limit, index) for bits, index in zip(patterns, _indices(scores), strict=True)]
-    first = _largest(lambda first: _count([ties & (index < first) for ties, index in tied]) <= missing)
-    return Threshold(limit, first)
+    return _threshold([*map(_pattern, scores)], count)
 
 
 def below(scores: Sequence[Array], threshold: Threshold) -> list[Array]:
     """Which scores a threshold counts among the lowest."""
+    return _below([*map(_pattern, scores)], threshold)
+
+
+def _first(patterns: list[Array], count: int | Array, among: Sequence[Array] | None) -> list[Array]:
+    """The `count` lowest of integers from 0 on, of equal ones the first."""
+    if among is not None:
+        patterns = [jnp.where(open_, bits, _LAST) for open_, bits in zip(among, patterns, strict=True)]
+    return _below(patterns, _threshold(patterns, count))
+
+
+def _threshold(patterns: list[Array], count: int | Array) -> Threshold:
+    count = jnp.asarray(count, jnp.int32)
+    limit = _largest(lambda limit: _count([bits < limit for bits in patterns]) <= count)
+    missing = count - _count([bits < limit for bits in patterns])
+    tied = [(bits == limit, index) for bits, index in zip(patterns, _indices(patterns), strict=True)]
+    first = _largest(lambda first: _count([ties & (index < first) for ties, index in tied]) <= missing)
+    return Threshold(limit, first)
+
+
+def _below(patterns: list[Array], threshold: Threshold) -> list[Array]:
     limit, first = threshold
     return [
         (bits < limit) | ((bits == limit) & (index < first))
-        for bits, index in zip(map(_pattern, scores), _indices(scores), strict=True)
+        for bits, index in zip(patterns, _indices(patterns), strict=True)
     ]
 
 
