@@ -6,7 +6,7 @@ In: Linen variables and batches. Out: their `batch_stats`. Of jaxeff imports `fu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,11 @@ import numpy as np
 from jaxeff.functions import named_misfit
 from jaxeff.leaves import batch_size, is_variables, named_leaves
 
+Values = dict[str, np.ndarray]
+"""Of running averages, by path."""
+
 _BATCH_STATS = "batch_stats"
+_AVERAGES = ("mean", "var")
 
 
 def recalibrate(variables: Any, apply_fn: Callable, batches: Iterable[Any], **apply_kwargs: Any) -> Any:
@@ -71,36 +75,40 @@ def recalibrate(variables: Any, apply_fn: Callable, batches: Iterable[Any], **ap
     return _with_values(variables[_BATCH_STATS], _over_all(means, spread))
 
 
-def _of_batches(
-    update: Callable, stats: Any, batches: Iterable[Any]
-) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+def _of_batches(update: Callable, stats: Any, batches: Iterable[Any]) -> Iterator[tuple[int, Values]]:
     """The size of each batch, and its own value of each running average."""
     momenta: dict[str, float] = {}
-    probed: Any = None
+    zeros: Values = {}
     for batch in batches:
         batch = batch if isinstance(batch, tuple) else (batch,)
         if not momenta:
-            named = [path for path in named_leaves(stats) if path.rsplit("/", 1)[-1] in ("mean", "var")]
+            named = named_leaves(stats)
+            zeros = {path: np.zeros(named[path].shape) for path in named if path.split("/")[-1] in _AVERAGES}
             # What the model reads as it is must be as it is, or it would change the batch further on.
-            changing = _changing(*update(_flags(stats, named), batch), named)
-            probed = _flags(stats, changing)
-            momenta = _momenta(*update(probed, batch), changing)
-        found = named_leaves(update(probed, batch)[0])
-        values = {path: np.asarray(found[path], np.float64) / (1 - k) for path, k in momenta.items()}
+            zeros = _changing(*_probed(update, stats, zeros, batch))
+            momenta = _momenta(*_probed(update, stats, zeros, batch))
+        low = named_leaves(update(_with_values(stats, zeros), batch))
+        values = {path: np.asarray(low[path], np.float64) / (1 - k) for path, k in momenta.items()}
         yield batch_size(batch) or 1, values
 
 
-def _flags(stats: Any, paths: Sequence[str]) -> Any:
-    return jax.tree.unflatten(jax.tree.structure(stats), [path in paths for path in named_leaves(stats)])
+def _probed(update: Callable, stats: Any, zeros: Values, batch: tuple) -> tuple[Values, Values, Values]:
+    """What a batch makes of averages of 0, some other averages, and what it makes of those."""
+    low = named_leaves(update(_with_values(stats, zeros), batch))
+    # As large as what the batch adds, so that the momentum is not lost in its rounding.
+    start = {path: np.maximum(np.abs(low[path]), 1) for path in zeros}
+    high = named_leaves(update(_with_values(stats, start), batch))
+    taken = [{path: np.asarray(found[path]) for path in zeros} for found in (low, high)]
+    return taken[0], start, taken[1]
 
 
-def _over_all(means: dict[str, np.ndarray], spread: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _over_all(means: Values, spread: Values) -> Values:
     """A variance is the mean of the batches' variances and the variance of their means."""
     pairs = {path: path.removesuffix("var") + "mean" for path in means if path.endswith("var")}
     return {path: mean + spread.get(pairs.get(path, ""), 0) for path, mean in means.items()}
 
 
-def _with_values(stats: Any, values: dict[str, np.ndarray]) -> Any:
+def _with_values(stats: Any, values: Values) -> Any:
     named = named_leaves(stats)
     leaves = [jnp.asarray(values.get(path, leaf), jnp.result_type(leaf)) for path, leaf in named.items()]
     return jax.tree.unflatten(jax.tree.structure(stats), leaves)
@@ -108,49 +116,38 @@ def _with_values(stats: Any, values: dict[str, np.ndarray]) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _updated(
-    apply_fn: Callable, statics: tuple, variables: Any, arrays: dict[str, Any], probed: Any, batch: tuple
-) -> tuple[Any, Any, Any]:
-    """What a batch makes of averages that were 0, of averages that were `start`, and `start`."""
-    keywords = {**dict(statics), **arrays, "mutable": [_BATCH_STATS]}
-
-    def run(start: Any) -> Any:
-        old = jax.tree.map(jnp.where, probed, start, variables[_BATCH_STATS])
-        apply = functools.partial(apply_fn, **keywords)
-        _, updates = named_misfit(apply, {**variables, _BATCH_STATS: old}, batch)
-        return updates[_BATCH_STATS]
-
-    low = run(jax.tree.map(jnp.zeros_like, variables[_BATCH_STATS]))
-    # As large as what the batch adds, so that the momentum is not lost in its rounding.
-    start = jax.tree.map(lambda leaf: jnp.maximum(jnp.abs(leaf), 1), low)
-    return low, run(start), start
+    apply_fn: Callable, statics: tuple, variables: Any, arrays: dict[str, Any], stats: Any, batch: tuple
+) -> Any:
+    """What a batch makes of running averages."""
+    apply = functools.partial(apply_fn, **dict(statics), **arrays, mutable=[_BATCH_STATS])
+    _, updates = named_misfit(apply, {**variables, _BATCH_STATS: stats}, batch)
+    return updates[_BATCH_STATS]
 
 
-def _changing(low: Any, high: Any, start: Any, paths: Sequence[str]) -> list[str]:
-    """Those that a batch does change.
+def _changing(low: Values, start: Values, high: Values) -> Values:
+    """Zeros for those averages that a batch does change.
 
     Raises:
         ValueError: there are none.
     """
-    low, high, start = named_leaves(low), named_leaves(high), named_leaves(start)
-    found = [path for path in paths if np.any(low[path] != 0) or np.any(high[path] != start[path])]
+    found = [path for path in low if np.any(low[path] != 0) or np.any(high[path] != start[path])]
     if not found:
         raise ValueError(
             "`apply_fn` does not change the means and variances of `batch_stats`: pass what makes it use the "
             "batch's own, such as `train=True` or `use_running_average=False`"
         )
-    return found
+    return {path: np.zeros_like(low[path]) for path in found}
 
 
-def _momenta(low: Any, high: Any, start: Any, paths: Sequence[str]) -> dict[str, float]:
+def _momenta(low: Values, start: Values, high: Values) -> dict[str, float]:
     """The momentum of each running average, by path.
 
     Raises:
         ValueError: one follows another rule.
     """
-    low, high, start = named_leaves(low), named_leaves(high), named_leaves(start)
     found: dict[str, float] = {}
-    for path in paths:
-        each = (np.asarray(high[path], np.float64) - np.asarray(low[path], np.float64)) / start[path]
+    for path in low:
+        each = (high[path].astype(np.float64) - low[path]) / start[path]
         found[path] = float(np.mean(each))
         if not (np.all(np.abs(each - found[path]) < 1e-5) and -1e-5 < found[path] < 1 - 1e-5):
             raise ValueError(f"`batch_stats` has {path!r}, which is no running average of the batches")
