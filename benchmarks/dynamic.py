@@ -1,6 +1,6 @@
 """What sparse training costs in accuracy: the digits network, in as many steps each way.
 
-python benchmarks/dynamic.py [--epochs 20] [--seeds 5] [--sparsities 0.9 0.95 0.98]
+python benchmarks/dynamic.py [--epochs 20] [--seeds 5] [--sparsities 0.9 0.95 0.98] [--every 20]
 """
 
 from __future__ import annotations
@@ -20,27 +20,26 @@ from jaxeff.demo import BATCH_SIZE, DigitsCNN, digits, split
 MODEL = DigitsCNN()
 TRAINING, TEST = split(digits())
 STEPS = len(TRAINING.labels) // BATCH_SIZE
-EVERY = 20
 
 
 def adamw() -> optax.GradientTransformation:
     return optax.adamw(1e-3, weight_decay=1e-2)
 
 
-def moving(make, sparsity, key, steps):
-    return make(adamw(), sparsity, key=key, end=3 * steps // 4, every=EVERY)
+def moving(make, sparsity, key, steps, every):
+    return make(adamw(), sparsity, key=key, end=3 * steps // 4, every=every)
 
 
-# (sparsity, key, steps) -> optimizer. All have the masks' layers by ERK.
+# (sparsity, key, steps, steps between changes of the masks) -> optimizer. All have the masks' layers by ERK.
 OPTIMIZERS = {
-    "static random masks": lambda sparsity, key, steps: prune.rigl(
-        adamw(), sparsity, key=key, end=0, every=EVERY
+    "static random masks": lambda sparsity, key, steps, every: prune.rigl(
+        adamw(), sparsity, key=key, end=0, every=every
     ),
     "sparse evolution": lambda *given: moving(prune.sparse_evolution, *given),
     "RigL": lambda *given: moving(prune.rigl, *given),
-    "straight-through, magnitude": lambda sparsity, key, steps: adamw(),
-    "gradual, magnitude": lambda sparsity, key, steps: prune.sparsify(
-        adamw(), prune.cubic(sparsity, steps // 10, 3 * steps // 4, EVERY), allocation="erk"
+    "straight-through, magnitude": lambda sparsity, key, steps, every: adamw(),
+    "gradual, magnitude": lambda sparsity, key, steps, every: prune.sparsify(
+        adamw(), prune.cubic(sparsity, steps // 10, 3 * steps // 4, every), allocation="erk"
     ),
 }
 
@@ -53,12 +52,12 @@ def outputs(params, images):
     return MODEL.apply({"params": params}, images)
 
 
-def trained(name, sparsity, epochs):
+def trained(name, sparsity, epochs, every):
     """Function of a seed: the test accuracy, and the fraction of the kernels' weights that are 0."""
     through = name.startswith("straight-through")
 
     def optimizer(key):
-        return OPTIMIZERS[name](sparsity, key, epochs * STEPS) if sparsity else adamw()
+        return OPTIMIZERS[name](sparsity, key, epochs * STEPS, every) if sparsity else adamw()
 
     def loss(params, chosen):
         if through:
@@ -99,14 +98,16 @@ def main() -> None:
     _ = parser.add_argument("--epochs", type=int, default=20)
     _ = parser.add_argument("--seeds", type=int, default=5)
     _ = parser.add_argument("--sparsities", type=float, nargs="+", default=[0.9, 0.95, 0.98])
+    _ = parser.add_argument("--every", type=int, default=20)
+    _ = parser.add_argument("--ways", nargs="+", choices=OPTIMIZERS, default=[*OPTIMIZERS])
     chosen = parser.parse_args()
     print(timing.machine(), f"\n{chosen.epochs * STEPS} steps, {chosen.seeds} seeds", flush=True)
     start = time.perf_counter()
     for name, sparsity in [
         ("dense", 0.0),
-        *((name, sparsity) for sparsity in chosen.sparsities for name in OPTIMIZERS),
+        *((name, sparsity) for sparsity in chosen.sparsities for name in chosen.ways),
     ]:
-        run = trained(name, sparsity, chosen.epochs)
+        run = trained(name, sparsity, chosen.epochs, chosen.every)
         found = np.array([run(seed) for seed in range(chosen.seeds)], np.float64)
         accuracy = 100 * found[:, 0]
         print(
