@@ -28,7 +28,8 @@ from transformer import Transformer
 import jaxeff
 from jaxeff import demo, prune
 
-SHOWN = (0.8, 0.9)
+ALONE = (0.8, 0.9)
+TOGETHER = (0.5, 0.7)
 CONTEXT = 64
 
 ALLOCATIONS = {
@@ -154,7 +155,7 @@ def figures(task: Task, seed: int) -> tuple[Figures, Figures]:
     report = jaxeff.analyze(variables, task.module.apply, task.training[0][:512])
     rows = [report[path] for path in measured.paths]
     rises = np.asarray(measured.losses) - float(measured.dense)
-    rises = {sparsity: rises[:, measured.sparsities.index(sparsity)] for sparsity in SHOWN}
+    rises = {sparsity: rises[:, measured.sparsities.index(sparsity)] for sparsity in ALONE}
     print(
         f"seed {seed}: {len(rows)} layers, held-out loss {float(measured.dense):.3f}; one layer at 80 %: "
         f"{timing.spread([*map(float, rises[0.8])])} more; measured in {seconds:.1f} s"
@@ -162,7 +163,7 @@ def figures(task: Task, seed: int) -> tuple[Figures, Figures]:
     found = {
         (name, sparsity): spearman(np.array([float(metric(row)) for row in rows]), rises[sparsity])
         for name, metric in METRICS.items()
-        for sparsity in SHOWN
+        for sparsity in ALONE
     }
     return found, allocated(task, variables, measured)
 
@@ -175,7 +176,7 @@ def allocated(task: Task, variables, measured: prune.Sensitivity) -> Figures:
     return {
         (name, sparsity): float(loss(prune.apply(variables, prune.masks(importance, sparsity, **how))))
         for name, how in {**ALLOCATIONS, "measured": {"allocation": measured}}.items()
-        for sparsity in SHOWN
+        for sparsity in TOGETHER
     }
 
 
@@ -195,10 +196,12 @@ def main() -> None:
 
 def print_table(found: dict[str, list[Figures]], form: str) -> None:
     """A row for each name, a column for each task and sparsity: median and range over seeds."""
-    columns = [(task, sparsity) for task in found for sparsity in SHOWN]
+    first = next(iter(found.values()))[0]
+    names, sparsities = (dict.fromkeys(part) for part in zip(*first, strict=True))
+    columns = [(task, sparsity) for task in found for sparsity in sparsities]
     print("\n| | " + " | ".join(f"{task}, {sparsity:.0%}" for task, sparsity in columns) + " |")
     print("|---|" + "---|" * len(columns))
-    for name in dict.fromkeys(name for name, _ in next(iter(found.values()))[0]):
+    for name in names:
         cells = [[one[name, sparsity] for one in found[task]] for task, sparsity in columns]
         print(f"| {name} | {' | '.join(_cell(values, form) for values in cells)} |")
 

@@ -26,7 +26,14 @@ from jaxeff.leaves import named_leaves, split_variables
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.precision import widened
 from jaxeff.problem import Problem, floating
-from jaxeff.prune.masks import Prunable, check_alike, check_pattern, check_scores, prunable_paths
+from jaxeff.prune.masks import (
+    Prunable,
+    check_alike,
+    check_pattern,
+    check_scores,
+    counted,
+    prunable_paths,
+)
 from jaxeff.prune.patterns import UNSTRUCTURED, Block, NByM, Pattern, Units, Unstructured
 from jaxeff.prune.selection import Threshold, below, threshold
 from jaxeff.recommendations import LIMITS
@@ -288,7 +295,7 @@ def _grouped(
         group = pattern.kept(score, path).astype(jnp.float32)
     else:
         group = pattern.groups(score, path)
-    counts = np.array([round(sparsity * group.size) for sparsity in sparsities], np.int32)
+    counts = np.array([counted(sparsity, group.size) for sparsity in sparsities], np.int32)
     return group, _thresholds(group, counts)
 
 
