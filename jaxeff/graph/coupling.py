@@ -98,7 +98,7 @@ def _first_uses(program: Program) -> dict[Value, int]:
     operands = [operand for operation in program.operations for operand in operation.inputs]
     for position, operand in enumerate([*operands, *program.outputs]):
         if isinstance(operand, Value):
-            uses.setdefault(operand, position)
+            _ = uses.setdefault(operand, position)
     return uses
 
 
@@ -115,42 +115,63 @@ def _collected(labels: Labels, leaves: Sequence[Sequence[Dim]], order: Sequence[
     index = np.concatenate([np.arange(len(axis)) for axis in whole])
     owner, index, atom = _resolved(labels, owner, index, labels.find(np.concatenate(whole)))
     reasons, locked = _locked(labels)
-    atoms, first, atom = np.unique(atom, return_index=True, return_inverse=True)
-    group = _alike(labels, atoms, first, owner, atom, locked)
-    rank = first[atom]
-    rows = np.lexsort((index, rank, owner, group[atom]))
-    owner, index, rank, of_row = owner[rows], index[rows], rank[rows], group[atom][rows]
-    starts = np.flatnonzero(np.diff(of_row, prepend=-1) | np.diff(owner, prepend=-1))
-    sizes = np.bincount(group)
+    # Of each label the first place where it stands, which is how elements and groups are ordered.
+    first = np.full(len(labels), len(atom))
+    first[atom[::-1]] = np.arange(len(atom))[::-1]
+    atoms = atom[first[atom] == np.arange(len(atom))]
+    group = np.empty(len(labels), np.int64)
+    group[atoms] = _numbered(_signatures(labels, owner, atom, locked)[atoms])
+    sizes = np.bincount(group[atoms])
+    # Rows come by owner and index, so that a stable sort has only runs to merge.
+    key = (group[atom] * len(axes) + owner) * len(atom) + first[atom]
+    rows = np.argsort(key, kind="stable")
+    stands = key[rows] // len(atom)
+    starts = np.flatnonzero(np.diff(stands, prepend=-1))
     members: list[list[tuple[int, int, np.ndarray]]] = [[] for _ in sizes]
     for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
-        at = int(of_row[start])
-        members[at].append((*axes[owner[start]], index[start:end].reshape(sizes[at], -1)))
-    example = dict(zip(group.tolist(), atoms.tolist(), strict=True))
+        at, of = divmod(int(stands[start]), len(axes))
+        members[at].append((*axes[of], index[rows[start:end]].reshape(sizes[at], -1)))
     found = []
-    for at, size in enumerate(sizes.tolist()):
-        why = [reason for reason, mask in zip(reasons, locked, strict=True) if mask[example[at]]]
+    examples = np.empty(len(sizes), np.int64)
+    examples[group[atoms]] = atoms
+    for size, held, example in zip(sizes.tolist(), members, examples, strict=True):
+        why = [reason for reason, mask in zip(reasons, locked, strict=True) if mask[example]]
         why += [_ALONE] if size == 1 and not why else []
-        found.append(Coupled(size, tuple(members[at]), tuple(why)))
+        found.append(Coupled(size, tuple(held), tuple(why)))
     return found
+
+
+def _numbered(signatures: np.ndarray) -> np.ndarray:
+    """Equal signatures as one number, from 0 on, in the order in which they first come."""
+    _, first, inverse = np.unique(signatures, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
 
 
 def _resolved(
     labels: Labels, owner: np.ndarray, index: np.ndarray, found: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The labels that are no products behind each index, each once."""
-    done = []
-    for depth in range(DEEPEST + 1):
-        products = labels.is_product(found)
-        if depth == DEEPEST:
-            labels.lock(found[products], "a part of itself, after a reshape")
-            products = np.zeros_like(products)
-        done.append(np.stack([owner[~products], index[~products], found[~products]]))
-        if not products.any():
+    """The labels that are no products behind each index, each once, by owner and index."""
+    products = labels.is_product(found)
+    rows = np.stack([owner, index, found])
+    done, rows = [rows[:, ~products]], rows[:, products]
+    for _ in range(DEEPEST):
+        if not rows.shape[1]:
             break
-        owner, index = np.tile(owner[products], 2), np.tile(index[products], 2)
-        found = labels.find(np.concatenate(labels.parts(found[products])))
-    owner, index, found = np.unique(np.concatenate(done, axis=1), axis=1)
+        parts = labels.find(np.concatenate(labels.parts(rows[2])))
+        rows = np.stack([*np.tile(rows[:2], 2), parts])
+        products = labels.is_product(parts)
+        done.append(rows[:, ~products])
+        rows = rows[:, products]
+    if rows.shape[1]:
+        labels.lock(rows[2], "a part of itself, after a reshape")
+        done.append(rows)
+    owner, index, found = np.concatenate(done, axis=1)
+    if len(done) > 1:
+        most, many = int(index.max()) + 1, len(labels)
+        # Sorted, not `np.unique`, which hashes: these are nearly in order.
+        key = np.sort((owner * most + index) * many + found, kind="stable")
+        key = key[np.diff(key, prepend=-1) > 0]
+        owner, index, found = key // many // most, key // many % most, key % many
     return owner, index, found
 
 
@@ -161,50 +182,34 @@ def _locked(labels: Labels) -> tuple[list[str], np.ndarray]:
     for reason, held in labels.locks:
         locked[reasons.index(reason), labels.find(held)] = True
     every = np.arange(len(labels))
-    products = every[(labels.find(every) == every) & labels.is_product(every)]
+    products = every[(labels.of_all() == every) & labels.is_product(every)]
     major, minor = (labels.find(part) for part in labels.parts(products))
     for mask in locked:
         # A product stays if, and only if, both of its parts do.
         before = -1
-        while before != (before := int(mask.sum())):
+        while before != (before := int(mask[major].sum() + mask[minor].sum())):
             held = mask[products]
             mask[major[held]] = mask[minor[held]] = True
     return reasons, locked
 
 
-def _alike(
-    labels: Labels,
-    atoms: np.ndarray,
-    first: np.ndarray,
-    owner: np.ndarray,
-    atom: np.ndarray,
-    locked: np.ndarray,
-) -> np.ndarray:
-    """The group of each label, groups in the order of their first index.
+def _signatures(labels: Labels, owner: np.ndarray, atom: np.ndarray, locked: np.ndarray) -> np.ndarray:
+    """A number for each label, equal for those alike.
 
     Alike are labels that came into being together, were never cut apart, stand equally often in the same
-    axes, and are locked for the same reasons.
+    axes, and are locked for the same reasons. The numbers are sums of 64 random bits for each of these.
     """
-    position = np.full(len(labels), -1)
-    position[atoms] = np.arange(len(atoms))
-    behind = position[labels.find(np.arange(len(labels)))]
-    stands, counts = np.unique(atom * (owner.max() + 1) + owner, return_counts=True)
-    kinds, kind = np.unique(np.stack([stands % (owner.max() + 1), counts]), axis=1, return_inverse=True)
-    why, held = np.nonzero(locked[:, atoms])
-    codes = np.concatenate(
-        [labels.color()[behind >= 0], labels.colors + kind.ravel(), labels.colors + kinds.shape[1] + why]
-    )
-    of_atom = np.concatenate([behind[behind >= 0], stands // (owner.max() + 1), held])
-    many = int(codes.max()) + 1
-    pairs = np.unique(of_atom * many + codes)
-    ends = np.cumsum(np.bincount(pairs // many, minlength=len(atoms)))
-    codes = pairs % many
-    numbers: dict[bytes, int] = {}
-    group = np.empty(len(atoms), np.int64)
-    for at in np.argsort(first).tolist():
-        start = ends[at - 1] if at else 0
-        group[at] = numbers.setdefault(codes[start : ends[at]].tobytes(), len(numbers))
-    return group
+    bits = np.random.default_rng(0)
+
+    def drawn(count: int) -> np.ndarray:
+        return bits.integers(0, 2**64, count, np.uint64)
+
+    signatures = np.zeros(len(labels), np.uint64)
+    np.add.at(signatures, labels.of_all(), drawn(labels.colors)[labels.color()])
+    np.add.at(signatures, atom, drawn(int(owner.max()) + 1)[owner])
+    for mask, code in zip(locked, drawn(len(locked)), strict=True):
+        signatures[mask] += code
+    return signatures
 
 
 # --- The walk ------------------------------------------------------------------------------------------
@@ -231,6 +236,8 @@ class _Walk:
 
     def _constant(self, constant: Any) -> Described:
         shape = np.shape(constant)
+        if isinstance(constant, (int, float)):
+            return Described((), CONSTANT, constant == 0)
         if isinstance(constant, Tracer) or not (
             hasattr(constant, "dtype") and np.issubdtype(constant.dtype, np.number)
         ):
@@ -271,7 +278,7 @@ class _Walk:
         for_test, for_body = operation.params["cond_nconsts"], operation.params["body_nconsts"]
         initial = inputs[for_test + for_body :]
         carried = [_carried(operand) for operand in initial]
-        self.run(test, [*inputs[:for_test], *carried])
+        _ = self.run(test, [*inputs[:for_test], *carried])
         return self._tied(initial, self.run(body, [*inputs[for_test : for_test + for_body], *carried]))
 
     def branches(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
@@ -347,9 +354,9 @@ def _new(labels: Labels, operation: Operation, reason: str) -> list[tuple[Dim, .
 
 
 def _pointwise(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:
-    if len(operation.outputs) > 1:
+    if len(operation.outputs) != 1:
         return [operand.dims for operand in inputs]
-    shape = operation.outputs[0].shape
+    (shape,) = (output.shape for output in operation.outputs)
     counted = list(inputs)[1 if operation.name == "select_n" else 0 :]
     dims = []
     for axis, size in enumerate(shape):
@@ -605,7 +612,7 @@ def _gather(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
     for target, source in zip(others, range(len(indices.dims) - 1), strict=True):
         dims[target] = indices.dims[source]._replace(zero=False)
     for i, j in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
-        labels.match(operand.dims[i], indices.dims[j])
+        _ = labels.match(operand.dims[i], indices.dims[j])
     return [tuple(dims)]
 
 

@@ -53,8 +53,8 @@ class Labels:
         self.locks: list[tuple[str, IntArray]] = []
         self.colors = 0
         self._count = 0
-        # Of each label: its parent, the parts of its product, the number of minor parts, its color.
-        self._table = np.full((5, 1 << 12), _NONE, np.int64)
+        # Of each label: its parent, the parts of its product, the number of minor parts, its color, scratch.
+        self._table = np.full((6, 1 << 12), _NONE, np.int64)
 
     def __len__(self) -> int:
         return self._count
@@ -63,7 +63,7 @@ class Labels:
         """New labels, of a color of their own."""
         start, self._count = self._count, self._count + size
         if self._count > self._table.shape[1]:
-            wider = np.full((5, 2 * self._count), _NONE, np.int64)
+            wider = np.full((6, 2 * self._count), _NONE, np.int64)
             wider[:, :start] = self._table[:, :start]
             self._table = wider
         labels = np.arange(start, self._count)
@@ -105,6 +105,10 @@ class Labels:
         """Of every label: equal colors came into being together, and were never cut apart."""
         return self._table[4, : self._count]
 
+    def of_all(self) -> IntArray:
+        """The label that stands for each, of every label."""
+        return self.find(np.arange(self._count))
+
     def is_product(self, found: IntArray) -> IntArray:
         return self._table[1, found] != _NONE
 
@@ -126,14 +130,20 @@ class Labels:
         parts = zip(self.parts(one[both]), self.parts(other[both]), strict=True)
         # A product stays one: its label stands for the two.
         child, root = np.where(structured, one, other), np.where(structured, other, one)
-        distinct = len(np.unique(child)) == len(child) and not np.isin(child, root).any()
-        if distinct:
+        if self._distinct(child, root):
             self._table[0, child] = root
         else:
             for pair in zip(child, root, strict=True):
                 self._join_pair(*pair)
         for first, second in parts:
             self.join(first, second)
+
+    def _distinct(self, child: IntArray, root: IntArray) -> bool:
+        """Whether no child occurs twice, or among the roots."""
+        seen, places = self._table[5], np.arange(len(child))
+        seen[root] = _NONE
+        seen[child] = places
+        return np.array_equal(seen[child], places) and bool((seen[root] == _NONE).all())
 
     def _join_pair(self, one: int, other: int) -> None:
         one, other = (int(self.find(np.array([label]))[0]) for label in (one, other))
