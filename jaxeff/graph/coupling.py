@@ -29,7 +29,7 @@ KINDS = frozenset({STATISTICS, SCALE})
 
 CONSTANT, WEIGHT, DATA = range(3)
 INPUT, OUTPUT = "input of the model", "output of the model"
-_UNREAD = "not read by the model"
+UNREAD = "not read by the model"
 _ALONE = "a single element, and a group cannot be emptied"
 _SCALED = "data multiplies data and is summed over it: a scale by its size (1/sqrt(d)) would change"
 
@@ -82,7 +82,7 @@ def couple(program: Program, leaves: Sequence[bool], allowed: frozenset[str] = f
     inputs = []
     used = _first_uses(program)
     for value, is_leaf in zip(program.inputs, leaves, strict=True):
-        lock = None if is_leaf and value in used else _UNREAD if is_leaf else INPUT
+        lock = None if is_leaf and value in used else UNREAD if is_leaf else INPUT
         dims = tuple(labels.dim(size, True, lock) for size in value.shape)
         inputs.append(Described(dims, WEIGHT if is_leaf else DATA))
     for output in _Walk(labels).run(program, inputs):

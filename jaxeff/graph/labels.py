@@ -221,14 +221,18 @@ class Labels:
             self.lock(labels, BY_POSITION)
         if len(labels) < 2:
             return Dim((), dim.zero)
-        if len(np.unique(labels)) < dim.size:
-            _, colors = np.unique(self._table[4, labels], return_inverse=True)
-            self._table[4, labels] = self.colors + colors
-            self.colors += int(colors.max()) + 1
         factors = self.factors(labels)
         if len(factors) == 1 and self.is_product(self.find(factors[0])).any():
             self.lock(labels, "a slice through a reshaped dimension")
+        for factor in factors:
+            self._colored(factor)
         return Dim(tuple(factors), dim.zero)
+
+    def _colored(self, labels: IntArray) -> None:
+        """Cut some labels off from those that they came into being with."""
+        _, colors = np.unique(self._table[4, labels], return_inverse=True)
+        self._table[4, labels] = self.colors + colors
+        self.colors += int(colors.max()) + 1
 
     def concatenated(self, dims: Sequence[Dim]) -> Dim:
         labels = np.concatenate([self.packed(dim) for dim in dims])
