@@ -21,7 +21,7 @@ from jax.extend.core import Literal
 from jaxeff.graph.labels import DEEPEST, Dim, Labels
 from jaxeff.graph.nonlinearities import POINTWISE, unchanged
 from jaxeff.graph.program import Operation, Program, Value, callee, flatten, scan_operands
-from jaxeff.graph.provenance import value_shape
+from jaxeff.graph.provenance import operands_of_bodies, value_shape
 
 # Kinds of locks that a caller who knows better may leave out.
 STATISTICS, SCALE = "statistics", "scale"
@@ -94,12 +94,17 @@ def couple(program: Program, leaves: Sequence[bool], allowed: frozenset[str] = f
 
 
 def _first_uses(program: Program) -> dict[Value, int]:
-    uses: dict[Value, int] = {}
-    operands = [operand for operation in program.operations for operand in operation.inputs]
-    for position, operand in enumerate([*operands, *program.outputs]):
-        if isinstance(operand, Value):
-            _ = uses.setdefault(operand, position)
-    return uses
+    """Of each value of a program that is read, when it is first; in a loop as its body reads it."""
+    order: list[Value | Literal] = []
+    for operation in program.operations:
+        for body, start in operands_of_bodies(operation):
+            within = _first_uses(body)
+            outer = dict(zip(body.inputs, operation.inputs[start:], strict=False))
+            order += [outer[value] for value in sorted(within.keys() & outer.keys(), key=within.__getitem__)]
+        order += operation.inputs
+    order += program.outputs
+    values = dict.fromkeys(value for value in order if isinstance(value, Value))
+    return {value: position for position, value in enumerate(values)}
 
 
 # --- From labels to groups -----------------------------------------------------------------------------
