@@ -50,7 +50,7 @@ def named_leaves(params: Any) -> dict[Path, Any]:
         )
     named: dict[Path, Any] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path = "/".join(key_name(key) for key in _unboxed(keys))
+        path = path_of(keys)
         if not is_array(leaf):
             where = f"holds a {type(leaf).__name__} at {path!r}" if path else f"is a {type(leaf).__name__}"
             raise TypeError(f"`params` {where}: every leaf must be an array of numbers")
@@ -89,6 +89,11 @@ def is_array(leaf: Any) -> bool:
     if isinstance(leaf, np.ndarray):
         return leaf.dtype.kind in "biuf" or jnp.issubdtype(leaf.dtype, jnp.floating)
     return isinstance(leaf, (jax.Array, np.number, np.bool_, bool, int, float))
+
+
+def path_of(keys: tuple) -> Path:
+    """A pytree path as a name: its keys joined by '/'."""
+    return "/".join(key_name(key) for key in _unboxed(keys))
 
 
 def key_name(key: Any) -> str:

@@ -5,6 +5,10 @@ masks = prune.masks(importance, sparsity=0.9)          # True = kept
 params = prune.apply(params, masks)
 optimizer = prune.sparsify(optax.adamw(1e-3), prune.cubic(0.9, begin=100, end=1000, every=50))
 pruned = prune.iterative_magnitude(state, step, batches, evaluate, sparsity=0.95, rounds=8, steps=500)
+
+groups = prune.groups(params, model.apply, batch)      # which axes of which leaves shrink together
+plan = prune.plan(groups, importance, sparsity=0.5)    # JSON
+small = prune.shrink(params, plan)                     # for a module of `plan.widths()`
 """
 
 from jaxeff.prune.allocation import ALLOCATIONS as ALLOCATIONS
@@ -12,6 +16,10 @@ from jaxeff.prune.batch_norm import recalibrate as recalibrate
 from jaxeff.prune.criteria import calibrated as calibrated
 from jaxeff.prune.dynamic import rigl as rigl
 from jaxeff.prune.dynamic import sparse_evolution as sparse_evolution
+from jaxeff.prune.groups import Group as Group
+from jaxeff.prune.groups import Groups as Groups
+from jaxeff.prune.groups import Member as Member
+from jaxeff.prune.groups import groups as groups
 from jaxeff.prune.masks import apply as apply
 from jaxeff.prune.masks import masks as masks
 from jaxeff.prune.masks import pack as pack
@@ -25,6 +33,8 @@ from jaxeff.prune.patterns import Block as Block
 from jaxeff.prune.patterns import NByM as NByM
 from jaxeff.prune.patterns import Units as Units
 from jaxeff.prune.patterns import Unstructured as Unstructured
+from jaxeff.prune.plans import Plan as Plan
+from jaxeff.prune.plans import plan as plan
 from jaxeff.prune.recipes import entropy_regularized as entropy_regularized
 from jaxeff.prune.recipes import gradual as gradual
 from jaxeff.prune.recipes import iterative_magnitude as iterative_magnitude
@@ -41,3 +51,4 @@ from jaxeff.prune.schedules import one_shot as one_shot
 from jaxeff.prune.schedules import periodic as periodic
 from jaxeff.prune.sensitivity import Sensitivity as Sensitivity
 from jaxeff.prune.sensitivity import sensitivity as sensitivity
+from jaxeff.prune.shrinking import shrink as shrink

@@ -1,0 +1,573 @@
+"""Smaller networks compute what the large ones do under the plan's masks."""
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from network import drawn, normal
+from shrinkable import NETWORKS
+
+import jaxeff
+from jaxeff import prune
+
+
+@functools.cache
+def large(name):
+    """A network, its variables and its groups."""
+    network = NETWORKS[name]()
+    variables = drawn(network.module, *network.batch)
+    return network, variables, prune.groups(variables, network.module.apply, network.batch)
+
+
+def random_plan(groups, seed):
+    draw = np.random.default_rng(seed)
+    removed = {
+        group.name: draw.permutation(group.size)[: draw.integers(1, group.size)].tolist()
+        for group in groups.unlocked
+    }
+    return prune.Plan.of(groups, removed)
+
+
+def width_of(plan):
+    """`width(path, axis)` after the plan."""
+    widths, shapes = plan.widths(), plan.shapes
+    return lambda path, axis: widths.get(path, {}).get(axis, shapes[path][axis])
+
+
+def close(small, large):
+    np.testing.assert_allclose(small, large, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_exactly_these_groups_may_shrink(name):
+    network, variables, groups = large(name)
+    assert {group.name: group.size for group in groups.unlocked} == network.free
+    # Every index of every axis is in some group, once for each factor of it.
+    held = {}
+    for group in groups:
+        for member in group.members:
+            assert member.indices.shape[0] == group.size
+            held.setdefault((member.path, member.axis), set()).update(member.indices.ravel().tolist())
+    for path, shape in groups.shapes.items():
+        for axis, size in enumerate(shape):
+            assert size == 1 or held[path, axis] == set(range(size))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_smaller_network_computes_what_the_masked_one_does(name, seed):
+    network, variables, groups = large(name)
+    plan = random_plan(groups, seed)
+    small = prune.shrink(variables, plan)
+    module = network.build(width_of(plan))
+    asked = jax.eval_shape(module.init, jax.random.key(0), *network.batch)
+    assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, asked)
+    masked = prune.apply(variables, plan.masks(variables))
+    expected = jax.jit(network.module.apply)(masked, *network.batch)
+    assert np.ptp(expected) > 1e-3
+    close(jax.jit(module.apply)(small, *network.batch), expected)
+
+
+WHY = {
+    "mlp": {"Dense_0/kernel:0": "input of the model", "Dense_2/kernel:1": "output of the model"},
+    "transformer": {
+        "block/norm0/scale:0": "reduce_sum over it",
+        "wte/embedding:0": "looked up by a gather",
+        "block/attention/query/kernel:2": "data multiplies data",
+    },
+    "scanned": {"stack/dense/kernel:0": "the iterations of a scan"},
+    "dropout": {"second/kernel:1": "random numbers"},
+    "experts": {"up:0": "reduce_max over it"},
+    "normalised": {"layer/kernel:1": "reduce_sum over it"},
+    "fused": {"stacked/kernel:1": "one element is taken by its position"},
+    "mixed": {"forgotten:1": "not read by the model"},
+    "local": {"local/kernel:0": "positions of a convolution"},
+    "weight norm": {"dense/kernel:0": "input of the model; reduce_sum over it"},
+}
+
+
+@pytest.mark.parametrize("name", WHY)
+def test_what_is_locked_says_why(name):
+    network = networks.NETWORKS[name]()
+    groups = prune.groups(*network.arguments, **network.keywords)
+    for member, why in WHY[name].items():
+        holding = [group for group in groups if any(one.name == member for one in group.members)]
+        assert any((group.locked or "").startswith(why) for group in holding), groups
+        assert why in str(groups)
+
+
+def two_layers(between):
+    """A group of 6 between two matrices, of which `between` makes what it may."""
+    params = {"a": normal(4, 6), "b": normal(6, 3), "c": normal(6)}
+    return params, lambda params, x: between(x @ params["a"], params["c"]) @ params["b"]
+
+
+# Of each operation whether units go through it one by one.
+PASSES = {
+    "bias": lambda y, c: jnp.tanh(y + c),
+    "a scalar is no unit": lambda y, c: jnp.where(jnp.max(c * 0) > 1, 0.0, y),
+    "clip": lambda y, c: jnp.clip(y, -1, 1),
+    "twice": lambda y, c: sum(jnp.split(jnp.concatenate([y * c, y], -1), 2, axis=-1)),
+    "reversed twice": lambda y, c: y[:, ::-1][:, ::-1],
+    "reversed with its bias": lambda y, c: (y[:, ::-1] + c[::-1])[:, ::-1],
+    "cumulative over examples": lambda y, c: jnp.cumsum(y, axis=0),
+    "sorted over examples": lambda y, c: jnp.sort(y, axis=0),
+    "cond": lambda y, c: jax.lax.cond(True, lambda z: z + c, jnp.sin, y),
+    "loop": lambda y, c: jax.lax.fori_loop(0, 3, lambda i, z: jnp.tanh(z) + c, y),
+    "while": lambda y, c: jax.lax.while_loop(
+        lambda z: (z[0] < 3).all(), lambda z: (z[0] + 1, z[1] * c), (0, y)
+    )[1],
+    "jit and remat": lambda y, c: jax.jit(jax.checkpoint(lambda z: z * c))(y),
+    "custom gradient": lambda y, c: nn.relu(jax.nn.silu(y)),
+    "normalised over examples": lambda y, c: (y - y.mean(0)[None]) / jnp.sqrt(y.var(0)[None] + 1),
+    "updated": lambda y, c: jax.lax.dynamic_update_slice(y, y[:1] * c, (1, 0)),
+    "unit weights": lambda y, c: y * jnp.exp(c),
+}
+LOCKS = {
+    "softmax": lambda y, c: jax.nn.softmax(y),
+    "cumulative": lambda y, c: jnp.cumsum(y, axis=1),
+    "sorted": lambda y, c: jnp.sort(y, axis=1),
+    "a constant array": lambda y, c: y * jnp.arange(6.0),
+    "a constant of one number is none": lambda y, c: y + np.r_[np.ones(5), 2].astype(np.float32),
+    "no rule": lambda y, c: jnp.real(jnp.fft.fft(y)),
+    "a callback": lambda y, c: jax.pure_callback(lambda z: z, jax.ShapeDtypeStruct(y.shape, y.dtype), y),
+    "shifted": lambda y, c: jnp.pad(y, ((0, 0), (1, 0)))[:, :-1] + y,
+    "looked up": lambda y, c: y[:, np.array([0, 2, 1, 3, 5, 4])],
+    "norm": lambda y, c: y / jnp.linalg.norm(y, axis=1, keepdims=True),
+    "largest": lambda y, c: y - y.max(1, keepdims=True),
+    "noise": lambda y, c: y + jax.random.normal(jax.random.key(0), y.shape),
+    "matrix of constants": lambda y, c: y @ np.eye(6, dtype=np.float32),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_units_pass(name):
+    params, model = two_layers(PASSES[name])
+    x = normal(8, 4)
+    with jax.numpy_rank_promotion("allow"):
+        groups = prune.groups(params, model, x)
+        plan = prune.Plan.of(groups, {groups["a:1"].name: [1, 4]})
+        masked, small = prune.apply(params, plan.masks(params)), prune.shrink(params, plan)
+        assert small["b"].shape == (4, 3)
+        close(model(small, x), model(masked, x))
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_units_are_locked(name):
+    params, model = two_layers(LOCKS[name])
+    with jax.numpy_rank_promotion("allow"):
+        groups = prune.groups(params, model, normal(8, 4))
+    assert groups["b:0"].locked is not None and not groups.unlocked
+
+
+def test_a_sum_over_what_is_not_zero_when_removed_is_locked():
+    params = {"q": normal(4, 6), "k": normal(4, 6)}
+
+    def linear_attention(feature, params, x):
+        return feature(x @ params["q"]) @ feature(x @ params["k"]).T
+
+    for feature, locked in ((jnp.tanh, False), (jnp.exp, True)):
+        groups = prune.groups(
+            params, functools.partial(linear_attention, feature), normal(8, 4), allow="scale"
+        )
+        assert (groups["q:1"].locked is not None) == locked
+    assert (
+        "scale by its size"
+        in prune.groups(params, functools.partial(linear_attention, jnp.tanh), normal(8, 4))["q:1"].locked
+    )
+
+
+def test_a_weight_that_is_not_zero_when_masked_is_locked():
+    params = {"a": normal(4, 6), "b": normal(6, 3)}
+    groups = prune.groups(params, lambda p, x: (jnp.exp(x @ p["a"])) @ jnp.exp(p["b"]), normal(8, 4))
+    assert "neither side is 0" in groups["a:1"].locked
+    groups = prune.groups(params, lambda p, x: (jnp.tanh(x @ p["a"])) @ jnp.exp(p["b"]), normal(8, 4))
+    assert groups["a:1"].locked is None
+
+
+def test_statistics_may_be_allowed():
+    network = networks.NETWORKS["transformer"]()
+    groups = prune.groups(*network.arguments, allow=("statistics", "scale"))
+    assert groups["block/norm0/scale:0"].locked is None
+    with pytest.raises(ValueError, match="`allow` may hold 'scale' and 'statistics', got 'all'"):
+        _ = prune.groups(*network.arguments, allow="all")
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=4), st.integers(0, 99))
+def test_reshapes_there_and_back_keep_units_apart(shape, seed):
+    size = math.prod(shape)
+    params = {"a": normal(4, size), "b": normal(size, 3)}
+    order = np.random.default_rng(seed).permutation(len(shape))
+
+    def model(params, x, shape=shape):
+        y = (x @ params["a"]).reshape(-1, *shape).transpose(0, *(1 + order))
+        return y.reshape(x.shape[0], -1) @ params["b"]
+
+    groups = prune.groups(params, model, normal(8, 4))
+    assert sorted(group.size for group in groups.unlocked) == sorted(n for n in shape if n > 1)
+    for group in groups.unlocked:
+        (member,) = (member for member in group.members if member.name == "a:1")
+        places = np.unravel_index(member.indices, shape)
+        own = np.arange(group.size)[:, None]
+        (axis,) = (i for i, place in enumerate(places) if shape[i] > 1 and (place == own).all())
+        plan = prune.Plan.of(groups, {group.name: [seed % group.size]})
+        masked, small = prune.apply(params, plan.masks(params)), prune.shrink(params, plan)
+        kept = [n - (i == axis) for i, n in enumerate(shape)]
+        close(model(small, normal(8, 4), kept), model(masked, normal(8, 4)))
+
+
+def test_parts_of_a_split_are_groups_of_their_own():
+    params, model = two_layers(lambda y, c: jnp.concatenate(jnp.split(y, 3, axis=-1)[::-1], -1))
+    groups = prune.groups(params, model, normal(8, 4))
+    assert [(group.name, group.size) for group in groups.unlocked] == [("a:1", 2), ("a:1#2", 2), ("a:1#3", 2)]
+    assert [group.members[1].indices.ravel().tolist() for group in groups.unlocked] == [
+        [4, 5],
+        [2, 3],
+        [0, 1],
+    ]
+
+
+# --- Models as users have them -------------------------------------------------------------------------
+
+
+class Net(nnx.Module):
+    def __init__(self, width, rngs):
+        self.conv = nnx.Conv(3, width, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.head = nnx.Linear(width, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
+
+
+def test_nnx():
+    model, x = Net(6, nnx.Rngs(0)), normal(2, 5, 5, 3)
+    _ = model(x)  # Running averages of their own.
+    model.eval()
+    params, apply_fn = jaxeff.from_nnx(model)
+    groups = prune.groups(params, apply_fn, x)
+    assert {group.name: group.size for group in groups.unlocked} == {"conv/kernel:3": 6}
+    assert {member.path for member in groups["conv/kernel:3"].members} >= {
+        "norm/mean",
+        "norm/var",
+        "norm/scale",
+    }
+    plan = prune.plan(groups, prune.scored(params), 0.5)
+    small = Net(plan.widths()["conv/kernel"][3], nnx.Rngs(1))
+    small.eval()
+    nnx.update(small, prune.shrink(params, plan))
+    nnx.update(small, prune.shrink(apply_fn.state, plan))
+    masked = prune.apply(params, plan.masks(params))
+    close(small(x), apply_fn(masked, x))
+
+
+def test_a_train_state_shrinks_and_trains_on():
+    network, variables, _ = large("mlp")
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    state = TrainState.create(apply_fn=network.module.apply, params=variables["params"], tx=optimizer)
+    gradients = jax.tree.map(lambda leaf: jnp.sin(leaf), state.params)
+    state = state.apply_gradients(grads=gradients)
+    found = prune.groups({"params": state.params}, state.apply_fn, network.batch)
+    plan = prune.plan(found, prune.scored(state.params), 0.5)
+    params, opt_state = prune.shrink(state.params, plan, state.opt_state)
+    assert jax.tree.map(jnp.shape, opt_state) == jax.tree.map(jnp.shape, optimizer.init(params))
+    # The moments that stay are those of the params that stay.
+    expected = prune.shrink(state.opt_state[1][0].mu, plan)
+    jax.tree.map(np.testing.assert_array_equal, opt_state[1][0].mu, expected)
+    updates, _ = optimizer.update(prune.shrink(gradients, plan), opt_state, params)
+    assert jax.tree.map(jnp.shape, optax.apply_updates(params, updates)) == jax.tree.map(jnp.shape, params)
+
+
+def test_optimizers_with_masks_and_without_layout():
+    params = {"a": normal(4, 6), "b": normal(6, 3)}
+    plan = prune.Plan.of(groups_of(params), {"a:1": [0, 5]})
+    for optimizer in (
+        optax.masked(optax.adam(1e-3), {"a": True, "b": False}),
+        prune.sparsify(optax.sgd(0.1, momentum=0.9), prune.one_shot(0.5)),
+        optax.multi_transform({"x": optax.adam(0.1), "y": optax.sgd(0.1)}, {"a": "x", "b": "y"}),
+    ):
+        small, state = prune.shrink(params, plan, optimizer.init(params))
+        assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, optimizer.init(small))
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
+    with pytest.raises(ValueError, match="`opt_state` holds an array of shape .* at .*start anew"):
+        _ = prune.shrink(params, plan, factored.init(params))
+
+
+def groups_of(params, between=jnp.tanh):
+    return prune.groups(params, lambda p, x: between(x @ p["a"]) @ p["b"], jnp.ones((8, 4)))
+
+
+def test_shapes_alone_are_enough():
+    network, variables, groups = large("resnet")
+    abstract = jax.eval_shape(lambda: variables)
+    batch = jax.eval_shape(lambda: network.batch)
+    found = prune.groups(abstract, network.module.apply, batch)
+    assert str(found) == str(groups)
+    plan = random_plan(found, 0)
+    shrunk = prune.shrink(abstract, plan)
+    assert shrunk == jax.eval_shape(functools.partial(prune.shrink, plan=plan), variables)
+
+
+def test_a_function_of_the_users_and_a_jitted_apply():
+    network, variables, groups = large("cnn with flatten")
+    for apply_fn in (jax.jit(network.module.apply), lambda v, x: network.module.apply(v, x)):
+        assert str(prune.groups(variables, apply_fn, network.batch)) == str(groups)
+    bare = lambda params, x: network.module.apply({"params": params}, x)  # noqa: E731
+    assert str(prune.groups(variables["params"], bare, network.batch)) == str(groups)
+
+
+def test_nothing_is_compiled(compilations):
+    network, variables, _ = large("mlp")
+    with compilations() as compiled:
+        _ = prune.groups(variables, network.module.apply, network.batch)
+    assert compiled.count == 0
+
+
+def test_dtypes_and_x64(x64):
+    params = {"a": jnp.asarray(normal(4, 6), jnp.bfloat16), "b": jnp.asarray(normal(6, 3), jnp.float64)}
+    plan = prune.plan(groups_of(params), prune.scored(params), 0.5)
+    small = prune.shrink(params, plan)
+    assert (small["a"].dtype, small["b"].dtype) == (jnp.bfloat16, jnp.float64)
+
+
+def test_state_that_the_model_does_not_read():
+    network = networks.NETWORKS["cnn in training"]()
+    with pytest.raises(ValueError, match="the model does not read 'batch_stats/norm0/mean'.*as it serves"):
+        _ = prune.groups(*network.arguments, **network.keywords)
+
+
+# --- Importance and plans ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
+@pytest.mark.parametrize("normalize", ["none", "mean", "max", "sum"])
+def test_importance_of_elements(reduce, normalize):
+    _, variables, groups = large("cnn with flatten")
+    scores = prune.scored(variables, prunable=lambda path, leaf: True)
+    found = groups.scored(scores, reduce=reduce, normalize=normalize)["Conv_1/kernel:3"].importance
+    conv, bias = (np.asarray(scores["params"]["Conv_1"][name], np.float64) for name in ("kernel", "bias"))
+    dense = np.asarray(scores["params"]["Dense_0"]["kernel"], np.float64).reshape(9, 8, 4)
+    every = [np.concatenate([conv[..., k].ravel(), bias[k : k + 1], dense[:, k].ravel()]) for k in range(8)]
+    expected = np.array([getattr(np, reduce)(each) for each in every])
+    divisor = {"none": 1, "mean": expected.mean(), "max": expected.max(), "sum": expected.sum()}[normalize]
+    np.testing.assert_allclose(found, expected / divisor, rtol=1e-5)
+
+
+def test_a_group_without_scores_is_unknown_and_not_zero():
+    params = {"a": normal(4, 6), "b": normal(6, 3)}
+    groups = groups_of(params)
+    scores = {"a": np.zeros(()), "b": np.zeros(())}
+    assert groups.scored(scores)["a:1"].importance is None
+    with pytest.raises(ValueError, match="`importance` has no scores for 'a:1'"):
+        _ = prune.plan(groups, scores, 0.5)
+    assert prune.plan(groups, scores, 0.5, max_sparsity={"a:1": 0}).removed == {}
+    zeros = groups.scored({"a": np.zeros((4, 6))}, normalize="mean")["a:1"].importance
+    np.testing.assert_array_equal(zeros, np.zeros(6))
+
+
+def chain(*widths):
+    """Layers of these widths, whose units' scores are given by their column alone."""
+    sizes = (2, *widths, 2)
+    params = {
+        f"w{i}": np.ones(pair, np.float32) for i, pair in enumerate(zip(sizes, sizes[1:], strict=False))
+    }
+
+    def model(params, x):
+        for name in sorted(params):
+            x = jnp.tanh(x @ params[name])
+        return x
+
+    return prune.groups(params, model, jnp.ones((3, 2)))
+
+
+def scores_of(importance):
+    """Scores of the leaves into the first layer and out of the second, of which these are the sums."""
+    first, second = (np.asarray(rank, np.float32) / 2 for rank in importance)
+    return {"w0": np.tile(first, (2, 1)), "w2": np.tile(second[:, None], (1, 2))}
+
+
+def test_plans_by_layer_and_over_all():
+    groups = chain(4, 6)
+    scores = scores_of(([4, 3, 2, 1], [10, 10, 0.5, 0.5, 10, 10]))
+    make = functools.partial(prune.plan, groups, scores, normalize="none")
+    assert make(0.5).removed == {"w0:1": (2, 3), "w1:1": (0, 2, 3)}  # Of equal ones the first.
+    assert make(0.5, scope="global").removed == {"w0:1": (1, 2, 3), "w1:1": (2, 3)}
+    assert make(0.7, scope="global", minimum=2).removed == {"w0:1": (2, 3), "w1:1": (0, 1, 2, 3)}
+    assert make(0.5, scope="global", max_sparsity={"w0:1": 0.5}).removed == {
+        "w0:1": (2, 3),
+        "w1:1": (0, 2, 3),
+    }
+    assert make(0.5, round_to=4).removed == {"w1:1": (2, 3)}
+    assert make(0.5, max_sparsity={"w1:1": 0.2}).removed == {"w0:1": (2, 3), "w1:1": (2,)}
+    assert make({"w1:1": 0.3}).removed == {"w1:1": (2, 3)}
+    assert make(0.99).sizes() == {"w0:1": 1, "w1:1": 1}
+    assert make(0.99, minimum=3).sizes() == {"w0:1": 3, "w1:1": 3}
+    assert make(0).removed == {} and make(0).widths() == {}
+    # Normalised, both groups count alike.
+    assert prune.plan(groups, scores, 0.4, scope="global").removed == {"w0:1": (2, 3), "w1:1": (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 1.0}, "`sparsity` must be in"),
+        ({"sparsity": float("nan")}, "`sparsity` must be in"),
+        ({"sparsity": {"w9:1": 0.5}}, "`sparsity` names 'w9:1', which is no group that may shrink: w0:1"),
+        ({"sparsity": {"w0:1": 0.5}, "scope": "global"}, "`sparsity` by group is for scope 'layer'"),
+        ({"scope": "all"}, "`scope` must be 'layer' or 'global'"),
+        ({"round_to": 0}, "`round_to` must be whole and at least 1"),
+        ({"minimum": 0}, "`minimum` must be whole and at least 1"),
+        ({"minimum": {"w0:0": 2}}, "`minimum` names 'w0:0'"),
+        ({"max_sparsity": 1.5}, "`max_sparsity` must be in"),
+        ({"reduce": "median"}, "`reduce` must be one of 'sum', 'mean', 'max', got 'median'"),
+        ({"normalize": "lamp"}, "`normalize` must be one of"),
+        ({"importance": {"w7": np.ones((2, 2))}}, "`importance` is of another model: 'w7'"),
+        ({"importance": {"w0": np.ones((2, 2))}}, "`importance` of 'w0' has shape"),
+        ({"importance": {"w0": np.full((2, 4), np.nan)}}, "nan or negative"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    groups = chain(4, 6)
+    given = {"importance": scores_of((range(4), range(6))), "sparsity": 0.5, **arguments}
+    with pytest.raises(ValueError, match=message):
+        _ = prune.plan(groups, **given)
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ({"w0:1": [4]}, "'w0:1' has elements 0 to 3, and 4 is to be removed"),
+        ({"w0:1": [-1]}, "elements 0 to 3, and -1"),
+        ({"w0:1": [0, 0]}, "removed twice"),
+        ({"w0:1": [0, 1, 2, 3]}, "all 4 elements of 'w0:1' are to be removed"),
+        ({"w0:1": [0.5]}, "must be a list of whole numbers"),
+        ({"w0:1": "01"}, "must be a list of whole numbers"),
+        ({"w0:1": 3}, "must be a list of whole numbers"),
+        ({"w0:0": [0]}, "'w0:0', which is locked: input of the model"),
+        ({"nothing": [0]}, "'nothing', which is no group"),
+    ],
+)
+def test_elements_that_cannot_go(removed, message):
+    groups = chain(4, 6)
+    with pytest.raises(ValueError, match=message):
+        _ = prune.Plan.of(groups, removed)
+    # The same by hand, in JSON.
+    if next(iter(removed)) == "w0:1":
+        found = json.loads(prune.Plan.of(groups, {"w0:1": [1]}).to_json())
+        with pytest.raises(ValueError, match=message):
+            _ = prune.Plan.from_json(json.dumps({**found, "removed": removed}))
+
+
+def edited(change):
+    groups = chain(4, 6)
+    found = json.loads(prune.Plan.of(groups, {"w0:1": [1], "w1:1": [0, 5]}).to_json())
+    change(found)
+    return json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no json", "`text` is no JSON"),
+        ("[]", "`text` is no plan: 'version' is missing"),
+        ("{}", "`text` is no plan: 'version' is missing"),
+        (edited(lambda plan: plan.pop("removed")), "`text` is no plan: 'removed' is missing"),
+        (edited(lambda plan: plan.update(version=2)), "version 2"),
+        (edited(lambda plan: plan["params"].update(w0=[2, 5])), "signature no longer fits"),
+        (edited(lambda plan: plan["groups"]["w0:1"]["members"].pop()), "signature no longer fits"),
+        (edited(lambda plan: plan["groups"]["w0:1"].update(size=99)), "signature no longer fits"),
+        (edited(lambda plan: plan["removed"].update({"w9:1": [0]})), "removes of 'w9:1'"),
+        (edited(lambda plan: plan.update(removed=[1])), "the plan removes of"),
+        (edited(lambda plan: plan["removed"].update({"w0:1": None})), "must be a list of whole numbers"),
+        (edited(lambda plan: plan["removed"].update({"w0:1": [True]})), "must be a list of whole numbers"),
+    ],
+)
+def test_a_plan_edited_into_nonsense(text, message):
+    with pytest.raises(ValueError, match=message):
+        _ = prune.Plan.from_json(text)
+
+
+def test_what_is_removed_may_be_edited():
+    plan = prune.Plan.from_json(edited(lambda plan: plan["removed"].update({"w0:1": [3, 0], "w1:1": []})))
+    assert plan.removed == {"w0:1": (0, 3)} and plan.widths() == {"w0": {1: 2}, "w1": {0: 2}}
+
+
+@pytest.mark.parametrize("other", ["cnn with flatten", "resnet"])
+def test_a_plan_of_another_model(other):
+    plan = random_plan(large("mlp")[2], 0)
+    _, variables, _ = large(other)
+    with pytest.raises(ValueError, match="the plan is of another model: .* is in .* alone"):
+        _ = prune.shrink(variables, plan)
+    with pytest.raises(ValueError, match="the plan is of another model"):
+        _ = plan.masks(variables)
+
+
+def test_a_plan_is_not_carried_out_twice():
+    _, variables, groups = large("mlp")
+    plan = random_plan(groups, 0)
+    with pytest.raises(ValueError, match="another model: 'Dense_0/bias' has shape .* there and .* here"):
+        _ = prune.shrink(prune.shrink(variables, plan), plan)
+
+
+def test_iterative_steps():
+    network, variables, groups = large("mlp")
+    module = network.module
+    for _ in range(2):
+        plan = prune.plan(groups, prune.scored(variables), 0.3)
+        expected = module.apply(prune.apply(variables, plan.masks(variables)), *network.batch)
+        variables, module = prune.shrink(variables, plan), network.build(width_of(plan))
+        close(module.apply(variables, *network.batch), expected)
+        groups = prune.groups(variables, module.apply, network.batch)
+    assert [group.size for group in groups.unlocked] == [4, 3]
+
+
+REPLAY = """
+import pickle, sys
+import numpy as np
+from jaxeff import prune
+plan = prune.Plan.from_json(open(sys.argv[1]).read())
+small = prune.shrink(pickle.load(open(sys.argv[2], "rb")), plan)
+pickle.dump((small, plan.widths()), open(sys.argv[3], "wb"))
+"""
+
+
+def test_a_plan_is_replayed_in_another_process(tmp_path):
+    import pickle
+
+    _, variables, groups = large("scanned transformer")
+    plan = random_plan(groups, 3)
+    fresh = jax.tree.map(lambda leaf: np.random.default_rng(5).normal(size=leaf.shape), variables)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    (tmp_path / "fresh").write_bytes(pickle.dumps(fresh))
+    arguments = [str(tmp_path / name) for name in ("plan.json", "fresh", "small")]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    _ = subprocess.run([sys.executable, "-c", REPLAY, *arguments], check=True, env=environment)
+    small, widths = pickle.loads((tmp_path / "small").read_bytes())
+    assert widths == plan.widths()
+    jax.tree.map(np.testing.assert_array_equal, small, prune.shrink(fresh, plan))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_json_keeps_all_of_a_plan(name):
+    _, variables, groups = large(name)
+    plan = random_plan(groups, 1)
+    read = prune.Plan.from_json(plan.to_json())
+    assert read.to_json() == plan.to_json() and read.widths() == plan.widths()
+    for path, axes in read.kept().items():
+        for axis, indices in axes.items():
+            np.testing.assert_array_equal(indices, plan.kept()[path][axis])
