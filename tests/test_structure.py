@@ -4,8 +4,11 @@ import functools
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -83,12 +86,7 @@ def test_the_smaller_network_computes_what_the_masked_one_does(name, seed):
 
 
 WHY = {
-    "mlp": {"Dense_0/kernel:0": "input of the model", "Dense_2/kernel:1": "output of the model"},
-    "transformer": {
-        "block/norm0/scale:0": "reduce_sum over it",
-        "wte/embedding:0": "looked up by a gather",
-        "block/attention/query/kernel:2": "data multiplies data",
-    },
+    "swiglu": {"gate/kernel:0": "input of the model", "down/kernel:1": "output of the model"},
     "scanned": {"stack/dense/kernel:0": "the iterations of a scan"},
     "dropout": {"second/kernel:1": "random numbers"},
     "experts": {"up:0": "reduce_max over it"},
@@ -138,6 +136,7 @@ PASSES = {
     "unit weights": lambda y, c: y * jnp.exp(c),
 }
 LOCKS = {
+    "one of them": lambda y, c: jnp.tanh(y) * y[:, 2:3],
     "softmax": lambda y, c: jax.nn.softmax(y),
     "cumulative": lambda y, c: jnp.cumsum(y, axis=1),
     "sorted": lambda y, c: jnp.sort(y, axis=1),
@@ -199,12 +198,20 @@ def test_a_weight_that_is_not_zero_when_masked_is_locked():
     assert groups["a:1"].locked is None
 
 
-def test_statistics_may_be_allowed():
-    network = networks.NETWORKS["transformer"]()
-    groups = prune.groups(*network.arguments, allow=("statistics", "scale"))
-    assert groups["block/norm0/scale:0"].locked is None
+def test_locks_that_may_be_left_out():
+    network, variables, groups = large("gpt")
+    assert groups["embed/embedding:0"].locked == "looked up by a gather; output of the model"
+    assert groups["embed/embedding:1"].locked.startswith("reduce_sum over it")
+    assert groups["attention/qkv/kernel:1"].locked.startswith("data multiplies data")
+    find = functools.partial(prune.groups, variables, network.module.apply, network.batch)
+    found = find(allow=("statistics", "scale"))
+    assert {group.name for group in found.unlocked} == set(network.free) | {
+        "embed/embedding:1",
+        "attention/qkv/kernel:1",
+    }
+    assert find(allow="scale")["embed/embedding:1"].locked is not None
     with pytest.raises(ValueError, match="`allow` may hold 'scale' and 'statistics', got 'all'"):
-        _ = prune.groups(*network.arguments, allow="all")
+        _ = find(allow="all")
 
 
 @settings(max_examples=15, deadline=None)
@@ -257,7 +264,8 @@ class Net(nnx.Module):
 
 def test_nnx():
     model, x = Net(6, nnx.Rngs(0)), normal(2, 5, 5, 3)
-    _ = model(x)  # Running averages of their own.
+    averages = jax.tree.map(lambda leaf: leaf + np.arange(6) / np.float32(6), nnx.state(model, nnx.BatchStat))
+    nnx.update(model, averages)
     model.eval()
     params, apply_fn = jaxeff.from_nnx(model)
     groups = prune.groups(params, apply_fn, x)
@@ -273,7 +281,8 @@ def test_nnx():
     nnx.update(small, prune.shrink(params, plan))
     nnx.update(small, prune.shrink(apply_fn.state, plan))
     masked = prune.apply(params, plan.masks(params))
-    close(small(x), apply_fn(masked, x))
+    small_params, small_apply = jaxeff.from_nnx(small)
+    close(jax.jit(small_apply)(small_params, x), jax.jit(apply_fn)(masked, x))
 
 
 def test_a_train_state_shrinks_and_trains_on():
@@ -281,7 +290,7 @@ def test_a_train_state_shrinks_and_trains_on():
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
     state = TrainState.create(apply_fn=network.module.apply, params=variables["params"], tx=optimizer)
     gradients = jax.tree.map(lambda leaf: jnp.sin(leaf), state.params)
-    state = state.apply_gradients(grads=gradients)
+    state = jax.jit(lambda state: state.apply_gradients(grads=gradients))(state)
     found = prune.groups({"params": state.params}, state.apply_fn, network.batch)
     plan = prune.plan(found, prune.scored(state.params), 0.5)
     params, opt_state = prune.shrink(state.params, plan, state.opt_state)
@@ -289,7 +298,7 @@ def test_a_train_state_shrinks_and_trains_on():
     # The moments that stay are those of the params that stay.
     expected = prune.shrink(state.opt_state[1][0].mu, plan)
     jax.tree.map(np.testing.assert_array_equal, opt_state[1][0].mu, expected)
-    updates, _ = optimizer.update(prune.shrink(gradients, plan), opt_state, params)
+    updates, _ = jax.jit(optimizer.update)(prune.shrink(gradients, plan), opt_state, params)
     assert jax.tree.map(jnp.shape, optax.apply_updates(params, updates)) == jax.tree.map(jnp.shape, params)
 
 
@@ -346,9 +355,9 @@ def test_dtypes_and_x64(x64):
 
 
 def test_state_that_the_model_does_not_read():
-    network = networks.NETWORKS["cnn in training"]()
+    module, x = networks.CNN(), normal(2, 8, 8, 3)
     with pytest.raises(ValueError, match="the model does not read 'batch_stats/norm0/mean'.*as it serves"):
-        _ = prune.groups(*network.arguments, **network.keywords)
+        _ = prune.groups(drawn(module, x), module.apply, x, train=True, mutable=["batch_stats"])
 
 
 # --- Importance and plans ------------------------------------------------------------------------------
@@ -529,9 +538,10 @@ def test_iterative_steps():
     module = network.module
     for _ in range(2):
         plan = prune.plan(groups, prune.scored(variables), 0.3)
-        expected = module.apply(prune.apply(variables, plan.masks(variables)), *network.batch)
+        masked = prune.apply(variables, plan.masks(variables))
+        expected = jax.jit(module.apply)(masked, *network.batch)
         variables, module = prune.shrink(variables, plan), network.build(width_of(plan))
-        close(module.apply(variables, *network.batch), expected)
+        close(jax.jit(module.apply)(variables, *network.batch), expected)
         groups = prune.groups(variables, module.apply, network.batch)
     assert [group.size for group in groups.unlocked] == [4, 3]
 
@@ -547,8 +557,6 @@ pickle.dump((small, plan.widths()), open(sys.argv[3], "wb"))
 
 
 def test_a_plan_is_replayed_in_another_process(tmp_path):
-    import pickle
-
     _, variables, groups = large("scanned transformer")
     plan = random_plan(groups, 3)
     fresh = jax.tree.map(lambda leaf: np.random.default_rng(5).normal(size=leaf.shape), variables)
@@ -571,3 +579,14 @@ def test_json_keeps_all_of_a_plan(name):
     for path, axes in read.kept().items():
         for axis, indices in axes.items():
             np.testing.assert_array_equal(indices, plan.kept()[path][axis])
+
+
+def test_the_example_in_the_docs():
+    text = (Path(__file__).parents[1] / "docs" / "structured.md").read_text(encoding="utf-8")
+    block = text.split("```python\n")[1].split("```")[0]
+    example: dict[str, Any] = {"__name__": "docs"}
+    exec(compile(block, "structured.md", "exec"), example)
+    model, params, x = (example[name] for name in ("model", "params", "x"))
+    masked = prune.apply(params, example["plan"].masks(params))
+    assert example["small"].width == 8
+    close(example["small"].apply(example["small_params"], x), model.apply(masked, x))

@@ -477,7 +477,7 @@ def _pad(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> l
         inputs[0].dims, operation.params["padding_config"], operation.outputs[0].shape, strict=True
     ):
         if (low, high, interior) == (0, 0, 0):
-            dims.append(dim._replace(zero=dim.zero))
+            dims.append(dim)
         elif interior or low < 0 or high < 0:
             labels.lock_dims([dim], "padding")
             dims.append(labels.dim(size, False, "padding"))
@@ -518,6 +518,8 @@ def _along(labels: Labels, operation: Operation, inputs: Sequence[Described]) ->
     axis = params["dimension"] if "dimension" in params else params["axis"]
     dims = tuple(_all_tied(labels, tied) for tied in zip(*(x.dims for x in inputs), strict=True))
     labels.lock_dims([dims[axis]], f"{operation.name} along it")
+    if operation.name == "cumlogsumexp":
+        dims = tuple(dim._replace(zero=False) for dim in dims)
     return [dims for _ in operation.outputs]
 
 

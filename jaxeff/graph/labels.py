@@ -216,14 +216,16 @@ class Labels:
         """Some of the indices of a dimension."""
         if len(indices) == dim.size and (indices == np.arange(dim.size)).all():
             return dim
-        labels = self.packed(dim)[indices]
-        if len(labels) == 1:
-            self.lock(labels, BY_POSITION)
-        if len(labels) < 2:
+        if len(indices) < 2:
+            # Without its neighbours before it, the position would be another.
+            self.lock_dims([dim], BY_POSITION)
             return Dim((), dim.zero)
+        labels = self.packed(dim)[indices]
         factors = self.factors(labels)
         if len(factors) == 1 and self.is_product(self.find(factors[0])).any():
             self.lock(labels, "a slice through a reshaped dimension")
+        if len(factors) < len(dim.factors):
+            self.lock(dim.factors[0], BY_POSITION)
         for factor in factors:
             self._colored(factor)
         return Dim(tuple(factors), dim.zero)
