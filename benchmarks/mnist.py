@@ -135,7 +135,7 @@ SETTINGS = {
         3,
         4,
         (0.92, 0.99),
-        ("magnitude", "taylor"),
+        ("magnitude", "wanda"),
         {"Conv_0/kernel": 0.8, "output/kernel": 0.9},
         "Han et al. 99.20 dense, 99.23 at 12x; Guo et al. 99.09 at 108x",
     ),
