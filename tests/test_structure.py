@@ -133,6 +133,7 @@ PASSES = {
     "custom gradient": lambda y, c: nn.relu(jax.nn.silu(y)),
     "normalised over examples": lambda y, c: (y - y.mean(0)[None]) / jnp.sqrt(y.var(0)[None] + 1),
     "updated": lambda y, c: jax.lax.dynamic_update_slice(y, y[:1] * c, (1, 0)),
+    "a mask of all": lambda y, c: jnp.where(np.ones(y.shape[1], bool), y, 0),
     "unit weights": lambda y, c: y * jnp.exp(c),
 }
 LOCKS = {
@@ -140,6 +141,7 @@ LOCKS = {
     "softmax": lambda y, c: jax.nn.softmax(y),
     "cumulative": lambda y, c: jnp.cumsum(y, axis=1),
     "sorted": lambda y, c: jnp.sort(y, axis=1),
+    "a mask of some": lambda y, c: jnp.where(np.arange(6) > 2, y, 0),
     "a constant array": lambda y, c: y * jnp.arange(6.0),
     "a constant of one number is none": lambda y, c: y + np.r_[np.ones(5), 2].astype(np.float32),
     "no rule": lambda y, c: jnp.real(jnp.fft.fft(y)),
@@ -188,6 +190,18 @@ def test_a_sum_over_what_is_not_zero_when_removed_is_locked():
         "scale by its size"
         in prune.groups(params, functools.partial(linear_attention, jnp.tanh), normal(8, 4))["q:1"].locked
     )
+
+
+@pytest.mark.parametrize(("value", "locked"), [(0.0, False), (1.0, True)])
+def test_padding_with_another_number_is_not_zero(value, locked):
+    params = {"q": normal(4, 6), "k": normal(4, 6)}
+
+    def padded(params, x):
+        query, key = (jnp.pad(x @ params[k], ((0, 2), (0, 0)), constant_values=value) for k in "qk")
+        return query @ key.T
+
+    groups = prune.groups(params, padded, normal(8, 4), allow="scale")
+    assert (groups["q:1"].locked is not None) == locked
 
 
 def test_a_weight_that_is_not_zero_when_masked_is_locked():

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
@@ -243,9 +244,9 @@ class _Walk:
         shape = np.shape(constant)
         if isinstance(constant, (int, float)):
             return Described((), CONSTANT, constant == 0)
-        if isinstance(constant, Tracer) or not (
-            hasattr(constant, "dtype") and np.issubdtype(constant.dtype, np.number)
-        ):
+        kind = getattr(constant, "dtype", None)
+        numeric = kind is not None and (jnp.issubdtype(kind, np.number) or jnp.issubdtype(kind, bool))
+        if isinstance(constant, Tracer) or not numeric:
             dims = tuple(self.labels.dim(size, False, "an array that is no number") for size in shape)
             return Described(dims, CONSTANT, False)
         array = np.asarray(constant)
@@ -482,11 +483,11 @@ def _pad(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> l
             labels.lock_dims([dim], "padding")
             dims.append(labels.dim(size, False, "padding"))
         else:
-            around = [labels.dim(n, True, "padding") for n in (low, high)]
-            # One element of padding has no label of its own yet, and is locked as a packed one.
-            parts = [part for part, n in zip((around[0], dim, around[1]), (low, 1, high), strict=True) if n]
+            # One element of padding has no label yet, and is locked when it gets one.
+            before, after = ([labels.dim(n, True, "padding")] if n else [] for n in (low, high))
+            parts = [*before, dim, *after]
             dims.append(labels.concatenated(parts))
-    return [tuple(dims)]
+    return [tuple(dim._replace(zero=dim.zero and inputs[1].zero) for dim in dims)]
 
 
 def _iota(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:
@@ -565,7 +566,7 @@ def _convolution(labels: Labels, operation: Operation, inputs: Sequence[Describe
     within = kernel.dims[numbers.rhs_spec[1]]
     if groups > 1:
         # Channels and features are both groups x what is in each, and the groups go together.
-        (group,) = labels.fresh(groups)[None]
+        group = labels.fresh(groups)
         each = labels.dim(features.size // groups)
         channels = labels.match(channels, Dim((group, *within.factors), within.zero))
         features = labels.match(features, Dim((group, *each.factors), features.zero))
