@@ -17,7 +17,8 @@ import numpy as np
 
 from jaxeff import graph
 from jaxeff.functions import TracedFunction
-from jaxeff.graph.coupling import KINDS, UNREAD, couple
+from jaxeff.graph.coupling import UNREAD, couple
+from jaxeff.graph.rules import KINDS
 from jaxeff.leaves import is_variables, named_leaves, split_variables
 from jaxeff.models import NNXApply, from_apply
 from jaxeff.precision import widened
