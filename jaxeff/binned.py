@@ -290,7 +290,8 @@ def _sums(terms: list[Array]) -> list[Pair]:
 def _spread(bins: Bins, y: Array, before: Array, total: Pair, mean: Pair, size: _Size) -> _Spread:
     weight, empty = bins.held.astype(jnp.float32), bins.zeros.astype(jnp.float32)
     top, center = y.max(), mean[0]
-    surprise = -y * jnp.log(jnp.where(y > 0, y / top, 1))
+    # Not 0, to which XLA on a CPU flushes the smallest quotients: their logarithm is a number.
+    surprise = -y * jnp.log(jnp.where(y > 0, jnp.maximum(y / top, jnp.finfo(jnp.float32).tiny), 1))
     terms = [
         weight * excess_over_mean(y, center),
         weight * jnp.square(y - center),

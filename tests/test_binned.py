@@ -67,6 +67,14 @@ def test_any_array_has_the_metrics_of_its_order(x):
         )
 
 
+def test_one_weight_beyond_all_others_leaves_every_metric_a_number():
+    x = np.full(257, 1.0391705e-08, np.float32)
+    x[0] = 8.8388979e29
+    found = summarize(x)
+    assert all(np.isfinite(np.asarray(getattr(found, name))).all() for name in FIELDS)
+    assert float(found.utilization) == pytest.approx(1 / 257)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.permutations(range(64)), st.integers(-20, 20))
 def test_order_and_scale_change_nothing(order, exponent):
