@@ -30,15 +30,18 @@ _SPARSITIES = ("sparsity_1e2", "sparsity_1e3", "relative_sparsity_1e2", "relativ
 _SIDE = 1 << 8
 _BINS = _SIDE * _SIDE
 _PLACE_BITS = 12
-_PIECE = 1 << 18
-_RUN = 4  # the places of so many pieces sum to less than 2^32
+_PIECE = 1 << 13
+_RUN = 1 << 20  # the places of so many weights sum to less than 2^32
 
 
 class Bins(NamedTuple):
-    """What one pass keeps of an array, of whatever size. Bins ascend; weights are over a power of two."""
+    """What one pass keeps of an array, of whatever size.
 
-    held: Array  # [BINS], how many positive weights
-    place: Array  # [BINS], their mean place in the bin, from 0 to 1
+    Bins ascend down each column, and from one column to the next, so that sums run over whole rows.
+    """
+
+    held: Array  # [SIDE, SIDE], how many positive weights
+    place: Array  # [SIDE, SIDE], their mean place in the bin, from 0 to 1
     integers: Array  # [10], in one array, which compiles faster than ten
 
     @property
@@ -93,14 +96,15 @@ def count(x: Array, size: int | Array | None = None) -> Bins:
     shift = jnp.maximum(33 - lax.clz(largest - smallest) - 16, 0)
     first = (smallest >> shift) << shift
     counts, places = _scatter(x, jnp.stack([first, shift]))
-    held, zeros, lost = counts[:_BINS], counts[_BINS] - padding, counts[_BINS + 1]
+    held, places = (part[:_BINS].reshape(_SIDE, _SIDE).T for part in (counts, places))
     width = (1 << jnp.minimum(shift, _PLACE_BITS)).astype(jnp.float32)
-    place = places[:_BINS] / (jnp.maximum(held, 1).astype(jnp.float32) * width)
-    bins = Bins(held, place, jnp.stack([first, shift, smallest, largest, zeros, lost]))
+    place = places / (jnp.maximum(held, 1).astype(jnp.float32) * width)
+    zeros = counts[_BINS] - padding
+    bins = Bins(held, place, jnp.stack([first, shift, smallest, largest, zeros]))
     limits = [*map(_pattern_at_least, THRESHOLDS), *_relative_limits(bins, x.size - padding)]
     # Behind the barrier the patterns are made again; XLA would keep those of the first pass in memory.
-    below = _below(lax.optimization_barrier(x), jnp.stack(limits)) + zeros
-    return bins._replace(integers=jnp.concatenate([bins.integers, below]))
+    counted = _below(lax.optimization_barrier(x), jnp.stack(limits))
+    return bins._replace(integers=jnp.concatenate([bins.integers, counted[:1], counted[1:] + zeros]))
 
 
 _INFINITY = 0x7F800000
@@ -122,10 +126,10 @@ def _most(x: Array) -> Array:
 
 
 def _counts_below(x: Array, limits: Array) -> Array:
-    """[4], how many positive weights lie below each limit."""
+    """[5], how many are no importances, and how many positive weights lie below each limit."""
     bits = _patterns(x.reshape(-1))
-    hits = [((bits > 0) & (bits < limit) & (bits < _INFINITY)).astype(jnp.int32) for limit in limits]
-    return jnp.stack(_across(jnp.add, *hits))
+    hits = [bits == _INFINITY, *((bits > 0) & (bits < limit) & (bits < _INFINITY) for limit in limits)]
+    return jnp.stack(_across(jnp.add, *(hit.astype(jnp.int32) for hit in hits)))
 
 
 def _across(operation: Callable[[Array, Array], Array], *lanes: Array) -> list[Array]:
@@ -135,36 +139,45 @@ def _across(operation: Callable[[Array, Array], Array], *lanes: Array) -> list[A
 
 
 def _scattered(x: Array, where: Array) -> tuple[Array, Array]:
-    """Of each bin, and of zeros and what is no number: how many, and the sum of their places in it.
+    """Of each bin, and of zeros: how many, and the sum of their places in it. What is no number is anywhere.
 
     Args:
         x: [...].
         where: [2], the pattern at which the first bin begins, and the shift.
     """
-    first, shift = where
-    flat, length = x.reshape(-1), min(x.size, _PIECE)
+    first, shift = where.astype(jnp.uint32)
+    flat, length = x.reshape(-1), _piece(x.size)
     pieces = -(-x.size // length)
-    coarse = jnp.maximum(shift - _PLACE_BITS, 0)
+    coarse = jnp.maximum(shift, _PLACE_BITS) - _PLACE_BITS
 
     def count(index: Array, table: Array) -> Array:
-        # The last piece begins early, and leaves out what the one before it has counted.
+        # The last piece may begin early, and leaves out what the one before it has counted.
         start = jnp.minimum(index * length, x.size - length)
-        bits = _patterns(lax.dynamic_slice(flat, (start,), (length,)))
-        bits = jnp.where(lax.iota(jnp.int32, length) >= index * length - start, bits, 0)
+        bits = _unsigned(lax.dynamic_slice(flat, (start,), (length,)))
+        if x.size % length:
+            bits = jnp.where(lax.iota(jnp.int32, length) >= index * length - start, bits, 0)
         offset = bits - first
-        key = jnp.where(bits > 0, jnp.where(bits < _INFINITY, offset >> shift, _BINS + 1), _BINS)
-        place = ((offset & ((1 << shift) - 1)) >> coarse).astype(jnp.uint32)
-        updates = jnp.stack([jnp.ones_like(place), place], axis=1)
-        return table.at[key].add(updates, mode="promise_in_bounds")
+        key = jnp.where(bits << 1 == 0, _BINS, jnp.minimum(offset >> shift, _BINS - 1))
+        place = (offset & ((np.uint32(1) << shift) - 1)) >> coarse
+        return table.at[key].add(jnp.stack([jnp.ones_like(place), place], axis=1), mode="promise_in_bounds")
 
     def run(index: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-        start, stop = index * _RUN, jnp.minimum((index + 1) * _RUN, pieces)
-        table = lax.fori_loop(start, stop, count, jnp.zeros((_BINS + 2, 2), jnp.uint32))
+        start, stop = index * (_RUN // length), jnp.minimum((index + 1) * (_RUN // length), pieces)
+        table = lax.fori_loop(start, stop, count, jnp.zeros((_BINS + 1, 2), jnp.uint32))
         return sums[0] + table[:, 0].astype(jnp.int32), sums[1] + table[:, 1].astype(jnp.float32)
 
-    none = jnp.zeros(_BINS + 2, jnp.int32), jnp.zeros(_BINS + 2, jnp.float32)
-    counts, places = lax.fori_loop(np.int32(0), np.int32(-(-pieces // _RUN)), run, none)
+    none = jnp.zeros(_BINS + 1, jnp.int32), jnp.zeros(_BINS + 1, jnp.float32)
+    counts, places = lax.fori_loop(np.int32(0), np.int32(-(-pieces // (_RUN // length))), run, none)
     return counts.at[_BINS].add(x.size - pieces * length), places
+
+
+def _piece(size: int) -> int:
+    """How many weights at a time: so few that XLA wakes no other thread, which takes longer than to count."""
+    return max((length for length in range(2048, _PIECE) if size % length == 0), default=min(size, _PIECE))
+
+
+def _unsigned(x: Array) -> Array:
+    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
 
 
 def _total(sums: Any, axes: tuple[str, ...], _: int) -> Any:
@@ -184,14 +197,13 @@ def summarize_bins(bins: Bins, size: int | Array) -> Metrics:
     """The metrics of an array of `size` weights, which may be traced."""
     n = _Size.of(size)
     y, rise = _weights(bins)
-    mass = pairs.multiply(_pair(bins.held), _single(y))
-    before, below, total = _earlier(bins.held, mass)
+    before, below, total = _earlier(*_columns(bins.held, y))
     mean = pairs.divide(total, n.pair)
     spread = _spread(bins, y, before, total, mean, n)
     sparsities = bins.below.astype(jnp.float32) / n.float
     known = {
         **_information(spread, n),
-        **_coverages(bins, y, mass, before, below, total, n),
+        **_coverages(bins, y, before, below, total, n),
         **dict(zip(_SPARSITIES, sparsities, strict=True)),
         "gini": jnp.where(spread.even, 0, spread.gini),
         "mean": pairs.unscale(mean[0], rise),
@@ -223,7 +235,7 @@ def _pattern_at_least(threshold: float) -> Array:
 def _relative_limits(bins: Bins, size: int | Array) -> list[Array]:
     """The patterns of 1e-2 and 1e-3 of the mean."""
     y, rise = _weights(bins)
-    total = jnp.sum(jnp.sum((bins.held.astype(jnp.float32) * y).reshape(_SIDE, _SIDE), 1))
+    total = jnp.sum(jnp.sum(bins.held.astype(jnp.float32) * y, 0))
     mean = total / jnp.asarray(size).astype(jnp.float32)
     return [_pattern_not_below(mean * (threshold * TIE), rise) for threshold in THRESHOLDS]
 
@@ -237,10 +249,12 @@ def _pattern_not_below(limit: Array, rise: Array) -> Array:
 def _weights(bins: Bins) -> tuple[Array, Array]:
     """The mean weight of each bin times 2^rise, the largest in [1, 2); and the rise."""
     rise = -pairs.exponent(bins.largest, jnp.float32)
-    starts = bins.first + (jnp.arange(_BINS + 1, dtype=jnp.int32) << bins.shift)
+    row, column = (lax.broadcasted_iota(jnp.int32, (_SIDE, _SIDE), axis) for axis in (0, 1))
+    start = bins.first + ((column * _SIDE + row) << bins.shift)
     # Patterns that overflow belong to bins beyond the largest weight, which are empty.
-    edges = pairs.scale(jnp.where(starts < bins.first, bins.largest, starts), rise, jnp.float32)
-    return jnp.where(bins.held > 0, edges[:-1] + bins.place * (edges[1:] - edges[:-1]), 0), rise
+    edges = (jnp.where(at < bins.first, bins.largest, at) for at in (start, start + (1 << bins.shift)))
+    low, high = (pairs.scale(edge, rise, jnp.float32) for edge in edges)
+    return jnp.where(bins.held > 0, low + bins.place * (high - low), 0), rise
 
 
 class _Spread(NamedTuple):
@@ -260,44 +274,41 @@ def _single(values: Array) -> Pair:
     return values, jnp.zeros_like(values)
 
 
-def _earlier(counts: Array, values: Pair) -> tuple[Array, Pair, Pair]:
-    """[BINS], the sums of the counts and of the values before each; and that of all values."""
+def _mass(held: Array, y: Array) -> Pair:
+    return pairs.multiply(_pair(held), _single(y))
+
+
+def _columns(held: Array, y: Array) -> tuple[Array, Pair]:
+    """[SIDE], the count and the mass of each column."""
+
+    def add(row: Array, sums: tuple[Array, Pair]) -> tuple[Array, Pair]:
+        return sums[0] + held[row], pairs.add(sums[1], _mass(held[row], y[row]))
+
+    none = jnp.zeros(_SIDE, jnp.int32), _single(jnp.zeros(_SIDE, jnp.float32))
+    return lax.fori_loop(0, _SIDE, add, none)
+
+
+def _earlier(counts: Array, masses: Pair) -> tuple[Array, Pair, Pair]:
+    """Sums of the counts [SIDE, ...] and the masses before each, along the first axis; and of all masses."""
 
     def add(sums: tuple[Array, Pair], row: tuple[Array, Pair]) -> tuple[Any, Any]:
         return (sums[0] + row[0], pairs.add(sums[1], row[1])), sums
 
-    columns = jax.tree.map(lambda part: part.reshape(_SIDE, _SIDE).T, (counts, values))
-    none = jnp.zeros(_SIDE, jnp.int32), _single(jnp.zeros(_SIDE, jnp.float32))
-    rows, inside = lax.scan(add, none, columns)
-    (_, total), above = lax.scan(add, jax.tree.map(lambda part: part[0], none), rows)
-    above = jax.tree.map(lambda part: part[None], above)
-    before, (high, low) = inside[0] + above[0], pairs.add(inside[1], above[1])
-    return before.T.ravel(), (high.T.ravel(), low.T.ravel()), total
-
-
-def _sums(terms: list[Array]) -> list[Pair]:
-    """Of arrays [BINS] each."""
-    stacked = jnp.stack(terms).reshape(len(terms), _SIDE, _SIDE)
-
-    def add(row: Array, sums: Pair) -> Pair:
-        high, error = pairs.two_sum(sums[0], lax.dynamic_index_in_dim(stacked, row, 1, keepdims=False))
-        return high, sums[1] + error
-
-    none = jnp.zeros((len(terms), _SIDE), jnp.float32)
-    return list(zip(*pairs.reduce(lax.fori_loop(0, _SIDE, add, (none, none))), strict=True))
+    none = jax.tree.map(lambda part: jnp.zeros_like(part[0]), (counts, masses))
+    (_, total), (before, below) = lax.scan(add, none, (counts, masses))
+    return before, below, total
 
 
 def _spread(bins: Bins, y: Array, before: Array, total: Pair, mean: Pair, size: _Size) -> _Spread:
-    weight, empty = bins.held.astype(jnp.float32), bins.zeros.astype(jnp.float32)
-    top, center = y.max(), mean[0]
+    """
+    Args:
+        before: [SIDE], how many positive weights are in the columns before each.
+    """
+    held, empty, top, center = bins.held.astype(jnp.float32), bins.zeros.astype(jnp.float32), y.max(), mean[0]
     # Not 0, to which XLA on a CPU flushes the smallest quotients: their logarithm is a number.
     surprise = -y * jnp.log(jnp.where(y > 0, jnp.maximum(y / top, jnp.finfo(jnp.float32).tiny), 1))
-    terms = [
-        weight * excess_over_mean(y, center),
-        weight * jnp.square(y - center),
-        weight * surprise,
-    ]
-    uneven, squares, surprises, balance = _sums([*terms, _balances(bins, y, before, size)])
+    terms = excess_over_mean(y, center), jnp.square(y - center), surprise, _balances(bins, y, before, size)
+    uneven, squares, surprises, balance = _sums([held * term for term in terms])
     return _Spread(
         divergence=(uneven[0] + empty) / size.float,
         entropy=jnp.log(total[0] / top) + pairs.divide(surprises, total)[0],
@@ -305,6 +316,27 @@ def _spread(bins: Bins, y: Array, before: Array, total: Pair, mean: Pair, size: 
         gini=pairs.divide(balance, total)[0] / size.float,
         even=(bins.smallest == bins.largest) & (bins.zeros == 0),
     )
+
+
+def _balances(bins: Bins, y: Array, before: Array, size: _Size) -> Array:
+    """Of each bin, the weights above the smallest times how many are smaller, less how many are larger."""
+    _, inside = lax.scan(lambda sums, row: (sums + row, sums), before, bins.held)
+    smaller = inside + bins.zeros
+    balance = (smaller - (size.int - smaller - bins.held)).astype(jnp.float32)
+    least = jnp.where(bins.zeros > 0, 0, jnp.where(bins.held > 0, y, jnp.inf).min())
+    return balance * (y - least)
+
+
+def _sums(terms: list[Array]) -> list[Pair]:
+    """Of arrays [SIDE, SIDE] each."""
+    stacked = jnp.stack(terms, axis=1)
+
+    def add(row: Array, sums: Pair) -> Pair:
+        high, error = pairs.two_sum(sums[0], stacked[row])
+        return high, sums[1] + error
+
+    none = _single(jnp.zeros((len(terms), _SIDE), jnp.float32))
+    return list(zip(*pairs.reduce(lax.fori_loop(0, _SIDE, add, none)), strict=True))
 
 
 def _information(spread: _Spread, size: _Size) -> dict[str, Array]:
@@ -325,32 +357,40 @@ def _information(spread: _Spread, size: _Size) -> dict[str, Array]:
     }
 
 
-def _balances(bins: Bins, y: Array, before: Array, size: _Size) -> Array:
-    """Of each bin, the weights above the smallest times how many are smaller, less how many are larger."""
-    smaller = before + bins.zeros + bins.invalid
-    balance = (smaller - (size.int - smaller - bins.held)).astype(jnp.float32)
-    least = jnp.where(bins.zeros > 0, 0, jnp.where(bins.held > 0, y, jnp.inf).min())
-    return bins.held.astype(jnp.float32) * balance * (y - least)
-
-
 def _coverages(
-    bins: Bins, y: Array, mass: Pair, before: Array, below: Pair, total: Pair, size: _Size
+    bins: Bins, y: Array, before: Array, below: Pair, total: Pair, size: _Size
 ) -> dict[str, Array]:
-    """k / N: all weights of the bins above the one in which the share is reached, and some of its own."""
+    """k / N: all weights of the bins above the one in which the share is reached, and some of its own.
 
-    def covered(high: Array, low: Array) -> Array:
-        # Weights that are not needed sum to so much, at most.
-        spare = pairs.multiply(total, (high, low))
-        at = pairs.count((below[0] - spare[0]) + (below[1] - spare[1]) <= 0) - 1
-        reached = pairs.add((below[0][at], below[1][at]), (mass[0][at], mass[1][at]))
-        missing = pairs.divide(pairs.add(reached, (-spare[0], -spare[1])), _single(y[at]))
-        above = size.int - bins.zeros - bins.invalid - before[at] - bins.held[at]
-        needed = above + jnp.clip(_ceil(missing), 1, bins.held[at])
-        return needed.astype(jnp.float32) / size.float
+    Args:
+        before: [SIDE], how many positive weights are in the columns before each.
+        below: [SIDE], what these sum to.
+    """
+    high, low = zip(
+        *(pairs.constant(1 - share * TIE, jnp.float32) for share in COVERAGES.values()), strict=True
+    )
+    # Weights that are not needed sum to so much, at most.
+    spare = pairs.multiply(total, (jnp.stack(high), jnp.stack(low)))
 
-    shares = [pairs.constant(1 - share * TIE, jnp.float32) for share in COVERAGES.values()]
-    found = jax.vmap(covered)(*(jnp.stack(parts) for parts in zip(*shares, strict=True)))
-    return dict(zip(COVERAGES, found, strict=True))
+    def reached(below: Pair) -> Array:
+        """The last along the first axis below which there is no more than can be spared."""
+        within = (below[0] - spare[0][None]) + (below[1] - spare[1][None]) <= 0
+        return jnp.sum(within, axis=0, dtype=jnp.int32) - 1
+
+    column = reached((below[0][:, None], below[1][:, None]))
+    held, y = bins.held[:, column], y[:, column]
+    mass = _mass(held, y)
+    inside, within, _ = _earlier(held, mass)
+    within = pairs.add((below[0][None, column], below[1][None, column]), within)
+    row, share = reached(within), jnp.arange(len(COVERAGES))
+    last = pairs.add(
+        (within[0][row, share], within[1][row, share]), (mass[0][row, share], mass[1][row, share])
+    )
+    missing = pairs.divide(pairs.add(last, (-spare[0], -spare[1])), _single(y[row, share]))
+    held = held[row, share]
+    above = size.int - bins.zeros - before[column] - inside[row, share] - held
+    needed = above + jnp.clip(_ceil(missing), 1, held)
+    return dict(zip(COVERAGES, needed.astype(jnp.float32) / size.float, strict=True))
 
 
 def _ceil(value: Pair) -> Array:
