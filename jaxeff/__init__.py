@@ -22,6 +22,7 @@ from jaxeff.collection import collect as collect
 from jaxeff.comparison import Comparison as Comparison
 from jaxeff.comparison import compare_criteria as compare_criteria
 from jaxeff.models import from_nnx as from_nnx
+from jaxeff.monitoring import monitor as monitor
 from jaxeff.recommendations import Recommendation as Recommendation
 from jaxeff.report import Report as Report
 from jaxeff.statistics import Statistics as Statistics
