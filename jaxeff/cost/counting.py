@@ -70,7 +70,7 @@ def count(
     bound = models.bind(params, apply_fn, batch, rngs, apply_kwargs, abstract=True)
     root = _root(bound)
     gradient = None if loss_fn is None else training.differentiated(bound, loss_fn, targets)
-    traced = gradient.forward if gradient else jax.make_jaxpr(bound.plain)(bound.params, bound.inputs)
+    traced = gradient.forward if gradient else training.outputs(bound)
     forward = graph.flatten(traced)
     owners = _owners(forward, bound, paths)
     found = [tally(forward, "forward", lambda operation, _: owners.get(operation), root)]
@@ -100,7 +100,6 @@ def of_program(closed: ClosedJaxpr, arguments: Any) -> Cost:
 def _owners(program: graph.Program, bound: Bound, paths: Sequence[str]) -> dict[Operation, str]:
     """The weight that meets data in each contraction of the forward pass."""
     described = list(zip(paths, jax.tree.leaves(bound.params), strict=True))
-    # A gradient's program takes the floating leaves first.
     ordered = sorted(described, key=lambda leaf: not _floating(leaf[1]))
     shapes = [tuple(jnp.shape(leaf)) for _, leaf in ordered]
     weights = {

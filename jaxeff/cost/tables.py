@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from jaxeff.table import WIDTH, number, percent, shorten
 
 if TYPE_CHECKING:
+    from jaxeff.cost.compiling import Compiled
+    from jaxeff.cost.footprint import Memory, Size
     from jaxeff.cost.records import Cost
     from jaxeff.cost.timing import Latency
     from jaxeff.cost.work import Work
@@ -142,3 +144,40 @@ def duration(seconds: float) -> str:
         if seconds >= 0.9995 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-9:.3g} ns"
+
+
+def of_memory(memory: Memory) -> str:
+    """A row for each part, and one for each pruned weight."""
+    parts = [*_of_sizes("parameters", memory.parameters), *_of_sizes("state", memory.state)]
+    if memory.parameter_bytes_per_device not in (None, memory.parameter_bytes):
+        parts.append(("parameters, on one device", _bytes(memory.parameter_bytes_per_device)))
+    parts += _of_sizes("optimizer state", memory.optimizer_state or {})
+    if memory.forward is not None:
+        parts += _of_compiled("forward", memory.forward)
+    for name, gradient in (("gradient", memory.gradient), ("with remat", memory.gradient_with_remat)):
+        if gradient is not None:
+            parts.append((f"{name}, activations kept", _bytes(gradient.kept_bytes)))
+            parts += [] if gradient.compiled is None else _of_compiled(name, gradient.compiled)
+    lines = rows(("memory", "bytes"), parts)
+    if memory.storage:
+        forms = ("dense", "masked", "packed", "compressed")
+        cells = [
+            (path, percent(1 - found.kept / found.size), *(_bytes(getattr(found, form)) for form in forms))
+            for path, found in memory.storage.items()
+        ]
+        lines += ["", *rows(("weight", "sparsity", *forms), cells)]
+    return "\n".join(lines)
+
+
+def _of_sizes(name: str, sizes: dict[str, Size]) -> list[tuple[str, str]]:
+    described = sizes.items()
+    return [(f"{name}, {dtype} ({number(size.elements)})", _bytes(size.bytes)) for dtype, size in described]
+
+
+def _of_compiled(name: str, found: Compiled) -> list[tuple[str, str]]:
+    parts = {"peak": found.peak_bytes, "scratch": found.scratch_bytes}
+    return [(f"{name}, {part} (XLA)", _bytes(count)) for part, count in parts.items()]
+
+
+def _bytes(count: int | None) -> str:
+    return "–" if count is None else f"{number(count)}B"

@@ -56,18 +56,28 @@ def peak(dtype: Any = jnp.float32, *, width: int = 2048, copied: int = 2**28, de
     device = jax.local_devices()[0] if device is None else device
     with jax.default_device(device):
         matrix = jnp.full((width, width), 1 / width, dtype)
-        array = jnp.ones(copied // 4, jnp.float32)
         product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
-        # An addition: a plain copy may be left out by the compiler.
-        copy = jax.jit(lambda array: array + 1).lower(array).compile()
         product_seconds = min(_seconds(lambda: product(matrix, matrix), warmup=2, repeats=5))
-        copy_seconds = min(_seconds(lambda: copy(array), warmup=1, repeats=5))
+        copy_seconds = min(_copies(copied // 4, repeats=5))
     return Peak(
-        device.device_kind,
-        jnp.dtype(dtype).name,
-        2 * width**3 / product_seconds,
-        2 * array.nbytes / copy_seconds,
+        device=device.device_kind,
+        dtype=jnp.dtype(dtype).name,
+        flops_per_second=2 * width**3 / product_seconds,
+        bytes_per_second=2 * 4 * (copied // 4) / copy_seconds,
     )
+
+
+def _copies(size: int, repeats: int) -> list[float]:
+    """Seconds of each copy of an array onto itself: new memory would be mapped page by page."""
+    # An addition: a plain copy may be left out by the compiler.
+    copy = jax.jit(lambda array: array + 1, donate_argnums=0)
+    array = jax.block_until_ready(copy(jnp.zeros(size, jnp.float32)))
+    seconds: list[float] = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        array = jax.block_until_ready(copy(array))
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The programs of a training step: its forward and backward pass, and the optimizer's update.
 
-In: a bound model, a loss, an optimizer; shapes will do for arrays. Out: traced programs. Nothing runs.
+In: a bound model, a loss, an optimizer; shapes will do for arrays. Out: traced programs, whose first inputs
+are the floating leaves of `params`, then its other leaves, then the model's inputs. Nothing runs.
 Imports `models`, `functions`.
 """
 
@@ -30,6 +31,15 @@ class Gradient(NamedTuple):
     forward: ClosedJaxpr
     kept: int
     backward: ClosedJaxpr
+
+
+def outputs(bound: Bound) -> ClosedJaxpr:
+    """The model's outputs."""
+
+    def forward(params: Any, rest: Any, inputs: Any) -> Any:
+        return bound.plain(joined(params, rest), inputs)
+
+    return jax.make_jaxpr(forward)(*split_floating(bound.params), bound.inputs)
 
 
 def differentiated(bound: Bound, loss_fn: Callable, targets: Any, policy: Any = None) -> Gradient:
