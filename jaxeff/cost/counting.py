@@ -69,7 +69,7 @@ def count(
     paths = tuple(leaves.named_leaves(leaves.split_variables(params)[0], abstract=True))
     bound = models.bind(params, apply_fn, batch, rngs, apply_kwargs, abstract=True)
     root = _root(bound)
-    gradient = None if loss_fn is None else training.differentiated(bound, loss_fn, targets)
+    gradient = None if loss_fn is None else training.differentiated(bound, bound.plain, loss_fn, targets)
     traced = gradient.forward if gradient else training.outputs(bound)
     forward = graph.flatten(traced)
     owners = _owners(forward, bound, paths)

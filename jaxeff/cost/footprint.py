@@ -82,8 +82,10 @@ class Memory:
         parameter_bytes_per_device: what one device holds of the parameters as they are laid out; None for
             shapes without a layout.
         forward: what XLA says of the compiled forward pass; None where it was not compiled.
-        gradient: of the loss as the model is written; None where no loss was given.
-        gradient_with_remat: the same with the model under `jax.checkpoint` and the given policy.
+        without_remat: the gradient of the loss, nothing rematerialised; None where no loss was given.
+        with_remat: the same as the model is written, where it calls `jax.checkpoint` (Flax's `remat`); else
+            with the whole model under `jax.checkpoint` and the given policy.
+        own_remat: which of the two `with_remat` is.
         storage: of each pruned weight; empty without masks.
     """
 
@@ -92,8 +94,9 @@ class Memory:
     optimizer_state: dict[str, Size] | None
     parameter_bytes_per_device: int | None
     forward: Compiled | None
-    gradient: Pass | None
-    gradient_with_remat: Pass | None
+    without_remat: Pass | None
+    with_remat: Pass | None
+    own_remat: bool
     storage: dict[str, Storage]
 
     @property
@@ -135,13 +138,13 @@ def memory(
 
     Args:
         params, apply_fn, batch, rngs, **apply_kwargs: as `jaxeff.cost.count` takes them: arrays, or shapes.
-        loss_fn, targets: `loss_fn(outputs, targets)`: adds what the gradient of its mean keeps, with the
-            model as it is written and rematerialised.
+        loss_fn, targets: `loss_fn(outputs, targets)`: adds what the gradient of its mean takes, with and
+            without rematerialisation.
         optimizer: adds the bytes of its state.
         masks: from `jaxeff.prune.masks`: adds what each pruned weight takes, stored in four ways. `params`
             must then be arrays.
-        policy: of `jax.checkpoint`, for the gradient with rematerialisation: what may be kept. By default
-            the results of products, so that all that is pointwise is computed again.
+        policy: of `jax.checkpoint`, for a model that has none of its own: what may be kept. By default the
+            results of products, so that all that is pointwise is computed again.
         compile: whether to compile, which can take minutes. Without, XLA's figures are None.
 
     Raises:
@@ -163,18 +166,21 @@ def memory(
         shapes = training.abstract(training.split_floating(core)[0])
         optimizer_state = sizes(jax.eval_shape(optimizer.init, shapes))
     forward = compiled(bound.plain, bound.params, bound.inputs) if compile else None
-    gradient = remat = None
+    plain = training.without_remat(bound)
+    without = remat = None
     if loss_fn is not None:
-        gradient = _gradient(bound, loss_fn, targets, None, compile)
-        remat = _gradient(bound, loss_fn, targets, policy, compile)
+        checkpointed = bound.plain if plain else jax.checkpoint(bound.plain, policy=policy)  # pyright: ignore
+        without = _gradient(bound, plain or bound.plain, loss_fn, targets, compile)
+        remat = _gradient(bound, checkpointed, loss_fn, targets, compile)
     return Memory(
         parameters=sizes(core),
         state=sizes(state),
         optimizer_state=optimizer_state,
         parameter_bytes_per_device=_per_device(core),
         forward=forward,
-        gradient=gradient,
-        gradient_with_remat=remat,
+        without_remat=without,
+        with_remat=remat,
+        own_remat=plain is not None,
         storage={} if masks is None else storage(params, masks),
     )
 
@@ -199,11 +205,11 @@ def _per_device(tree: Any) -> int | None:
     return total
 
 
-def _gradient(bound: Bound, loss_fn: Callable, targets: Any, policy: Any, compile: bool) -> Pass:
-    kept = _kept(training.differentiated(bound, loss_fn, targets, policy))
+def _gradient(bound: Bound, call: training.Call, loss_fn: Callable, targets: Any, compile: bool) -> Pass:
+    kept = _kept(training.differentiated(bound, call, loss_fn, targets))
     if not compile:
         return Pass(kept, None)
-    loss = training.loss_of(bound, loss_fn, policy)
+    loss = training.loss_of(call, loss_fn)
     params, rest = training.split_floating(bound.params)
 
     def gradient(params: Any, rest: Any, inputs: Any, targets: Any) -> Any:

@@ -154,7 +154,8 @@ def of_memory(memory: Memory) -> str:
     parts += _of_sizes("optimizer state", memory.optimizer_state or {})
     if memory.forward is not None:
         parts += _of_compiled("forward", memory.forward)
-    for name, gradient in (("gradient", memory.gradient), ("with remat", memory.gradient_with_remat)):
+    remat = "gradient with its remat" if memory.own_remat else "gradient under checkpoint"
+    for name, gradient in (("gradient without remat", memory.without_remat), (remat, memory.with_remat)):
         if gradient is not None:
             parts.append((f"{name}, activations kept", _bytes(gradient.kept_bytes)))
             parts += [] if gradient.compiled is None else _of_compiled(name, gradient.compiled)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from jaxeff.functions import MISFITS, first_line
 from jaxeff.models import Bound
@@ -42,16 +42,20 @@ def outputs(bound: Bound) -> ClosedJaxpr:
     return jax.make_jaxpr(forward)(*split_floating(bound.params), bound.inputs)
 
 
-def differentiated(bound: Bound, loss_fn: Callable, targets: Any, policy: Any = None) -> Gradient:
+Call = Callable[[Any, Any], Any]
+"""The model's outputs as a function of (params, inputs)."""
+
+
+def differentiated(bound: Bound, call: Call, loss_fn: Callable, targets: Any) -> Gradient:
     """The gradient of the mean loss with respect to the floating leaves of `params`.
 
     Args:
-        policy: with one, the model runs under `jax.checkpoint` with this policy.
+        call: `bound.plain`, or a function that computes the same.
 
     Raises:
         ValueError: the loss does not fit the outputs and targets, or has no gradient.
     """
-    loss = loss_of(bound, loss_fn, policy)
+    loss = loss_of(call, loss_fn)
     params, rest = split_floating(bound.params)
 
     def forward(params: Any, rest: Any, inputs: Any, targets: Any) -> tuple[Any, Any]:
@@ -69,12 +73,59 @@ def differentiated(bound: Bound, loss_fn: Callable, targets: Any, policy: Any = 
     return Gradient(traced, len(jax.tree.leaves(pullback)), backward)
 
 
-def loss_of(bound: Bound, loss_fn: Callable, policy: Any = None) -> Callable[[Any, Any, Any], jax.Array]:
+def loss_of(call: Call, loss_fn: Callable) -> Callable[[Any, Any, Any], jax.Array]:
     """The mean loss as a function of (params, inputs, targets)."""
-    call = bound.plain
-    if policy is not None:
-        call = jax.checkpoint(call, policy=policy)
     return lambda params, inputs, targets: jnp.mean(loss_fn(call(params, inputs), targets))
+
+
+def without_remat(bound: Bound) -> Call | None:
+    """The model with every `jax.checkpoint` in it told to keep everything; None where it has none."""
+    closed, shapes = jax.make_jaxpr(bound.plain, return_shape=True)(bound.params, bound.inputs)
+    if not _rematerialises(closed.jaxpr):
+        return None
+    program = jaxpr_as_fun(_keeping(closed))
+    structure = jax.tree.structure(shapes)
+    return lambda *arguments: jax.tree.unflatten(structure, program(*jax.tree.leaves(arguments)))
+
+
+_REMAT = ("remat2", "checkpoint")
+
+
+def _rematerialises(jaxpr: Jaxpr) -> bool:
+    return any(
+        equation.primitive.name in _REMAT or any(map(_rematerialises, _inside(equation)))
+        for equation in jaxpr.eqns
+    )
+
+
+def _inside(equation: Any) -> list[Jaxpr]:
+    values = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program)
+    return [getattr(value, "jaxpr", value) for value in values if _is_program(value)]
+
+
+def _keeping(program: Any) -> Any:
+    """The same program with other policies, also in the bodies of its calls and loops."""
+    if isinstance(program, ClosedJaxpr):
+        return program.replace(jaxpr=_keeping(program.jaxpr))
+    return program.replace(eqns=[_kept(equation) for equation in program.eqns])
+
+
+def _kept(equation: Any) -> Any:
+    params = {
+        name: jax.tree.map(
+            lambda leaf: _keeping(leaf) if _is_program(leaf) else leaf, value, is_leaf=_is_program
+        )
+        if isinstance(value, (ClosedJaxpr, Jaxpr, tuple))
+        else value
+        for name, value in equation.params.items()
+    }
+    if equation.primitive.name in _REMAT:
+        params["policy"] = jax.checkpoint_policies.everything_saveable
+    return equation.replace(params=params)
+
+
+def _is_program(value: Any) -> bool:
+    return isinstance(value, (ClosedJaxpr, Jaxpr))
 
 
 def split_floating(params: Any) -> tuple[Any, Any]:
