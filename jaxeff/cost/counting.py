@@ -162,4 +162,4 @@ def _cost(found: Sequence[Tally], batch_size: int | None, arguments: Any) -> Cos
 def _devices(arguments: Any) -> int:
     """Over how many devices the arguments are laid out."""
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments)]
-    return max((len(sharding.device_set) for sharding in shardings if sharding is not None), default=1)
+    return max((sharding.num_devices for sharding in shardings if sharding is not None), default=1)
