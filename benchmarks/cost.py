@@ -30,13 +30,12 @@ def _count(repeats: int) -> None:
     tokens = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
     arrays = len(jax.live_arrays())
-    runs = {
+
+    def trace():
         # A new function each time: JAX keeps the traces of functions that it knows.
-        "trace": lambda: (
-            jax.make_jaxpr(lambda *arguments: model.apply(*arguments))(variables, tokens).jaxpr.eqns
-        ),
-        "count": lambda: cost.count(variables, model.apply, tokens).flops,
-    }
+        return jax.make_jaxpr(lambda *arguments: model.apply(*arguments))(variables, tokens)
+
+    runs = {"trace": trace, "count": lambda: cost.count(variables, model.apply, tokens)}
     seconds = timing.interleaved({name: _nothing(run) for name, run in runs.items()}, repeats)
     for name in runs:
         print(f"{name}: {timing.spread(seconds[name], ' s')}")

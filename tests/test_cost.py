@@ -344,11 +344,15 @@ def test_modules_hold_what_happens_in_them_attention_products_included():
 
 
 def test_a_shared_weight_has_a_site_for_each_use():
-    network = NETWORKS["shared"]()
-    found = cost.count(*network.arguments)
-    uses = [site for site in found.sites if site.path == "layer/kernel"]
-    assert len(uses) > 1 or len(found.sites) > len(found.layers)
-    assert found.layers[uses[0].path].macs == sum(site.work.macs for site in uses)
+    class Shared(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(D, use_bias=False, name="layer")
+            return layer(nn.relu(layer(x)))
+
+    found = count(Shared(), shape(B, D))
+    assert [(site.path, site.work.macs) for site in found.sites] == 2 * [("layer/kernel", B * D * D)]
+    assert found.layers["layer/kernel"].macs == 2 * B * D * D
 
 
 def test_nnx_and_plain_functions_have_layers():
@@ -356,6 +360,16 @@ def test_nnx_and_plain_functions_have_layers():
     assert cost.count(params, apply_fn, shape(B, D)).layers["kernel"].macs == B * D * 7
     plain = cost.count({"w": shape(D, 7)}, lambda params, x: x @ params["w"], shape(B, D))
     assert plain.layers["w"].macs == B * D * 7
+
+
+def test_an_nnx_model_in_training_mode_is_counted_compiled_and_timed():
+    model = nnx.Sequential(nnx.Linear(D, 7, rngs=nnx.Rngs(0)), nnx.BatchNorm(7, rngs=nnx.Rngs(1)))
+    params, apply_fn = jaxeff.from_nnx(model)
+    x, y = jnp.ones((B, D)), jnp.ones((B, 7))
+    found = cost.count(params, apply_fn, x, loss_fn=squared, targets=y)
+    assert found.phases["backward"].macs == found.phases["forward"].macs == B * D * 7
+    assert cost.latency(apply_fn, params, x, repeats=1).cost.macs == B * D * 7
+    assert cost.memory(params, apply_fn, x, compile=False).state["float32"].elements == 2 * 7
 
 
 # Backward and optimizer
@@ -398,6 +412,9 @@ def test_rematerialised_layers_are_counted_again_in_the_backward_pass():
     )
     assert plain.phases["forward"].macs == remat.phases["forward"].macs == 4 * B * D * D
     assert plain.phases["backward"].macs == 7 * B * D * D
+    recurrent = count(nn.RNN(nn.LSTMCell(7)), shape(B, T, D), loss_fn=squared, targets=shape(B, T, 7))
+    hidden, inputs = (recurrent.layers[f"cell/{name}/kernel"].macs for name in ("hi", "ii"))
+    assert (hidden, inputs) == (3 * B * T * 7 * 7, 2 * B * T * 7 * D)
     # Both layers inside run once more to give their activations.
     assert remat.phases["backward"].macs == 9 * B * D * D
 
@@ -523,13 +540,12 @@ def test_under_automatic_sharding_the_work_of_one_device_is_unknown():
 
 
 def test_on_eight_devices_the_figures_are_of_one():
+    package = str(Path(jaxeff.__file__).parents[1])
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(jaxeff.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        ),
+        "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]),
     }
     script = Path(__file__).with_name("laid_out.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
@@ -563,6 +579,8 @@ def test_a_cost_is_plain_data():
         ({"params": {}}, ValueError, "`params` has no arrays"),
         ({"batch": shape(B, D + 1)}, ValueError, "`apply_fn` does not accept"),
         ({"loss_fn": lambda outputs, targets: outputs["x"]}, ValueError, "`loss_fn` must be"),
+        ({"loss_fn": "mse"}, TypeError, "`loss_fn` must be a function"),
+        ({"targets": jnp.ones(3)}, ValueError, "`targets` are given without `loss_fn`"),
     ],
 )
 def test_wrong_arguments_are_named(changes, error, message):
