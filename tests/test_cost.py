@@ -371,6 +371,18 @@ def test_an_nnx_model_in_training_mode_is_counted_compiled_and_timed():
     assert cost.memory(params, apply_fn, x, compile=False).state["float32"].elements == 2 * 7
 
 
+def test_products_of_data_are_no_work_of_the_one_weight_beside_them():
+    class Mixed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = x @ self.param("w", nn.initializers.ones, (D, D))
+            return y @ jnp.swapaxes(y, -1, -2)
+
+    found = count(Mixed(), shape(B, T, D), loss_fn=lambda outputs, _: jnp.mean(outputs))
+    assert found.phases["backward"].macs > 0
+    assert found.layers["w"].macs == B * T * D * D
+
+
 # Backward and optimizer
 
 

@@ -6,7 +6,7 @@ Imports `leaves`, `models`, `graph`, `records`, `tally`, `training`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,7 +82,7 @@ def count(
         owners = _owners(forward, bound, described)
         found = [
             tally(forward, "forward", _by_use(owners), root),
-            tally(backward, "backward", _by_module(owners, root), root),
+            tally(backward, "backward", _by_module(forward, owners, root), root),
         ]
     if optimizer is not None:
         program = graph.flatten(training.update(bound.params, optimizer))
@@ -132,17 +132,26 @@ def _by_use(owners: Mapping[Operation, str]) -> Owner:
     return lambda operation, _: owners.get(operation)
 
 
-def _by_module(owners: Mapping[Operation, str], root: str) -> Owner:
-    """The one weight that the forward pass uses in the module of a contraction of the backward pass."""
-    held: dict[str, set[str]] = {}
-    for operation, path in owners.items():
-        held.setdefault(module_path(operation.scope, root), set()).add(path)
+def _by_module(forward: graph.Program, owners: Mapping[Operation, str], root: str) -> Owner:
+    """For the backward pass: the weight of a module, where its forward pass contracts that one alone."""
+    held: dict[str, set[str | None]] = {}
+    for operation in _contractions(forward):
+        held.setdefault(module_path(operation.scope, root), set()).add(owners.get(operation))
 
     def owner(operation: Operation, module: str) -> str | None:
-        known = held.get(module, set()) if operation.scope and operation.name in CONTRACTIONS else set()
+        named = bool(module_path(operation.scope, ""))
+        known = held.get(module, set()) if named and operation.name in CONTRACTIONS else set()
         return next(iter(known)) if len(known) == 1 else None
 
     return owner
+
+
+def _contractions(program: graph.Program) -> Iterator[Operation]:
+    for operation in program.operations:
+        if operation.name in CONTRACTIONS:
+            yield operation
+        for body in operation.bodies:
+            yield from _contractions(body)
 
 
 def _nobody(operation: Operation, module: str) -> str | None:

@@ -20,7 +20,7 @@ from jaxeff.graph.program import Operation, Value
 # They move, copy or name elements, or pass them on in another type: nothing is calculated.
 MOVES = frozenset({
     "after_all", "axis_index", "bitcast_convert_type", "broadcast", "broadcast_in_dim", "complex",
-    "concatenate", "conj", "convert_element_type", "copy", "copy_p", "core_call", "create_token",
+    "concatenate", "conj", "convert_element_type", "copy", "copy_p", "create_token",
     "device_put", "dynamic_slice", "dynamic_update_slice", "empty", "empty2", "expand_dims", "gather", "imag",
     "iota",
     "layout_constraint", "mesh_cast", "name", "optimization_barrier", "pad", "partition_id", "pbroadcast",

@@ -6,9 +6,10 @@ Imports `graph`, `operations`, `records`, `work`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr
@@ -80,12 +81,14 @@ class Around:
     Attributes:
         owner: which weight an operation consumes.
         modules: the path of the module that an operation stands in.
+        numbers: of the sites, one after the other.
         runs: how often the loops around it run it.
         devices: how many devices run it, each with arrays of its own.
     """
 
     owner: Owner
     modules: _Modules
+    numbers: Iterator[int]
     runs: int = 1
     devices: int = 1
 
@@ -98,7 +101,7 @@ def tally(program: Program, phase: str, owner: Owner, root: str) -> Tally:
         root: name of the outermost module, left out of the modules' paths.
     """
     found = Tally(phase)
-    _walk(program, Around(owner, _Modules(root)), found)
+    _walk(program, Around(owner, _Modules(root), itertools.count(1)), found)
     return found
 
 
@@ -159,21 +162,16 @@ def _count(operation: Operation, module: str, around: Around, found: Tally) -> N
         return
     if operation.name.startswith("ragged_dot"):
         found.state("assumed", operation.name, module, "every row belongs to a group", around.runs)
-    if not any(_numbers_of(work)):
+    if not any(work.numbers):
         return
     path = around.owner(operation, module)
-    site = id(operation) if path is not None else 0
-    key = module, path, operation.name, site
+    key = module, path, operation.name, 0 if path is None else next(around.numbers)
     if around.devices > 1:
         found.add(key, work * (around.runs * around.devices), around.runs, around.devices)
         return
     shards, devices = _shards(operation)
     found.devices = max(found.devices, devices)
     found.add(key, work * around.runs, around.runs, shards)
-
-
-def _numbers_of(work: Work) -> tuple[int, ...]:
-    return work.macs, work.flops, work.transcendentals, work.integer_operations
 
 
 def _shards(operation: Operation) -> tuple[int, int]:

@@ -30,23 +30,24 @@ class Work:
     padding_macs: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(_numbers(self), _numbers(other), strict=True)))
+        return Work(*(a + b for a, b in zip(self.numbers, other.numbers, strict=True)))
 
     def __mul__(self, times: int) -> Work:
-        return Work(*(number * times for number in _numbers(self)))
+        return Work(*(number * times for number in self.numbers))
 
     def __truediv__(self, parts: int) -> Work:
-        return Work(*(_divided(number, parts) for number in _numbers(self)))
+        return Work(*(_divided(number, parts) for number in self.numbers))
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The five, in order."""
+        # Not dataclasses.astuple, which copies deeply: this runs for every operation of a program.
+        return self.macs, self.flops, self.transcendentals, self.integer_operations, self.padding_macs
 
     @property
     def weight(self) -> int:
         """Flops and transcendentals together: by which two branches are compared."""
         return self.flops + self.transcendentals
-
-
-def _numbers(work: Work) -> tuple[int, ...]:
-    # Not dataclasses.astuple, which copies deeply: this runs for every operation of a program.
-    return work.macs, work.flops, work.transcendentals, work.integer_operations, work.padding_macs
 
 
 def _divided(number: int, parts: int) -> int:

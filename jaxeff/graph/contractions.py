@@ -121,6 +121,5 @@ def _shape(operation: Operation, index: int) -> Sequence[int]:
 _RULES: Mapping[str, Callable[[Operation], Any]] = {
     "dot_general": _dot,
     "conv_general_dilated": _convolution,
-    "ragged_dot": _ragged_dot,
     "ragged_dot_general": _ragged_dot,
 }

@@ -70,8 +70,8 @@ class Site:
         input_dims: where the weight's input axes stand in it.
         activation: pre- and post-activation and the nonlinearity between them.
         direct: whether the operation takes the weight as it is stored, but for moves of its elements.
-        macs: multiply-accumulates of the whole batch, all iterations of a scan included; None inside a
-            `while`. An embedding looks up and has none.
+        macs: multiply-accumulates of the whole batch, as `contractions` counts them, all iterations of a scan
+            included; None inside a `while`. An embedding looks up and has none.
         loops: the loops around the operation, outermost first.
     """
 
