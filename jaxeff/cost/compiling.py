@@ -51,6 +51,9 @@ class Compiled:
         arguments, outputs, scratch, alias = (part or 0 for part in parts)
         return arguments + outputs + scratch - alias
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes}
+
 
 def compiled(function: Callable, *arguments: Any, **keywords: Any) -> Compiled:
     """Compile a function for these arguments, or for their shapes, and ask XLA about it; nothing runs.

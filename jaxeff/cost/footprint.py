@@ -1,6 +1,6 @@
 """params, apply_fn, batch -> Memory.
 
-Imports `leaves`, `models`, `graph`, `compiling`, `storage`, `tables`, `tally`, `training`.
+Imports `leaves`, `models`, `graph`, `compiling`, `storage`, `tables`, `training`.
 """
 
 from __future__ import annotations
@@ -70,6 +70,13 @@ class Pass:
     def kept_bytes(self) -> int:
         return sum(array.bytes for array in self.kept)
 
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kept_bytes": self.kept_bytes,
+            "kept": [dataclasses.asdict(array) for array in self.kept],
+            "compiled": None if self.compiled is None else self.compiled.to_dict(),
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -112,8 +119,16 @@ class Memory:
         return tables.of_memory(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python data."""
-        return dataclasses.asdict(self)
+        """Plain Python data, the derived numbers included."""
+        return {
+            **dataclasses.asdict(self),
+            "parameter_bytes": self.parameter_bytes,
+            "optimizer_bytes": self.optimizer_bytes,
+            "forward": None if self.forward is None else self.forward.to_dict(),
+            "without_remat": None if self.without_remat is None else self.without_remat.to_dict(),
+            "with_remat": None if self.with_remat is None else self.with_remat.to_dict(),
+            "storage": {path: found.to_dict() for path, found in self.storage.items()},
+        }
 
     def to_json(self, *, indent: int | None = None) -> str:
         """`to_dict` as JSON."""

@@ -59,6 +59,10 @@ class Storage:
         """'dense', 'packed' or 'compressed', whichever takes the fewest bytes."""
         return min(("dense", "packed", "compressed"), key=lambda form: getattr(self, form))
 
+    def to_dict(self) -> dict[str, Any]:
+        forms = ("dense", "masked", "packed", "compressed", "smallest")
+        return {**dataclasses.asdict(self), **{form: getattr(self, form) for form in forms}}
+
 
 def storage(params: Any, masks: Any = None) -> dict[str, Storage]:
     """What each pruned weight takes, dense, masked, bit-packed or in compressed sparse rows.

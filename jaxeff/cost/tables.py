@@ -1,4 +1,4 @@
-"""Costs as text, as wide as the terminal, up to 100 columns. Imports `table`."""
+"""Costs as text, as wide as the terminal, from 50 to 100 columns. Imports `table`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN = 0.0005
 
 
 def width() -> int:
-    return max(40, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
+    return max(50, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
 
 
 def of_cost(cost: Cost) -> str:

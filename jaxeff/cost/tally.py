@@ -193,8 +193,9 @@ def _shards(operation: Operation) -> tuple[int, int]:
 
 
 def _scan(operation: Operation, _: str, around: Around, found: Tally) -> None:
-    inside = dataclasses.replace(around, runs=around.runs * operation.params["length"])
-    _walk(operation.bodies[0], inside, found)
+    length = operation.params["length"]
+    if length:
+        _walk(operation.bodies[0], dataclasses.replace(around, runs=around.runs * length), found)
 
 
 def _while(operation: Operation, module: str, around: Around, found: Tally) -> None:

@@ -1,6 +1,6 @@
 """A function and its arguments -> how long it takes, and what bounds it.
 
-Imports `compiling`, `counting`, `records`, `tables`, `work`.
+Imports `compiling`, `counting`, `records`, `tables`.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Latency:
             **{name: getattr(self, name) for name in derived},
             "seconds": list(self.seconds),
             "cost": self.cost.to_dict(),
-            "compiled": {**dataclasses.asdict(self.compiled), "peak_bytes": self.compiled.peak_bytes},
+            "compiled": self.compiled.to_dict(),
             "peak": None if self.peak is None else dataclasses.asdict(self.peak),
         }
 
