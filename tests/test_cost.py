@@ -686,6 +686,8 @@ def test_storage_of_pruned_weights_by_their_definitions():
     assert found.packed == 40 + 4
     assert found.compressed == 10 * 8 + 6 * 4
     assert cost.storage({"w": jnp.where(mask, 1.0, 0.0)})["w"] == found
+    abstract = jax.tree.map(lambda leaf: shape(*leaf.shape), params)
+    assert cost.storage(abstract, masks)["w"] == found
     with pytest.raises(ValueError, match="same tree"):
         _ = cost.storage(params, {"w": mask})
 

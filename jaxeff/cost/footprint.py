@@ -156,8 +156,7 @@ def memory(
         loss_fn, targets: `loss_fn(outputs, targets)`: adds what the gradient of its mean takes, with and
             without rematerialisation.
         optimizer: adds the bytes of its state.
-        masks: from `jaxeff.prune.masks`: adds what each pruned weight takes, stored in four ways. `params`
-            must then be arrays.
+        masks: from `jaxeff.prune.masks`: adds what each pruned weight takes, stored in four ways.
         policy: of `jax.checkpoint`, for a model that has none of its own: what may be kept. By default the
             results of products, so that all that is pointwise is computed again.
         compile: whether to compile, which can take minutes. Without, XLA's figures are None.

@@ -1,6 +1,6 @@
 """params, masks -> the bytes of each weight, stored in four ways.
 
-Imports `leaves`.
+Imports `leaves`, `training`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxeff.cost.training import dtype_of
 from jaxeff.leaves import named_leaves, split_variables
 
 _INDEX = 4
@@ -68,7 +69,8 @@ def storage(params: Any, masks: Any = None) -> dict[str, Storage]:
     """What each pruned weight takes, dense, masked, bit-packed or in compressed sparse rows.
 
     Args:
-        params: a tree of arrays, or variables, of which the `params` collection is meant.
+        params: a tree of arrays, or variables, of which the `params` collection is meant; beside masks, shapes
+            will do.
         masks: True = kept, from `jaxeff.prune.masks` for the same tree. Without them, an entry is pruned that
             is 0, in every leaf of two axes or more.
 
@@ -82,7 +84,7 @@ def storage(params: Any, masks: Any = None) -> dict[str, Storage]:
     >>> found.kept, found.dense, found.packed, found.compressed, found.smallest
     (16, 1024, 96, 196, 'packed')
     """
-    leaves = named_leaves(split_variables(params)[0])
+    leaves = named_leaves(split_variables(params)[0], abstract=masks is not None)
     if masks is None:
         kept = {path: jnp.asarray(leaf) != 0 for path, leaf in leaves.items() if jnp.ndim(leaf) > 1}
     else:
@@ -101,4 +103,4 @@ def _of_leaf(path: str, leaf: Any, mask: Any) -> Storage:
         )
     shape = jnp.shape(leaf)
     kept = int(jnp.count_nonzero(mask))
-    return Storage(math.prod(shape), kept, jnp.result_type(leaf).itemsize, shape[-1] if shape else 1)
+    return Storage(math.prod(shape), kept, dtype_of(leaf).itemsize, shape[-1] if shape else 1)
