@@ -69,8 +69,8 @@ def storage(params: Any, masks: Any = None) -> dict[str, Storage]:
     """What each pruned weight takes, dense, masked, bit-packed or in compressed sparse rows.
 
     Args:
-        params: a tree of arrays, or variables, of which the `params` collection is meant; beside masks, shapes
-            will do.
+        params: a tree of arrays, or variables, of which the `params` collection is meant; beside masks,
+            shapes will do.
         masks: True = kept, from `jaxeff.prune.masks` for the same tree. Without them, an entry is pruned that
             is 0, in every leaf of two axes or more.
 
