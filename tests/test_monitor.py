@@ -112,7 +112,10 @@ def test_events_say_what_changed_since_the_start(sign):
     for _ in range(3):
         state = _update(state, EVENTS[sign])
     (event,) = [event for event in WATCH.events(state) if event.sign == sign]
-    assert (event.step, event.path) == (3, "head/kernel" if sign == "effective parameters" else "hidden/kernel")
+    assert (event.step, event.path) == (
+        3,
+        "head/kernel" if sign == "effective parameters" else "hidden/kernel",
+    )
     assert event.path in str(event) and "step 3" in str(event)
     if sign == "dead units":
         assert (event.first, event.previous, event.now, event.of) == (0, 0, 3, 24)
