@@ -131,9 +131,7 @@ class Monitor:
             report = self._analyze(params, apply_fn, batch, analysis)
             return MonitorState(step, step, report, state.first, Vitals.of(state.report))
 
-        return jax.lax.cond(
-            step % self.every == 0, again, lambda: dataclasses.replace(state, step=step)
-        )
+        return jax.lax.cond(step % self.every == 0, again, lambda: dataclasses.replace(state, step=step))
 
     def events(self, state: MonitorState) -> tuple[Event, ...]:
         """Early signs in the latest report, by weight in forward order.
@@ -157,9 +155,7 @@ class Monitor:
         return tuple(found)
 
     def _analyze(self, params: Any, apply_fn: Any, batch: Any, analysis: dict[str, Any]) -> Report:
-        return analyze(
-            params, apply_fn, batch, criterion=self.criterion, loss_fn=self.loss_fn, **analysis
-        )
+        return analyze(params, apply_fn, batch, criterion=self.criterion, loss_fn=self.loss_fn, **analysis)
 
 
 def monitor(
