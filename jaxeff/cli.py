@@ -20,6 +20,8 @@ examples:
   jaxeff demo > report.txt            the report alone: progress goes to standard error
   jaxeff analyze model.safetensors    the weights of a checkpoint, by magnitude
   jaxeff analyze checkpoint --sort gini --top 20 --json report.json
+  jaxeff analyze model.safetensors --html report.html
+  jaxeff analyze model.safetensors --json - | jq .model.utilization
   jaxeff compare before after         what changed between two checkpoints
 """
 _PATH = (
@@ -83,29 +85,59 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
+    from jaxeff import page
     from jaxeff.checkpoints import analysis, opening, output
 
     with _refused():
-        if arguments.json is not None:
-            output.check_writable(arguments.json)
+        if arguments.html is not None:
+            page.check_available()
+        _check_writable(arguments.json, arguments.html)
         checkpoint = opening.open_checkpoint(arguments.path)
-        report = analysis.analyze(checkpoint)
-    if arguments.json is not None:
-        output.write(arguments.json, report.to_json(indent=1))
-    print(output.render(report, checkpoint, arguments.sort, arguments.top))
+        report = analysis.analyze(checkpoint, curves=arguments.html is not None)
+    if arguments.html is not None:
+        report.to_html(arguments.html, title=f"jaxeff: {os.path.basename(os.path.abspath(arguments.path))}")
+    _print(
+        arguments.json,
+        lambda: report.to_json(indent=1),
+        lambda: output.render(report, checkpoint, arguments.sort, arguments.top),
+    )
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from jaxeff.checkpoints import comparing, opening, output
+    from jaxeff.checkpoints import comparing, opening
 
     with _refused():
-        if arguments.json is not None:
-            output.check_writable(arguments.json)
+        _check_writable(arguments.json)
         a, b = opening.open_checkpoint(arguments.a), opening.open_checkpoint(arguments.b)
         comparison = comparing.compare(a, b)
-    if arguments.json is not None:
-        output.write(arguments.json, comparison.to_json(indent=1))
-    print(comparing.render(comparison, arguments.sort, arguments.top))
+    _print(
+        arguments.json,
+        lambda: comparison.to_json(indent=1),
+        lambda: comparing.render(comparison, arguments.sort, arguments.top),
+    )
+
+
+_STANDARD_OUTPUT = "-"
+
+
+def _check_writable(*paths: str | None) -> None:
+    from jaxeff import files
+
+    for path in paths:
+        if path is not None and path != _STANDARD_OUTPUT:
+            files.check_writable(path)
+
+
+def _print(json_path: str | None, to_json: Callable[[], str], to_table: Callable[[], str]) -> None:
+    """The table, and a file of JSON where one is asked for; or the JSON alone."""
+    from jaxeff import files
+
+    if json_path == _STANDARD_OUTPUT:
+        print(to_json())
+        return
+    if json_path is not None:
+        files.write(json_path, to_json())
+    print(to_table())
 
 
 @contextmanager
@@ -115,7 +147,7 @@ def _refused() -> Iterator[None]:
 
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, ImportError) as error:
         print(f"jaxeff: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -151,14 +183,17 @@ def _add_checkpoints(commands: Any) -> None:
     )
     _ = analyze.add_argument("path", metavar="PATH", help=_PATH)
     _ = analyze.add_argument(
-        "--json", metavar="FILE", help="also write the report, for jaxeff.Report.from_json"
+        "--json",
+        metavar="FILE",
+        help="also write the report, for jaxeff.Report.from_json; - prints it instead of the table",
     )
+    _ = analyze.add_argument("--html", metavar="FILE", help="also write the report as a page for a browser")
     help_ = "path, size or a metric (utilization, gini, redundancy, ...): those with most to spare first"
     _ = analyze.add_argument("--sort", metavar="ORDER", default="path", type=_order(_metrics), help=help_)
     compare = commands.add_parser("compare", help="what changed from one checkpoint to another")
     _ = compare.add_argument("a", metavar="A", help=_PATH)
     _ = compare.add_argument("b", metavar="B", help="likewise, of any of the formats")
-    _ = compare.add_argument("--json", metavar="FILE", help="also write what changed")
+    _ = compare.add_argument("--json", metavar="FILE", help="also write what changed; likewise")
     help_ = "path, change or size: the largest first"
     _ = compare.add_argument("--sort", metavar="ORDER", default="path", type=_order(_changes), help=help_)
     for command, run in ((analyze, _analyze), (compare, _compare)):

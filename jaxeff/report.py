@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import recommendations, serialization, table
+from jaxeff import files, page, recommendations, serialization, table
 from jaxeff.recommendations import Recommendation
 from jaxeff.records import (
     Activity,
@@ -190,6 +191,20 @@ class Report:
     def to_json(self, *, indent: int | None = None) -> str:
         """The report as JSON without NaN literals; `Report.from_json` reads it back."""
         return serialization.to_json(self, indent=indent)
+
+    def to_html(self, path: str | os.PathLike, *, title: str = "jaxeff report") -> None:
+        """Writes one HTML file that needs no network and no other file: `jaxeff.page` has what it shows.
+
+        Args:
+            path: of the file; what is there is replaced once the new one is whole.
+            title: at its head.
+
+        Raises:
+            ImportError: Jinja is not installed.
+            OSError: the file cannot be written.
+            ValueError: the report is of several models or steps.
+        """
+        files.write(path, page.render(self, title))
 
     @staticmethod
     def from_json(text: str) -> Report:

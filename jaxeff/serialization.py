@@ -22,7 +22,10 @@ from jaxeff.records import AttentionReport, LayerReport, ModelReport, ModuleRepo
 if TYPE_CHECKING:
     from jaxeff.report import Report
 
+# A reader opens any minor version: it leaves out fields it does not know, and takes those that are missing
+# for unknown. Whatever it would read wrongly needs a new major version.
 SCHEMA = 2
+MINOR = 1
 
 
 def to_dict(report: Report) -> dict[str, Any]:
@@ -34,6 +37,7 @@ def to_dict(report: Report) -> dict[str, Any]:
     concrete = report.single()
     return {
         "schema": SCHEMA,
+        "schema_minor": MINOR,
         "criterion": concrete.criterion,
         "model": encoded(concrete.model),
         "layers": encoded(concrete.rows),
@@ -96,7 +100,8 @@ def _decoded(kind: Any, data: Any) -> Any:
         return tuple(_decoded(arguments[0], item) for item in data)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        return kind(**{f.name: _decoded(hints[f.name], data[f.name]) for f in dataclasses.fields(kind)})  # pyright: ignore
+        fields = [f for f in dataclasses.fields(kind) if f.name in data or f.default is dataclasses.MISSING]
+        return kind(**{f.name: _decoded(hints[f.name], data[f.name]) for f in fields})  # pyright: ignore
     return _array(data) if kind is jax.Array else data
 
 

@@ -96,7 +96,7 @@ def _model(report: Report) -> list[str]:
         f"Model: {percent(float(model.utilization))} of {number(model.weights)} weights used "
         f"({number(float(model.effective_params))} effective), noise under the same activations: "
         f"{percent(float(model.null_utilization))}. Scored by {report.criterion}.",
-        f"Parameters: {model.total_params:,} in all; {_shares(report)}.",
+        f"Parameters: {model.total_params:,} in all; {shares(report)}.",
     ]
     if model.relevance_residual is not None:
         lines.append(
@@ -110,7 +110,8 @@ def _model(report: Report) -> list[str]:
     return [line for text in lines for line in textwrap.wrap(text, WIDTH)]
 
 
-def _shares(report: Report) -> str:
+def shares(report: Report) -> str:
+    """What part of all parameters was analysed, and how."""
     total = max(report.model.total_params, 1)
     analysed = report.analysed_params
     others = sum(other.size for other in report.others)
@@ -126,10 +127,10 @@ def _shares(report: Report) -> str:
 
 
 def _attentions(report: Report) -> list[str]:
-    return _section("Attention:", [_attention(found) for found in report.attentions])
+    return _section("Attention:", [attention(found) for found in report.attentions])
 
 
-def _attention(found: AttentionReport) -> str:
+def attention(found: AttentionReport) -> str:
     """The spread of the heads' entropies, and of the units' shares of the importance."""
     entropy, importance = np.asarray(found.entropy), np.asarray(found.importance)
     shares = importance / np.sum(importance, axis=-1, keepdims=True)
@@ -143,13 +144,18 @@ def _attention(found: AttentionReport) -> str:
 
 
 def _notes(report: Report) -> list[str]:
+    return _section(f"Notes ({_MARK}):", [f"{path}: {note}." for path, note in notes(report)])
+
+
+def notes(report: Report) -> list[tuple[str, str]]:
+    """Paths and what a reader must know of them."""
     noted = [(row.path, row.note) for row in report.rows if row.note]
     damaged = [
         (o.path, f"{int(o.nonfinite):,} elements are nan or infinite")
         for o in report.others
         if int(o.nonfinite)
     ]
-    return _section(f"Notes ({_MARK}):", [f"{path}: {note}." for path, note in [*noted, *damaged]])
+    return [*noted, *damaged]
 
 
 def _recommendations(report: Report) -> list[str]:

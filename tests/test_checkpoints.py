@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxeff
-from jaxeff import cli
+from jaxeff import cli, files
 from jaxeff.checkpoints import (
     CheckpointError,
     analyze_checkpoint,
@@ -35,7 +35,6 @@ from jaxeff.checkpoints import (
     interruption,
     measuring,
     open_checkpoint,
-    output,
     safetensors,
     stored,
 )
@@ -791,8 +790,40 @@ def test_a_device_is_written_to_and_not_replaced(tmp_path: Path, capsys: pytest.
     assert Path("/dev/full").is_char_device()
     link = tmp_path / "link.json"
     link.symlink_to(tmp_path / "real.json")
-    output.write(link, "text")
+    files.write(link, "text")
     assert link.is_symlink() and (tmp_path / "real.json").read_text() == "text"
+
+
+def test_a_dash_prints_json_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = save(tmp_path / "m.safetensors", GOOD)
+    assert cli.main(["analyze", str(path), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == analyze_checkpoint(path).to_dict()
+    assert cli.main(["compare", str(path), str(path), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(compare_checkpoints(path, path).to_json())
+    assert [child.name for child in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_page_has_the_curves_of_every_weight(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = save(tmp_path / "<b>m.safetensors", {"large": normal(300, 300), "small": normal(8, 8)})
+    assert cli.main(["analyze", str(path), "--html", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "<title>jaxeff: &lt;b&gt;m.safetensors</title>" in text and "<b>m" not in text
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    for shown in data["layers"]:
+        assert math.isclose(sum(shown["weights"]), 1, abs_tol=1e-3)
+    # Of normal weights the half nearest 0 holds what is below the median, 0.674 deviations.
+    at = [edge < 0.6745 / math.sqrt(2 / math.pi) for edge in data["edges"]].index(False)
+    assert math.isclose(sum(data["layers"][0]["weights"][: at + 1]), 0.5, abs_tol=0.06)
+
+
+@pytest.mark.parametrize("argument", ["--json", "--html"])
+def test_a_file_that_cannot_be_written_is_one_line(
+    argument: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = save(tmp_path / "m.safetensors", GOOD)
+    for target in ("nowhere/out", str(tmp_path), "/proc/out"):
+        _ = refused(["analyze", str(path), argument, target], capsys)
+    assert [child.name for child in tmp_path.iterdir()] == ["m.safetensors"]
 
 
 def wait_until_open(process: int, path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxeff import totals
+from jaxeff.distribution import Distribution
 from jaxeff.metrics import Metrics
 from jaxeff.recommendations import (
     LIMITS,
@@ -203,6 +204,9 @@ STORED = {
     "no null": [layer(null=None, scored="user")],
     "nan and infinity": [layer(entropy=math.nan, gini=math.nan, max=math.inf, mean=-math.inf)],
     "several unit axes": [layer("query", (8, 2, 4), unit_axes=(1, 2), units=np.ones((2, 4), np.float32))],
+    "with a distribution": [
+        layer(distribution=Distribution(np.ones(66, np.float32), np.ones(66, np.float32)))
+    ],
     "a conv": [layer(kind="conv", shape=(3, 3, 4, 8)), layer("other", dead=3)],
 }
 
@@ -215,6 +219,19 @@ def test_json_gives_back_the_report(rows):
     json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} in the JSON"))
     _assert_same(Report.from_json(text), report)
     assert str(Report.from_json(text)) == str(report)
+
+
+def test_json_of_an_older_and_a_newer_minor_version_opens():
+    report = report_of(layer())
+    data = report.to_dict()
+    older = {key: value for key, value in data.items() if key != "schema_minor"}
+    older["layers"] = [
+        {key: value for key, value in row.items() if key != "distribution"} for row in data["layers"]
+    ]
+    newer = {**data, "schema_minor": 99, "weather": "fine"}
+    newer["layers"] = [{**row, "colour": "blue"} for row in data["layers"]]
+    for changed in (older, newer):
+        _assert_same(Report.from_json(json.dumps(changed)), report)
 
 
 def test_a_dict_holds_plain_data_and_the_recommendations():
