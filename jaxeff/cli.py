@@ -6,6 +6,7 @@ interrupted. 141: whoever read the output has left.
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,7 +100,7 @@ def _analyze(arguments: argparse.Namespace) -> None:
     _print(
         arguments.json,
         lambda: report.to_json(indent=1),
-        lambda: output.render(report, checkpoint, arguments.sort, arguments.top),
+        lambda: output.render(report, checkpoint, arguments.sort, arguments.top, _width()),
     )
 
 
@@ -113,8 +114,15 @@ def _compare(arguments: argparse.Namespace) -> None:
     _print(
         arguments.json,
         lambda: comparison.to_json(indent=1),
-        lambda: comparing.render(comparison, arguments.sort, arguments.top),
+        lambda: comparing.render(comparison, arguments.sort, arguments.top, _width()),
     )
+
+
+def _width() -> int:
+    """Of the terminal; where the output is none, of a table anywhere."""
+    from jaxeff import table
+
+    return max(shutil.get_terminal_size().columns, 20) if sys.stdout.isatty() else table.WIDTH
 
 
 _STANDARD_OUTPUT = "-"

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import files, page, recommendations, serialization, table
+from jaxeff import files, notebook, page, recommendations, serialization, table
 from jaxeff.recommendations import Recommendation
 from jaxeff.records import (
     Activity,
@@ -157,6 +157,9 @@ class Report:
     def __str__(self) -> str:
         return table.render(self)
 
+    def _repr_html_(self) -> str:
+        return notebook.render(self)
+
     def recommendations(self, sensitivity: Sensitivity | None = None) -> tuple[Recommendation, ...]:
         """What to do, each with the numbers it rests on: see `jaxeff.recommendations.recommend`.
 
@@ -183,6 +186,16 @@ class Report:
             flat[f"{name}/entropy"] = float(jnp.mean(attention.entropy))
             flat[f"{name}/lowest_entropy"] = float(jnp.min(attention.entropy))
         return flat
+
+    def to_records(self) -> list[dict[str, str | int | float | None]]:
+        """A flat dict for every layer, with the same keys: `pandas.DataFrame` and `polars.DataFrame` take them.
+
+        nan stays nan; None is what is not known of a layer, such as the units of one without activations.
+
+        Raises:
+            ValueError: the report is of several models or steps.
+        """
+        return serialization.to_records(self.single().rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python data; nan is None, infinity a string, arrays are nested lists."""

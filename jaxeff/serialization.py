@@ -10,14 +10,14 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.records import AttentionReport, LayerReport, ModelReport, ModuleReport, OtherReport
+from jaxeff.records import AttentionReport, LayerReport, ModelReport, ModuleReport, Null, OtherReport
 
 if TYPE_CHECKING:
     from jaxeff.report import Report
@@ -45,6 +45,37 @@ def to_dict(report: Report) -> dict[str, Any]:
         "modules": encoded(concrete.modules),
         "attentions": encoded(concrete.attentions),
         "recommendations": encoded(concrete.recommendations()),
+    }
+
+
+def to_records(rows: Sequence[LayerReport]) -> list[dict[str, str | int | float | None]]:
+    """A flat dict for each row: text, numbers of Python, None."""
+    return [_record(row) for row in rows]
+
+
+def _record(row: LayerReport) -> dict[str, str | int | float | None]:
+    null, activity = row.null, row.activity
+    return {
+        "path": row.path,
+        "kind": row.kind,
+        "shape": "x".join(map(str, row.shape)),
+        "nonlinearity": row.nonlinearity,
+        "side": row.side,
+        "note": row.note,
+        "uses": row.uses,
+        "macs": row.macs,
+        **{field.name: getattr(row.metrics, field.name).item() for field in dataclasses.fields(row.metrics)},
+        **{
+            f"null_{field.name}": None if null is None else getattr(null, field.name).item()
+            for field in dataclasses.fields(Null)
+        },
+        "units": row.unit_count,
+        "effective_units": row.effective_units.item(),
+        "effective_fan_in": row.effective_fan_in.item(),
+        "dead_units": None if activity is None else int(activity.dead),
+        "saturated_units": None if activity is None else int(activity.saturated),
+        "nonfinite_weights": row.nonfinite_weights.item(),
+        "largest_weight": row.largest_weight.item(),
     }
 
 

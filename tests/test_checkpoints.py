@@ -807,7 +807,7 @@ def test_a_page_has_the_curves_of_every_weight(tmp_path: Path, capsys: pytest.Ca
     path = save(tmp_path / "<b>m.safetensors", {"large": normal(300, 300), "small": normal(8, 8)})
     assert cli.main(["analyze", str(path), "--html", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text()
-    assert "<title>jaxeff: &lt;b&gt;m.safetensors</title>" in text and "<b>m" not in text
+    assert "<title>jaxeff: &lt;b&gt;m.safetensors</title>" in text and "<b>m.safe" not in text
     data = json.loads(text.split('id="data">')[1].split("</script>")[0])
     for shown in data["layers"]:
         assert math.isclose(sum(shown["weights"]), 1, abs_tol=1e-3)

@@ -7,9 +7,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
 import pytest
 
-from jaxeff import totals
+from jaxeff import table, totals
 from jaxeff.distribution import Distribution
 from jaxeff.metrics import Metrics
 from jaxeff.recommendations import (
@@ -105,6 +106,23 @@ def test_a_printed_report_fits_100_columns(rows):
     assert max(map(len, str(report_of(*rows)).splitlines())) <= 100
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 150])
+@pytest.mark.parametrize("rows", TABLES.values(), ids=TABLES)
+def test_a_table_fits_the_width_it_is_given(rows, width):
+    lines = table.render(report_of(*rows), width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    if rows:
+        assert {"layer", "used", "null"} <= set(lines[0].split())
+
+
+def test_a_table_says_which_columns_it_left_out():
+    printed = " ".join(table.render(report_of(layer()), width=40).split())
+    header = printed.split("---")[0].split()
+    assert "columns left out for want of width" in printed
+    left_out = printed.split("width: ")[1].split(")")[0].split(", ")
+    assert sorted([*header, *left_out]) == sorted(table.HEADER)
+
+
 def test_layers_are_printed_in_forward_order_one_line_each():
     rows = [layer(f"{name}/kernel") for name in ("z", "m", "a", "q")]
     lines = str(report_of(*rows)).splitlines()
@@ -186,6 +204,40 @@ def test_scalars_are_floats_under_flat_names():
     assert scalars["model/total_params"] == 2 * 2048 + 32
     assert "layers/b/kernel/dead_units" not in scalars and "layers/b/kernel/gini" in scalars
     assert "layers/a/kernel/null_utilization" not in report_of(layer("a/kernel", null=None)).scalars()
+
+
+# In notebooks and tables
+
+
+def test_a_notebook_shows_the_table_without_scripts_or_styles():
+    rows = [layer("<script>alert(1)</script>", dead=2, reason="<b>&"), *map(layer, "ab" * 40)]
+    shown = report_of(*rows)._repr_html_()
+    assert "<script" not in shown and "<b>" not in shown and "style=" not in shown
+    assert shown.count("<tr>") == 61 and "21 more layers." in shown and "dead units" in shown
+    for part in ("&lt;script&gt;alert(1)&lt;/script&gt;", "73.0%", '<th scope="col">gini</th>'):
+        assert part in shown
+    both = _stacked(report_of(layer("<i>")), report_of(layer("<i>")))
+    assert "2 models" in both._repr_html_() and "<i>" not in both._repr_html_()
+
+
+def test_treescope_shows_a_report_as_a_tree():
+    treescope = pytest.importorskip("treescope")
+    shown = treescope.render_to_text(report_of(layer("a/kernel")))
+    assert shown.startswith("Report(") and "LayerNumbers" in shown and "a/kernel" in shown
+
+
+def test_records_are_flat_and_make_a_data_frame():
+    report = report_of(layer("a", gini=math.nan, dead=3), layer("b", macs=None, activity=None, gini=0.25))
+    records = report.to_records()
+    kinds = {type(value) for record in records for value in record.values()}
+    assert kinds <= {str, int, float, type(None)} and records[0].keys() == records[1].keys()
+    assert records[1]["gini"] == 0.25 and math.isnan(records[0]["gini"]) and records[1]["macs"] is None
+    assert records[0]["null_utilization"] == pytest.approx(0.73) and records[1]["dead_units"] is None
+    assert report_of(layer(null=None)).to_records()[0]["null_utilization"] is None
+    frame = pandas.DataFrame(records).set_index("path")
+    assert frame.loc["a", "dead_units"] == 3 and frame["gini"].isna().tolist() == [True, False]
+    assert frame["size"].sum() == 2 * 2048
+    assert report_of().to_records() == []
 
 
 # Storing

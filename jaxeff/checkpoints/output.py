@@ -21,12 +21,18 @@ _SPARE = tuple(field.name for field in dataclasses.fields(Metrics) if field.name
 ORDERS = ("path", "size", *_USED, *_SPARE)
 
 
-def render(report: Report, checkpoint: Checkpoint, order: str = "path", top: int | None = None) -> str:
+def render(
+    report: Report,
+    checkpoint: Checkpoint,
+    order: str = "path",
+    top: int | None = None,
+    width: int = table.WIDTH,
+) -> str:
     """The report's table in an order of ORDERS, with the first `top` rows, and what was left out.
 
     The model, the notes and the recommendations are of all rows.
     """
-    return "\n".join([table.render(report, in_order(report, order)[:top]), *_left_out(checkpoint)])
+    return "\n".join([table.render(report, in_order(report, order)[:top], width), *_left_out(checkpoint)])
 
 
 def in_order(report: Report, order: str) -> list[int]:
