@@ -188,7 +188,7 @@ class Report:
         return flat
 
     def to_records(self) -> list[dict[str, str | int | float | None]]:
-        """A flat dict for every layer, with the same keys: `pandas.DataFrame` and `polars.DataFrame` take them.
+        """A flat dict for every layer, all with the same keys: what pandas and polars make a DataFrame of.
 
         nan stays nan; None is what is not known of a layer, such as the units of one without activations.
 
