@@ -14,16 +14,20 @@ from typing import Any, NoReturn
 
 import jaxeff
 
-_EXAMPLES = """\
-examples:
+_DEMO = """\
   jaxeff demo                         train on the digits, analyse, print the report
   jaxeff demo --seed 3 --epochs 10    another network, half the training
   jaxeff demo > report.txt            the report alone: progress goes to standard error
+"""
+_ANALYZE = """\
   jaxeff analyze model.safetensors    the weights of a checkpoint, by magnitude
   jaxeff analyze checkpoint --sort gini --top 20 --json report.json
   jaxeff analyze model.safetensors --html report.html
   jaxeff analyze model.safetensors --json - | jq .model.utilization
+"""
+_COMPARE = """\
   jaxeff compare before after         what changed between two checkpoints
+  jaxeff compare before after --sort change --top 10
 """
 _PATH = (
     "a .safetensors file, a directory of shards and their index, an Orbax checkpoint or a Flax .msgpack file"
@@ -167,16 +171,23 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+def _examples(text: str) -> dict[str, Any]:
+    return {
+        "epilog": f"examples:\n{text}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="jaxeff",
         description="Which weights of a JAX network earn their keep, and what can be removed.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **_examples(_DEMO + _ANALYZE + _COMPARE),
     )
     _ = parser.add_argument("--version", action="version", version=f"jaxeff {jaxeff.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    demo = commands.add_parser("demo", help="train a small network on scanned digits, analyse and prune it")
+    help_ = "train a small network on scanned digits, analyse and prune it"
+    demo = commands.add_parser("demo", help=help_, **_examples(_DEMO))
     seed, epochs = _integer(0, 2**32 - 1), _integer(1, 10_000)
     _ = demo.add_argument("--seed", type=seed, metavar="N", help="initial weights and order of batches")
     _ = demo.add_argument("--epochs", type=epochs, metavar="N", help="passes over the training digits")
@@ -187,7 +198,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_checkpoints(commands: Any) -> None:
     analyze = commands.add_parser(
-        "analyze", help="the weights of a checkpoint, by magnitude, without its model"
+        "analyze",
+        help="the weights of a checkpoint, by magnitude, without its model",
+        **_examples(_ANALYZE),
     )
     _ = analyze.add_argument("path", metavar="PATH", help=_PATH)
     _ = analyze.add_argument(
@@ -198,7 +211,8 @@ def _add_checkpoints(commands: Any) -> None:
     _ = analyze.add_argument("--html", metavar="FILE", help="also write the report as a page for a browser")
     help_ = "path, size or a metric (utilization, gini, redundancy, ...): those with most to spare first"
     _ = analyze.add_argument("--sort", metavar="ORDER", default="path", type=_order(_metrics), help=help_)
-    compare = commands.add_parser("compare", help="what changed from one checkpoint to another")
+    help_ = "what changed from one checkpoint to another"
+    compare = commands.add_parser("compare", help=help_, **_examples(_COMPARE))
     _ = compare.add_argument("a", metavar="A", help=_PATH)
     _ = compare.add_argument("b", metavar="B", help="likewise, of any of the formats")
     _ = compare.add_argument("--json", metavar="FILE", help="also write what changed; likewise")

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -151,6 +153,25 @@ def test_axes_are_made_and_nothing_is_shown(monkeypatch):
     pyplot.close("all")
 
 
+def test_the_code_of_the_docs_runs(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "plots.md").read_text()
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(block, names)
+    assert (tmp_path / "lorenz.png").stat().st_size > 0 and names["axes"].lines
+    pyplot.close("all")
+
+
+def test_the_gallery_shows_every_plot():
+    docs = Path(__file__).parents[1] / "docs"
+    text = (docs / "plots.md").read_text()
+    for name in (name for name in vars(plot) if callable(getattr(plot, name))):
+        assert f"plot.{name}(" in text and (docs / "images" / f"{name}.png").stat().st_size < 60_000
+
+
 # Pathways
 
 
@@ -215,6 +236,8 @@ def test_routes_are_drawn_from_left_to_right(axes):
     routes = (Route(((0, 1), (1, 0)), 0.6), Route(((0, 0), (1, 1)), 0.3))
     plot.pathways(Pathways(("a:0", "a:1"), (2, 4), routes, ()), axes)
     weakest, strongest = axes.lines
-    assert list(strongest.get_xdata()) == [0, 1] and list(strongest.get_ydata()) == pytest.approx([0.25, 0.875])
+    assert list(strongest.get_xdata()) == [0, 1] and list(strongest.get_ydata()) == pytest.approx(
+        [0.25, 0.875]
+    )
     assert strongest.get_linewidth() > weakest.get_linewidth()
     assert [text.get_text() for text in axes.get_xticklabels()] == ["a:0\n2 units", "a:1\n4 units"]

@@ -42,7 +42,7 @@ def layers(report: Report, metric: str = "utilization", axes: Axes | None = None
     if nulls:
         at, marks = zip(*nulls, strict=True)
         _ = drawn.plot(marks, at, "|", color=COLOURS[3], markersize=12, markeredgewidth=2, label="noise")
-        _ = drawn.legend()
+        _ = drawn.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     _ = drawn.set_yticks(range(len(rows)), [row.path for row in rows])
     drawn.invert_yaxis()
     _ = drawn.set_xlabel(metric)

@@ -63,7 +63,7 @@ def criteria(comparison: Comparison, axes: Axes | None = None) -> Axes:
         zip(comparison.criteria, np.asarray(comparison.loss), strict=True)
     ):
         _ = drawn.plot(fractions, losses, label=name, **line_style(index))
-    _ = drawn.set_xlabel(f"fraction of the weights removed, by {comparison.scope}")
+    _ = drawn.set_xlabel(f"fraction of the weights removed{' of each layer' * (comparison.scope == 'layer')}")
     _ = drawn.set_ylabel("loss")
     _ = drawn.legend(fontsize="small")
     return drawn
