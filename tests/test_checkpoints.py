@@ -5,10 +5,12 @@ import errno
 import json
 import math
 import os
+import pty
 import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -852,7 +854,7 @@ def test_a_file_that_may_not_grow_leaves_nothing(tmp_path: Path) -> None:
 def test_interruption_has_its_status(tmp_path: Path) -> None:
     # Larger than can be read in the time.
     path = sparse(tmp_path / "m.safetensors", "BF16", [1 << 20, 1 << 20])
-    process = run_command("analyze", str(path))
+    process = run_command("analyze", str(path), "--html", str(tmp_path / "page.html"))
     try:
         wait_until_open(process.pid, path)
         process.send_signal(signal.SIGINT)
@@ -860,6 +862,31 @@ def test_interruption_has_its_status(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert (process.returncode, out, err) == (130, "", "jaxeff: interrupted\n")
+    assert [child.name for child in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.safetensors", GOOD)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "jaxeff", "analyze", str(path), "--json", "-"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_table_fits_the_terminal(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.safetensors", {"encoder/" * 8 + "kernel": normal(64, 64)})
+    reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 40))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    command = [sys.executable, "-m", "jaxeff", "analyze", str(path)]
+    done = subprocess.run(command, stdout=terminal, stderr=subprocess.PIPE, env=environment, timeout=100)
+    os.close(terminal)
+    printed = os.read(reader, 1 << 16).decode()
+    os.close(reader)
+    assert done.returncode == 0 and "\x1b" not in printed
+    assert max(map(len, printed.splitlines())) <= 40 and "left out for want of width" in printed
 
 
 def test_an_interruption_is_held_until_it_may_be_heard() -> None:
