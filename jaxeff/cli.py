@@ -93,9 +93,13 @@ def _analyze(arguments: argparse.Namespace) -> None:
     from jaxeff import page
     from jaxeff.checkpoints import analysis, opening, output
 
-    with _refused():
-        if arguments.html is not None:
+    if arguments.html is not None:
+        try:
             page.check_available()
+        except ImportError as error:
+            print(f"jaxeff: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+    with _refused():
         _check_writable(arguments.json, arguments.html)
         checkpoint = opening.open_checkpoint(arguments.path)
         report = analysis.analyze(checkpoint, curves=arguments.html is not None)
@@ -159,7 +163,7 @@ def _refused() -> Iterator[None]:
 
     try:
         yield
-    except (CheckpointError, ImportError) as error:
+    except CheckpointError as error:
         print(f"jaxeff: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

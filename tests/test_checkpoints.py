@@ -805,6 +805,15 @@ def test_a_dash_prints_json_and_nothing_else(tmp_path: Path, capsys: pytest.Capt
     assert [child.name for child in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+def test_a_page_without_jinja_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(SystemExit, match="2"):
+        _ = cli.main(["analyze", "nowhere", "--html", str(tmp_path / "page.html")])
+    assert "pip install 'jaxeff[html]'" in capsys.readouterr().err
+
+
 def test_a_page_has_the_curves_of_every_weight(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = save(tmp_path / "<b>m.safetensors", {"large": normal(300, 300), "small": normal(8, 8)})
     assert cli.main(["analyze", str(path), "--html", str(tmp_path / "page.html")]) == 0
