@@ -1,6 +1,6 @@
 """What the metrics of an array cost, and how far off they are: sketch and sort beside NumPy and jax.numpy.
 
-    python benchmarks/metrics.py [--weights 10000000] [--repeats 7]
+    python benchmarks/metrics.py [--weights 10000000] [--repeats 7] [--curves]
 
 NumPy and jax.numpy compute entropy, sparsity, Gini and coverage as one would write them down, in float32: two
 sorts. Then the 148 leaves of a GPT-2 small (124 M weights): all metrics of each, first call and warm.
@@ -44,11 +44,12 @@ def main() -> None:
     _ = parser.add_argument("--weights", type=int, default=10**7)
     _ = parser.add_argument("--repeats", type=int, default=7)
     _ = parser.add_argument("--leaves", action=argparse.BooleanOptionalAction, default=True)
+    _ = parser.add_argument("--curves", action="store_true", help="count distributions in analyze as well")
     chosen = parser.parse_args()
     print(timing.machine())
     one_array(chosen.weights, chosen.repeats)
     if chosen.leaves:
-        gpt2(chosen.repeats)
+        gpt2(chosen.repeats, chosen.curves)
 
 
 def one_array(size: int, repeats: int) -> None:
@@ -90,7 +91,7 @@ def _errors(found, truth) -> list[str]:
     return [f"{abs(float(v) / truth[name] - 1):.0e}" for name, v in zip(SHOWN, values, strict=True)]
 
 
-def gpt2(repeats: int) -> None:
+def gpt2(repeats: int, curves: bool) -> None:
     shapes = [(50257, 768), (1024, 768)]
     block = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,), (768, 3072), (3072,)]
     shapes += 12 * [*block, (3072, 768), (768,)] + [(768,), (768,)]
@@ -106,10 +107,10 @@ def gpt2(repeats: int) -> None:
     _ = numpy_run()
     plain_seconds = time.perf_counter() - start
     start = time.perf_counter()
-    _ = jax.block_until_ready(jaxeff.analyze(params))
+    _ = jax.block_until_ready(jaxeff.analyze(params, curves=curves))
     first = time.perf_counter() - start
     seconds = timing.interleaved(
-        {"NumPy": numpy_run, "analyze": lambda: jaxeff.analyze(params)}, max(repeats // 3, 2)
+        {"NumPy": numpy_run, "analyze": lambda: jaxeff.analyze(params, curves=curves)}, max(repeats // 3, 2)
     )
     print(f"\nGPT-2 small: {len(params)} leaves, {size / 1e6:.1f} M weights, `jaxeff.analyze(params)`\n")
     print(f"first call, compiling included: {first:.2f} s, NumPy {plain_seconds / first:.1f} times as long")

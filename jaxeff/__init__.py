@@ -24,6 +24,8 @@ from jaxeff.comparison import Comparison as Comparison
 from jaxeff.comparison import compare_criteria as compare_criteria
 from jaxeff.models import from_nnx as from_nnx
 from jaxeff.monitoring import monitor as monitor
+from jaxeff.pathways import Pathways as Pathways
+from jaxeff.pathways import pathways as pathways
 from jaxeff.recommendations import Recommendation as Recommendation
 from jaxeff.report import Report as Report
 from jaxeff.statistics import Statistics as Statistics

@@ -30,6 +30,7 @@ def analyze(
     targets: Any = None,
     statistics: Statistics | None = None,
     rngs: Any = None,
+    curves: bool = False,
     **apply_kwargs: Any,
 ) -> Report:
     """Which weights of a model earn their keep on this batch.
@@ -51,6 +52,8 @@ def analyze(
         targets: any tree of arrays, which `loss_fn` gets.
         statistics: from `jaxeff.collect` or `jaxeff.calibrate`, instead of `apply_fn` and `batch`.
         rngs, **apply_kwargs: passed to `apply_fn`.
+        curves: whether to count how the importance of every layer is spread, which histograms and Lorenz
+            curves are drawn from: `LayerReport.distribution`. It makes the first call longer.
 
     Returns:
         One row for every weight, in forward order; every other leaf of `params` is counted as what
@@ -82,7 +85,7 @@ def analyze(
         chosen = _without_model(chosen)
         statistics = Statistics((), (), (), {}, _places_by_shape(named))
     _check_statistics(named, statistics, chosen)
-    return _report(chosen, tuple(named), tuple(named.values()), statistics)
+    return _report(chosen, curves, tuple(named), tuple(named.values()), statistics)
 
 
 def _without_model(criterion: Criterion) -> Criterion:
@@ -136,10 +139,14 @@ def _check_statistics(named: dict[str, Any], statistics: Statistics, criterion: 
 
 
 def _report(
-    criterion: Criterion, paths: tuple[str, ...], leaves: tuple[Any, ...], statistics: Statistics
+    criterion: Criterion,
+    curves: bool,
+    paths: tuple[str, ...],
+    leaves: tuple[Any, ...],
+    statistics: Statistics,
 ) -> Report:
     in_parts = any(map(_may_lie_in_parts, leaves))
-    report, units, heads = _measured(criterion, paths, in_parts, leaves, statistics)
+    report, units, heads = _measured(criterion, curves, paths, in_parts, leaves, statistics)
     modules = tuple(
         ModuleReport(module.path, Activity(module.output.absolute_sum.shape, 1, module.output))
         for module in statistics.modules
@@ -170,9 +177,10 @@ def _may_lie_in_parts(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not leaf.is_fully_replicated
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _measured(
     criterion: Criterion,
+    curves: bool,
     paths: tuple[str, ...],
     in_parts: bool,
     leaves: tuple[Any, ...],
@@ -196,7 +204,7 @@ def _measured(
     rows = [part for weight in weights for part in layers.unstacked(weight)]
     alone = [weight for weight in weights if len(weight.sites) == 1]
     structure = tuple(layers.structure(criterion, row) for row in rows)
-    numbers, units = layers.measure(criterion, rows, in_parts)
+    numbers, units = layers.measure(criterion, rows, in_parts, curves)
     rest = [place for place in statistics.places if place.role != "weight"]
     report = Report(
         criterion=criterion.name,

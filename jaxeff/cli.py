@@ -6,6 +6,7 @@ interrupted. 141: whoever read the output has left.
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,14 +14,20 @@ from typing import Any, NoReturn
 
 import jaxeff
 
-_EXAMPLES = """\
-examples:
+_DEMO = """\
   jaxeff demo                         train on the digits, analyse, print the report
   jaxeff demo --seed 3 --epochs 10    another network, half the training
   jaxeff demo > report.txt            the report alone: progress goes to standard error
+"""
+_ANALYZE = """\
   jaxeff analyze model.safetensors    the weights of a checkpoint, by magnitude
   jaxeff analyze checkpoint --sort gini --top 20 --json report.json
+  jaxeff analyze model.safetensors --html report.html
+  jaxeff analyze model.safetensors --json - | jq .model.utilization
+"""
+_COMPARE = """\
   jaxeff compare before after         what changed between two checkpoints
+  jaxeff compare before after --sort change --top 10
 """
 _PATH = (
     "a .safetensors file, a directory of shards and their index, an Orbax checkpoint or a Flax .msgpack file"
@@ -83,29 +90,70 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
+    from jaxeff import page
     from jaxeff.checkpoints import analysis, opening, output
 
+    if arguments.html is not None:
+        try:
+            page.check_available()
+        except ImportError as error:
+            print(f"jaxeff: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
     with _refused():
-        if arguments.json is not None:
-            output.check_writable(arguments.json)
+        _check_writable(arguments.json, arguments.html)
         checkpoint = opening.open_checkpoint(arguments.path)
-        report = analysis.analyze(checkpoint)
-    if arguments.json is not None:
-        output.write(arguments.json, report.to_json(indent=1))
-    print(output.render(report, checkpoint, arguments.sort, arguments.top))
+        report = analysis.analyze(checkpoint, curves=arguments.html is not None)
+    if arguments.html is not None:
+        report.to_html(arguments.html, title=f"jaxeff: {os.path.basename(os.path.abspath(arguments.path))}")
+    _print(
+        arguments.json,
+        lambda: report.to_json(indent=1),
+        lambda: output.render(report, checkpoint, arguments.sort, arguments.top, _width()),
+    )
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from jaxeff.checkpoints import comparing, opening, output
+    from jaxeff.checkpoints import comparing, opening
 
     with _refused():
-        if arguments.json is not None:
-            output.check_writable(arguments.json)
+        _check_writable(arguments.json)
         a, b = opening.open_checkpoint(arguments.a), opening.open_checkpoint(arguments.b)
         comparison = comparing.compare(a, b)
-    if arguments.json is not None:
-        output.write(arguments.json, comparison.to_json(indent=1))
-    print(comparing.render(comparison, arguments.sort, arguments.top))
+    _print(
+        arguments.json,
+        lambda: comparison.to_json(indent=1),
+        lambda: comparing.render(comparison, arguments.sort, arguments.top, _width()),
+    )
+
+
+def _width() -> int:
+    """Of the terminal; where the output is none, of a table anywhere."""
+    from jaxeff import table
+
+    return max(shutil.get_terminal_size().columns, 20) if sys.stdout.isatty() else table.WIDTH
+
+
+_STANDARD_OUTPUT = "-"
+
+
+def _check_writable(*paths: str | None) -> None:
+    from jaxeff import files
+
+    for path in paths:
+        if path is not None and path != _STANDARD_OUTPUT:
+            files.check_writable(path)
+
+
+def _print(json_path: str | None, to_json: Callable[[], str], to_table: Callable[[], str]) -> None:
+    """The table, and a file of JSON where one is asked for; or the JSON alone."""
+    from jaxeff import files
+
+    if json_path == _STANDARD_OUTPUT:
+        print(to_json())
+        return
+    if json_path is not None:
+        files.write(json_path, to_json())
+    print(to_table())
 
 
 @contextmanager
@@ -127,16 +175,23 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+def _examples(text: str) -> dict[str, Any]:
+    return {
+        "epilog": f"examples:\n{text}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="jaxeff",
         description="Which weights of a JAX network earn their keep, and what can be removed.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **_examples(_DEMO + _ANALYZE + _COMPARE),
     )
     _ = parser.add_argument("--version", action="version", version=f"jaxeff {jaxeff.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    demo = commands.add_parser("demo", help="train a small network on scanned digits, analyse and prune it")
+    help_ = "train a small network on scanned digits, analyse and prune it"
+    demo = commands.add_parser("demo", help=help_, **_examples(_DEMO))
     seed, epochs = _integer(0, 2**32 - 1), _integer(1, 10_000)
     _ = demo.add_argument("--seed", type=seed, metavar="N", help="initial weights and order of batches")
     _ = demo.add_argument("--epochs", type=epochs, metavar="N", help="passes over the training digits")
@@ -147,18 +202,24 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_checkpoints(commands: Any) -> None:
     analyze = commands.add_parser(
-        "analyze", help="the weights of a checkpoint, by magnitude, without its model"
+        "analyze",
+        help="the weights of a checkpoint, by magnitude, without its model",
+        **_examples(_ANALYZE),
     )
     _ = analyze.add_argument("path", metavar="PATH", help=_PATH)
     _ = analyze.add_argument(
-        "--json", metavar="FILE", help="also write the report, for jaxeff.Report.from_json"
+        "--json",
+        metavar="FILE",
+        help="also write the report, for jaxeff.Report.from_json; - prints it instead of the table",
     )
+    _ = analyze.add_argument("--html", metavar="FILE", help="also write the report as a page for a browser")
     help_ = "path, size or a metric (utilization, gini, redundancy, ...): those with most to spare first"
     _ = analyze.add_argument("--sort", metavar="ORDER", default="path", type=_order(_metrics), help=help_)
-    compare = commands.add_parser("compare", help="what changed from one checkpoint to another")
+    help_ = "what changed from one checkpoint to another"
+    compare = commands.add_parser("compare", help=help_, **_examples(_COMPARE))
     _ = compare.add_argument("a", metavar="A", help=_PATH)
     _ = compare.add_argument("b", metavar="B", help="likewise, of any of the formats")
-    _ = compare.add_argument("--json", metavar="FILE", help="also write what changed")
+    _ = compare.add_argument("--json", metavar="FILE", help="also write what changed; likewise")
     help_ = "path, change or size: the largest first"
     _ = compare.add_argument("--sort", metavar="ORDER", default="path", type=_order(_changes), help=help_)
     for command, run in ((analyze, _analyze), (compare, _compare)):

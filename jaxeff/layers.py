@@ -1,7 +1,7 @@
 """One weight and what its units emit -> its row of the report.
 
-Layers share compiled kernels, which run over them in a loop. Imports `binned`, `exact`, `granularity`,
-`importance`, `noise`, `records`, `statistics`.
+Layers share compiled kernels, which run over them in a loop. Imports `binned`, `distribution`, `exact`,
+`granularity`, `importance`, `noise`, `records`, `statistics`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import binned, exact, granularity, importance, noise
+from jaxeff import binned, distribution, exact, granularity, importance, noise
 from jaxeff.exact import Metrics, Packed
 from jaxeff.importance import Criterion
 from jaxeff.precision import wide, widened
@@ -132,7 +132,7 @@ def activity_of(site: SiteStatistics, unit_shape: tuple[int, ...]) -> Activity:
 
 
 def measure(
-    criterion: Criterion, layers: Sequence[Layer], in_parts: bool = False
+    criterion: Criterion, layers: Sequence[Layer], in_parts: bool = False, curves: bool = False
 ) -> tuple[LayerNumbers, jax.Array]:
     """The numbers of all layers, stacked, and the importance of the units of each, padded: see `units_of`.
 
@@ -142,6 +142,7 @@ def measure(
     Args:
         in_parts: whether weights may lie in parts on several devices. Each is then counted where it lies,
             by a kernel for its shape, and only those of float64 are sorted.
+        curves: whether to count how the importance of each is spread.
     """
     if not layers:
         return none_of(LayerNumbers), jnp.zeros((0, 0))
@@ -151,7 +152,9 @@ def measure(
     parts = []
     for (counted, _), chosen in kinds.items():
         alike = [layers[index] for index in chosen]
-        parts.append(_by_bins(criterion, alike, in_parts) if counted else _by_order(criterion, alike))
+        parts.append(
+            _by_bins(criterion, alike, in_parts, curves) if counted else _by_order(criterion, alike, curves)
+        )
     found = parts[0] if len(parts) == 1 else _merged(parts, np.argsort(np.concatenate([*kinds.values()])))
     return _numbers(criterion, found), found.made.units * _unit_scale(found.made.largest_weight)[:, None]
 
@@ -224,6 +227,7 @@ def _numbers(criterion: Criterion, found: _Found) -> LayerNumbers:
         found.made.nonfinite_weights,
         found.made.largest_weight,
         found.made.usable,
+        distribution=None if found.cells is None else distribution.unpacked(found.cells),
     )
 
 
@@ -231,6 +235,7 @@ class _Found(NamedTuple):
     """Metrics of several layers' scores, units and null (None where it is known); and what they are of."""
 
     summary: Metrics
+    cells: jax.Array | None  # [layers, CELLS, 2], how the scores are spread, where that was asked for
     units: Metrics
     null: Metrics | None
     made: _Made
@@ -249,20 +254,20 @@ def _widened(rows: jax.Array, width: int) -> jax.Array:
     return jnp.pad(rows, ((0, 0), (0, width - rows.shape[1])))
 
 
-def _by_bins(criterion: Criterion, layers: Sequence[Layer], in_parts: bool) -> _Found:
+def _by_bins(criterion: Criterion, layers: Sequence[Layer], in_parts: bool, curves: bool) -> _Found:
     """Layers of any size, counted one after the other; the derivatives are those of sorting."""
     places = [layer.place for layer in layers]
 
     @jax.custom_jvp
     def measured(arrays: list[Any]) -> _Found:
         own = [Layer(place, *each) for place, each in zip(places, arrays, strict=True)]
-        return _count_all(criterion, own, in_parts)
+        return _count_all(criterion, own, in_parts, curves)
 
     @measured.defjvp
     def _(primals: tuple[list[Any]], tangents: tuple[list[Any]]) -> tuple[_Found, _Found]:
         def sorted_(arrays: list[Any]) -> _Found:
             own = [Layer(place, *each) for place, each in zip(places, arrays, strict=True)]
-            found = _by_order(criterion, own)
+            found = _by_order(criterion, own, curves)
             width = max(map(_unit_count, own))
             return found._replace(made=found.made._replace(units=found.made.units[:, :width]))
 
@@ -271,7 +276,7 @@ def _by_bins(criterion: Criterion, layers: Sequence[Layer], in_parts: bool) -> _
     return measured([tuple(layer[1:]) for layer in layers])
 
 
-def _count_all(criterion: Criterion, layers: Sequence[Layer], in_parts: bool) -> _Found:
+def _count_all(criterion: Criterion, layers: Sequence[Layer], in_parts: bool, curves: bool) -> _Found:
     """One kernel to count for each length, or in parts for each shape; one to read the counts for all.
 
     The outer switch is among the kernels, the next among the shapes, the innermost among equal layers.
@@ -291,7 +296,7 @@ def _count_all(criterion: Criterion, layers: Sequence[Layer], in_parts: bool) ->
 
     branches = [branch(length, groups) for length, groups in kernels]
 
-    def step(at: tuple[jax.Array, ...]) -> tuple[Packed, _Made]:
+    def step(at: tuple[jax.Array, ...]) -> tuple[Packed, jax.Array | None, _Made]:
         choice, group, member, size, units = at
         bins, made = jax.lax.switch(choice, branches, group, member, size)
         rows, sizes = made.units[None], units[None]
@@ -304,7 +309,7 @@ def _count_all(criterion: Criterion, layers: Sequence[Layer], in_parts: bool) ->
         rows = jax.tree.map(lambda one, two: jnp.concatenate([one[None], two]), bins, others)
         read = lambda row: exact.pack(binned.summarize_bins(*row))  # noqa: E731
         summaries = jax.lax.map(read, (rows, jnp.append(size, sizes)))
-        return summaries, made
+        return summaries, binned.distribute(bins, size) if curves else None, made
 
     positions = {
         index: (choice, g, member)
@@ -313,12 +318,14 @@ def _count_all(criterion: Criterion, layers: Sequence[Layer], in_parts: bool) ->
         for member, index in enumerate(group)
     }
     steps = [(*positions[i], _size(layer), _unit_count(layer)) for i, layer in enumerate(layers)]
-    summaries, made = jax.lax.map(step, tuple(jnp.asarray(c, jnp.int32) for c in zip(*steps, strict=True)))
+    summaries, cells, made = jax.lax.map(
+        step, tuple(jnp.asarray(c, jnp.int32) for c in zip(*steps, strict=True))
+    )
     scores, units, *null = (
         exact.unpack(jax.tree.map(lambda leaf, at=at: leaf[:, at], summaries))
         for at in range(summaries.floats.shape[1])
     )
-    return _Found(scores, units, null[0] if null else None, made)
+    return _Found(scores, cells, units, null[0] if null else None, made)
 
 
 def _by_length(layers: Sequence[Layer], groups: list[list[int]]) -> list[tuple[int, list[list[int]]]]:
@@ -355,13 +362,13 @@ def _maker(
     return functools.partial(_make_one, criterion, members[0].place, arrays, length, width)
 
 
-def _by_order(criterion: Criterion, layers: Sequence[Layer]) -> _Found:
+def _by_order(criterion: Criterion, layers: Sequence[Layer], curves: bool) -> _Found:
     """Layers sorted, in classes of padded sizes: one kernel a class, in a loop over its layers."""
     width = _padded_size(max([_SMALL, *map(_unit_count, layers)]))
     classes = _size_classes(layers, width)
     order = [index for members in classes for index in members]
-    made = [_make_all(criterion, [layers[index] for index in members], width) for members in classes]
-    found = _summarize(criterion, made, [layers[index] for index in order], width)
+    made = [_make_all(criterion, [layers[index] for index in members], width, curves) for members in classes]
+    found = _summarize(criterion, made, [layers[index] for index in order], width, curves)
     if order == sorted(order):
         return found
     back = np.argsort(np.asarray(order))
@@ -370,9 +377,10 @@ def _by_order(criterion: Criterion, layers: Sequence[Layer]) -> _Found:
 
 def _summarize(
     criterion: Criterion,
-    made: Sequence[tuple[_Made, Metrics | None]],
+    made: Sequence[tuple[_Made, _Summary | None]],
     layers: Sequence[Layer],
     width: int,
+    curves: bool,
 ) -> _Found:
     """Metrics of all that was made.
 
@@ -392,14 +400,25 @@ def _summarize(
     if last is not None:
         rows.append(last)
         sizes += map(_size, open_)
-    summarized = lambda sample: exact.pack(exact.summarize_padded(*sample))  # noqa: E731
     stacked = jnp.concatenate(rows), jnp.asarray(sizes, jnp.int32)
-    found = exact.unpack(jax.lax.map(summarized, stacked))
+    found = jax.lax.map(lambda row: _summary(row[0], row[1], curves), stacked)
     ends = [0, *itertools.accumulate(len(part) for part in rows)]
     parts = [jax.tree.map(lambda leaf, at=at: leaf[slice(*at)], found) for at in itertools.pairwise(ends)]
     small = [parts.pop()] if last is not None else []
-    null = parts[1] if _is_sampled(criterion) else None
-    return _Found(_joined([*large, *small]), parts[0], null, samples)
+    null = exact.unpack(parts[1].metrics) if _is_sampled(criterion) else None
+    summary = _joined([*large, *small])
+    return _Found(exact.unpack(summary.metrics), summary.cells, exact.unpack(parts[0].metrics), null, samples)
+
+
+class _Summary(NamedTuple):
+    metrics: Packed
+    cells: jax.Array | None
+
+
+def _summary(scores: jax.Array, size: jax.Array, curves: bool) -> _Summary:
+    """Of the first `size` scores; the others must be 0."""
+    cells = distribution.of_padded(scores, size) if curves else None
+    return _Summary(exact.pack(exact.summarize_padded(scores, size)), cells)
 
 
 def _joined(parts: Sequence[Any]) -> Any:
@@ -434,7 +453,9 @@ class _Made(NamedTuple):
     nonfinite_weights: jax.Array
 
 
-def _make_all(criterion: Criterion, layers: Sequence[Layer], width: int) -> tuple[_Made, Metrics | None]:
+def _make_all(
+    criterion: Criterion, layers: Sequence[Layer], width: int, curves: bool
+) -> tuple[_Made, _Summary | None]:
     """Layers of one size class, one after the other; of large ones the metrics in place of the scores.
 
     Switches pick one weight at a time, so that the scores of large layers never exist together: the
@@ -444,12 +465,12 @@ def _make_all(criterion: Criterion, layers: Sequence[Layer], width: int) -> tupl
     members = _groups(layers)
     branches = [_maker(criterion, [layers[i] for i in group], length, width) for group in members]
 
-    def step(at: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[_Made, Metrics | None]:
+    def step(at: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[_Made, _Summary | None]:
         group, member, size = at
         made = jax.lax.switch(group, branches, member)
         if length == width:
             return made, None
-        return made._replace(scores=None), exact.summarize_padded(made.scores, size)
+        return made._replace(scores=None), _summary(made.scores, size, curves)
 
     position = {index: (g, i) for g, group in enumerate(members) for i, index in enumerate(group)}
     steps = [(*position[index], _size(layer)) for index, layer in enumerate(layers)]

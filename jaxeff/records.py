@@ -1,7 +1,7 @@
 """What a report is made of: the numbers of layers, of other leaves, of modules and of the model.
 
 Everything is a pytree: structure (paths, shapes, reasons) is static, numbers are arrays. Imports
-`exact`, `statistics`.
+`distribution`, `exact`, `statistics`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxeff.distribution import Distribution
 from jaxeff.exact import Metrics
 from jaxeff.statistics import UnitStatistics
 
@@ -113,6 +114,7 @@ class LayerNumbers:
         largest_weight: max |w|.
         evidence_finite: False where the activations or derivatives that the criterion reads are nan or
             infinite, or were not seen: the layer is then scored by magnitude.
+        distribution: of the importance over the weights; None unless `curves` were asked for.
     """
 
     metrics: Metrics
@@ -122,6 +124,8 @@ class LayerNumbers:
     nonfinite_weights: jax.Array
     largest_weight: jax.Array
     evidence_finite: jax.Array
+    # By keyword, for the fields of `LayerReport` that follow have no default.
+    distribution: Distribution | None = dataclasses.field(default=None, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +312,7 @@ def none_of(kind: Any) -> Any:
     """The stacked numbers of no layer, or of no leaf."""
     nothing: dict[str, Any] = {field.name: jnp.zeros(0) for field in dataclasses.fields(kind)}
     if kind is LayerNumbers:
-        nothing.update(metrics=none_of(Metrics), null=None)
+        nothing.update(metrics=none_of(Metrics), null=None, distribution=None)
     return kind(**nothing)
 
 

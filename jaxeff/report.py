@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import recommendations, serialization, table
+from jaxeff import files, notebook, page, recommendations, serialization, table
 from jaxeff.recommendations import Recommendation
 from jaxeff.records import (
     Activity,
@@ -156,6 +157,9 @@ class Report:
     def __str__(self) -> str:
         return table.render(self)
 
+    def _repr_html_(self) -> str:
+        return notebook.render(self)
+
     def recommendations(self, sensitivity: Sensitivity | None = None) -> tuple[Recommendation, ...]:
         """What to do, each with the numbers it rests on: see `jaxeff.recommendations.recommend`.
 
@@ -183,6 +187,16 @@ class Report:
             flat[f"{name}/lowest_entropy"] = float(jnp.min(attention.entropy))
         return flat
 
+    def to_records(self) -> list[dict[str, str | int | float | None]]:
+        """A flat dict for every layer, all with the same keys: what pandas and polars make a DataFrame of.
+
+        nan stays nan; None is what is not known of a layer, such as the units of one without activations.
+
+        Raises:
+            ValueError: the report is of several models or steps.
+        """
+        return serialization.to_records(self.single().rows)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python data; nan is None, infinity a string, arrays are nested lists."""
         return serialization.to_dict(self)
@@ -190,6 +204,20 @@ class Report:
     def to_json(self, *, indent: int | None = None) -> str:
         """The report as JSON without NaN literals; `Report.from_json` reads it back."""
         return serialization.to_json(self, indent=indent)
+
+    def to_html(self, path: str | os.PathLike, *, title: str = "jaxeff report") -> None:
+        """Writes one HTML file that needs no network and no other file: `jaxeff.page` has what it shows.
+
+        Args:
+            path: of the file; what is there is replaced once the new one is whole.
+            title: at its head.
+
+        Raises:
+            ImportError: Jinja is not installed.
+            OSError: the file cannot be written.
+            ValueError: the report is of several models or steps.
+        """
+        files.write(path, page.render(self, title))
 
     @staticmethod
     def from_json(text: str) -> Report:

@@ -10,19 +10,22 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.records import AttentionReport, LayerReport, ModelReport, ModuleReport, OtherReport
+from jaxeff.records import AttentionReport, LayerReport, ModelReport, ModuleReport, Null, OtherReport
 
 if TYPE_CHECKING:
     from jaxeff.report import Report
 
+# A reader opens any minor version: it leaves out fields it does not know, and takes those that are missing
+# for unknown. Whatever it would read wrongly needs a new major version.
 SCHEMA = 3
+MINOR = 0
 
 
 def to_dict(report: Report) -> dict[str, Any]:
@@ -34,6 +37,7 @@ def to_dict(report: Report) -> dict[str, Any]:
     concrete = report.single()
     return {
         "schema": SCHEMA,
+        "schema_minor": MINOR,
         "criterion": concrete.criterion,
         "model": encoded(concrete.model),
         "layers": encoded(concrete.rows),
@@ -41,6 +45,40 @@ def to_dict(report: Report) -> dict[str, Any]:
         "modules": encoded(concrete.modules),
         "attentions": encoded(concrete.attentions),
         "recommendations": encoded(concrete.recommendations()),
+    }
+
+
+def to_records(rows: Sequence[LayerReport]) -> list[dict[str, str | int | float | None]]:
+    """A flat dict for each row: text, numbers of Python, None."""
+    return [_record(row) for row in rows]
+
+
+def _record(row: LayerReport) -> dict[str, str | int | float | None]:
+    null, activity = row.null, row.activity
+    return {
+        "path": row.path,
+        "kind": row.kind,
+        "shape": "x".join(map(str, row.shape)),
+        "weights": row.size,
+        "dtype": row.dtype,
+        "bytes": row.bytes,
+        "nonlinearity": row.nonlinearity,
+        "side": row.side,
+        "note": row.note,
+        "uses": row.uses,
+        "macs": row.macs,
+        **{field.name: getattr(row.metrics, field.name).item() for field in dataclasses.fields(row.metrics)},
+        **{
+            f"null_{field.name}": None if null is None else getattr(null, field.name).item()
+            for field in dataclasses.fields(Null)
+        },
+        "units": row.unit_count,
+        "effective_units": row.effective_units.item(),
+        "effective_fan_in": row.effective_fan_in.item(),
+        "dead_units": None if activity is None else int(activity.dead),
+        "saturated_units": None if activity is None else int(activity.saturated),
+        "nonfinite_weights": row.nonfinite_weights.item(),
+        "largest_weight": row.largest_weight.item(),
     }
 
 
@@ -96,7 +134,8 @@ def _decoded(kind: Any, data: Any) -> Any:
         return tuple(_decoded(arguments[0], item) for item in data)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        return kind(**{f.name: _decoded(hints[f.name], data[f.name]) for f in dataclasses.fields(kind)})  # pyright: ignore
+        fields = [f for f in dataclasses.fields(kind) if f.name in data or f.default is dataclasses.MISSING]
+        return kind(**{f.name: _decoded(hints[f.name], data[f.name]) for f in fields})  # pyright: ignore
     return _array(data) if kind is jax.Array else data
 
 

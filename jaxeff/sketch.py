@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxeff import bins, certified, moments
+from jaxeff import bins, certified, distribution, moments
 from jaxeff.certified import Bounds as Bounds
 from jaxeff.certified import Places
 from jaxeff.exact import Metrics, checked
@@ -186,6 +186,18 @@ def summarize(sketch: Sketch, refinement: Refinement | None = None) -> tuple[Met
     """
     whole = moments.whole_of(sketch)
     return certified.certify(sketch, whole, certified.find_all(sketch, whole), refinement)
+
+
+@jax.jit
+def distribute(sketch: Sketch) -> Array:
+    """How the weights of a sketch are spread, as `distribution.of` has it: each bin is in one cell."""
+    rows, last = jnp.arange(bins.ROWS - 1, dtype=jnp.int32), moments.largest_of(sketch) >> 23
+    held = jax.vmap(lambda row: moments.row_of(sketch, row))(rows)
+    values = held.level[0] * moments.factor_of(last.astype(jnp.int32), rows)[:, None]
+    values = jnp.where(held.weights > 0, values, 0)
+    size = moments.pair_of(*sketch.tallies[0])[0]
+    cells = distribution.of(values.reshape(-1), held.weights.reshape(-1), size)
+    return jnp.where(sketch.sums[-1, 0, 0] > 0, jnp.nan, cells)
 
 
 @jax.jit

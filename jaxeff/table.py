@@ -1,4 +1,4 @@
-"""A report as text, 100 columns wide. Imports `records`."""
+"""A report as text, 100 columns wide or as wide as a terminal. Imports `records`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ if TYPE_CHECKING:
     from jaxeff.report import Report
 
 WIDTH = 100
-_HEADER = (
+HEADER = (
     "layer", "shape", "emits", "weights", "bytes", "MACs", "used", "null", "gini", "units", "fan-in", "dead"
 )  # fmt: skip
+_DISPENSABLE = ("fan-in", "bytes", "shape", "emits", "weights", "dead", "units", "MACs", "gini")
+_LEFT = (1, 2)
+_NAME = 16  # what names have to be shortened to before columns are left out
 _MARK = "*"
 
 
-def render(report: Report, shown: Sequence[int] | None = None) -> str:
+def render(report: Report, shown: Sequence[int] | None = None, width: int = WIDTH) -> str:
     """The table: a row per layer in forward order, the model, what was analysed, what to do.
 
     Args:
         shown: numbers of the rows to show, in that order; all of them unless given. What follows the rows
             speaks of all.
+        width: of the lines, in columns.
 
     A report of several models (from `vmap` or `scan`) is not one table: it says how to pick one.
     """
@@ -39,29 +43,49 @@ def render(report: Report, shown: Sequence[int] | None = None) -> str:
     report = report.single()
     rows = report.rows
     chosen = rows if shown is None else [rows[index] for index in shown]
-    lines = [*_layers(chosen)] if chosen or not rows else []
+    lines = [*_layers(chosen, width)] if chosen or not rows else []
     if len(chosen) < len(rows):
         lines.append(f"... {len(rows) - len(chosen):,} of {len(rows):,} layers left out.")
-    lines += ["", *_model(report), *_attentions(report), *_notes(report)]
-    lines += _recommendations(report)
+    lines += ["", *(line for text in model(report) for line in textwrap.wrap(text, width))]
+    lines += [*_attentions(report, width), *_notes(report, width), *_recommendations(report, width)]
     return "\n".join(lines)
 
 
-def _layers(rows: Sequence[LayerReport]) -> list[str]:
+def _layers(rows: Sequence[LayerReport], width: int) -> list[str]:
     if not rows:
-        return ["No weights: no leaf of two axes or more multiplies data."]
-    cells = [_cells(row) for row in rows]
-    widths = [max(len(line[i]) for line in [_HEADER, *cells]) for i in range(1, len(_HEADER))]
-    first = min(max(len(line[0]) for line in [_HEADER, *cells]), WIDTH - sum(widths) - len(widths))
-    lines = [_line(line, first, widths) for line in [_HEADER, *cells]]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+        return textwrap.wrap("No weights: no leaf of two axes or more multiplies data.", width)
+    return aligned([HEADER, *map(cells, rows)], width, _DISPENSABLE)
 
 
-def _line(cells: Sequence[str], first: int, widths: Sequence[int]) -> str:
-    # Names and shapes to the left, numbers to the right.
-    left = [shorten(cells[0], first).ljust(first), cells[1].ljust(widths[0]), cells[2].ljust(widths[1])]
-    right = [cell.rjust(width) for cell, width in zip(cells[3:], widths[2:], strict=True)]
-    return " ".join([*left, *right]).rstrip()
+def aligned(lines: Sequence[Sequence[str]], width: int, dispensable: Sequence[str]) -> list[str]:
+    """Lines of cells, the first of them headers, in columns; names take what is left of the width.
+
+    Args:
+        dispensable: headers of columns that are left out, the first of them first, until names have room; a
+            last line then says so.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    kept, left_out = list(range(1, len(widths))), []
+    for header in dispensable:
+        if width - sum(widths[index] + 1 for index in kept) >= min(widths[0], _NAME):
+            break
+        left_out.append(header)
+        kept.remove(list(lines[0]).index(header))
+    first = max(min(widths[0], width - sum(widths[index] + 1 for index in kept)), 1)
+    texts = [
+        " ".join(
+            [shorten(line[0], first).ljust(first), *(_placed(line, index, widths) for index in kept)]
+        ).rstrip()
+        for line in lines
+    ]
+    said = [f"(columns left out for want of width: {', '.join(left_out)})"] if left_out else []
+    wrapped = [line for text in said for line in textwrap.wrap(text, width)]
+    return [texts[0], "-" * max(map(len, texts)), *texts[1:], *wrapped]
+
+
+def _placed(line: Sequence[str], index: int, widths: Sequence[int]) -> str:
+    """Names and shapes to the left, numbers to the right."""
+    return line[index].ljust(widths[index]) if index in _LEFT else line[index].rjust(widths[index])
 
 
 def shorten(path: str, width: int) -> str:
@@ -76,7 +100,8 @@ def shorten(path: str, width: int) -> str:
     return f"{path[: width - 1 - end]}…{path[-end:]}"
 
 
-def _cells(row: LayerReport) -> tuple[str, ...]:
+def cells(row: LayerReport) -> tuple[str, ...]:
+    """What stands under each word of HEADER."""
     dead = "" if row.activity is None else number(float(row.activity.dead))
     return (
         row.path + (_MARK if row.note else ""),
@@ -94,13 +119,14 @@ def _cells(row: LayerReport) -> tuple[str, ...]:
     )
 
 
-def _model(report: Report) -> list[str]:
+def model(report: Report) -> list[str]:
+    """What is said of the model as a whole, in sentences."""
     model = report.model
     lines = [
         f"Model: {percent(float(model.utilization))} of {number(model.weights)} weights used "
         f"({number(float(model.effective_params))} effective), noise under the same activations: "
         f"{percent(float(model.null_utilization))}. Scored by {report.criterion}.",
-        f"Parameters: {model.total_params:,} in all; {_shares(report)}.",
+        f"Parameters: {model.total_params:,} in all; {shares(report)}.",
     ]
     known = [row.macs for row in report.rows if row.macs is not None]
     if known:
@@ -117,10 +143,11 @@ def _model(report: Report) -> list[str]:
         lines.append(
             f"{int(model.excluded)} of {len(report.rows)} layers are not finite and left out of the model."
         )
-    return [line for text in lines for line in textwrap.wrap(text, WIDTH)]
+    return lines
 
 
-def _shares(report: Report) -> str:
+def shares(report: Report) -> str:
+    """What part of all parameters was analysed, and how."""
     total = max(report.model.total_params, 1)
     analysed = report.analysed_params
     others = sum(other.size for other in report.others)
@@ -135,11 +162,11 @@ def _shares(report: Report) -> str:
     return ", ".join(parts)
 
 
-def _attentions(report: Report) -> list[str]:
-    return _section("Attention:", [_attention(found) for found in report.attentions])
+def _attentions(report: Report, width: int) -> list[str]:
+    return _section(width, "Attention:", [attention(found) for found in report.attentions])
 
 
-def _attention(found: AttentionReport) -> str:
+def attention(found: AttentionReport) -> str:
     """The spread of the heads' entropies, and of the units' shares of the importance."""
     entropy, importance = np.asarray(found.entropy), np.asarray(found.importance)
     shares = importance / np.sum(importance, axis=-1, keepdims=True)
@@ -152,26 +179,31 @@ def _attention(found: AttentionReport) -> str:
     )
 
 
-def _notes(report: Report) -> list[str]:
+def _notes(report: Report, width: int) -> list[str]:
+    return _section(width, f"Notes ({_MARK}):", [f"{path}: {note}." for path, note in notes(report)])
+
+
+def notes(report: Report) -> list[tuple[str, str]]:
+    """Paths and what a reader must know of them."""
     noted = [(row.path, row.note) for row in report.rows if row.note]
     damaged = [
         (o.path, f"{int(o.nonfinite):,} elements are nan or infinite")
         for o in report.others
         if int(o.nonfinite)
     ]
-    return _section(f"Notes ({_MARK}):", [f"{path}: {note}." for path, note in [*noted, *damaged]])
+    return [*noted, *damaged]
 
 
-def _recommendations(report: Report) -> list[str]:
-    return _section("Recommendations:", [str(advice) for advice in report.recommendations()])
+def _recommendations(report: Report, width: int) -> list[str]:
+    return _section(width, "Recommendations:", [str(advice) for advice in report.recommendations()])
 
 
-def _section(title: str, items: Sequence[str]) -> list[str]:
+def _section(width: int, title: str, items: Sequence[str]) -> list[str]:
     wrapped = [
         line
         for item in items
         for line in textwrap.wrap(
-            item, WIDTH, initial_indent="- ", subsequent_indent="  ", break_long_words=True
+            item, width, initial_indent="- ", subsequent_indent="  ", break_long_words=True
         )
     ]
     return ["", title, *wrapped] if wrapped else []

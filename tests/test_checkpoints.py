@@ -5,10 +5,12 @@ import errno
 import json
 import math
 import os
+import pty
 import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -27,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxeff
-from jaxeff import cli
+from jaxeff import cli, files
 from jaxeff.checkpoints import (
     CheckpointError,
     analyze_checkpoint,
@@ -35,7 +37,6 @@ from jaxeff.checkpoints import (
     interruption,
     measuring,
     open_checkpoint,
-    output,
     safetensors,
     stored,
 )
@@ -791,8 +792,49 @@ def test_a_device_is_written_to_and_not_replaced(tmp_path: Path, capsys: pytest.
     assert Path("/dev/full").is_char_device()
     link = tmp_path / "link.json"
     link.symlink_to(tmp_path / "real.json")
-    output.write(link, "text")
+    files.write(link, "text")
     assert link.is_symlink() and (tmp_path / "real.json").read_text() == "text"
+
+
+def test_a_dash_prints_json_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = save(tmp_path / "m.safetensors", GOOD)
+    assert cli.main(["analyze", str(path), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == analyze_checkpoint(path).to_dict()
+    assert cli.main(["compare", str(path), str(path), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(compare_checkpoints(path, path).to_json())
+    assert [child.name for child in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_page_without_jinja_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(SystemExit, match="2"):
+        _ = cli.main(["analyze", "nowhere", "--html", str(tmp_path / "page.html")])
+    assert "pip install 'jaxeff[html]'" in capsys.readouterr().err
+
+
+def test_a_page_has_the_curves_of_every_weight(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = save(tmp_path / "<b>m.safetensors", {"large": normal(300, 300), "small": normal(8, 8)})
+    assert cli.main(["analyze", str(path), "--html", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "<title>jaxeff: &lt;b&gt;m.safetensors</title>" in text and "<b>m.safe" not in text
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    for shown in data["layers"]:
+        assert math.isclose(sum(shown["weights"]), 1, abs_tol=1e-3)
+    # Of normal weights the half nearest 0 holds what is below the median, 0.674 deviations.
+    at = [edge < 0.6745 / math.sqrt(2 / math.pi) for edge in data["edges"]].index(False)
+    assert math.isclose(sum(data["layers"][0]["weights"][: at + 1]), 0.5, abs_tol=0.06)
+
+
+@pytest.mark.parametrize("argument", ["--json", "--html"])
+def test_a_file_that_cannot_be_written_is_one_line(
+    argument: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = save(tmp_path / "m.safetensors", GOOD)
+    for target in ("nowhere/out", str(tmp_path), "/proc/out"):
+        _ = refused(["analyze", str(path), argument, target], capsys)
+    assert [child.name for child in tmp_path.iterdir()] == ["m.safetensors"]
 
 
 def wait_until_open(process: int, path: Path) -> None:
@@ -821,7 +863,7 @@ def test_a_file_that_may_not_grow_leaves_nothing(tmp_path: Path) -> None:
 def test_interruption_has_its_status(tmp_path: Path) -> None:
     # Larger than can be read in the time.
     path = sparse(tmp_path / "m.safetensors", "BF16", [1 << 20, 1 << 20])
-    process = run_command("analyze", str(path))
+    process = run_command("analyze", str(path), "--html", str(tmp_path / "page.html"))
     try:
         wait_until_open(process.pid, path)
         process.send_signal(signal.SIGINT)
@@ -829,6 +871,31 @@ def test_interruption_has_its_status(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert (process.returncode, out, err) == (130, "", "jaxeff: interrupted\n")
+    assert [child.name for child in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.safetensors", GOOD)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "jaxeff", "analyze", str(path), "--json", "-"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_table_fits_the_terminal(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.safetensors", {"encoder/" * 8 + "kernel": normal(64, 64)})
+    reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 40))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    command = [sys.executable, "-m", "jaxeff", "analyze", str(path)]
+    done = subprocess.run(command, stdout=terminal, stderr=subprocess.PIPE, env=environment, timeout=100)
+    os.close(terminal)
+    printed = os.read(reader, 1 << 16).decode()
+    os.close(reader)
+    assert done.returncode == 0 and "\x1b" not in printed
+    assert max(map(len, printed.splitlines())) <= 40 and "left out for want of width" in printed
 
 
 def test_an_interruption_is_held_until_it_may_be_heard() -> None:

@@ -132,12 +132,12 @@ def test_a_closed_pipe_ends_without_a_traceback(arguments):
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"]])
-def test_help_exits_0(arguments, capsys):
+@pytest.mark.parametrize("arguments", [[], ["demo"], ["analyze"], ["compare"]])
+def test_help_exits_0_and_has_examples(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
-        cli.main(arguments)
+        cli.main([*arguments, "--help"])
     assert exit_.value.code == 0
-    assert "--epochs" in capsys.readouterr().out
+    assert f"examples:\n  jaxeff {(arguments or ['demo'])[0]} " in capsys.readouterr().out
 
 
 def test_version_is_that_of_pyproject(capsys):

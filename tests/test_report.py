@@ -7,9 +7,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
 import pytest
 
-from jaxeff import totals
+from jaxeff import table, totals
+from jaxeff.distribution import Distribution
 from jaxeff.metrics import Metrics
 from jaxeff.recommendations import (
     LIMITS,
@@ -105,6 +107,23 @@ def test_a_printed_report_fits_100_columns(rows):
     assert max(map(len, str(report_of(*rows)).splitlines())) <= 100
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 150])
+@pytest.mark.parametrize("rows", TABLES.values(), ids=TABLES)
+def test_a_table_fits_the_width_it_is_given(rows, width):
+    lines = table.render(report_of(*rows), width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    if rows:
+        assert {"layer", "used", "null"} <= set(lines[0].split())
+
+
+def test_a_table_says_which_columns_it_left_out():
+    printed = " ".join(table.render(report_of(layer()), width=40).split())
+    header = printed.split("---")[0].split()
+    assert "columns left out for want of width" in printed
+    left_out = printed.split("width: ")[1].split(")")[0].split(", ")
+    assert sorted([*header, *left_out]) == sorted(table.HEADER)
+
+
 def test_layers_are_printed_in_forward_order_one_line_each():
     rows = [layer(f"{name}/kernel") for name in ("z", "m", "a", "q")]
     lines = str(report_of(*rows)).splitlines()
@@ -189,6 +208,40 @@ def test_scalars_are_floats_under_flat_names():
     assert "layers/a/kernel/null_utilization" not in report_of(layer("a/kernel", null=None)).scalars()
 
 
+# In notebooks and tables
+
+
+def test_a_notebook_shows_the_table_without_scripts_or_styles():
+    rows = [layer("<script>alert(1)</script>", dead=2, reason="<b>&"), *map(layer, "ab" * 40)]
+    shown = report_of(*rows)._repr_html_()
+    assert "<script" not in shown and "<b>" not in shown and "style=" not in shown
+    assert shown.count("<tr>") == 61 and "21 more layers." in shown and "dead units" in shown
+    for part in ("&lt;script&gt;alert(1)&lt;/script&gt;", "73.0%", '<th scope="col">gini</th>'):
+        assert part in shown
+    both = _stacked(report_of(layer("<i>")), report_of(layer("<i>")))
+    assert "2 models" in both._repr_html_() and "<i>" not in both._repr_html_()
+
+
+def test_treescope_shows_a_report_as_a_tree():
+    treescope = pytest.importorskip("treescope")
+    shown = treescope.render_to_text(report_of(layer("a/kernel")))
+    assert shown.startswith("Report(") and "LayerNumbers" in shown and "a/kernel" in shown
+
+
+def test_records_are_flat_and_make_a_data_frame():
+    report = report_of(layer("a", gini=math.nan, dead=3), layer("b", macs=None, activity=None, gini=0.25))
+    records = report.to_records()
+    kinds = {type(value) for record in records for value in record.values()}
+    assert kinds <= {str, int, float, type(None)} and records[0].keys() == records[1].keys()
+    assert records[1]["gini"] == 0.25 and math.isnan(records[0]["gini"]) and records[1]["macs"] is None
+    assert records[0]["null_utilization"] == pytest.approx(0.73) and records[1]["dead_units"] is None
+    assert report_of(layer(null=None)).to_records()[0]["null_utilization"] is None
+    frame = pandas.DataFrame(records).set_index("path")
+    assert frame.loc["a", "dead_units"] == 3 and frame["gini"].isna().tolist() == [True, False]
+    assert frame["size"].sum() == 2 * 2048
+    assert report_of().to_records() == []
+
+
 # Storing
 
 
@@ -205,6 +258,9 @@ STORED = {
     "no null": [layer(null=None, scored="user")],
     "nan and infinity": [layer(entropy=math.nan, gini=math.nan, max=math.inf, mean=-math.inf)],
     "several unit axes": [layer("query", (8, 2, 4), unit_axes=(1, 2), units=np.ones((2, 4), np.float32))],
+    "with a distribution": [
+        layer(distribution=Distribution(np.ones(66, np.float32), np.ones(66, np.float32)))
+    ],
     "a conv": [layer(kind="conv", shape=(3, 3, 4, 8)), layer("other", dead=3)],
 }
 
@@ -217,6 +273,19 @@ def test_json_gives_back_the_report(rows):
     json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} in the JSON"))
     _assert_same(Report.from_json(text), report)
     assert str(Report.from_json(text)) == str(report)
+
+
+def test_json_of_an_older_and_a_newer_minor_version_opens():
+    report = report_of(layer())
+    data = report.to_dict()
+    older = {key: value for key, value in data.items() if key != "schema_minor"}
+    older["layers"] = [
+        {key: value for key, value in row.items() if key != "distribution"} for row in data["layers"]
+    ]
+    newer = {**data, "schema_minor": 99, "weather": "fine"}
+    newer["layers"] = [{**row, "colour": "blue"} for row in data["layers"]]
+    for changed in (older, newer):
+        _assert_same(Report.from_json(json.dumps(changed)), report)
 
 
 def test_a_dict_holds_plain_data_and_the_recommendations():

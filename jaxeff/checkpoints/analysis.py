@@ -16,12 +16,13 @@ from jaxeff.checkpoints import interruption, measuring
 from jaxeff.checkpoints.measuring import Measured, Progress
 from jaxeff.checkpoints.opening import Checkpoint, open_checkpoint
 from jaxeff.checkpoints.stored import Stored
+from jaxeff.distribution import Distribution
 from jaxeff.progress import bytes_bar
 from jaxeff.records import LayerNumbers, LayerStructure, OtherNumbers, OtherStructure, none_of
 from jaxeff.report import Report
 
 
-def analyze_checkpoint(path: str | os.PathLike, *, progress: bool = True) -> Report:
+def analyze_checkpoint(path: str | os.PathLike, *, curves: bool = False, progress: bool = True) -> Report:
     """Which weights of a checkpoint hold its magnitude, without the code of its model.
 
     Reads one array at a time and a piece of it at a time, so that a checkpoint larger than the memory can be
@@ -31,6 +32,7 @@ def analyze_checkpoint(path: str | os.PathLike, *, progress: bool = True) -> Rep
     Args:
         path: of a .safetensors file, a directory of shards with their index, an Orbax checkpoint, or a Flax
             .msgpack file.
+        curves: whether to count how the magnitudes of each weight are spread, as `jaxeff.analyze` has it.
         progress: whether to show a bar on a terminal.
 
     Returns:
@@ -50,16 +52,16 @@ def analyze_checkpoint(path: str | os.PathLike, *, progress: bool = True) -> Rep
     >>> float(report["kernel"].metrics.utilization)
     1.0
     """
-    return analyze(open_checkpoint(path), progress=progress)
+    return analyze(open_checkpoint(path), curves=curves, progress=progress)
 
 
-def analyze(checkpoint: Checkpoint, *, progress: bool = True) -> Report:
+def analyze(checkpoint: Checkpoint, *, curves: bool = False, progress: bool = True) -> Report:
     """The same of a checkpoint that `open_checkpoint` opened."""
     with interruption.held() as hear:
-        return _analyze(checkpoint, progress, hear)
+        return _analyze(checkpoint, curves, progress, hear)
 
 
-def _analyze(checkpoint: Checkpoint, progress: bool, hear: Callable[[], None]) -> Report:
+def _analyze(checkpoint: Checkpoint, curves: bool, progress: bool, hear: Callable[[], None]) -> Report:
     arrays = checkpoint.arrays.values()
     weights = [array for array in arrays if array.role == "weight"]
     others = [array for array in arrays if array.role != "weight"]
@@ -70,7 +72,7 @@ def _analyze(checkpoint: Checkpoint, progress: bool, hear: Callable[[], None]) -
             show(count)
             hear()
 
-        measured = [measure(array, checkpoint.unit_axis(array), advance) for array in weights]
+        measured = [measure(array, checkpoint.unit_axis(array), advance, curves) for array in weights]
         other_numbers = [measuring.measure_other(array, advance) for array in others]
     structure = tuple(_structure(array, checkpoint.unit_axis(array)) for array in weights)
     numbers = _numbers(structure, measured)
@@ -88,12 +90,12 @@ def _analyze(checkpoint: Checkpoint, progress: bool, hear: Callable[[], None]) -
     )
 
 
-def measure(stored: Stored, unit_axis: int, progress: Progress) -> Measured:
+def measure(stored: Stored, unit_axis: int, progress: Progress, curves: bool = False) -> Measured:
     """What one weight's magnitudes are reduced to, in one pass over it, seldom two."""
     with measuring.Measuring(stored, unit_axis) as weight:
         for piece in measuring.pieces(stored, progress):
             weight.add(piece)
-        return weight.found()
+        return weight.found(curves)
 
 
 def _structure(stored: Stored, unit_axis: int) -> LayerStructure:
@@ -127,11 +129,12 @@ def _layer(found: Measured) -> LayerNumbers:
         nonfinite_weights=found.metrics.nonfinite,
         largest_weight=jnp.asarray(found.largest),
         evidence_finite=jnp.asarray(True),
+        distribution=None if found.cells is None else Distribution(*found.cells.T),
     )
 
 
 def _stacked(parts: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *numbers: jnp.asarray(np.stack(numbers)), *parts)
+    return jax.tree.map(lambda *numbers: jnp.asarray(np.stack(numbers, axis=-1)), *parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

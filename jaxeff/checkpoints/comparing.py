@@ -175,10 +175,12 @@ class _Distance:
         return math.sqrt(self.apart / self.all) if math.isfinite(self.all) else math.nan
 
 
-def render(comparison: CheckpointComparison, order: str = "path", top: int | None = None) -> str:
+def render(
+    comparison: CheckpointComparison, order: str = "path", top: int | None = None, width: int = table.WIDTH
+) -> str:
     """The table, in an order of ORDERS; of each list the first `top`, and how many were left out."""
     weights = in_order(comparison.weights, order)
-    lines = [*_table(weights[:top]), *_more(len(weights), top, "weights"), "", _summary(comparison)]
+    lines = [*_table(weights[:top], width), *_more(len(weights), top, "weights"), "", _summary(comparison)]
     for title, names in (
         ("Only in A:", comparison.only_a),
         ("Only in B:", comparison.only_b),
@@ -208,7 +210,7 @@ def _more(count: int, top: int | None, what: str) -> list[str]:
 _HEADER = ("layer", "shape", "used A", "used B", "gini A", "gini B", "change")
 
 
-def _table(weights: Sequence[WeightChange]) -> list[str]:
+def _table(weights: Sequence[WeightChange], width: int) -> list[str]:
     if not weights:
         return ["No weight has one name and one shape in both."]
     cells = [
@@ -221,15 +223,7 @@ def _table(weights: Sequence[WeightChange]) -> list[str]:
         )
         for weight in weights
     ]
-    widths = [max(map(len, column)) for column in zip(_HEADER, *cells, strict=True)]
-    widths[0] = min(widths[0], max(table.WIDTH - sum(widths[1:]) - len(widths) + 1, 12))
-    lines = [_line(line, widths) for line in (_HEADER, *cells)]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    left = [table.shorten(cells[0], widths[0]).ljust(widths[0]), cells[1].ljust(widths[1])]
-    return " ".join([*left, *(cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True))])
+    return table.aligned([_HEADER, *cells], width, ("gini A", "gini B", "shape"))
 
 
 def _change(value: float) -> str:

@@ -1,7 +1,8 @@
 """Arrays that stream by in pieces -> their numbers, in memory for a few pieces.
 
 Counts by bit pattern are merged from piece to piece on the device, while the host sums the units of the
-same piece and reads the next. Imports `stored`, `exact`, `sketch`, `importance`, `noise`, `records`.
+same piece and reads the next. Imports `stored`, `distribution`, `exact`, `sketch`, `importance`, `noise`,
+`records`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxeff import exact, importance, noise, sketch
+from jaxeff import distribution, exact, importance, noise, sketch
 from jaxeff.checkpoints.stored import Stored
 from jaxeff.exact import Metrics
 from jaxeff.records import Null, OtherNumbers
@@ -74,12 +75,14 @@ class Measured(NamedTuple):
         units: [units], importance summed over the weights of each.
         effective_units: exp(entropy) of these.
         largest: max |w|, nan where one is.
+        cells: how the weights are spread, as `distribution.of` has it, where that was asked for.
     """
 
     metrics: Metrics
     units: np.ndarray
     effective_units: Array
     largest: np.float32
+    cells: Array | None = None
 
 
 class Measuring:
@@ -111,7 +114,7 @@ class Measuring:
         if self.stored.size <= SORTED:
             self.all = wide
 
-    def found(self) -> Measured:
+    def found(self, curves: bool = False) -> Measured:
         units = self.units.sums
         if self.counts is None:
             found = sorted_metrics(self.all)
@@ -120,7 +123,16 @@ class Measuring:
         scale = self.largest if 0 < self.largest < np.inf else 1
         effective = metrics_of((units / scale).astype(np.float32)).effective_params
         with np.errstate(over="ignore"):
-            return Measured(found, units.astype(np.float32), effective, self.largest)
+            return Measured(
+                found,
+                units.astype(np.float32),
+                effective,
+                self.largest,
+                self._cells() if curves else None,
+            )
+
+    def _cells(self) -> Array:
+        return sorted_cells(self.all) if self.counts is None else sketch.distribute(self.counts)
 
 
 class UnitSums:
@@ -214,9 +226,20 @@ def metrics_of(x: np.ndarray) -> Metrics:
 
 def sorted_metrics(x: np.ndarray) -> Metrics:
     """Of [n] importances, float32, n up to SORTED."""
+    return jax.device_get(exact.summarize_padded(_lengthened(x), np.int32(x.size)))
+
+
+def sorted_cells(x: np.ndarray) -> Array:
+    return _cells(_lengthened(x), np.int32(x.size))
+
+
+_cells = jax.jit(distribution.of_padded)
+
+
+def _lengthened(x: np.ndarray) -> np.ndarray:
     whole = np.zeros(SORTED, np.float32)
     whole[: x.size] = x
-    return jax.device_get(exact.summarize_padded(whole, np.int32(x.size)))
+    return whole
 
 
 def null() -> Null:

@@ -1,0 +1,74 @@
+"""Draws the pictures of plots.md, of the network that `jaxeff demo` trains.
+
+    python docs/gallery.py
+
+A minute or two on two cores. The files are docs/images/*.png.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import optax
+from flax.training.train_state import TrainState
+from matplotlib import pyplot
+
+import jaxeff
+from jaxeff import demo, importance, plot, prune
+
+IMAGES = Path(__file__).parent / "images"
+EPOCHS = (1, 2, 4, 8, 12, 16, 20)
+ANALYSED = 512
+
+
+def main() -> None:
+    training, _ = demo.split(demo.digits())
+    images, labels = training.images[:ANALYSED], training.labels[:ANALYSED]
+    states = [demo.train(epochs=epochs)[0] for epochs in EPOCHS]
+    reports = [_report(state, images) for state in states]
+    report, model = reports[-1], ({"params": states[-1].params}, states[-1].apply_fn)
+    statistics = jaxeff.collect(*model, images)
+    routes = jaxeff.pathways(
+        report, prune.groups(*model, images), importance.scores(model[0], statistics), count=25
+    )
+    compared = jaxeff.compare_criteria(
+        *model,
+        images,
+        labels,
+        optax.softmax_cross_entropy_with_integer_labels,
+        ("magnitude", "activation", "wanda"),
+    )
+    measured = prune.sensitivity(
+        *model, images, labels, lambda *pair: optax.softmax_cross_entropy_with_integer_labels(*pair).mean()
+    )
+    dense = "Dense_0/kernel"
+    pictures = {
+        "layers": lambda: plot.layers(report),
+        "importances": lambda: plot.importances(report),
+        "lorenz": lambda: plot.lorenz(report, dense),
+        "cumulative": lambda: plot.cumulative(report),
+        "radar": lambda: plot.radar(report),
+        "units": lambda: plot.units(report, dense),
+        "pathways": lambda: plot.pathways(routes),
+        "history": lambda: plot.history(reports, "gini", steps=EPOCHS),
+        "criteria": lambda: plot.criteria(compared),
+        "sensitivity": lambda: plot.sensitivity(measured),
+    }
+    IMAGES.mkdir(exist_ok=True)
+    for name, draw in pictures.items():
+        axes = draw()
+        axes.figure.set_size_inches(6.4, 3.8)
+        axes.figure.savefig(IMAGES / f"{name}.png", dpi=72, pil_kwargs={"optimize": True})
+        pyplot.close(axes.figure)
+
+
+def _report(state: TrainState, images) -> jaxeff.Report:
+    return jaxeff.analyze(state.params, state.apply_fn, images, curves=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The strongest routes from unit to unit through a network.
+
+In: which axes of which weights are tied (`prune.groups`), which of them are units (a report), and a score for
+every weight. Out: `Pathways`. Two weights are connected where an axis of one is tied to an axis of the other
+because the traced program says so, whatever their names. Imports `prune`, `report`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxeff.graph.coupling import INPUT, OUTPUT
+from jaxeff.prune.groups import Group, Groups, Member, named_variables
+from jaxeff.report import Report
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """Units one after the other, as (number of the group, number of the unit in it), and its strength."""
+
+    units: tuple[tuple[int, int], ...]
+    strength: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Pathways:
+    """The strongest routes, the strongest first.
+
+    Attributes:
+        groups: names of the groups of units that weights connect, in the order in which the model uses them.
+        sizes: how many units each has.
+        routes: numbers of groups and units are places in these.
+        left_out: weights that lead back into a group that came before, as those of a residual or recurrent
+            state do: no route takes them.
+    """
+
+    groups: tuple[str, ...]
+    sizes: tuple[int, ...]
+    routes: tuple[Route, ...]
+    left_out: tuple[str, ...]
+
+
+def pathways(report: Report, groups: Groups, importance: Any, count: int = 20) -> Pathways:
+    """The strongest routes from the model's first units to its last.
+
+    A unit is worth 1, of which each unit before it gets the part that the importance of the weights between
+    them has in all that lead into the unit; the strength of a route is the product of its parts. So the
+    strengths of all routes that end in one unit sum to 1. It is a heuristic of magnitudes: it says nothing of
+    signs, nor that the network would fail without the route.
+
+    Args:
+        report: of the same model; says which axes of a weight are its units.
+        groups: from `jaxeff.prune.groups`.
+        importance: scores shaped like `params`, from `jaxeff.importance.scores` (by path) or
+            `jaxeff.prune.scored`.
+        count: how many routes.
+
+    Raises:
+        ValueError: `count` is below 1; or no weight connects two groups.
+
+    >>> import jax, jax.numpy as jnp, jaxeff
+    >>> from jaxeff import prune
+    >>> params = {"a": jnp.array([[1.0, 3.0], [1.0, 1.0]]), "b": jnp.array([[1.0, 0.0], [1.0, 4.0]])}
+    >>> model = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]
+    >>> batch = jnp.ones((4, 2))
+    >>> found = pathways(
+    ...     jaxeff.analyze(params, model, batch), prune.groups(params, model, batch), prune.scored(params)
+    ... )
+    >>> found.groups
+    ('a:0', 'a:1', 'b:1')
+    >>> found.routes[0]
+    Route(units=((0, 0), (1, 1), (2, 1)), strength=0.75)
+    """
+    if count < 1:
+        raise ValueError(f"`count` must be at least 1, got {count}")
+    into, left_out = _connections(report, groups, named_variables(importance))
+    if not into:
+        raise ValueError("no weight with a score connects two groups of units: there is no route")
+    used = sorted({*into, *(source for sources in into.values() for source in sources)})
+    best: dict[int, list[list[Route]]] = {}
+    for target in used:
+        best[target] = _routes_into(target, into.get(target, {}), best, groups.groups[target].size, count)
+    ends = [route for group in _last(groups, into, used) for unit in best[group] for route in unit]
+    place = {group: number for number, group in enumerate(used)}
+    routes = [
+        Route(tuple((place[group], unit) for group, unit in route.units), route.strength)
+        for route in sorted(ends, key=lambda route: -route.strength)[:count]
+    ]
+    chosen = [groups.groups[group] for group in used]
+    return Pathways(
+        tuple(group.name for group in chosen),
+        tuple(group.size for group in chosen),
+        tuple(routes),
+        tuple(left_out),
+    )
+
+
+Connections = dict[int, dict[int, np.ndarray]]
+"""Group -> groups before it -> [units there, units here], the importance of the weights between them."""
+
+
+def _connections(report: Report, groups: Groups, scores: Mapping[str, Any]) -> tuple[Connections, list[str]]:
+    unit_axes = {row.path: row.unit_axes for row in report.structure}
+    ends: dict[str, list[tuple[int, Member]]] = {}
+    for number, group in enumerate(groups.groups):
+        for member in group.members if _holds_units(group) else ():
+            ends.setdefault(member.path, []).append((number, member))
+    into: Connections = {}
+    left_out = []
+    for path, found in ends.items():
+        if path not in unit_axes or path not in scores:
+            continue
+        outputs = [end for end in found if end[1].axis in unit_axes[path]]
+        inputs = [end for end in found if end[1].axis not in unit_axes[path]]
+        for target, there in outputs:
+            for source, here in inputs:
+                if source >= target:
+                    left_out += [path] if path not in left_out else []
+                    continue
+                between = _between(np.asarray(scores[path], np.float64), here, there)
+                before = into.setdefault(target, {})
+                before[source] = before[source] + between if source in before else between
+    return into, left_out
+
+
+def _last(groups: Groups, into: Connections, used: Sequence[int]) -> list[int]:
+    """The model's outputs; where none is among the groups, those that lead nowhere."""
+    sources = {source for before in into.values() for source in before}
+    ends = [group for group in used if group not in sources]
+    outputs = [group for group in ends if OUTPUT in (groups.groups[group].locked or "")]
+    return outputs or ends
+
+
+def _holds_units(group: Group) -> bool:
+    """Not the axis of a kernel that slides, which nothing else is tied to."""
+    ends = (INPUT, OUTPUT)
+    return len(group.members) > 1 or group.locked is None or any(end in group.locked for end in ends)
+
+
+def _between(score: np.ndarray, here: Member, there: Member) -> np.ndarray:
+    """The importance of the weights from each unit of one group to each of the other."""
+    others = tuple(axis for axis in range(score.ndim) if axis not in (here.axis, there.axis))
+    flat = score.sum(axis=others)
+    flat = flat if here.axis < there.axis else flat.T
+    rows = flat[here.indices].sum(axis=1)
+    return rows[:, there.indices].sum(axis=2)
+
+
+def _routes_into(
+    target: int,
+    before: Mapping[int, np.ndarray],
+    best: Mapping[int, list[list[Route]]],
+    size: int,
+    count: int,
+) -> list[list[Route]]:
+    """The `count` strongest routes that end in each unit of a group."""
+    if not before:
+        return [[Route(((target, unit),), 1.0)] for unit in range(size)]
+    totals = np.sum([between.sum(axis=0) for between in before.values()], axis=0)
+    origins = [
+        (source, unit, route)
+        for source in before
+        for unit, found in enumerate(best[source])
+        for route in found
+    ]
+    strengths = np.array([route.strength for _, _, route in origins])
+    parts = {source: between / np.where(totals > 0, totals, 1) for source, between in before.items()}
+    found: list[list[Route]] = []
+    for unit in range(size):
+        leading = np.array([parts[source][start, unit] for source, start, _ in origins]) * strengths
+        strongest = np.argsort(-leading, kind="stable")[:count]
+        found.append(
+            [
+                Route((*origins[at][2].units, (target, unit)), float(leading[at]))
+                for at in strongest
+                if leading[at] > 0
+            ]
+        )
+    return found

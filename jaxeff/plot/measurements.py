@@ -1,0 +1,103 @@
+"""What was measured beside a report: losses of pruned layers, criteria, and routes.
+
+Imports `canvas`, `comparison`, `pathways`, `prune`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxeff.comparison import Comparison
+from jaxeff.pathways import Pathways
+from jaxeff.plot.canvas import COLOURS, axes_or_new, line_style
+from jaxeff.prune.sensitivity import Sensitivity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def sensitivity(sensitivity: Sensitivity, axes: Axes | None = None) -> Axes:
+    """A line for each layer: the loss over the sparsity of that layer alone, from 0; dashed, the dense loss.
+
+    Args:
+        sensitivity: from `jaxeff.prune.sensitivity`.
+        axes: to draw on; those of a new pyplot figure unless given.
+
+    Returns:
+        The axes, for labels and limits of your own; `axes.figure.savefig(path)` saves them.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+    """
+    drawn = axes_or_new(axes)
+    sparsities = (0.0, *sensitivity.sparsities)
+    dense = float(sensitivity.dense)
+    curves = zip(sensitivity.paths, np.asarray(sensitivity.losses).tolist(), strict=True)
+    for index, (path, losses) in enumerate(curves):
+        _ = drawn.plot(sparsities, (dense, *losses), marker=".", label=path, **line_style(index))
+    _ = drawn.axhline(dense, color="black", linestyle="--", linewidth=1, label="dense")
+    _ = drawn.set_xlabel("sparsity of the layer, the others whole")
+    _ = drawn.set_ylabel("loss")
+    _ = drawn.legend(fontsize="small")
+    return drawn
+
+
+def criteria(comparison: Comparison, axes: Axes | None = None) -> Axes:
+    """A line for each criterion: the loss over the fraction of weights removed; grey, removal at random.
+
+    Args:
+        comparison: from `jaxeff.compare_criteria`.
+        axes: to draw on; those of a new pyplot figure unless given.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+    """
+    drawn = axes_or_new(axes)
+    fractions = np.asarray(comparison.fractions)
+    for number, losses in enumerate(np.asarray(comparison.random_loss)):
+        label = "random" if number == 0 else None
+        _ = drawn.plot(fractions, losses, color="0.75", linewidth=1, label=label)
+    for index, (name, losses) in enumerate(
+        zip(comparison.criteria, np.asarray(comparison.loss), strict=True)
+    ):
+        _ = drawn.plot(fractions, losses, label=name, **line_style(index))
+    _ = drawn.set_xlabel(f"fraction of the weights removed{' of each layer' * (comparison.scope == 'layer')}")
+    _ = drawn.set_ylabel("loss")
+    _ = drawn.legend(fontsize="small")
+    return drawn
+
+
+def pathways(pathways: Pathways, axes: Axes | None = None) -> Axes:
+    """The strongest routes as lines from the first units, left, to the last, right; the thicker the stronger.
+
+    Units stand in each group's column by their number, the first above.
+
+    Args:
+        pathways: from `jaxeff.pathways`.
+        axes: to draw on; those of a new pyplot figure unless given.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+    """
+    drawn = axes_or_new(axes)
+    strongest = max(route.strength for route in pathways.routes)
+    for route in reversed(pathways.routes):
+        columns = [group for group, _ in route.units]
+        heights = [1 - (unit + 0.5) / pathways.sizes[group] for group, unit in route.units]
+        part = route.strength / strongest
+        _ = drawn.plot(
+            columns,
+            heights,
+            color=COLOURS[0],
+            marker="o",
+            markersize=3,
+            alpha=0.25 + 0.75 * part,
+            linewidth=0.5 + 3 * part,
+        )
+    labels = [f"{name}\n{size} units" for name, size in zip(pathways.groups, pathways.sizes, strict=True)]
+    _ = drawn.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize="small")
+    _ = drawn.set_yticks([])
+    _ = drawn.set_ylim(0, 1)
+    return drawn
