@@ -425,7 +425,7 @@ def _joined(parts: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if len(parts) > 1 else parts[0]
 
 
-_SMALL = 1 << 16
+_SMALL = 1 << 14
 
 
 def _size_classes(layers: Sequence[Layer], width: int) -> list[list[int]]:

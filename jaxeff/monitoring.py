@@ -146,12 +146,12 @@ class Monitor:
             if bad := int(row.nonfinite_weights):
                 found.append(Event(row.path, "not finite", step, None, None, bad, row.size))
                 continue
-            dead = [float(vitals.dead[at]) for vitals in (first, previous, now)]
-            if dead[2] - dead[0] >= self.growth * row.unit_count:
-                found.append(Event(row.path, "dead units", step, *dead, row.unit_count))
-            effective = [float(vitals.effective_params[at]) for vitals in (first, previous, now)]
-            if effective[2] <= self.collapse * effective[0]:
-                found.append(Event(row.path, "effective parameters", step, *effective, row.size))
+            start, before, dead = (float(vitals.dead[at]) for vitals in (first, previous, now))
+            if dead - start >= self.growth * row.unit_count:
+                found.append(Event(row.path, "dead units", step, start, before, dead, row.unit_count))
+            start, before, left = (float(vitals.effective_params[at]) for vitals in (first, previous, now))
+            if left <= self.collapse * start:
+                found.append(Event(row.path, "effective parameters", step, start, before, left, row.size))
         return tuple(found)
 
     def _analyze(self, params: Any, apply_fn: Any, batch: Any, analysis: dict[str, Any]) -> Report:

@@ -1,7 +1,7 @@
 """Scores that a layer would have if its weights were noise, under what was seen of it: each metric's null.
 
 In two steps, so that layers of all shapes share the second: a profile of the factors that the criterion puts
-on the weights, then scores. Imports `exact`, `importance`, `precision`, `statistics`.
+on the weights, then scores. Imports `exact`, `importance`, `pairs`, `precision`, `statistics`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxeff import pairs
 from jaxeff.exact import COVERAGES, TIE
 from jaxeff.importance import Criterion, magnitude, over_uses
 from jaxeff.precision import wide
 from jaxeff.statistics import Derivatives, SiteStatistics
 
-_PROFILE, _RUN, _CELLS = 1 << 14, 1 << 4, 1 << 6
+_PROFILE, _RUN, _CELLS = 1 << 12, 1 << 4, 1 << 6
 SIZE = _PROFILE // _RUN * _CELLS
 
 
@@ -36,7 +37,7 @@ def profile(
         usable: [], False to take magnitudes instead.
 
     Returns:
-        [16384], evenly spread over the layer, each about as often.
+        [4096], evenly spread over the layer, each about as often.
     """
     one = jnp.ones((1,) * weight.ndim, wide(weight.dtype))
     factor = one
@@ -55,7 +56,7 @@ def scores(criterion: Criterion, profile: jax.Array, usable: jax.Array) -> jax.A
     infinitely many such weights to 1e-3 (0.753 and sqrt(2) - 1 for magnitudes alone).
 
     Returns:
-        [65536].
+        [16384].
     """
     assert criterion.null_power is not None
     # A constant, as the profile of a magnitude is, XLA would sort while compiling: in a second.
@@ -67,7 +68,9 @@ def scores(criterion: Criterion, profile: jax.Array, usable: jax.Array) -> jax.A
 
 def _in_order(profile: jax.Array) -> jax.Array:
     """Sorted, where the factors differ at all."""
-    return jax.lax.cond(jnp.min(profile) == jnp.max(profile), lambda: profile, lambda: jnp.sort(profile))
+    # Bit patterns of what is not negative are ordered as the numbers are, and sorted five times as fast.
+    ordered = lambda: pairs.float_of(jnp.sort(pairs.bits_of(profile)))  # noqa: E731
+    return jax.lax.cond(jnp.min(profile) == jnp.max(profile), lambda: profile, ordered)
 
 
 def known(criterion: Criterion) -> tuple[float, ...] | None:
