@@ -1,0 +1,241 @@
+"""What a smaller network saves and what it loses, measured beside the large one.
+
+In: the two networks, batches to run them on, a score. Out: a `BeforeAndAfter`, whose speed-ups are those of
+runs that took place. Imports of jaxeff `graph`, `latency`, `leaves`, `models`, `table`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeff import graph, table
+from jaxeff.latency import Latency, latencies
+from jaxeff.leaves import named_leaves
+from jaxeff.models import Model, from_apply
+
+
+class Ratios(NamedTuple):
+    """Of runs beside each other, how many times as long the one before took as the one after."""
+
+    percentile_10: float
+    median: float
+    percentile_90: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One network.
+
+    Attributes:
+        parameters: numbers in `params`.
+        bytes: of `params`, of the other variables (running averages), and of arrays that `apply_fn` closed over.
+        scores: by name.
+        macs: multiply-accumulates of weights with data, of each batch; None where a loop has no known length.
+        latencies: of each batch.
+    """
+
+    parameters: int
+    bytes: int
+    scores: Mapping[str, float]
+    macs: tuple[int | None, ...]
+    latencies: tuple[Latency, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class BeforeAndAfter:
+    """Two networks on the same batches. `str` of it is a table.
+
+    Attributes:
+        before, after: the large and the small one.
+        batch_sizes: the leading size of each batch; None where it has none.
+        device: that both ran on.
+    """
+
+    before: Measured
+    after: Measured
+    batch_sizes: tuple[int | None, ...]
+    device: str
+
+    @property
+    def speedups(self) -> tuple[Ratios, ...]:
+        """Of each batch. Neighbouring runs are compared, which suffer alike from what else the machine does."""
+        pairs = zip(self.before.latencies, self.after.latencies, strict=True)
+        ratios = [np.divide(before.seconds, after.seconds) for before, after in pairs]
+        return tuple(Ratios(*np.percentile(ratio, (10, 50, 90)).tolist()) for ratio in ratios)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python data, every run included, in seconds; a score that is nan or infinite is None."""
+        found = dataclasses.asdict(self)
+        for name in ("before", "after"):
+            scores = found[name]["scores"]
+            found[name]["scores"] = {key: value if math.isfinite(value) else None for key, value in scores.items()}
+        return {**found, "speedups": [ratios._asdict() for ratios in self.speedups]}
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        return json.dumps(self.to_dict(), allow_nan=False, indent=indent)
+
+    def __str__(self) -> str:
+        return _render(self)
+
+
+Evaluate = Callable[[Any, Callable], float | jax.Array | Mapping[str, Any]]
+
+
+def before_and_after(
+    before: tuple[Any, Callable],
+    after: tuple[Any, Callable],
+    batches: Sequence[Any],
+    *,
+    evaluate: Evaluate | None = None,
+    repeats: int = 30,
+    rngs: Any = None,
+    **apply_kwargs: Any,
+) -> BeforeAndAfter:
+    """Measure a large network and a smaller one beside each other.
+
+    Both are compiled for each batch, run three times, and then timed, in turn, every run waited for, with all
+    arrays on the device beforehand.
+
+    Args:
+        before, after: `(params, apply_fn)`, each as `jaxeff.analyze` takes it: `(variables, model.apply)`, or
+            what `jaxeff.from_nnx` gives.
+        batches: a list, a batch for each size to time: `[x[:1], x[:32]]`. A batch that is a tuple is several
+            positional inputs.
+        evaluate: `(params, apply_fn) -> score`, such as the accuracy on held-out data; or a dict of scores.
+        repeats: timed runs of each network on each batch.
+        rngs, **apply_kwargs: passed to both.
+
+    Raises:
+        TypeError, ValueError: an argument is not of its kind, or a network does not take a batch.
+
+    >>> model = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]
+    >>> large, small = ({"a": jnp.ones((3, n)), "b": jnp.ones((n, 2))} for n in (8, 4))
+    >>> found = before_and_after((large, model), (small, model), [jnp.ones((16, 3))], repeats=5)
+    >>> found.before.macs, found.after.macs
+    ((640,), (320,))
+    """
+    _check_batches(batches)
+    if repeats < 1:
+        raise ValueError(f"`repeats` must be 1 or more, got {repeats}")
+    networks = {"before": before, "after": after}
+    models: dict[str, list[Model]] = {}
+    for name, network in networks.items():
+        params, apply_fn = _checked_network(name, network)
+        models[name] = [from_apply(params, apply_fn, batch, rngs, apply_kwargs) for batch in batches]
+    # Before anything takes its time, so that an error is told at once.
+    scores = {name: {} if evaluate is None else _scores(evaluate(*networks[name])) for name in networks}
+    runs = [
+        latencies({name: _call(found[number]) for name, found in models.items()}, repeats=repeats)
+        for number in range(len(batches))
+    ]
+    measured = [
+        Measured(
+            sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(found[0].params)),
+            _bytes(found[0]),
+            scores[name],
+            tuple(map(_macs, found)),
+            tuple(run[name] for run in runs),
+        )
+        for name, found in models.items()
+    ]
+    sizes = tuple(model.batch_size for model in models["before"])
+    return BeforeAndAfter(*measured, sizes, _device(models["before"][0]))
+
+
+def _check_batches(batches: Any) -> None:
+    if not isinstance(batches, list) or not batches:
+        raise TypeError(
+            "`batches` must be a list, of a batch for each size to time, such as [x[:1], x[:32]]; got "
+            f"{'an empty list' if isinstance(batches, list) else type(batches).__name__}"
+        )
+
+
+def _checked_network(name: str, network: Any) -> tuple[Any, Callable]:
+    if not isinstance(network, tuple) or len(network) != 2:
+        got = f"a tuple of {len(network)}" if isinstance(network, tuple) else type(network).__name__
+        raise TypeError(f"`{name}` must be a pair (params, apply_fn), got {got}")
+    params, apply_fn = network
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        raise TypeError(f"`{name}` holds shapes without numbers: what is timed needs arrays")
+    return params, apply_fn
+
+
+def _scores(found: Any) -> dict[str, float]:
+    scores = found if isinstance(found, Mapping) else {"score": found}
+    if wrong := [name for name, value in scores.items() if jnp.ndim(value)]:
+        shape = jnp.shape(scores[wrong[0]])
+        raise ValueError(f"`evaluate` must return numbers, got an array of shape {shape} for {wrong[0]!r}")
+    return {name: float(value) for name, value in scores.items()}
+
+
+def _call(model: Model) -> tuple[Callable, tuple[Any, Any]]:
+    function = model.function.without_capture()
+    return lambda params, inputs: function(params, inputs)[0], (model.params, model.inputs)
+
+
+def _bytes(model: Model) -> int:
+    kept = [leaf for leaf, origin in zip(jax.tree.leaves(model.inputs), model.origins, strict=True) if origin == "constant"]
+    return sum(jnp.asarray(leaf).nbytes for leaf in [*jax.tree.leaves(model.params), *kept])
+
+
+def _device(model: Model) -> str:
+    first = jax.device_put(jax.tree.leaves(model.params)[0])
+    return next(iter(first.devices())).device_kind
+
+
+def _macs(model: Model) -> int | None:
+    closed = jax.make_jaxpr(model.function.without_capture())(model.params, model.inputs)
+    leaves = [
+        graph.Leaf(path, jnp.shape(leaf), jnp.result_type(leaf)) for path, leaf in named_leaves(model.params).items()
+    ]
+    counts = [site.macs for site in graph.build(graph.flatten(closed), leaves).sites]
+    return None if None in counts else sum(counts)  # pyright: ignore
+
+
+def _render(found: BeforeAndAfter) -> str:
+    """Counts and scores, then for each batch its multiply-accumulates and its time."""
+    before, after = found.before, found.after
+    rows = [("", "before", "after", "before / after")]
+    rows += [_counted(name, getattr(before, name), getattr(after, name)) for name in ("parameters", "bytes")]
+    for name, score in before.scores.items():
+        other = after.scores.get(name, math.nan)
+        rows.append((name, f"{score:.4g}", f"{other:.4g}", f"{other - score:+.3g}"))
+    each = zip(found.batch_sizes, before.macs, after.macs, before.latencies, after.latencies, found.speedups, strict=True)
+    for size, *macs, one, other, ratios in each:
+        batch = "one batch" if size is None else f"batch of {size}"
+        rows.append(_counted(f"MACs, {batch}", *macs))
+        rows.append((f"time, {batch}", _timed(one), _timed(other), _ranged(ratios)))
+        rows.append(("  compiling it", f"{one.compile_seconds:.3g} s", f"{other.compile_seconds:.3g} s", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    ]
+    note = (
+        f"Times: median (10th to 90th percentile) of {len(before.latencies[0].seconds)} runs on {found.device}, "
+        "the two networks in turn; beside them that of the ratios of neighbouring runs. Of scores, the difference."
+    )
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", *textwrap.wrap(note, table.WIDTH)])
+
+
+def _counted(name: str, before: int | None, after: int | None) -> tuple[str, str, str, str]:
+    if before is None or after is None:
+        return name, *("?" if value is None else table.number(value) for value in (before, after)), "?"
+    return name, table.number(before), table.number(after), f"{before / after:.2f}x" if after else "?"
+
+
+def _timed(found: Latency) -> str:
+    low, median, high = (1e3 * value for value in (found.percentile_10, found.median, found.percentile_90))
+    return f"{median:.3g} ms ({low:.3g} to {high:.3g})"
+
+
+def _ranged(ratios: Ratios) -> str:
+    return f"{ratios.median:.2f}x ({ratios.percentile_10:.2f} to {ratios.percentile_90:.2f})"

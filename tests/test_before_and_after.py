@@ -1,0 +1,180 @@
+"""Two networks beside each other: counts by hand, times of runs that took place."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from jax.experimental import io_callback
+from network import normal
+
+import jaxeff
+from jaxeff import latency, prune
+from jaxeff.latency import Latency
+from jaxeff.prune.before_and_after import Measured
+
+
+class Net(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x, scale=1.0):
+        x = nn.Conv(self.width, (3, 3), use_bias=False, name="conv")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True, name="norm")(x))
+        return scale * nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+X = normal(8, 6, 6, 3)
+measure = functools.partial(prune.before_and_after, repeats=2)
+
+
+def network(width):
+    model = Net(width)
+    return jax.jit(model.init)(jax.random.key(0), X), model.apply
+
+
+def test_counts_by_hand():
+    found = measure(network(8), network(4), [X[:2], X])
+    for measured, width in ((found.before, 8), (found.after, 4)):
+        parameters = 27 * width + 2 * width + 5 * width + 5
+        assert measured.parameters == parameters
+        assert measured.bytes == 4 * (parameters + 2 * width)
+        one = 36 * 27 * width + 5 * width
+        assert measured.macs == (2 * one, 8 * one)
+        assert [len(each.seconds) for each in measured.latencies] == [2, 2]
+        assert all(each.compile_seconds > 0 and min(each.seconds) > 0 for each in measured.latencies)
+    assert found.batch_sizes == (2, 8) and found.before.scores == {}
+
+
+def test_scores_are_those_of_the_users_function():
+    large, small = network(8), network(4)
+
+    def evaluate(params, apply_fn):
+        outputs = apply_fn(params, X)
+        return {"mean": outputs.mean(), "units": params["params"]["head"]["kernel"].shape[0]}
+
+    found = measure(large, small, [X], evaluate=evaluate)
+    assert found.before.scores == {"mean": float(large[1](large[0], X).mean()), "units": 8.0}
+    assert found.after.scores == {"mean": float(small[1](small[0], X).mean()), "units": 4.0}
+    assert measure(large, small, [X], evaluate=lambda *network: 0.25).after.scores == {"score": 0.25}
+    with pytest.raises(ValueError, match=r"`evaluate` must return numbers, got an array of shape \(8, 5\)"):
+        _ = measure(large, small, [X], evaluate=lambda params, apply_fn: apply_fn(params, X))
+
+
+def by_hand(before, after, score=0.5):
+    def measured(seconds, factor):
+        times = Latency(tuple(seconds), 1.5)
+        return Measured(1000 * factor, 4000 * factor, {"accuracy": score / factor}, (6000 * factor,), (times,))
+
+    return prune.BeforeAndAfter(measured(before, 4), measured(after, 1), (32,), "a device")
+
+
+def test_speedups_are_ratios_of_neighbouring_runs():
+    # The machine is slow in the middle: both networks suffer, and their ratio stays.
+    found = by_hand([2e-3, 8e-3, 2e-3], [1e-3, 4e-3, 1e-3])
+    assert found.speedups == ((2.0, 2.0, 2.0),)
+    (ratios,) = by_hand(1e-3 * np.arange(1, 12), np.full(11, 2e-3)).speedups
+    np.testing.assert_allclose(ratios, (1, 3, 5))
+    slower = by_hand([1e-3, 1e-3], [2e-3, 2e-3])
+    assert "0.50x (0.50 to 0.50)" in str(slower)
+
+
+def test_the_table():
+    lines = str(by_hand([2e-3, 4e-3, 3e-3], [1e-3, 2e-3, 1.5e-3])).splitlines()
+    cells = [line.split("  ") for line in lines]
+    rows = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in cells}
+    assert rows["parameters"] == ["4k", "1k", "4.00x"]
+    assert rows["bytes"] == ["16k", "4k", "4.00x"]
+    assert rows["accuracy"] == ["0.125", "0.5", "+0.375"]
+    assert rows["MACs, batch of 32"] == ["24k", "6k", "4.00x"]
+    assert rows["time, batch of 32"] == ["3 ms (2.2 to 3.8)", "1.5 ms (1.1 to 1.9)", "2.00x (2.00 to 2.00)"]
+    assert "1.5 s" in lines[7] and "3 runs on a device" in lines[-2]
+    assert max(map(len, lines)) <= 100
+
+
+def test_json():
+    found = by_hand([2e-3, 4e-3], [1e-3, 1e-3], score=math.nan)
+    data = json.loads(found.to_json())
+    assert data["before"]["latencies"][0] == {"seconds": [2e-3, 4e-3], "compile_seconds": 1.5}
+    assert data["after"]["scores"] == {"accuracy": None} and data["before"]["macs"] == [24000]
+    assert data["speedups"][0]["median"] == found.speedups[0].median == 3
+    assert data["batch_sizes"] == [32] and data["device"] == "a device"
+    assert json.loads(measure(network(8), network(4), [X]).to_json())["before"]["parameters"] == 277
+
+
+def test_runs_are_taken_in_turn():
+    order = []
+
+    def told(name):
+        return lambda x: (x, io_callback(lambda: order.append(name), None, ordered=True))[0]
+
+    calls = {name: (told(name), (jnp.ones(2),)) for name in "ab"}
+    found = latency.latencies(calls, repeats=3, warmup=2)
+    jax.effects_barrier()
+    assert "".join(order) == "abba" + "abbaab"
+    assert [len(each.seconds) for each in found.values()] == [3, 3]
+
+
+def test_percentiles():
+    found = Latency(tuple(np.arange(11.0)), 0.0)
+    assert (found.percentile_10, found.median, found.percentile_90) == (1, 5, 9)
+
+
+class Scaled(nnx.Module):
+    def __init__(self, width, rngs):
+        self.first = nnx.Linear(3, width, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.second = nnx.Linear(width, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(self.drop(nnx.relu(self.first(x))))
+
+
+def test_networks_as_users_have_them():
+    models = [Scaled(width, nnx.Rngs(0)) for width in (8, 4)]
+    for model in models:
+        model.eval()
+    found = measure(*map(jaxeff.from_nnx, models), [normal(7, 3)])
+    assert found.before.macs == (7 * 40,) and found.after.macs == (7 * 20,)
+    variables, apply_fn = network(4)
+    bare = lambda params, x, scale: apply_fn({**variables, "params": params}, x, scale)  # noqa: E731
+    found = measure((variables, jax.jit(apply_fn)), (variables["params"], bare), [X], scale=2.0)
+    assert dataclasses.replace(found.before, latencies=()) == dataclasses.replace(found.after, latencies=())
+
+
+def test_a_loop_of_unknown_length_has_no_count():
+    def until_large(params, x):
+        return jax.lax.while_loop(lambda y: jnp.abs(y).max() < 9, lambda y: y @ params["w"], x)
+
+    large = {"w": 2 * jnp.eye(3)}, until_large
+    found = measure(large, large, [jnp.ones((2, 3))])
+    assert found.before.macs == (None,)
+    assert next(line for line in str(found).splitlines() if line.startswith("MACs")).split()[-3:] == ["?"] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"before": network(4)[0]}, r"`before` must be a pair \(params, apply_fn\), got dict"),
+        ({"after": (*network(4), 1)}, r"`after` must be a pair \(params, apply_fn\), got a tuple of 3"),
+        ({"after": (network(4)[0], Net(4))}, "is the module Net itself: pass its `apply`"),
+        ({"after": (network(4)[0], Net(8).apply)}, "`apply_fn` does not accept these `params`"),
+        ({"before": (jax.eval_shape(lambda: network(4)[0]), Net(4).apply)}, "`before` holds shapes"),
+        ({"batches": X}, "`batches` must be a list.*got ndarray"),
+        ({"batches": []}, "`batches` must be a list.*got an empty list"),
+        ({"batches": [X, X[..., :2]]}, "with a `batch` of shape"),
+        ({"batches": ["text"]}, "`batch` holds a str"),
+        ({"repeats": 0}, "`repeats` must be 1 or more, got 0"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    given = {"before": network(8), "after": network(4), "batches": [X], **arguments}
+    with pytest.raises((TypeError, ValueError), match=message):
+        _ = measure(**given)
