@@ -11,6 +11,7 @@
 
 from importlib.metadata import version as _version
 
+from jaxeff import cost as cost
 from jaxeff import importance as importance
 from jaxeff import metrics as metrics
 from jaxeff import plot as plot

@@ -106,6 +106,7 @@ def structure(criterion: Criterion, layer: Layer) -> LayerStructure:
         path=place.path,
         kind=first.kind if first else "weight",
         shape=place.shape,
+        dtype=place.dtype,
         nonlinearity=first.nonlinearity if first else None,
         scored="magnitude" if criterion.reads_activations and not first else criterion.side,
         reason=place.reason,

@@ -34,8 +34,11 @@ def is_variables(params: Any) -> bool:
     return isinstance(params, Mapping) and not isinstance(params, nnx.State) and "params" in params
 
 
-def named_leaves(params: Any) -> dict[Path, Any]:
+def named_leaves(params: Any, *, abstract: bool = False) -> dict[Path, Any]:
     """The leaves of `params` by path ('block_0/Dense_0/kernel'), each checked to be an array.
+
+    Args:
+        abstract: whether a `jax.ShapeDtypeStruct` will do.
 
     Raises:
         TypeError: a leaf is no array of numbers.
@@ -51,7 +54,7 @@ def named_leaves(params: Any) -> dict[Path, Any]:
     named: dict[Path, Any] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         path = path_of(keys)
-        if not is_array(leaf):
+        if not is_array(leaf, abstract=abstract):
             where = f"holds a {type(leaf).__name__} at {path!r}" if path else f"is a {type(leaf).__name__}"
             raise TypeError(f"`params` {where}: every leaf must be an array of numbers")
         if path in named:
@@ -62,8 +65,11 @@ def named_leaves(params: Any) -> dict[Path, Any]:
     return named
 
 
-def batch_size(batch: tuple) -> int | None:
+def batch_size(batch: tuple, *, abstract: bool = False) -> int | None:
     """The leading size of the first array of a batch; None where it holds numbers alone.
+
+    Args:
+        abstract: whether a `jax.ShapeDtypeStruct` will do.
 
     Raises:
         TypeError: a leaf is no array of numbers.
@@ -71,21 +77,24 @@ def batch_size(batch: tuple) -> int | None:
     """
     sizes: list[int] = []
     for keys, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
-        if not is_array(leaf):
+        if not is_array(leaf, abstract=abstract):
             raise TypeError(
                 f"`batch` holds a {type(leaf).__name__} at {jax.tree_util.keystr(keys)}: it must be an "
                 "array of numbers, a tree of them, or a tuple of several inputs; encode text first"
             )
-        if jnp.size(leaf) == 0:
-            raise ValueError(f"`batch` is empty: an array of shape {jnp.shape(leaf)} holds no examples")
-        if jnp.ndim(leaf):
-            sizes.append(jnp.shape(leaf)[0])
+        shape = leaf.shape if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.shape(leaf)
+        if 0 in shape:
+            raise ValueError(f"`batch` is empty: an array of shape {shape} holds no examples")
+        if shape:
+            sizes.append(shape[0])
     if not jax.tree.leaves(batch):
         raise ValueError("`batch` holds no arrays: pass the model's input")
     return sizes[0] if sizes else None
 
 
-def is_array(leaf: Any) -> bool:
+def is_array(leaf: Any, *, abstract: bool = False) -> bool:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return abstract
     if isinstance(leaf, np.ndarray):
         return leaf.dtype.kind in "biuf" or jnp.issubdtype(leaf.dtype, jnp.floating)
     return isinstance(leaf, (jax.Array, np.number, np.bool_, bool, int, float))

@@ -78,11 +78,56 @@ def from_nnx(model: nnx.Module) -> tuple[Any, NNXApply]:
     return params, NNXApply(structure, state)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bound:
+    """A user's apply function and its arguments: `call(params, inputs)`.
+
+    Attributes:
+        function: the same as a `Function`, where it is hashable by content without a trace.
+        origins: as those of `Model`.
+    """
+
+    call: Callable[[Any, Any], Any]
+    function: Function | None
+    params: Any
+    inputs: Any
+    origins: tuple[str, ...]
+    batch_size: int | None
+
+    def plain(self, params: Any, inputs: Any) -> Any:
+        """The outputs alone."""
+        if self.function is not None:
+            return self.function.without_capture()(params, inputs)[0]
+        return self.call(params, inputs)
+
+
 def from_apply(params: Any, apply_fn: Callable, batch: Any, rngs: Any, keywords: Mapping[str, Any]) -> Model:
     """Bind a user's apply function to its arguments, each checked and named when it does not fit."""
+    bound = bind(params, apply_fn, batch, rngs, keywords)
+    if bound.function is not None:
+        return Model(bound.function, bound.params, bound.inputs, bound.origins, bound.batch_size)
+    function, constants = traced(bound.call, bound.params, bound.inputs)
+    origins = (*bound.origins, *("constant",) * len(constants))
+    return Model(function, bound.params, (bound.inputs, constants), origins, bound.batch_size)
+
+
+def bind(
+    params: Any,
+    apply_fn: Callable,
+    batch: Any,
+    rngs: Any,
+    keywords: Mapping[str, Any],
+    *,
+    abstract: bool = False,
+) -> Bound:
+    """A user's apply function with its arguments, nothing traced yet.
+
+    Args:
+        abstract: whether shapes (`jax.ShapeDtypeStruct`) will do for arrays.
+    """
     _check_apply(apply_fn)
     batch = batch if isinstance(batch, tuple) else (batch,)
-    batch_size = leaves.batch_size(batch)
+    batch_size = leaves.batch_size(batch, abstract=abstract)
     core, state = leaves.split_variables(params)
     module, bound = bound_module(apply_fn)
     keywords = {**bound, **keywords, **({} if rngs is None else {"rngs": rngs})}
@@ -101,12 +146,9 @@ def from_apply(params: Any, apply_fn: Callable, batch: Any, rngs: Any, keywords:
         for origin, part in (("constant", state), ("batch", batch), ("argument", arrays))
         for _ in jax.tree.leaves(part)
     )
-    if function is not None and _hashable(function):
-        return Model(function, core, inputs, origins, batch_size)
     call = functools.partial(_call, apply_fn, leaves.is_variables(params), statics)
-    function, constants = traced(call, core, inputs)
-    origins += ("constant",) * len(constants)
-    return Model(function, core, (inputs, constants), origins, batch_size)
+    known = function if function is not None and _hashable(function) else None
+    return Bound(call, known, core, inputs, origins, batch_size)
 
 
 def _check_apply(apply_fn: Any) -> None:
@@ -133,7 +175,8 @@ def _call(apply_fn: Callable, whole: bool, statics: tuple, params: Any, inputs: 
 
 
 def _has_array(value: Any) -> bool:
-    return any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(value))
+    kinds = jax.Array, np.ndarray, jax.ShapeDtypeStruct
+    return any(isinstance(leaf, kinds) for leaf in jax.tree.leaves(value))
 
 
 def _hashable(value: Any) -> bool:

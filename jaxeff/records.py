@@ -132,7 +132,7 @@ class LayerStructure:
         path: keys below `params`, joined by '/'; with an index for one of several layers that a scan
             stacks into one array.
         kind: 'dense', 'conv', 'embedding', or 'weight' where no operation was read.
-        shape: of the weight.
+        shape, dtype: of the weight.
         nonlinearity: between pre- and post-activation; None where no operation was read.
         scored: what the criterion reads: 'post', 'input', 'magnitude', 'gradient', 'none' or 'user'.
         reason: why the activations could not be read; None where they were.
@@ -144,6 +144,7 @@ class LayerStructure:
     path: str
     kind: str
     shape: tuple[int, ...]
+    dtype: str
     nonlinearity: str | None
     scored: str
     reason: str | None
@@ -154,6 +155,11 @@ class LayerStructure:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Of the weight, stored dense."""
+        return self.size * jnp.dtype(self.dtype).itemsize
 
     @property
     def unit_shape(self) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from jaxeff.records import AttentionReport, LayerReport, ModelReport, ModuleRepo
 if TYPE_CHECKING:
     from jaxeff.report import Report
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def to_dict(report: Report) -> dict[str, Any]:

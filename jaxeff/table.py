@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from jaxeff.report import Report
 
 WIDTH = 100
-_HEADER = ("layer", "shape", "emits", "weights", "used", "null", "gini", "units", "fan-in", "dead")
+_HEADER = (
+    "layer", "shape", "emits", "weights", "bytes", "MACs", "used", "null", "gini", "units", "fan-in", "dead"
+)  # fmt: skip
 _MARK = "*"
 
 
@@ -81,6 +83,8 @@ def _cells(row: LayerReport) -> tuple[str, ...]:
         "x".join(map(str, row.shape)),
         row.nonlinearity or "?",
         number(row.size),
+        number(row.bytes),
+        "–" if row.macs is None else number(row.macs),
         percent(float(row.metrics.utilization)),
         percent(float(row.null.utilization)) if row.null is not None else "–",
         decimal(float(row.metrics.gini)),
@@ -98,6 +102,12 @@ def _model(report: Report) -> list[str]:
         f"{percent(float(model.null_utilization))}. Scored by {report.criterion}.",
         f"Parameters: {model.total_params:,} in all; {_shares(report)}.",
     ]
+    known = [row.macs for row in report.rows if row.macs is not None]
+    if known:
+        lines.append(
+            f"Cost: {number(sum(known))} multiply-accumulates (MACs) an example in these layers, "
+            f"{number(sum(row.bytes for row in report.rows))} bytes of weights."
+        )
     if model.relevance_residual is not None:
         lines.append(
             f"Relevance: {float(model.relevance_residual):.1e} of the winning outputs was neither passed on "

@@ -50,6 +50,7 @@ def layer(path="dense/kernel", shape=(64, 32), **changes):
         "path": path,
         "kind": "dense",
         "shape": shape,
+        "dtype": "float32",
         "nonlinearity": "relu",
         "scored": "post",
         "reason": None,
@@ -118,6 +119,7 @@ def test_a_row_shows_the_layers_numbers():
     assert shown["layer"] == "dense/kernel" and shown["shape"] == "64x32" and shown["emits"] == "relu"
     assert (shown["used"], shown["null"], shown["gini"]) == ("61.2%", "73.4%", "0.487")
     assert (shown["units"], shown["dead"]) == ("28.8/32", "5")
+    assert (shown["weights"], shown["bytes"], shown["MACs"]) == ("2.05k", "8.19k", "2.05k")
 
 
 def test_long_paths_stay_apart_by_both_their_ends():
@@ -145,7 +147,7 @@ def test_notes_are_printed_with_their_layer_and_marked_in_the_table():
 
 def test_unknown_numbers_are_printed_as_unknown():
     line = str(report_of(layer(gini=math.nan, null=None))).splitlines()[2].split()
-    assert line[4:7] == ["70.0%", "–", "?"]
+    assert line[6:9] == ["70.0%", "–", "?"]
 
 
 def test_a_report_of_several_models_says_how_to_take_one():
@@ -323,10 +325,31 @@ def test_limits_may_be_ones_own():
     assert "layer redundancy" in rules and recommend(report_of(layer())) == ()
 
 
-def test_recommendations_are_printed_and_come_in_forward_order():
+def test_recommendations_rank_by_what_they_would_save():
+    rows = [
+        layer("cheap/kernel", (64, 32), dead=8, macs=2048),
+        layer("dear/kernel", (64, 32), dead=1, macs=500_000),
+        layer("unknown/kernel", (64, 32), dead=1, macs=None),
+    ]
+    oversized = {"effective_params": 100.0, "utilization": 0.05}
+    advice = recommend(report_of(*rows, layer("low/kernel", (640, 32), macs=1, **oversized)))
+    dead = [found for found in advice if found.rule == "dead units"]
+    assert [found.path for found in dead] == ["dear/kernel", "cheap/kernel", "unknown/kernel"]
+    # A unit is 64 weights of 4 bytes, and 1 of the 32 parts of the layer's MACs.
+    assert [(found.saved_macs, found.saved_bytes) for found in dead] == [
+        (15625, 256), (512, 2048), (None, 256)
+    ]  # fmt: skip
+    ranks = [(found.saved_macs or 0, found.saved_bytes or 0) for found in advice if found.path]
+    assert ranks == sorted(ranks, reverse=True)
+    (concentrated,) = [found for found in advice if found.rule == "below null"]
+    assert concentrated.saved_bytes == round((1 - 0.05 / 0.73) * 640 * 32 * 4)
+    assert advice[-1].path is None
+
+
+def test_recommendations_are_printed():
     report = report_of(layer("z/kernel", dead=1), layer("a/kernel", dead=2))
     advice = report.recommendations()
-    assert [found.path for found in advice] == ["z/kernel", "a/kernel"]
+    assert "Worth at most 128 MACs an example and 512 bytes." in str(advice[0])
     printed = " ".join(str(report).split())
     assert all(str(found) in printed for found in advice)
 

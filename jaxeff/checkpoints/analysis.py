@@ -101,6 +101,7 @@ def _structure(stored: Stored, unit_axis: int) -> LayerStructure:
         path=stored.name,
         kind="weight",
         shape=stored.shape,
+        dtype=str(stored.dtype),
         nonlinearity=None,
         scored=importance.named("magnitude").side,
         reason=None,

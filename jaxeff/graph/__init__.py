@@ -3,6 +3,8 @@
 from jaxeff.graph.attention import Attention as Attention
 from jaxeff.graph.attention import attentions as attentions
 from jaxeff.graph.axes import positions as positions
+from jaxeff.graph.contractions import Multiplications as Multiplications
+from jaxeff.graph.contractions import multiplications as multiplications
 from jaxeff.graph.evaluation import Hooks as Hooks
 from jaxeff.graph.evaluation import evaluate as evaluate
 from jaxeff.graph.program import Program as Program

@@ -39,15 +39,25 @@ _CONTRACTIONS = frozenset(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
-    """One array of the program; compared by identity."""
+    """One array of the program; compared by identity.
+
+    Attributes:
+        sharding: where its type says how it is laid out over devices, else None.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
+    sharding: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operation:
-    """One primitive application. `bodies` holds the programs of a loop or branch."""
+    """One primitive application.
+
+    Attributes:
+        bodies: the programs of a loop or branch.
+        scope: the names around it, joined by '/': of Flax's modules, and of `jax.named_scope`.
+    """
 
     primitive: Any
     params: Mapping[str, Any]
@@ -56,6 +66,7 @@ class Operation:
     context: Any
     effects: bool
     bodies: tuple[Program, ...]
+    scope: str
 
     @property
     def name(self) -> str:
@@ -72,8 +83,11 @@ class Program:
     constants: Mapping[Value, Any]
 
 
-def flatten(closed: ClosedJaxpr) -> Program:
+def flatten(closed: ClosedJaxpr, scope: str = "") -> Program:
     """Inline the calls of a traced function, and leave out what no output depends on.
+
+    Args:
+        scope: the names around the function.
 
     >>> import jax, jax.numpy as jnp
     >>> program = flatten(jax.make_jaxpr(jax.jit(lambda x: jnp.tanh(x) + 1))(jnp.ones(3)))
@@ -83,7 +97,7 @@ def flatten(closed: ClosedJaxpr) -> Program:
     operations: list[Operation] = []
     constants: dict[Value, Any] = {}
     inputs = tuple(_value(v) for v in closed.jaxpr.invars)
-    outputs = _inline(closed.jaxpr, closed.consts, inputs, operations, constants)
+    outputs = _inline(closed.jaxpr, closed.consts, inputs, operations, constants, scope)
     return Program(inputs, tuple(outputs), _needed(operations, outputs), constants)
 
 
@@ -130,6 +144,7 @@ def _inline(
     arguments: Sequence[Value | Literal],
     operations: list[Operation],
     constants: dict[Value, Any],
+    scope: str,
 ) -> list[Value | Literal]:
     # Every inlining makes its own values: one cached callee may stand at several places of a jaxpr.
     known: dict[Any, Value | Literal] = dict(zip(jaxpr.invars, arguments, strict=True))
@@ -144,8 +159,10 @@ def _inline(
     for equation in jaxpr.eqns:
         operands = tuple(read(atom) for atom in equation.invars)
         called = _inlined_callee(equation)
+        # A callee's names begin anew.
+        inner = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
         if called is not None:
-            results = _inline(called.jaxpr, called.consts, operands, operations, constants)
+            results = _inline(called.jaxpr, called.consts, operands, operations, constants, inner)
         else:
             results = [_value(variable) for variable in equation.outvars]
             operations.append(
@@ -156,7 +173,8 @@ def _inline(
                     tuple(results),
                     equation.ctx,
                     bool(equation.effects),
-                    _bodies(equation),
+                    _bodies(equation, inner),
+                    inner,
                 )
             )
         known.update(zip(equation.outvars, results, strict=True))
@@ -185,11 +203,12 @@ def _callees(equation: Any) -> list[ClosedJaxpr]:
     return [_closed(equation.params[key])] if key else []
 
 
-def _bodies(equation: Any) -> tuple[Program, ...]:
+def _bodies(equation: Any, scope: str) -> tuple[Program, ...]:
     found: list[Program] = []
     for key in _BODIES.get(equation.primitive.name, ()):
         inner = equation.params[key]
-        found.extend(flatten(_closed(body)) for body in (inner if isinstance(inner, tuple) else (inner,)))
+        bodies = inner if isinstance(inner, tuple) else (inner,)
+        found.extend(flatten(_closed(body), scope) for body in bodies)
     return tuple(found)
 
 
@@ -198,4 +217,6 @@ def _closed(jaxpr: Any) -> ClosedJaxpr:
 
 
 def _value(variable: Any) -> Value:
-    return Value(tuple(variable.aval.shape), variable.aval.dtype)
+    sharding = getattr(variable.aval, "sharding", None)
+    explicit = sharding is not None and any(names is not None for names in sharding.spec)
+    return Value(tuple(variable.aval.shape), variable.aval.dtype, sharding if explicit else None)

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jaxeff.graph import axes
 from jaxeff.graph.activations import Activation, Flow, follow
 from jaxeff.graph.axes import Dims, Factor
+from jaxeff.graph.contractions import multiplications
 from jaxeff.graph.nonlinearities import unchanged
-from jaxeff.graph.program import Program, Value
+from jaxeff.graph.program import Operation, Program, Value
 from jaxeff.graph.provenance import (
     CONSTANT_CONTRACTION,
     CONTRACTION,
@@ -118,7 +119,6 @@ class _Reading:
     unit_axes: frozenset[int]
     input_axes: frozenset[int]
     groups: int
-    macs: int
 
 
 def build(
@@ -232,7 +232,7 @@ def _site(use: Use, leaves: Sequence[Leaf], flow: Flow) -> Site | str:
         reading.input_dims,
         activation,
         _direct(use, flow),
-        _all_iterations(reading.macs, use.loops),
+        _all_iterations(use.operation, use.loops),
         use.loops,
     )
 
@@ -248,10 +248,11 @@ def _direct(use: Use, flow: Flow) -> bool:
     return isinstance(value, Value)
 
 
-def _all_iterations(macs: int, loops: Sequence[Loop]) -> int | None:
+def _all_iterations(operation: Operation, loops: Sequence[Loop]) -> int | None:
     if any(loop.name == "while" for loop in loops):
         return None
-    return macs * math.prod(loop.length for loop in loops if loop.length is not None)
+    found = multiplications(operation)
+    return (found.macs if found else 0) * math.prod(loop.length for loop in loops if loop.length is not None)
 
 
 def _missing_axes(use: Use, reading: _Reading, shape: Sequence[int]) -> list[int]:
@@ -274,8 +275,7 @@ def _read_dot(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
     output_dims = contracted(operation, use.operand, dims, axes.of_data(value_shape(data)))
     parallel = frozenset().union(*(axes.held((dims[i],)) for i in batch[use.operand]))
     units = axes.held(output_dims)
-    macs = axes.positions(output_dims) * math.prod(shape[axis] for axis in units | summed)
-    return _Reading("dense", data, input_dims, output_dims, units, summed | parallel, 1, macs)
+    return _Reading("dense", data, input_dims, output_dims, units, summed | parallel, 1)
 
 
 def _read_conv(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
@@ -294,8 +294,7 @@ def _read_conv(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
     inputs, units = axes.held((per_group,)), axes.held((features,))
     if groups > 1 and (len(inputs), len(units)) != (1, 1):
         return "a grouped convolution whose kernel was reshaped before"
-    macs = axes.positions(tuple(output_dims)) * math.prod(shape[axis] for axis in axes.held(dims))
-    return _Reading("conv", data, tuple(input_dims), tuple(output_dims), units, inputs, groups, macs)
+    return _Reading("conv", data, tuple(input_dims), tuple(output_dims), units, inputs, groups)
 
 
 def _read_gather(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
@@ -314,7 +313,7 @@ def _read_gather(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
     indices = operation.inputs[1]
     units = axes.held(output_dims)
     return _Reading(
-        "embedding", indices, axes.of_data(value_shape(indices)), output_dims, units, looked_up, 1, 0
+        "embedding", indices, axes.of_data(value_shape(indices)), output_dims, units, looked_up, 1
     )
 
 

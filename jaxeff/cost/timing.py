@@ -1,0 +1,230 @@
+"""A function and its arguments -> how long it takes, and what bounds it.
+
+Imports `compiling`, `counting`, `records`, `tables`, `work`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeff.cost import compiling, tables
+from jaxeff.cost.compiling import Compiled
+from jaxeff.cost.counting import of_program
+from jaxeff.cost.records import Cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """What one device reaches, measured.
+
+    Attributes:
+        device: its name.
+        dtype: of the matrix product.
+        flops_per_second: of the product of two square matrices.
+        bytes_per_second: read and written by the copy of an array too large for caches.
+    """
+
+    device: str
+    dtype: str
+    flops_per_second: float
+    bytes_per_second: float
+
+    @property
+    def balance(self) -> float:
+        """FLOPs per byte at which arithmetic and memory take equally long."""
+        return self.flops_per_second / self.bytes_per_second
+
+
+def peak(dtype: Any = jnp.float32, *, width: int = 2048, copied: int = 2**28, device: Any = None) -> Peak:
+    """Measure a device: the best of five products of two matrices, and of five copies.
+
+    Call it once, and pass the result to each `latency`.
+
+    Args:
+        dtype: of the matrices: that of the models to compare with, at JAX's default matmul precision.
+        width: rows and columns of the matrices. Accelerators need more than CPUs to reach their best.
+        copied: bytes of the array that is copied; several times the largest cache.
+        device: the default device unless given.
+    """
+    device = jax.local_devices()[0] if device is None else device
+    with jax.default_device(device):
+        matrix = jnp.full((width, width), 1 / width, dtype)
+        product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+        product_seconds = min(_seconds(lambda: product(matrix, matrix), warmup=2, repeats=5))
+        copy_seconds = min(_copies(copied // 4, repeats=5))
+    return Peak(
+        device=device.device_kind,
+        dtype=jnp.dtype(dtype).name,
+        flops_per_second=2 * width**3 / product_seconds,
+        bytes_per_second=2 * 4 * (copied // 4) / copy_seconds,
+    )
+
+
+def _copies(size: int, repeats: int) -> list[float]:
+    """Seconds of each copy of an array onto itself: new memory would be mapped page by page."""
+    # An addition: a plain copy may be left out by the compiler.
+    copy = jax.jit(lambda array: array + 1, donate_argnums=0)
+    array = jax.block_until_ready(copy(jnp.zeros(size, jnp.float32)))
+    seconds: list[float] = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        array = jax.block_until_ready(copy(array))
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """How long a compiled function takes, from its call until its results are there.
+
+    Attributes:
+        seconds: of each run, in order.
+        cost: what it does, counted from its program.
+        compiled: what XLA says of it, and how long it took to compile.
+        peak: of the device, if it was given.
+    """
+
+    seconds: tuple[float, ...]
+    cost: Cost
+    compiled: Compiled
+    peak: Peak | None
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return self._percentile(50)
+
+    @property
+    def percentile_10(self) -> float:
+        """Seconds that one run in ten stays below."""
+        return self._percentile(10)
+
+    @property
+    def percentile_90(self) -> float:
+        """Seconds that nine runs in ten stay below."""
+        return self._percentile(90)
+
+    def _percentile(self, percent: float) -> float:
+        return float(np.percentile(self.seconds, percent))
+
+    @property
+    def flops_per_second(self) -> float:
+        """FLOPs of the count, over the median."""
+        return self.cost.flops / self.median
+
+    @property
+    def bytes_moved(self) -> int | None:
+        """Arguments read and results written, once each: the least that memory has to move."""
+        compiled = self.compiled
+        if compiled.argument_bytes is None or compiled.output_bytes is None:
+            return None
+        return (compiled.argument_bytes + compiled.output_bytes) * compiled.devices
+
+    @property
+    def arithmetic_intensity(self) -> float | None:
+        """FLOPs per byte of `bytes_moved`: an upper bound, since intermediate arrays may leave the caches."""
+        return None if not self.bytes_moved else self.cost.flops / self.bytes_moved
+
+    @property
+    def compute_share(self) -> float | None:
+        """Of the peak's FLOPs per second; None without a peak."""
+        if self.peak is None:
+            return None
+        return self.flops_per_second / (self.peak.flops_per_second * self.compiled.devices)
+
+    @property
+    def memory_share(self) -> float | None:
+        """Of the peak's bytes per second, for `bytes_moved`; None without a peak. Caches lift it above 1."""
+        if self.peak is None or self.bytes_moved is None:
+            return None
+        return self.bytes_moved / self.median / (self.peak.bytes_per_second * self.compiled.devices)
+
+    @property
+    def bound(self) -> str | None:
+        """'compute' or 'memory', whichever is nearer to its peak; 'neither' where both are below a tenth.
+
+        Then something else takes the time: dispatch, small or serial operations, transcendentals,
+        intermediate arrays in memory. None without a peak.
+        """
+        compute, memory = self.compute_share, self.memory_share
+        if compute is None or memory is None:
+            return None
+        if max(compute, memory) < 0.1:
+            return "neither"
+        return "compute" if compute >= memory else "memory"
+
+    def __str__(self) -> str:
+        return tables.of_latency(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python data, the derived numbers included."""
+        derived = (
+            "median", "percentile_10", "percentile_90", "flops_per_second", "bytes_moved",
+            "arithmetic_intensity", "compute_share", "memory_share", "bound",
+        )  # fmt: skip
+        return {
+            **{name: getattr(self, name) for name in derived},
+            "seconds": list(self.seconds),
+            "cost": self.cost.to_dict(),
+            "compiled": {**dataclasses.asdict(self.compiled), "peak_bytes": self.compiled.peak_bytes},
+            "peak": None if self.peak is None else dataclasses.asdict(self.peak),
+        }
+
+
+def latency(
+    function: Callable,
+    *arguments: Any,
+    repeats: int = 30,
+    warmup: int = 3,
+    peak: Peak | None = None,
+    **keywords: Any,
+) -> Latency:
+    """Time a function: compiled before, warm, and blocked until its results are there.
+
+    Args:
+        function: any function of arrays, or what `jax.jit` made of one, without static or donated arguments:
+            every run gets the same ones.
+        *arguments, **keywords: what it is called with: arrays, which a run reads where they lie.
+        repeats: timed runs, one after the other.
+        warmup: runs before, which are not timed.
+        peak: of the device, from `jaxeff.cost.peak`: says what bounds the function.
+
+    Raises:
+        ValueError: `repeats` or `warmup` is too small, an argument is a shape, or one is donated.
+
+    >>> found = latency(lambda x: x @ x, jnp.ones((16, 16)), repeats=5)
+    >>> found.cost.macs, found.percentile_10 <= found.median <= found.percentile_90
+    (4096, True)
+    """
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"`repeats` must be 1 or more and `warmup` 0 or more, got {repeats} and {warmup}")
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((arguments, keywords))):
+        raise ValueError(
+            "an argument is a jax.ShapeDtypeStruct: `latency` runs the function and needs arrays"
+        )
+    compilation = compiling.compile(function, arguments, keywords)
+    if compilation.donates:
+        raise ValueError("`function` donates an argument, which a second run could not read: jit it without")
+    cost = of_program(compilation.traced, (arguments, keywords))
+    # Host arrays would be copied to the device in every run.
+    arguments, keywords = jax.device_put((arguments, keywords))
+    seconds = _seconds(lambda: compilation.program(*arguments, **keywords), warmup, repeats)
+    return Latency(tuple(seconds), cost, compilation.figures, peak)
+
+
+def _seconds(run: Callable[[], Any], warmup: int, repeats: int) -> list[float]:
+    for _ in range(warmup):
+        _ = jax.block_until_ready(run())
+    seconds: list[float] = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        _ = jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - start)
+    return seconds

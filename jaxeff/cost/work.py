@@ -1,0 +1,54 @@
+"""What one operation does, in numbers that add.
+
+Imports nothing of jaxeff.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Exact integers (a share of a batch that does not divide is a float).
+
+    Attributes:
+        macs: multiply-accumulates of dot products, convolutions and ragged products, of any dtype.
+        flops: floating-point operations: two for each multiply-accumulate, and one for each element that
+            an addition, multiplication, division, comparison, selection or reduction of floats makes.
+        transcendentals: elements of exp, log, tanh, sqrt and the like. Not among the FLOPs, since what one
+            costs is up to the device; XLA keeps them apart as well.
+        integer_operations: elements of arithmetic on integers and booleans (masks, indices). Not among the
+            FLOPs.
+        padding_macs: those of `macs` that multiply a zero which a convolution's padding put there.
+    """
+
+    macs: int = 0
+    flops: int = 0
+    transcendentals: int = 0
+    integer_operations: int = 0
+    padding_macs: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(_numbers(self), _numbers(other), strict=True)))
+
+    def __mul__(self, times: int) -> Work:
+        return Work(*(number * times for number in _numbers(self)))
+
+    def __truediv__(self, parts: int) -> Work:
+        return Work(*(_divided(number, parts) for number in _numbers(self)))
+
+    @property
+    def weight(self) -> int:
+        """Flops and transcendentals together: by which two branches are compared."""
+        return self.flops + self.transcendentals
+
+
+def _numbers(work: Work) -> tuple[int, ...]:
+    # Not dataclasses.astuple, which copies deeply: this runs for every operation of a program.
+    return work.macs, work.flops, work.transcendentals, work.integer_operations, work.padding_macs
+
+
+def _divided(number: int, parts: int) -> int:
+    # A float where the parts are not whole: an optimizer's update is not per example.
+    return number // parts if number % parts == 0 else number / parts  # pyright: ignore
