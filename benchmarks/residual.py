@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images [n, 28, 28, 1] to logits [n, 10]. The first convolution strides, which the original's does not."""
+    """Images [n, 28, 28, 1] to logits [n, 10]. Unlike the original's, the first convolution strides."""
 
     stages: tuple[Stage, ...]
     train: bool = False
@@ -42,9 +42,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         norm = nn.BatchNorm(use_running_average=not self.train, name="norm")
-        x = nn.relu(
-            norm(nn.Conv(self.stages[0].stream, (3, 3), strides=2, use_bias=False, name="stem")(x))
-        )
+        x = nn.relu(norm(nn.Conv(self.stages[0].stream, (3, 3), strides=2, use_bias=False, name="stem")(x)))
         for i, stage in enumerate(self.stages):
             for j, inner in enumerate(stage.blocks):
                 strides = 2 if i and not j else 1

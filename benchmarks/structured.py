@@ -278,7 +278,9 @@ def main() -> None:
     _ = parser.add_argument("--criteria", type=lambda text: tuple(text.split(",")), default=CRITERIA)
     _ = parser.add_argument("--repeats", type=int, default=30)
     _ = parser.add_argument("--seed", type=int, default=0)
-    _ = parser.add_argument("--keep", type=Path, help="file of the dense network: read if there, else written")
+    _ = parser.add_argument(
+        "--keep", type=Path, help="file of the dense network: read if there, else written"
+    )
     parser.set_defaults(**DEFAULTS[parser.parse_args().network])
     chosen = parser.parse_args()
     print(timing.machine(), flush=True)

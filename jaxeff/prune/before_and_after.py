@@ -1,7 +1,7 @@
 """What a smaller network saves and what it loses, measured beside the large one.
 
 In: the two networks, batches to run them on, a score. Out: a `BeforeAndAfter`, whose speed-ups are those of
-runs that took place. Imports of jaxeff `graph`, `latency`, `leaves`, `models`, `table`.
+runs that took place. Imports of jaxeff `cost`, `models`, `table`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import graph, table
-from jaxeff.latency import Latency, latencies
-from jaxeff.leaves import named_leaves
-from jaxeff.models import Model, from_apply
+from jaxeff import table
+from jaxeff.cost.tables import duration
+from jaxeff.cost.timing import Latency, latencies
+from jaxeff.models import Bound, bind
 
 
 class Ratios(NamedTuple):
@@ -37,17 +37,29 @@ class Measured:
 
     Attributes:
         parameters: numbers in `params`.
-        bytes: of `params`, of the other variables (running averages), and of arrays that `apply_fn` closed over.
+        bytes: of `params` and of the other variables (running averages).
         scores: by name.
-        macs: multiply-accumulates of weights with data, of each batch; None where a loop has no known length.
-        latencies: of each batch.
+        latencies: of each batch, each with the `cost` that was counted of its program.
     """
 
     parameters: int
     bytes: int
     scores: Mapping[str, float]
-    macs: tuple[int | None, ...]
     latencies: tuple[Latency, ...]
+
+    @property
+    def macs(self) -> tuple[int, ...]:
+        """Multiply-accumulates of each batch; where they are not all, `cost.statements` says so."""
+        return tuple(latency.cost.macs for latency in self.latencies)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python data; a score that is nan or infinite is None."""
+        return {
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "scores": {name: value if math.isfinite(value) else None for name, value in self.scores.items()},
+            "latencies": [latency.to_dict() for latency in self.latencies],
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +79,20 @@ class BeforeAndAfter:
 
     @property
     def speedups(self) -> tuple[Ratios, ...]:
-        """Of each batch. Neighbouring runs are compared, which suffer alike from what else the machine does."""
+        """Of each batch, from neighbouring runs, which suffer alike from what else the machine does."""
         pairs = zip(self.before.latencies, self.after.latencies, strict=True)
         ratios = [np.divide(before.seconds, after.seconds) for before, after in pairs]
         return tuple(Ratios(*np.percentile(ratio, (10, 50, 90)).tolist()) for ratio in ratios)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python data, every run included, in seconds; a score that is nan or infinite is None."""
-        found = dataclasses.asdict(self)
-        for name in ("before", "after"):
-            scores = found[name]["scores"]
-            found[name]["scores"] = {key: value if math.isfinite(value) else None for key, value in scores.items()}
-        return {**found, "speedups": [ratios._asdict() for ratios in self.speedups]}
+        """Plain Python data, every run included."""
+        return {
+            "device": self.device,
+            "batch_sizes": list(self.batch_sizes),
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "speedups": [ratios._asdict() for ratios in self.speedups],
+        }
 
     def to_json(self, *, indent: int | None = None) -> str:
         return json.dumps(self.to_dict(), allow_nan=False, indent=indent)
@@ -127,28 +141,21 @@ def before_and_after(
     if repeats < 1:
         raise ValueError(f"`repeats` must be 1 or more, got {repeats}")
     networks = {"before": before, "after": after}
-    models: dict[str, list[Model]] = {}
+    bound: dict[str, list[Bound]] = {}
     for name, network in networks.items():
         params, apply_fn = _checked_network(name, network)
-        models[name] = [from_apply(params, apply_fn, batch, rngs, apply_kwargs) for batch in batches]
-    # Before anything takes its time, so that an error is told at once.
+        bound[name] = [bind(params, apply_fn, batch, rngs, apply_kwargs) for batch in batches]
     scores = {name: {} if evaluate is None else _scores(evaluate(*networks[name])) for name in networks}
-    runs = [
-        latencies({name: _call(found[number]) for name, found in models.items()}, repeats=repeats)
-        for number in range(len(batches))
+    timed = [
+        latencies({"before": _call(large), "after": _call(small)}, repeats=repeats)
+        for large, small in zip(bound["before"], bound["after"], strict=True)
     ]
-    measured = [
-        Measured(
-            sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(found[0].params)),
-            _bytes(found[0]),
-            scores[name],
-            tuple(map(_macs, found)),
-            tuple(run[name] for run in runs),
-        )
-        for name, found in models.items()
-    ]
-    sizes = tuple(model.batch_size for model in models["before"])
-    return BeforeAndAfter(*measured, sizes, _device(models["before"][0]))
+    measured = (
+        Measured(_parameters(each[0]), _bytes(each[0]), scores[name], tuple(run[name] for run in timed))
+        for name, each in bound.items()
+    )
+    sizes = tuple(each.batch_size for each in bound["before"])
+    return BeforeAndAfter(*measured, batch_sizes=sizes, device=_device(bound["before"][0]))
 
 
 def _check_batches(batches: Any) -> None:
@@ -177,28 +184,23 @@ def _scores(found: Any) -> dict[str, float]:
     return {name: float(value) for name, value in scores.items()}
 
 
-def _call(model: Model) -> tuple[Callable, tuple[Any, Any]]:
-    function = model.function.without_capture()
-    return lambda params, inputs: function(params, inputs)[0], (model.params, model.inputs)
+def _call(bound: Bound) -> tuple[Callable, tuple[Any, Any]]:
+    return bound.plain, (bound.params, bound.inputs)
 
 
-def _bytes(model: Model) -> int:
-    kept = [leaf for leaf, origin in zip(jax.tree.leaves(model.inputs), model.origins, strict=True) if origin == "constant"]
-    return sum(jnp.asarray(leaf).nbytes for leaf in [*jax.tree.leaves(model.params), *kept])
+def _parameters(bound: Bound) -> int:
+    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(bound.params))
 
 
-def _device(model: Model) -> str:
-    first = jax.device_put(jax.tree.leaves(model.params)[0])
+def _bytes(bound: Bound) -> int:
+    inputs = zip(jax.tree.leaves(bound.inputs), bound.origins, strict=True)
+    state = [leaf for leaf, origin in inputs if origin == "constant"]
+    return sum(jnp.asarray(leaf).nbytes for leaf in [*jax.tree.leaves(bound.params), *state])
+
+
+def _device(bound: Bound) -> str:
+    first = jax.device_put(jax.tree.leaves(bound.params)[0])
     return next(iter(first.devices())).device_kind
-
-
-def _macs(model: Model) -> int | None:
-    closed = jax.make_jaxpr(model.function.without_capture())(model.params, model.inputs)
-    leaves = [
-        graph.Leaf(path, jnp.shape(leaf), jnp.result_type(leaf)) for path, leaf in named_leaves(model.params).items()
-    ]
-    counts = [site.macs for site in graph.build(graph.flatten(closed), leaves).sites]
-    return None if None in counts else sum(counts)  # pyright: ignore
 
 
 def _render(found: BeforeAndAfter) -> str:
@@ -209,32 +211,40 @@ def _render(found: BeforeAndAfter) -> str:
     for name, score in before.scores.items():
         other = after.scores.get(name, math.nan)
         rows.append((name, f"{score:.4g}", f"{other:.4g}", f"{other - score:+.3g}"))
-    each = zip(found.batch_sizes, before.macs, after.macs, before.latencies, after.latencies, found.speedups, strict=True)
-    for size, *macs, one, other, ratios in each:
+    each = zip(found.batch_sizes, before.latencies, after.latencies, found.speedups, strict=True)
+    for size, one, other, ratios in each:
         batch = "one batch" if size is None else f"batch of {size}"
-        rows.append(_counted(f"MACs, {batch}", *macs))
+        rows.append(_counted(f"MACs, {batch}", one.cost.macs, other.cost.macs))
         rows.append((f"time, {batch}", _timed(one), _timed(other), _ranged(ratios)))
-        rows.append(("  compiling it", f"{one.compile_seconds:.3g} s", f"{other.compile_seconds:.3g} s", ""))
+        rows.append(("  compiling it", _compiling(one), _compiling(other), ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
     ]
-    note = (
-        f"Times: median (10th to 90th percentile) of {len(before.latencies[0].seconds)} runs on {found.device}, "
-        "the two networks in turn; beside them that of the ratios of neighbouring runs. Of scores, the difference."
-    )
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", *textwrap.wrap(note, table.WIDTH)])
+    runs = len(before.latencies[0].seconds)
+    notes = [
+        f"Times: median (10th to 90th percentile) of {runs} runs on {found.device}, "
+        "the two networks in turn; beside them the ratios of neighbouring runs. Of scores, the difference.",
+    ]
+    if not all(latency.cost.complete for latency in (*before.latencies, *after.latencies)):
+        notes.append("Not all work is in the MACs: see `cost.statements` of the latencies.")
+    wrapped = [line for note in notes for line in textwrap.wrap(note, table.WIDTH)]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", *wrapped])
 
 
-def _counted(name: str, before: int | None, after: int | None) -> tuple[str, str, str, str]:
-    if before is None or after is None:
-        return name, *("?" if value is None else table.number(value) for value in (before, after)), "?"
+def _counted(name: str, before: int, after: int) -> tuple[str, str, str, str]:
     return name, table.number(before), table.number(after), f"{before / after:.2f}x" if after else "?"
 
 
 def _timed(found: Latency) -> str:
-    low, median, high = (1e3 * value for value in (found.percentile_10, found.median, found.percentile_90))
-    return f"{median:.3g} ms ({low:.3g} to {high:.3g})"
+    """The percentiles in the unit of the median."""
+    median = duration(found.median)
+    scale = {"s": 1.0, "ms": 1e3, "µs": 1e6, "ns": 1e9}[median.split()[1]]
+    return f"{median} ({scale * found.percentile_10:.3g} to {scale * found.percentile_90:.3g})"
+
+
+def _compiling(found: Latency) -> str:
+    return duration(found.compiled.lower_seconds + found.compiled.compile_seconds)
 
 
 def _ranged(ratios: Ratios) -> str:
