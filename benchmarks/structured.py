@@ -35,7 +35,7 @@ from transformer import Sizes, Transformer, VisionTransformer, sizes_of
 from jaxeff import calibrate, prune
 
 CRITERIA = ("l2", "taylor", "activation", "random")
-BATCH_SIZES = (1, 32, 256)
+BATCH_SIZES = (1, 32)
 Examples = tuple[jax.Array, jax.Array]
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -259,7 +259,7 @@ def grouping(repeats: int) -> None:
 
 
 DEFAULTS = {
-    "resnet": {"steps": 1200, "tune_steps": 400, "rate": 2e-3},
+    "resnet": {"steps": 300, "tune_steps": 150, "rate": 2e-3},
     "vit": {"steps": 3000, "tune_steps": 600, "rate": 1e-3},
     "characters": {"steps": 2000, "tune_steps": 200, "rate": 2e-3},
     "groups": {},

@@ -74,6 +74,7 @@ def speedups(found: Mapping[float | str, BeforeAndAfter], axes: Axes | None = No
     macs = [each.before.macs[0] / max(each.after.macs[0], 1) for each in found.values()]
     _ = drawn.plot(places, macs, color="black", linestyle="--", linewidth=1, label="multiply-accumulates")
     _ = drawn.axhline(1, color="grey", linewidth=1)
+    _ = drawn.set_yscale("log")
     _ = drawn.set_ylabel("before / after")
     _ = drawn.legend(fontsize="small")
     return drawn
