@@ -48,7 +48,9 @@ class NNXApply:
     state: Any
 
     def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
-        return merged(self.structure, params, self.state)(*batch, **keywords)
+        # Variables of its own: inside jit or grad, those of the outside may not be written to.
+        state = jax.tree.map(lambda leaf: leaf, self.state)
+        return merged(self.structure, params, state)(*batch, **keywords)
 
 
 def from_nnx(model: nnx.Module) -> tuple[Any, NNXApply]:

@@ -6,7 +6,7 @@ Imports `leaves`, `models`, `graph`, `records`, `tally`, `training`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.extend.core import ClosedJaxpr
 from jaxeff import graph, leaves, models
 from jaxeff.cost import training
 from jaxeff.cost.records import Cost
-from jaxeff.cost.tally import Owner, Tally, tally
+from jaxeff.cost.tally import Owner, Tally, module_path, tally
 from jaxeff.functions import LinenFunction
 from jaxeff.graph import axes
 from jaxeff.graph.program import Operation
@@ -67,16 +67,23 @@ def count(
     (96, 224, 12)
     """
     paths = tuple(leaves.named_leaves(leaves.split_variables(params)[0], abstract=True))
+    training.check_loss(loss_fn, targets)
     bound = models.bind(params, apply_fn, batch, rngs, apply_kwargs, abstract=True)
     root = _root(bound)
-    gradient = None if loss_fn is None else training.differentiated(bound, bound.plain, loss_fn, targets)
-    traced = gradient.forward if gradient else training.outputs(bound)
-    forward = graph.flatten(traced)
-    owners = _owners(forward, bound, paths)
-    found = [tally(forward, "forward", lambda operation, _: owners.get(operation), root)]
-    if gradient is not None:
-        owner = _by_module(set(owners.values()))
-        found.append(tally(graph.flatten(gradient.backward), "backward", owner, root))
+    traced = training.trace(bound)
+    described = list(zip(paths, jax.tree.leaves(bound.params), strict=True))
+    if loss_fn is None:
+        forward = graph.flatten(traced.closed)
+        found = [tally(forward, "forward", _by_use(_owners(forward, bound, described)), root)]
+    else:
+        gradient = training.differentiated(bound, traced, loss_fn, targets)
+        forward, backward = graph.flatten(gradient.forward), graph.flatten(gradient.backward)
+        described.sort(key=lambda leaf: not _floating(leaf[1]))
+        owners = _owners(forward, bound, described)
+        found = [
+            tally(forward, "forward", _by_use(owners), root),
+            tally(backward, "backward", _by_module(owners, root), root),
+        ]
     if optimizer is not None:
         program = graph.flatten(training.update(bound.params, optimizer))
         found.append(tally(program, "optimizer", _nobody, root))
@@ -97,35 +104,43 @@ def of_program(closed: ClosedJaxpr, arguments: Any) -> Cost:
     return _cost([tally(graph.flatten(closed), "forward", _nobody, "")], None, arguments)
 
 
-def _owners(program: graph.Program, bound: Bound, paths: Sequence[str]) -> dict[Operation, str]:
-    """The weight that meets data in each contraction of the forward pass."""
-    described = list(zip(paths, jax.tree.leaves(bound.params), strict=True))
-    ordered = sorted(described, key=lambda leaf: not _floating(leaf[1]))
-    shapes = [tuple(jnp.shape(leaf)) for _, leaf in ordered]
+def _owners(
+    program: graph.Program, bound: Bound, described: Sequence[tuple[str, Any]]
+) -> dict[Operation, str]:
+    """The weight that meets data in each contraction of the forward pass.
+
+    Args:
+        described: path and leaf of each of the program's first inputs.
+    """
+    shapes = [tuple(jnp.shape(leaf)) for _, leaf in described]
     weights = {
         value: {index: axes.of_weight(shapes[index])}
-        for index, value in enumerate(program.inputs[: len(ordered)])
-        if _floating(ordered[index][1])
+        for index, value in enumerate(program.inputs[: len(described)])
+        if _floating(described[index][1])
     }
-    rest = zip(program.inputs[len(ordered) :], bound.origins, strict=False)
+    rest = zip(program.inputs[len(described) :], bound.origins, strict=False)
     batch = [value for value, origin in rest if origin == "batch"]
     uses = trace_weights(program, weights, shapes, (), batch).uses
     return {
-        use.operation: ordered[use.leaf][0]
+        use.operation: described[use.leaf][0]
         for use in uses
         if use.operation is not None and use.role in (CONTRACTION, CONSTANT_CONTRACTION)
     }
 
 
-def _by_module(weights: Iterable[str]) -> Owner:
-    """The one weight of the module that a contraction of the backward pass stands in."""
-    held: dict[str, list[str]] = {}
-    for path in weights:
-        held.setdefault(path.rpartition("/")[0], []).append(path)
+def _by_use(owners: Mapping[Operation, str]) -> Owner:
+    return lambda operation, _: owners.get(operation)
+
+
+def _by_module(owners: Mapping[Operation, str], root: str) -> Owner:
+    """The one weight that the forward pass uses in the module of a contraction of the backward pass."""
+    held: dict[str, set[str]] = {}
+    for operation, path in owners.items():
+        held.setdefault(module_path(operation.scope, root), set()).add(path)
 
     def owner(operation: Operation, module: str) -> str | None:
-        known = held.get(module, ()) if operation.scope and operation.name in CONTRACTIONS else ()
-        return known[0] if len(known) == 1 else None
+        known = held.get(module, set()) if operation.scope and operation.name in CONTRACTIONS else set()
+        return next(iter(known)) if len(known) == 1 else None
 
     return owner
 
@@ -162,4 +177,4 @@ def _cost(found: Sequence[Tally], batch_size: int | None, arguments: Any) -> Cos
 def _devices(arguments: Any) -> int:
     """Over how many devices the arguments are laid out."""
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments)]
-    return max((len(sharding.device_set) for sharding in shardings if sharding is not None), default=1)
+    return max((sharding.num_devices for sharding in shardings if sharding is not None), default=1)

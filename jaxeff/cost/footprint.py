@@ -159,19 +159,21 @@ def memory(
     """
     core, state = leaves.split_variables(params)
     _ = leaves.named_leaves(core, abstract=True)
+    training.check_loss(loss_fn, targets)
     bound = models.bind(params, apply_fn, batch, rngs, apply_kwargs, abstract=True)
     state = state or getattr(apply_fn, "state", {})
     optimizer_state = None
     if optimizer is not None:
         shapes = training.abstract(training.split_floating(core)[0])
         optimizer_state = sizes(jax.eval_shape(optimizer.init, shapes))
-    forward = compiled(bound.plain, bound.params, bound.inputs) if compile else None
-    plain = training.without_remat(bound)
+    traced = training.trace(bound)
+    forward = compiled(traced, bound.params, bound.inputs) if compile else None
+    kept_whole = training.without_remat(traced)
     without = remat = None
     if loss_fn is not None:
-        checkpointed = bound.plain if plain else jax.checkpoint(bound.plain, policy=policy)  # pyright: ignore
-        without = _gradient(bound, plain or bound.plain, loss_fn, targets, compile)
-        remat = _gradient(bound, checkpointed, loss_fn, targets, compile)
+        own = traced if kept_whole else jax.checkpoint(traced, policy=policy)  # pyright: ignore
+        without = _gradient(bound, kept_whole or traced, loss_fn, targets, compile)
+        remat = _gradient(bound, own, loss_fn, targets, compile)
     return Memory(
         parameters=sizes(core),
         state=sizes(state),
@@ -180,7 +182,7 @@ def memory(
         forward=forward,
         without_remat=without,
         with_remat=remat,
-        own_remat=plain is not None,
+        own_remat=kept_whole is not None,
         storage={} if masks is None else storage(params, masks),
     )
 

@@ -78,7 +78,7 @@ def _cells(works: dict[str, Work], whole: int) -> list[tuple[str, ...]]:
 def _with_rest(works: dict[str, Work], whole: int) -> dict[str, Work]:
     shown = {name: work for name, work in works.items() if work.weight >= _SHOWN * whole and work.weight}
     rest = [work for name, work in works.items() if name not in shown and work.weight]
-    return {**shown, f"{len(rest)} others": sum(rest[1:], rest[0])} if rest else shown
+    return {**shown, f"({len(rest)} more)": sum(rest[1:], rest[0])} if rest else shown
 
 
 def _merged(cost: Cost) -> list[str]:

@@ -20,6 +20,10 @@ from jaxeff.cost.counting import of_program
 from jaxeff.cost.records import Cost
 
 
+# Below this share of both peaks, neither is what a program waits for.
+_NEAR = 0.25
+
+
 @dataclasses.dataclass(frozen=True)
 class Peak:
     """What one device reaches, measured.
@@ -148,7 +152,7 @@ class Latency:
 
     @property
     def bound(self) -> str | None:
-        """'compute' or 'memory', whichever is nearer to its peak; 'neither' where both are below a tenth.
+        """'compute' or 'memory', whichever is nearer to its peak; 'neither' where both are below a quarter.
 
         Then something else takes the time: dispatch, small or serial operations, transcendentals,
         intermediate arrays in memory. None without a peak.
@@ -156,7 +160,7 @@ class Latency:
         compute, memory = self.compute_share, self.memory_share
         if compute is None or memory is None:
             return None
-        if max(compute, memory) < 0.1:
+        if max(compute, memory) < _NEAR:
             return "neither"
         return "compute" if compute >= memory else "memory"
 

@@ -1,12 +1,12 @@
 """The programs of a training step: its forward and backward pass, and the optimizer's update.
 
-In: a bound model, a loss, an optimizer; shapes will do for arrays. Out: traced programs, whose first inputs
-are the floating leaves of `params`, then its other leaves, then the model's inputs. Nothing runs.
+In: a bound model, a loss, an optimizer; shapes will do for arrays. Out: traced programs. Nothing runs.
 Imports `models`, `functions`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ class Gradient(NamedTuple):
     """The gradient of a loss in two programs.
 
     Attributes:
-        forward: the outputs, the loss, and all that the backward pass needs; its last outputs are that.
+        forward: the loss, and all that the backward pass needs, which are its last outputs. Its inputs are
+            the floating leaves of `params`, its other leaves, and the model's inputs.
         kept: how many outputs of `forward` the backward pass needs.
         backward: what is made of them.
     """
@@ -33,24 +34,46 @@ class Gradient(NamedTuple):
     backward: ClosedJaxpr
 
 
-def outputs(bound: Bound) -> ClosedJaxpr:
-    """The model's outputs."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced:
+    """A model as its program: a function of (params, inputs) that runs none of the user's code again.
 
-    def forward(params: Any, rest: Any, inputs: Any) -> Any:
-        return bound.plain(joined(params, rest), inputs)
+    Attributes:
+        closed: its inputs are the leaves of (params, inputs).
+        structure: of the outputs.
+    """
 
-    return jax.make_jaxpr(forward)(*split_floating(bound.params), bound.inputs)
+    closed: ClosedJaxpr
+    structure: Any
+
+    def __call__(self, params: Any, inputs: Any) -> Any:
+        outputs = jaxpr_as_fun(self.closed)(*jax.tree.leaves((params, inputs)))
+        return jax.tree.unflatten(self.structure, outputs)
+
+
+def trace(bound: Bound) -> Traced:
+    """The program of the outputs."""
+    closed, shapes = jax.make_jaxpr(bound.plain, return_shape=True)(bound.params, bound.inputs)
+    return Traced(closed, jax.tree.structure(shapes))
+
+
+def check_loss(loss_fn: Any, targets: Any) -> None:
+    """Raise what is wrong with a loss before anything is traced."""
+    if loss_fn is None and targets is not None:
+        raise ValueError("`targets` are given without `loss_fn`, a function (outputs, targets) -> loss")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"`loss_fn` must be a function (outputs, targets), got {type(loss_fn).__name__}")
 
 
 Call = Callable[[Any, Any], Any]
-"""The model's outputs as a function of (params, inputs)."""
+"""The outputs as a function of (params, inputs)."""
 
 
 def differentiated(bound: Bound, call: Call, loss_fn: Callable, targets: Any) -> Gradient:
     """The gradient of the mean loss with respect to the floating leaves of `params`.
 
     Args:
-        call: `bound.plain`, or a function that computes the same.
+        call: what `trace` gives, or a function that computes the same.
 
     Raises:
         ValueError: the loss does not fit the outputs and targets, or has no gradient.
@@ -67,8 +90,8 @@ def differentiated(bound: Bound, call: Call, loss_fn: Callable, targets: Any) ->
         backward = jax.make_jaxpr(lambda pullback, one: pullback(one))(pullback, value)
     except MISFITS as error:
         raise ValueError(
-            "`loss_fn` must be a differentiable function (outputs, targets) -> loss of these outputs and "
-            f"`targets`. It raised {type(error).__name__}: {first_line(error)}"
+            "`loss_fn` must be a function (outputs, targets) -> loss, and the model differentiable. "
+            f"It raised {type(error).__name__}: {first_line(error)}"
         ) from error
     return Gradient(traced, len(jax.tree.leaves(pullback)), backward)
 
@@ -78,14 +101,11 @@ def loss_of(call: Call, loss_fn: Callable) -> Callable[[Any, Any, Any], jax.Arra
     return lambda params, inputs, targets: jnp.mean(loss_fn(call(params, inputs), targets))
 
 
-def without_remat(bound: Bound) -> Call | None:
+def without_remat(traced: Traced) -> Traced | None:
     """The model with every `jax.checkpoint` in it told to keep everything; None where it has none."""
-    closed, shapes = jax.make_jaxpr(bound.plain, return_shape=True)(bound.params, bound.inputs)
-    if not _rematerialises(closed.jaxpr):
+    if not _rematerialises(traced.closed.jaxpr):
         return None
-    program = jaxpr_as_fun(_keeping(closed))
-    structure = jax.tree.structure(shapes)
-    return lambda *arguments: jax.tree.unflatten(structure, program(*jax.tree.leaves(arguments)))
+    return dataclasses.replace(traced, closed=_keeping(traced.closed))
 
 
 _REMAT = ("remat2", "checkpoint")
