@@ -25,7 +25,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         conv = functools.partial(nn.Conv, use_bias=False)
-        norm = functools.partial(nn.BatchNorm, use_running_average=not self.train)
+        norm = functools.partial(nn.BatchNorm, use_running_average=not self.train, momentum=0.9)
         y = nn.relu(norm(name="norm0")(conv(self.inner, (3, 3), strides=self.strides, name="conv0")(x)))
         y = norm(name="norm1")(conv(self.outer, (3, 3), name="conv1")(y))
         if self.strides > 1:
@@ -41,7 +41,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        norm = nn.BatchNorm(use_running_average=not self.train, name="norm")
+        norm = nn.BatchNorm(use_running_average=not self.train, momentum=0.9, name="norm")
         x = nn.relu(norm(nn.Conv(self.stages[0].stream, (3, 3), strides=2, use_bias=False, name="stem")(x)))
         for i, stage in enumerate(self.stages):
             for j, inner in enumerate(stage.blocks):

@@ -1,5 +1,6 @@
 """Two networks beside each other: counts by hand, times of runs that took place."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -7,6 +8,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,7 +16,7 @@ from jax.experimental import io_callback
 from network import drawn, normal
 
 import jaxeff
-from jaxeff import cost, prune
+from jaxeff import cost, plot, prune
 from jaxeff.prune.before_and_after import Measured
 
 
@@ -156,6 +158,28 @@ def test_a_count_that_is_not_of_all_says_so():
     looped, plain = (params, until_large), (params, lambda params, x: x @ params["w"])
     assert "Not all work is in the MACs" in str(measure(plain, looped, [jnp.ones((2, 3))]))
     assert "Not all work is in the MACs" not in str(measure(plain, plain, [jnp.ones((2, 3))]))
+
+
+def test_speedups_are_drawn_as_they_were_measured():
+    found = {0.25: by_hand([2e-3, 4e-3], [2e-3, 2e-3]), 0.5: by_hand([3e-3, 9e-3], [1e-3, 1e-3])}
+    axes = matplotlib.figure.Figure().subplots()
+    assert plot.speedups(found, axes) is axes
+    ((line, _, (bars,)),) = [container.lines for container in axes.containers]
+    np.testing.assert_allclose(line.get_xydata(), [[0.25, 1.5], [0.5, 6]])
+    ends = [segment[:, 1] for segment in bars.get_segments()]
+    np.testing.assert_allclose(ends, [[1.1, 1.9], [3.6, 8.4]])
+    macs = next(drawn for drawn in axes.lines if drawn.get_label() == "multiply-accumulates")
+    np.testing.assert_allclose(macs.get_ydata(), [4, 4])
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(texts) == ["batch of 32", "multiply-accumulates"]
+
+
+@pytest.mark.parametrize("sizes", [(), ((32,), (1, 32))])
+def test_measurements_of_other_batches_are_not_drawn_together(sizes):
+    one = by_hand([2e-3], [1e-3])
+    found = {str(each): dataclasses.replace(one, batch_sizes=each) for each in sizes}
+    with pytest.raises(ValueError, match="`found` must hold measurements of the same batches"):
+        _ = plot.speedups(found)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from jaxeff.cost.compiling import Compiled
 from jaxeff.cost.counting import of_program
 from jaxeff.cost.records import Cost
 
-
 # Below this share of both peaks, neither is what a program waits for.
 _NEAR = 0.25
 
