@@ -67,7 +67,7 @@ def speedups(found: Mapping[float | str, BeforeAndAfter], axes: Axes | None = No
         )
     drawn = _new_axes() if axes is None else axes
     places: list[Any] = [*found]
-    for number, size in enumerate(*sizes):
+    for number, size in enumerate(sizes.pop()):
         low, median, high = np.array([each.speedups[number] for each in found.values()]).T
         label = "one batch" if size is None else f"batch of {size}"
         _ = drawn.errorbar(places, median, (median - low, high - median), marker=".", capsize=3, label=label)
