@@ -259,8 +259,8 @@ def grouping(repeats: int) -> None:
 
 
 DEFAULTS = {
-    "resnet": {"steps": 300, "tune_steps": 150, "rate": 2e-3},
-    "vit": {"steps": 3000, "tune_steps": 600, "rate": 1e-3},
+    "resnet": {"steps": 1500, "tune_steps": 600, "rate": 2e-3},
+    "vit": {"steps": 1500, "tune_steps": 300, "rate": 1e-3},
     "characters": {"steps": 2000, "tune_steps": 200, "rate": 2e-3},
     "groups": {},
 }

@@ -145,6 +145,7 @@ def before_and_after(
     for name, network in networks.items():
         params, apply_fn = _checked_network(name, network)
         bound[name] = [bind(params, apply_fn, batch, rngs, apply_kwargs) for batch in batches]
+        _check_fit(name, bound[name])
     scores = {name: {} if evaluate is None else _scores(evaluate(*networks[name])) for name in networks}
     timed = [
         latencies({"before": _call(large), "after": _call(small)}, repeats=repeats)
@@ -174,6 +175,15 @@ def _checked_network(name: str, network: Any) -> tuple[Any, Callable]:
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
         raise TypeError(f"`{name}` holds shapes without numbers: what is timed needs arrays")
     return params, apply_fn
+
+
+def _check_fit(name: str, bound: Sequence[Bound]) -> None:
+    """That the network takes all batches, before anything that takes long."""
+    for each in bound:
+        try:
+            _ = jax.eval_shape(each.plain, each.params, each.inputs)
+        except ValueError as error:
+            raise ValueError(f"`{name}`: {error}") from error
 
 
 def _scores(found: Any) -> dict[str, float]:
