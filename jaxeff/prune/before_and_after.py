@@ -250,7 +250,12 @@ def _timed(found: Latency) -> str:
     """The percentiles in the unit of the median."""
     median = duration(found.median)
     scale = {"s": 1.0, "ms": 1e3, "µs": 1e6, "ns": 1e9}[median.split()[1]]
-    return f"{median} ({scale * found.percentile_10:.3g} to {scale * found.percentile_90:.3g})"
+    low, high = scale * found.percentile_10, scale * found.percentile_90
+    return f"{median} ({_three_digits(low)} to {_three_digits(high)})"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def _compiling(found: Latency) -> str:
