@@ -45,6 +45,7 @@ def main() -> None:
     measured = prune.sensitivity(
         *model, images, labels, lambda *pair: optax.softmax_cross_entropy_with_integer_labels(*pair).mean()
     )
+    smaller = {removed: _smaller(model, images, removed) for removed in (0.25, 0.5, 0.75)}
     dense = "Dense_0/kernel"
     pictures = {
         "layers": lambda: plot.layers(report),
@@ -57,6 +58,7 @@ def main() -> None:
         "history": lambda: plot.history(reports, "gini", steps=EPOCHS),
         "criteria": lambda: plot.criteria(compared),
         "sensitivity": lambda: plot.sensitivity(measured),
+        "speedups": lambda: plot.speedups(smaller),
     }
     IMAGES.mkdir(exist_ok=True)
     for name, draw in pictures.items():
@@ -68,6 +70,17 @@ def main() -> None:
 
 def _report(state: TrainState, images) -> jaxeff.Report:
     return jaxeff.analyze(state.params, state.apply_fn, images, curves=True)
+
+
+def _smaller(model, images, removed: float) -> prune.BeforeAndAfter:
+    """The network beside one of so many fewer units, which no training has mended."""
+    variables, apply_fn = model
+    plan = prune.plan(prune.groups(variables, apply_fn, images), prune.scored(variables), removed)
+    small = prune.shrink(variables, plan)
+    params = small["params"]
+    widths = tuple(params[name]["kernel"].shape[-1] for name in ("Conv_0", "Conv_1", "Dense_0"))
+    after = small, demo.DigitsCNN(widths).apply
+    return prune.before_and_after((variables, apply_fn), after, [images[:1], images[:64]])
 
 
 if __name__ == "__main__":

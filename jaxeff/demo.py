@@ -79,14 +79,19 @@ def split(examples: Examples) -> tuple[Examples, Examples]:
 
 
 class DigitsCNN(nn.Module):
-    """Two convolutions and two dense layers: images [n, 8, 8, 1] to logits [n, 10]."""
+    """Two convolutions and two dense layers: images [n, 8, 8, 1] to logits [n, 10].
+
+    `widths` are the channels of the convolutions and the units of the hidden layer.
+    """
+
+    widths: tuple[int, int, int] = (16, 32, 512)
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = nn.relu(nn.Conv(16, (3, 3))(images))
-        x = nn.relu(nn.Conv(32, (3, 3), strides=(2, 2))(x))
+        x = nn.relu(nn.Conv(self.widths[0], (3, 3))(images))
+        x = nn.relu(nn.Conv(self.widths[1], (3, 3), strides=(2, 2))(x))
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(512)(x))
+        x = nn.relu(nn.Dense(self.widths[2])(x))
         return nn.Dense(10)(x)
 
 

@@ -16,6 +16,7 @@ from jaxeff.cost.storage import Storage as Storage
 from jaxeff.cost.storage import storage as storage
 from jaxeff.cost.timing import Latency as Latency
 from jaxeff.cost.timing import Peak as Peak
+from jaxeff.cost.timing import latencies as latencies
 from jaxeff.cost.timing import latency as latency
 from jaxeff.cost.timing import peak as peak
 from jaxeff.cost.work import Work as Work

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,12 +60,12 @@ def peak(dtype: Any = jnp.float32, *, width: int = 2048, copied: int = 2**28, de
     with jax.default_device(device):
         matrix = jnp.full((width, width), 1 / width, dtype)
         product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
-        product_seconds = min(_seconds(lambda: product(matrix, matrix), warmup=2, repeats=5))
+        (products,) = _in_turn([lambda: product(matrix, matrix)], repeats=5, warmup=2)
         copy_seconds = min(_copies(copied // 4, repeats=5))
     return Peak(
         device=device.device_kind,
         dtype=jnp.dtype(dtype).name,
-        flops_per_second=2 * width**3 / product_seconds,
+        flops_per_second=2 * width**3 / min(products),
         bytes_per_second=2 * 4 * (copied // 4) / copy_seconds,
     )
 
@@ -206,8 +206,55 @@ def latency(
     >>> found.cost.macs, found.percentile_10 <= found.median <= found.percentile_90
     (4096, True)
     """
+    _check_counts(repeats, warmup)
+    run, cost, compiled = _prepared(function, arguments, keywords)
+    (seconds,) = _in_turn([run], repeats, warmup)
+    return Latency(seconds, cost, compiled, peak)
+
+
+def latencies(
+    calls: Mapping[str, tuple[Callable, tuple[Any, ...]]],
+    *,
+    repeats: int = 30,
+    warmup: int = 3,
+    peak: Peak | None = None,
+) -> dict[str, Latency]:
+    """Time several functions in turn, so that what else the machine does hits all alike.
+
+    Compare run by run: the n-th run of each was beside the n-th of the others.
+
+    Args:
+        calls: `(function, arguments)` by name, each as `latency` takes them.
+        repeats, warmup, peak: as `latency` takes them. Every second round goes backwards, so that no function
+            always runs behind the same other.
+
+    Raises:
+        ValueError: as `latency`.
+
+    >>> array = jnp.ones((16, 16))
+    >>> calls = {"product": (jnp.matmul, (array, array)), "sum": (jnp.add, (array, array))}
+    >>> found = latencies(calls, repeats=5)
+    >>> found["product"].cost.macs, len(found["sum"].seconds)
+    (4096, 5)
+    """
+    _check_counts(repeats, warmup)
+    prepared = [_prepared(function, arguments, {}) for function, arguments in calls.values()]
+    seconds = _in_turn([run for run, _, _ in prepared], repeats, warmup)
+    return {
+        name: Latency(own, cost, compiled, peak)
+        for name, own, (_, cost, compiled) in zip(calls, seconds, prepared, strict=True)
+    }
+
+
+def _check_counts(repeats: int, warmup: int) -> None:
     if repeats < 1 or warmup < 0:
         raise ValueError(f"`repeats` must be 1 or more and `warmup` 0 or more, got {repeats} and {warmup}")
+
+
+def _prepared(
+    function: Callable, arguments: tuple, keywords: Mapping[str, Any]
+) -> tuple[Callable[[], Any], Cost, Compiled]:
+    """A function compiled for its arguments, as one that runs it on them."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((arguments, keywords))):
         raise ValueError(
             "an argument is a jax.ShapeDtypeStruct: `latency` runs the function and needs arrays"
@@ -217,17 +264,17 @@ def latency(
         raise ValueError("`function` donates an argument, which a second run could not read: jit it without")
     cost = of_program(compilation.traced, (arguments, keywords))
     # Host arrays would be copied to the device in every run.
-    arguments, keywords = jax.device_put((arguments, keywords))
-    seconds = _seconds(lambda: compilation.program(*arguments, **keywords), warmup, repeats)
-    return Latency(tuple(seconds), cost, compilation.figures, peak)
+    placed, named = jax.device_put((arguments, keywords))
+    return lambda: compilation.program(*placed, **named), cost, compilation.figures
 
 
-def _seconds(run: Callable[[], Any], warmup: int, repeats: int) -> list[float]:
-    for _ in range(warmup):
-        _ = jax.block_until_ready(run())
-    seconds: list[float] = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        _ = jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - start)
-    return seconds
+def _in_turn(runs: Sequence[Callable[[], Any]], repeats: int, warmup: int) -> list[tuple[float, ...]]:
+    """Seconds of each run of each, all of them once a round."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for number in range(-warmup, repeats):
+        for which in range(len(runs))[:: -1 if number % 2 else 1]:
+            start = time.perf_counter()
+            _ = jax.block_until_ready(runs[which]())
+            if number >= 0:
+                seconds[which].append(time.perf_counter() - start)
+    return [tuple(own) for own in seconds]

@@ -13,3 +13,4 @@ from jaxeff.plot.layers import units as units
 from jaxeff.plot.measurements import criteria as criteria
 from jaxeff.plot.measurements import pathways as pathways
 from jaxeff.plot.measurements import sensitivity as sensitivity
+from jaxeff.plot.measurements import speedups as speedups

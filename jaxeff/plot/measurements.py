@@ -1,17 +1,19 @@
-"""What was measured beside a report: losses of pruned layers, criteria, and routes.
+"""What was measured beside a report: losses of pruned layers, speed-ups, criteria, and routes.
 
 Imports `canvas`, `comparison`, `pathways`, `prune`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxeff.comparison import Comparison
 from jaxeff.pathways import Pathways
 from jaxeff.plot.canvas import COLOURS, axes_or_new, line_style
+from jaxeff.prune.before_and_after import BeforeAndAfter
 from jaxeff.prune.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
@@ -40,6 +42,41 @@ def sensitivity(sensitivity: Sensitivity, axes: Axes | None = None) -> Axes:
     _ = drawn.axhline(dense, color="black", linestyle="--", linewidth=1, label="dense")
     _ = drawn.set_xlabel("sparsity of the layer, the others whole")
     _ = drawn.set_ylabel("loss")
+    _ = drawn.legend(fontsize="small")
+    return drawn
+
+
+def speedups(found: Mapping[float | str, BeforeAndAfter], axes: Axes | None = None) -> Axes:
+    """A line for each size of batch: how many times faster the smaller networks ran, measured.
+
+    A bar goes from the 10th to the 90th percentile of the runs; dashed, how many times fewer
+    multiply-accumulates they have, which is what the time would fall by if nothing else took any.
+
+    Args:
+        found: by where it stands along the axis: the fraction removed, or a name. All of the same batches.
+        axes: to draw on; those of a new pyplot figure unless given.
+
+    Raises:
+        ValueError: there is nothing to draw, or the batches differ in size.
+        ImportError: Matplotlib is not installed.
+    """
+    sizes = {each.batch_sizes for each in found.values()}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"`found` must hold measurements of the same batches, got sizes {sorted(sizes, key=str)}"
+        )
+    drawn = axes_or_new(axes)
+    places: list[Any] = [*found]
+    for index, size in enumerate(sizes.pop()):
+        low, median, high = np.array([each.speedups[index] for each in found.values()]).T
+        label = "one batch" if size is None else f"batch of {size}"
+        bars = (median - low, high - median)
+        _ = drawn.errorbar(places, median, bars, marker=".", capsize=3, label=label, **line_style(index))
+    macs = [each.before.macs[0] / max(each.after.macs[0], 1) for each in found.values()]
+    _ = drawn.plot(places, macs, color="black", linestyle="--", linewidth=1, label="multiply-accumulates")
+    _ = drawn.axhline(1, color="grey", linewidth=1)
+    _ = drawn.set_yscale("log")
+    _ = drawn.set_ylabel("before / after")
     _ = drawn.legend(fontsize="small")
     return drawn
 
