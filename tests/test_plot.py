@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -150,18 +149,6 @@ def test_axes_are_made_and_nothing_is_shown(monkeypatch):
     monkeypatch.setattr(pyplot, "show", lambda: pytest.fail("shown"))
     made = plot.radar(_report())
     assert made.name == "polar" and plot.layers(_report()) is not made
-    pyplot.close("all")
-
-
-def test_the_code_of_the_docs_runs(tmp_path, monkeypatch):
-    from matplotlib import pyplot
-
-    monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[1] / "docs" / "plots.md").read_text()
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", text, re.S):
-        exec(block, names)
-    assert (tmp_path / "lorenz.png").stat().st_size > 0 and names["axes"].lines
     pyplot.close("all")
 
 
