@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from network import normal
 
 import jaxeff
 from jaxeff import prune
@@ -340,3 +341,13 @@ def test_masks_on_eight_devices_are_those_of_one_and_gather_nothing():
     }
     done = subprocess.run([sys.executable, "-c", _ON_EIGHT], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_arrays_that_multiply_no_data_have_no_scores_of_statistics():
+    params = {"positions": normal(4, 3), "w": normal(3, 2)}
+    statistics = jaxeff.collect(params, lambda p, x: (x + p["positions"][None]) @ p["w"], normal(8, 4, 3))
+    scores = prune.scored(params, statistics, "activation")
+    assert scores["positions"].shape == () and scores["w"].shape == (3, 2)
+    for prunable in ({"positions": True}, lambda path, leaf: True):
+        with pytest.raises(ValueError, match="`prunable` asks for 'positions', which multiplies no data"):
+            _ = prune.scored(params, statistics, "activation", prunable=prunable)

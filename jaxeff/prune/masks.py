@@ -52,10 +52,12 @@ def scored(
             `is_prunable` by path.
 
     Returns:
-        Scores where a leaf may be pruned; a number, 0, where it may not.
+        Scores where a leaf may be pruned; a number, 0, where it may not. With statistics, that is so of
+        arrays that multiply no data, such as learned positions.
 
     Raises:
-        ValueError: a path of `prunable` is none of the leaves', or the criterion needs statistics.
+        ValueError: a path of `prunable` is none of the leaves', or has no scores; or the criterion needs
+            statistics.
 
     >>> scored({"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.zeros(2)})["kernel"]
     Array([[1., 2.]], dtype=float32)
@@ -65,6 +67,11 @@ def scored(
     chosen = prunable_paths(prunable, named)
     if statistics is not None:
         found = criteria.scores(params, statistics, criterion)
+        if missing := sorted(_asked_for(prunable, chosen) - found.keys()):
+            raise ValueError(
+                f"`prunable` asks for {missing[0]!r}, which multiplies no data and has no scores"
+            )
+        chosen &= found.keys()
     elif criteria.named(criterion).function is criteria.magnitude:
         found = {path: jnp.abs(leaf) for path, leaf in named.items()}
     else:
@@ -74,6 +81,13 @@ def scored(
     if core is params:
         return tree
     return {**jax.tree.map(lambda leaf: jnp.zeros(()), dict(params)), "params": tree}
+
+
+def _asked_for(prunable: Prunable, chosen: set[str]) -> set[str]:
+    """The leaves that the user named."""
+    if callable(prunable):
+        return chosen
+    return {path for path, may in (prunable or {}).items() if may}
 
 
 def prunable_paths(prunable: Prunable, named: Mapping[str, Any]) -> set[str]:
