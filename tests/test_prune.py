@@ -345,7 +345,7 @@ def test_masks_on_eight_devices_are_those_of_one_and_gather_nothing():
 
 def test_arrays_that_multiply_no_data_have_no_scores_of_statistics():
     params = {"positions": normal(4, 3), "w": normal(3, 2)}
-    statistics = jaxeff.collect(params, lambda p, x: (x + p["positions"]) @ p["w"], normal(8, 4, 3))
+    statistics = jaxeff.collect(params, lambda p, x: (x + p["positions"][None]) @ p["w"], normal(8, 4, 3))
     scores = prune.scored(params, statistics, "activation")
     assert scores["positions"].shape == () and scores["w"].shape == (3, 2)
     for prunable in ({"positions": True}, lambda path, leaf: True):
