@@ -212,7 +212,9 @@ def _add_checkpoints(commands: Any) -> None:
         metavar="FILE",
         help="also write the report, for jaxeff.Report.from_json; - prints it instead of the table",
     )
-    _ = analyze.add_argument("--html", metavar="FILE", help="also write the report as a page for a browser")
+    _ = analyze.add_argument(
+        "--html", metavar="FILE", type=_file, help="also write the report as a page for a browser"
+    )
     help_ = "path, size or a metric (utilization, gini, redundancy, ...): those with most to spare first"
     _ = analyze.add_argument("--sort", metavar="ORDER", default="path", type=_order(_metrics), help=help_)
     help_ = "what changed from one checkpoint to another"
@@ -225,6 +227,12 @@ def _add_checkpoints(commands: Any) -> None:
     for command, run in ((analyze, _analyze), (compare, _compare)):
         _ = command.add_argument("--top", metavar="N", type=_integer(0, 10**9), help="show the first N rows")
         command.set_defaults(command=run)
+
+
+def _file(text: str) -> str:
+    if text == "-":
+        raise argparse.ArgumentTypeError("a page goes into a file: pass its path, not -")
+    return text
 
 
 def _order(known: Callable[[], Sequence[str]]) -> Callable[[str], str]:

@@ -173,10 +173,11 @@ def named_misfit(apply: Callable, variables: Any, batch: tuple) -> Any:
     except MISFITS as error:
         shapes = ", ".join(str(jax.tree.map(jnp.shape, item)) for item in batch)
         raise ValueError(
-            f"`apply_fn` does not accept these `params` with a `batch` of shape {shapes}. It raised "
+            f"`apply_fn` failed on these `params` and a `batch` of shape {shapes}. It raised "
             f"{type(error).__name__}: {first_line(error)}. `batch` is the model's input as `apply_fn` "
             "takes it (a tuple is several positional inputs); a function that wants a variables dict gets "
-            "{'params': params} as `params`; keyword arguments and `rngs` are passed on."
+            "all of it as `params`, batch_stats and other collections included; keyword arguments and `rngs` "
+            "are passed on."
         ) from error
 
 

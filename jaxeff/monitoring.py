@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.analysis import analyze
-from jaxeff.importance import Criterion
+from jaxeff.importance import Criterion, named
 from jaxeff.report import Report
 
 
@@ -67,10 +67,11 @@ class Event:
 
     Attributes:
         path: of the weight.
-        sign: 'dead units', 'effective parameters', or 'not finite', beside which no other is looked for.
+        sign: 'dead units', 'effective parameters'; 'not finite', of weights, and 'fallen back', where what
+            the criterion reads was not finite and magnitudes stand in: no other is looked for then.
         step: the update it was seen at.
-        first: the number at the start; None for 'not finite'.
-        previous: the number in the report before; None for 'not finite'.
+        first: the number at the start; None for the last two signs.
+        previous: the number in the report before; likewise.
         now: the number in this report.
         of: how many units, or weights, there are.
     """
@@ -86,6 +87,8 @@ class Event:
     def __str__(self) -> str:
         if self.sign == "not finite":
             return f"step {self.step}: {self.path}: {self.now:,.0f} of {self.of:,} weights are not finite"
+        if self.sign == "fallen back":
+            return f"step {self.step}: {self.path}: what scores rest on is not finite; scored by magnitude"
         return (
             f"step {self.step}: {self.path}: {self.now:,.0f} of {self.of:,} {_NOUNS[self.sign]}, "
             f"{self.previous:,.0f} in the report before, {self.first:,.0f} at the start"
@@ -125,10 +128,14 @@ class Monitor:
 
         To be called under `jit` or `scan`. Under `vmap` it analyses every time, as `lax.cond` does there.
         """
+        if not isinstance(state, MonitorState):
+            raise TypeError(f"`state` must be a MonitorState from `init`, got {type(state).__name__}")
         step = state.step + 1
 
         def again() -> MonitorState:
             report = self._analyze(params, apply_fn, batch, analysis)
+            if jax.tree.structure(report) != jax.tree.structure(state.report):
+                raise ValueError("`state` is of another model: make one with `init(params, apply_fn, batch)`")
             return MonitorState(step, step, report, state.first, Vitals.of(state.report))
 
         return jax.lax.cond(step % self.every == 0, again, lambda: dataclasses.replace(state, step=step))
@@ -139,12 +146,17 @@ class Monitor:
         Raises:
             ValueError: the state is of several models.
         """
+        if not isinstance(state, MonitorState):
+            raise TypeError(f"`state` must be a MonitorState from `init`, got {type(state).__name__}")
         report, now = state.report.single(), Vitals.of(state.report)
         first, previous, now = jax.device_get((state.first, state.previous, now))
         step, found = int(state.analysed), []
         for at, row in enumerate(report.rows):
             if bad := int(row.nonfinite_weights):
                 found.append(Event(row.path, "not finite", step, None, None, bad, row.size))
+                continue
+            if not bool(row.evidence_finite):
+                found.append(Event(row.path, "fallen back", step, None, None, row.size, row.size))
                 continue
             start, before, dead = (float(vitals.dead[at]) for vitals in (first, previous, now))
             if dead - start >= self.growth * row.unit_count:
@@ -197,4 +209,5 @@ def monitor(
     for name, value in (("growth", growth), ("collapse", collapse)):
         if not 0 < value <= 1:
             raise ValueError(f"`{name}` must be a fraction above 0, up to 1, got {value!r}")
+    _ = named(criterion, with_loss=loss_fn is not None)
     return Monitor(int(every), criterion, loss_fn, growth, collapse)

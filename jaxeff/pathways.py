@@ -60,7 +60,9 @@ def pathways(report: Report, groups: Groups, importance: Any, count: int = 20) -
         count: how many routes.
 
     Raises:
-        ValueError: `count` is below 1; or no weight connects two groups.
+        TypeError: an argument is not of its kind.
+        ValueError: `count` is below 1; the arguments are of different models; scores are negative or not
+            finite; or no weight connects two groups.
 
     >>> import jax, jax.numpy as jnp, jaxeff
     >>> from jaxeff import prune
@@ -77,6 +79,7 @@ def pathways(report: Report, groups: Groups, importance: Any, count: int = 20) -
     """
     if count < 1:
         raise ValueError(f"`count` must be at least 1, got {count}")
+    _check_one_model(report, groups, named_variables(importance))
     into, left_out = _connections(report, groups, named_variables(importance))
     if not into:
         raise ValueError("no weight with a score connects two groups of units: there is no route")
@@ -97,6 +100,31 @@ def pathways(report: Report, groups: Groups, importance: Any, count: int = 20) -
         tuple(routes),
         tuple(left_out),
     )
+
+
+def _check_one_model(report: Any, groups: Any, scores: Mapping[str, Any]) -> None:
+    if not isinstance(report, Report) or not isinstance(groups, Groups):
+        raise TypeError(
+            "pass a report, groups and importance in this order, got "
+            f"{type(report).__name__} and {type(groups).__name__} for the first two"
+        )
+    shapes = {row.path: row.shape for row in report.structure}
+    for path, score in scores.items():
+        if path in shapes and np.ndim(score) and np.shape(score) != shapes[path]:
+            raise ValueError(
+                f"`importance` of {path!r} has shape {np.shape(score)}, the report's weight {shapes[path]}: "
+                "pass scores of the same model"
+            )
+        if path in shapes and not np.all(np.isfinite(score) & (np.asarray(score) >= 0)):
+            raise ValueError(
+                f"`importance` of {path!r} is negative or not finite: pass `jaxeff.prune.scored(params)` or "
+                "`jaxeff.importance.scores`, not the weights"
+            )
+    for group in groups.groups:
+        for member in group.members:
+            shape = shapes.get(member.path)
+            if shape is not None and int(np.max(member.indices, initial=0)) >= shape[member.axis]:
+                raise ValueError(f"`groups` are of another model: {member.path!r} has shape {shape} here")
 
 
 Connections = dict[int, dict[int, np.ndarray]]

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxeff import files, notebook, page, recommendations, serialization, table
 from jaxeff.recommendations import Recommendation
@@ -123,14 +124,27 @@ class Report:
 
     @property
     def unpaired(self) -> dict[str, str]:
-        """Weights whose activations could not be read, with the reason: scored by magnitude."""
-        return {layer.path: layer.reason for layer in self.structure if layer.reason is not None}
+        """Weights scored by magnitude because their activations could not be read, or are not finite: why.
+
+        Of several models, and where numbers are traced, only those that could not be read.
+        """
+        unread = {layer.path: layer.reason for layer in self.structure if layer.reason is not None}
+        reasons = {**{row.path: row.note for row in self._fallen_back()}, **unread}
+        return {layer.path: reasons[layer.path] for layer in self.structure if layer.path in reasons}
 
     @property
     def analysed_params(self) -> int:
-        """Elements of the weights whose activations were read."""
+        """Elements of the weights whose activations were read, and finite where these were scored by them."""
         seen = zip(self.structure, self.activities, strict=True)
-        return sum(layer.size for layer, activity in seen if activity is not None)
+        read = sum(layer.size for layer, activity in seen if activity is not None)
+        return read - sum(row.size for row in self._fallen_back() if row.activity is not None)
+
+    def _fallen_back(self) -> list[LayerReport]:
+        """Weights scored by magnitude for what the criterion reads is not finite, as far as that is known."""
+        finite = self.numbers.evidence_finite
+        if isinstance(finite, Tracer) or np.ndim(finite) != 1:
+            return []
+        return [self._row(int(index)) for index in np.flatnonzero(~np.asarray(finite, bool))]
 
     def single(self) -> Report:
         """The report with its numbers on the host.
@@ -146,7 +160,16 @@ class Report:
             )
         return jax.device_get(self)
 
+    def __contains__(self, path: object) -> bool:
+        return any(layer.path == path for layer in self.structure)
+
+    def __iter__(self) -> Iterator[str]:
+        """Paths of the weights, in forward order."""
+        return (layer.path for layer in self.structure)
+
     def __getitem__(self, path: str) -> LayerReport:
+        if not isinstance(path, str):
+            raise TypeError(f"a layer is found by its path, got {path!r}; `report.rows` has them in order")
         paths = [layer.path for layer in self.structure]
         if path not in paths:
             near = [known for known in paths if path.split("/")[0] in known] or paths
@@ -173,6 +196,7 @@ class Report:
         """A flat dict of numbers for any tracker: 'model/utilization', 'layers/Dense_0/kernel/gini', ..."""
         concrete = self.single()
         flat = {f"model/{name}": float(value) for name, value in _numbers(concrete.model).items()}
+        flat["model/unpaired_layers"] = float(len(concrete.unpaired))
         for row in concrete.rows:
             values = {**_numbers(row.metrics), **_numbers(row)}
             if row.null is not None:

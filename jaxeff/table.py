@@ -53,7 +53,7 @@ def render(report: Report, shown: Sequence[int] | None = None, width: int = WIDT
 
 def _layers(rows: Sequence[LayerReport], width: int) -> list[str]:
     if not rows:
-        return textwrap.wrap("No weights: no leaf of two axes or more multiplies data.", width)
+        return textwrap.wrap("No weights: no floating leaf of two axes or more multiplies data.", width)
     return aligned([HEADER, *map(cells, rows)], width, _DISPENSABLE)
 
 
@@ -122,8 +122,9 @@ def cells(row: LayerReport) -> tuple[str, ...]:
 def model(report: Report) -> list[str]:
     """What is said of the model as a whole, in sentences."""
     model = report.model
+    counted = sum(row.size for row in report.rows if math.isfinite(float(row.metrics.effective_params)))
     lines = [
-        f"Model: {percent(float(model.utilization))} of {number(model.weights)} weights used "
+        f"Model: {percent(float(model.utilization))} of {number(counted)} weights used "
         f"({number(float(model.effective_params))} effective), noise under the same activations: "
         f"{percent(float(model.null_utilization))}. Scored by {report.criterion}.",
         f"Parameters: {model.total_params:,} in all; {shares(report)}.",
@@ -141,7 +142,7 @@ def model(report: Report) -> list[str]:
         )
     if int(model.excluded):
         lines.append(
-            f"{int(model.excluded)} of {len(report.rows)} layers are not finite and left out of the model."
+            f"{int(model.excluded)} of {len(report.rows)} layers are not finite and left out of these sums."
         )
     return lines
 

@@ -188,7 +188,7 @@ def test_measurements_of_other_batches_are_not_drawn_together(sizes):
         ({"before": network(4)[0]}, r"`before` must be a pair \(params, apply_fn\), got dict"),
         ({"after": (*network(4), 1)}, r"`after` must be a pair \(params, apply_fn\), got a tuple of 3"),
         ({"after": (network(4)[0], Net(4))}, "is the module Net itself: pass its `apply`"),
-        ({"after": (network(4)[0], Net(8).apply)}, "`after`: `apply_fn` does not accept these `params`"),
+        ({"after": (network(4)[0], Net(8).apply)}, "`after`: `apply_fn` failed on these `params`"),
         ({"before": (jax.eval_shape(lambda: network(4)[0]), Net(4).apply)}, "`before` holds shapes"),
         ({"batches": X}, "`batches` must be a list.*got ndarray"),
         ({"batches": []}, "`batches` must be a list.*got an empty list"),

@@ -121,7 +121,35 @@ def test_events_say_what_changed_since_the_start(sign):
         assert (event.first, event.previous, event.now, event.of) == (0, 0, 3, 24)
     if sign == "not finite":
         assert (event.first, event.previous, event.now, event.of) == (None, None, 1, 12 * 24)
-        assert {event.path for event in WATCH.events(state)} == {"hidden/kernel"}
+        assert {(event.path, event.sign) for event in WATCH.events(state)} == {
+            ("hidden/kernel", "not finite"),
+            ("head/kernel", "fallen back"),
+        }
+
+
+def test_activations_that_are_not_finite_are_an_event():
+    state = _start()
+    update = jax.jit(lambda state, batch: WATCH.update(state, PARAMS, MODEL.apply, batch))
+    for _ in range(3):
+        state = update(state, BATCH.at[0, 0].set(jnp.nan))
+    assert {(event.path, event.sign) for event in WATCH.events(state)} == {
+        ("hidden/kernel", "fallen back"),
+        ("head/kernel", "fallen back"),
+    }
+    assert "magnitude" in str(WATCH.events(state)[0])
+
+
+def test_a_state_of_another_model_and_what_is_no_state():
+    other = nn.Dense(5)
+    params = other.init(jax.random.key(0), BATCH)
+    with pytest.raises(ValueError, match="`state` is of another model"):
+        WATCH.update(_start(), params, other.apply, BATCH)
+    for call in (
+        lambda: WATCH.update(PARAMS, _start(), MODEL.apply, BATCH),
+        lambda: WATCH.events(_start().report),
+    ):
+        with pytest.raises(TypeError, match="`state` must be a MonitorState"):
+            call()
 
 
 def test_a_network_that_stays_as_it_is_has_no_events():
@@ -139,6 +167,7 @@ def test_a_network_that_stays_as_it_is_has_no_events():
         ({"every": 2.5}, "`every` must be"),
         ({"every": 1, "growth": 0}, "`growth` must be"),
         ({"every": 1, "collapse": 1.5}, "`collapse` must be"),
+        ({"every": 1, "criterion": "fischer"}, "fischer"),
     ],
 )
 def test_wrong_arguments(arguments, said):

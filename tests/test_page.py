@@ -146,7 +146,7 @@ def browser(tmp_path_factory):
 def open_page(browser, tmp_path):
     """Opens a report's page at a width; afterwards nothing may have been logged."""
 
-    def open_(report, width=1200):
+    def open_(report, width=1400):
         report.to_html(tmp_path / "report.html")
         browser.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride",
@@ -174,7 +174,7 @@ def test_headers_sort_both_ways_and_say_so(open_page):
     )
     browser = open_page(report)
     header = browser.find_element(By.CSS_SELECTOR, "button[data-key=gini]")
-    column = 8
+    column = 9
     assert _shown(browser, column) == ["0.500", "0.900", "?"]
     header.click()
     assert _shown(browser, column) == ["0.900", "0.500", "?"]
@@ -234,7 +234,7 @@ def test_nothing_that_a_name_says_is_run(open_page):
 
 
 @in_chromium
-@pytest.mark.parametrize("width", [400, 800, 1200])
+@pytest.mark.parametrize("width", [400, 800, 1200, 1400])
 def test_nothing_lies_beside_the_window(open_page, width):
     browser = open_page(report_of(layer("a" * 300), layer("encoder/" * 30 + "kernel")), width)
     browser.execute_script("document.querySelectorAll('button.open').forEach(button => button.click())")
@@ -257,7 +257,7 @@ def test_a_screen_reader_finds_names_and_roles(open_page):
     assert names["heading"][0] == "jaxeff report" and "main" in names and "table" in names
     assert names["searchbox"] == ["Filter by name, shape or nonlinearity"]
     assert "2 of 2 layers" in str(found) and "status" in names
-    assert len(names["columnheader"]) == 12 and len(names["rowheader"]) == 2
+    assert len(names["columnheader"]) == 13 and len(names["rowheader"]) == 2
     assert all(name for role in ("image", "img", "button", "link") for name in names.get(role, []))
     assert browser.execute_script("return document.documentElement.lang") == "en"
 
@@ -295,7 +295,7 @@ def _contrast(one, other):
 def test_a_thousand_layers_sort_and_filter(open_page):
     browser = open_page(_report(1000))
     browser.find_element(By.CSS_SELECTOR, "button[data-key=used]").click()
-    used = [float(text.split("%")[0]) for text in _shown(browser, 6)]
+    used = [float(text.split("%")[0]) for text in _shown(browser, 7)]
     assert len(used) == 1000 and used == sorted(used, reverse=True)
     browser.find_element(By.ID, "filter").send_keys("block_99")
     assert len(_shown(browser, 0)) == 11

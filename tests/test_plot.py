@@ -217,6 +217,15 @@ def test_pathways_refuse_what_they_cannot_follow():
         pathways(report, groups, scores, 0)
     with pytest.raises(ValueError, match="no route"):
         pathways(report, groups, {"other": jnp.ones((2, 2))})
+    with pytest.raises(TypeError, match="in this order"):
+        pathways(groups, report, scores)
+    signed, thinner = (
+        jax.tree.map(change, dict(scores)) for change in (lambda x: -x - 1, lambda x: x[..., :1])
+    )
+    with pytest.raises(ValueError, match="negative or not finite"):
+        pathways(report, groups, signed)
+    with pytest.raises(ValueError, match="pass scores of the same model"):
+        pathways(report, groups, thinner)
 
 
 def test_routes_are_drawn_from_left_to_right(axes):

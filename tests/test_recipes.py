@@ -559,7 +559,7 @@ def test_what_cannot_be_recalibrated_is_named():
         _ = prune.recalibrate(variables["params"], model.apply, batches)
     with pytest.raises(ValueError, match="`batches` is empty"):
         _ = prune.recalibrate(variables, model.apply, [], train=True)
-    with pytest.raises(ValueError, match="`apply_fn` does not accept"):
+    with pytest.raises(ValueError, match="`apply_fn` failed on"):
         _ = prune.recalibrate(variables, model.apply, [X], train=True)
 
 

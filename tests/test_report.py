@@ -10,6 +10,7 @@ import numpy as np
 import pandas
 import pytest
 
+import jaxeff
 from jaxeff import table, totals
 from jaxeff.distribution import Distribution
 from jaxeff.metrics import Metrics
@@ -444,3 +445,28 @@ def test_recommendations_are_printed():
 )
 def test_bands_are_those_of_the_methodology(interpret, value, band):
     assert interpret(value) == band
+
+
+def test_what_fell_back_on_magnitudes_counts_as_that_everywhere():
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    model = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]  # noqa: E731
+    batch = jnp.ones((5, 3))
+    for x, fallen in ((batch, 0), (batch.at[0, 0].set(jnp.nan), 2)):
+        report = jaxeff.analyze(params, model, x)
+        assert len(report.unpaired) == fallen == report.scalars()["model/unpaired_layers"]
+        assert report.analysed_params == (20 if not fallen else 0)
+        assert f"{100 if fallen else 0:.1f}% by magnitude only" in " ".join(str(report).split())
+    assert all("not finite" in reason or "nan" in reason for reason in report.unpaired.values())
+
+
+def test_a_report_holds_paths():
+    report = report_of(layer())
+    (path,) = report
+    assert path in report and "elsewhere" not in report and report[path].path == path
+    with pytest.raises(TypeError, match="found by its path, got 0"):
+        _ = report[0]
+
+
+def test_layers_that_are_not_finite_are_not_among_the_weights_used():
+    params = {"a": jnp.full((3, 4), jnp.nan), "b": jnp.ones((5, 2))}
+    assert "of 10 weights used" in str(jaxeff.analyze(params))

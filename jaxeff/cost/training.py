@@ -89,8 +89,9 @@ def differentiated(bound: Bound, call: Call, loss_fn: Callable, targets: Any) ->
         value, pullback = shapes
         backward = jax.make_jaxpr(lambda pullback, one: pullback(one))(pullback, value)
     except MISFITS as error:
+        missing = "`targets` were not given. " if targets is None else ""
         raise ValueError(
-            "`loss_fn` must be a function (outputs, targets) -> loss, and the model differentiable. "
+            f"{missing}`loss_fn` must be a function (outputs, targets) -> loss, the model differentiable. "
             f"It raised {type(error).__name__}: {first_line(error)}"
         ) from error
     return Gradient(traced, len(jax.tree.leaves(pullback)), backward)

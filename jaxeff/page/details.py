@@ -44,10 +44,13 @@ def _layer(row: LayerReport) -> dict[str, Any]:
     }
 
 
+_SIDES = {"post": "weights and activations", "input": "weights and inputs", "magnitude": "weights alone"}
+
+
 def _numbers(row: LayerReport) -> list[tuple[str, str]]:
     m, percent, decimal, number = row.metrics, table.percent, table.decimal, table.number
     shown = [
-        ("scored by", row.side),
+        ("scored on", _SIDES.get(row.side, row.side)),
         ("shape", " × ".join(map(str, row.shape))),
         ("weights", f"{row.size:,}"),
         ("bytes", f"{row.bytes:,} in {row.dtype}"),
