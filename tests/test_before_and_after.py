@@ -192,7 +192,7 @@ def test_measurements_of_other_batches_are_not_drawn_together(sizes):
         ({"before": (jax.eval_shape(lambda: network(4)[0]), Net(4).apply)}, "`before` holds shapes"),
         ({"batches": X}, "`batches` must be a list.*got ndarray"),
         ({"batches": []}, "`batches` must be a list.*got an empty list"),
-        ({"batches": [X, X[..., :2]]}, "with a `batch` of shape"),
+        ({"batches": [X, X[..., :2]]}, "and a `batch` of shape"),
         ({"batches": ["text"]}, "`batch` holds a str"),
         ({"repeats": 0}, "`repeats` must be 1 or more, got 0"),
     ],
