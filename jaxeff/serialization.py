@@ -132,10 +132,10 @@ def _decoded(kind: Any, data: Any) -> Any:
         return None if data is None else _decoded(next(a for a in arguments if a is not type(None)), data)
     if origin is tuple:
         return tuple(_decoded(arguments[0], item) for item in data)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         fields = [f for f in dataclasses.fields(kind) if f.name in data or f.default is dataclasses.MISSING]
-        return kind(**{f.name: _decoded(hints[f.name], data[f.name]) for f in fields})  # pyright: ignore
+        return kind(**{f.name: _decoded(hints[f.name], data[f.name]) for f in fields})
     return _array(data) if kind is jax.Array else data
 
 

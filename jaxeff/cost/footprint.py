@@ -185,7 +185,7 @@ def memory(
     kept_whole = training.without_remat(traced)
     without = remat = None
     if loss_fn is not None:
-        own = traced if kept_whole else jax.checkpoint(traced, policy=policy)  # pyright: ignore
+        own = traced if kept_whole else jax.checkpoint(traced, policy=policy)
         without = _gradient(bound, kept_whole or traced, loss_fn, targets, compile)
         remat = _gradient(bound, own, loss_fn, targets, compile)
     return Memory(
