@@ -32,6 +32,7 @@ _BINS = _SIDE * _SIDE
 _PLACE_BITS = 12
 _PIECE = 1 << 13
 _RUN = 1 << 20  # the places of so many weights sum to less than 2^32
+_COPIES = 32  # of the table, on an accelerator, where additions to one address wait for each other
 
 
 class Bins(NamedTuple):
@@ -146,8 +147,9 @@ def _scattered(x: Array, where: Array) -> tuple[Array, Array]:
         where: [2], the pattern at which the first bin begins, and the shift.
     """
     first, shift = where.astype(jnp.uint32)
-    flat, length = x.reshape(-1), _piece(x.size)
+    flat, length, copies = x.reshape(-1), _piece(x.size), 1 if pairs.in_rows() else _COPIES
     pieces = -(-x.size // length)
+    per_run = max(_RUN * copies // length, 1)
     coarse = jnp.maximum(shift, _PLACE_BITS) - _PLACE_BITS
 
     def count(index: Array, table: Array) -> Array:
@@ -159,20 +161,31 @@ def _scattered(x: Array, where: Array) -> tuple[Array, Array]:
         offset = bits - first
         key = jnp.where(bits << 1 == 0, _BINS, jnp.minimum(offset >> shift, _BINS - 1))
         place = (offset & ((np.uint32(1) << shift) - 1)) >> coarse
+        if copies > 1:
+            key = key + lax.rem(lax.iota(jnp.uint32, length), np.uint32(copies)) * np.uint32(_BINS + 1)
         return table.at[key].add(jnp.stack([jnp.ones_like(place), place], axis=1), mode="promise_in_bounds")
 
     def run(index: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-        start, stop = index * (_RUN // length), jnp.minimum((index + 1) * (_RUN // length), pieces)
-        table = lax.fori_loop(start, stop, count, jnp.zeros((_BINS + 1, 2), jnp.uint32))
-        return sums[0] + table[:, 0].astype(jnp.int32), sums[1] + table[:, 1].astype(jnp.float32)
+        table = jnp.zeros((copies * (_BINS + 1), 2), jnp.uint32)
+        if pairs.in_rows():
+            start, stop = index * per_run, jnp.minimum((index + 1) * per_run, pieces)
+            table = lax.fori_loop(start, stop, count, table)
+        else:
+            table = count(index, table)
+        table = table.reshape(copies, _BINS + 1, 2)
+        counts, places = (table[..., i].astype(sums[i].dtype).sum(axis=0) for i in (0, 1))
+        return sums[0] + counts, sums[1] + places
 
     none = jnp.zeros(_BINS + 1, jnp.int32), jnp.zeros(_BINS + 1, jnp.float32)
-    counts, places = lax.fori_loop(np.int32(0), np.int32(-(-pieces // (_RUN // length))), run, none)
+    counts, places = lax.fori_loop(np.int32(0), np.int32(-(-pieces // per_run)), run, none)
     return counts.at[_BINS].add(x.size - pieces * length), places
 
 
 def _piece(size: int) -> int:
-    """How many weights at a time: so few that XLA wakes no other thread, which takes longer than to count."""
+    """How many weights at a time: on a CPU so few that XLA wakes no other thread, which takes longer than
+    to count; elsewhere all that the copies of the table can hold."""
+    if not pairs.in_rows():
+        return min(size, _RUN * _COPIES)
     return max((length for length in range(2048, _PIECE) if size % length == 0), default=min(size, _PIECE))
 
 
@@ -286,6 +299,8 @@ def _mass(held: Array, y: Array) -> Pair:
 
 def _columns(held: Array, y: Array) -> tuple[Array, Pair]:
     """[SIDE], the count and the mass of each column."""
+    if not pairs.in_rows():
+        return jnp.sum(held, axis=0), pairs.reduce(_mass(held, y), axis=0)
 
     def add(row: Array, sums: tuple[Array, Pair]) -> tuple[Array, Pair]:
         return sums[0] + held[row], pairs.add(sums[1], _mass(held[row], y[row]))
@@ -300,6 +315,9 @@ def _earlier(counts: Array, masses: Pair) -> tuple[Array, Pair, Pair]:
     def add(sums: tuple[Array, Pair], row: tuple[Array, Pair]) -> tuple[Any, Any]:
         return (sums[0] + row[0], pairs.add(sums[1], row[1])), sums
 
+    if not pairs.in_rows():
+        fewer, below = jnp.cumsum(counts, axis=0) - counts, pairs.sums_before(masses)
+        return fewer, below, pairs.reduce(masses, axis=0)
     none = jax.tree.map(lambda part: jnp.zeros_like(part[0]), (counts, masses))
     (_, total), (before, below) = lax.scan(add, none, (counts, masses))
     return before, below, total
@@ -326,15 +344,24 @@ def _spread(bins: Bins, y: Array, before: Array, total: Pair, mean: Pair, size: 
 
 def _balances(bins: Bins, y: Array, before: Array, size: _Size) -> Array:
     """Of each bin, the weights above the smallest times how many are smaller, less how many are larger."""
-    _, inside = lax.scan(lambda sums, row: (sums + row, sums), before, bins.held)
-    smaller = inside + bins.zeros
+    smaller = _running(before, bins.held) + bins.zeros
     balance = (smaller - (size.int - smaller - bins.held)).astype(jnp.float32)
     least = jnp.where(bins.zeros > 0, 0, jnp.where(bins.held > 0, y, jnp.inf).min())
     return balance * (y - least)
 
 
+def _running(start: Array, rows: Array) -> Array:
+    """[ROWS, ...], the start and the rows before each."""
+    if not pairs.in_rows():
+        return start[None] + jnp.cumsum(rows, axis=0) - rows
+    return lax.scan(lambda sums, row: (sums + row, sums), start, rows)[1]
+
+
 def _sums(terms: list[Array]) -> list[Pair]:
     """Of arrays [SIDE, SIDE] each."""
+    if not pairs.in_rows():
+        flat = jnp.stack(terms).reshape(len(terms), -1)
+        return list(zip(*pairs.reduce(_single(flat)), strict=True))
     stacked = jnp.stack(terms, axis=1)
 
     def add(row: Array, sums: Pair) -> Pair:

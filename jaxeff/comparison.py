@@ -211,7 +211,7 @@ def _random_scores(key: jax.Array, scores: dict[str, jax.Array]) -> dict[str, ja
 
 def _area(fractions: tuple[float, ...], losses: jax.Array) -> jax.Array:
     weights = np.convolve(np.diff(fractions), (0.5, 0.5)) / (fractions[-1] - fractions[0])
-    return losses @ jnp.asarray(weights, losses.dtype)
+    return jnp.matmul(losses, jnp.asarray(weights, losses.dtype), precision="highest")
 
 
 _SAMPLE = 1 << 16

@@ -572,6 +572,9 @@ def _coverages(layer: _Layer, descending: Array, shares: tuple[float, ...]) -> l
 
 def _blocks(cube: Array) -> Pair:
     """Sums over the last two axes, the middle one by rows."""
+    if not pairs.in_rows():
+        flat = cube.reshape(len(cube), -1)
+        return pairs.reduce((flat, jnp.zeros_like(flat)))
 
     def accumulate(row: Array, sums: Pair) -> Pair:
         high, error = pairs.two_sum(sums[0], lax.dynamic_index_in_dim(cube, row, 1, keepdims=False))
@@ -593,10 +596,7 @@ def _count_to_reach(cube: Array, blocks: Pair, target: Pair) -> Array:
 
 def _crossing(pieces: Pair, before: Pair, target: Pair) -> tuple[Array, Pair]:
     """Index of the first of the pieces whose running sum reaches the target, and the sum before it."""
-    earlier = jnp.tri(pieces[0].size, k=-1, dtype=bool)
-    starts = pairs.add(
-        pairs.reduce((jnp.where(earlier, pieces[0], 0), jnp.where(earlier, pieces[1], 0))), before
-    )
+    starts = pairs.add(pairs.sums_before(pieces), before)
     high, low = pairs.add(starts, pieces)
     short = (high - target[0]) + (low - target[1]) < 0
     index = jnp.minimum(pairs.count(short), short.size - 1)

@@ -145,4 +145,5 @@ def _outer(site: Site, rank: int, inputs: jax.Array, units: jax.Array) -> jax.Ar
         array.reshape(array.shape[0], *(n for axis, n in enumerate(array.shape[1:]) if axis in axes))
         for array, axes in ((inputs, site.input_axes), (units, site.unit_axes))
     )
-    return jnp.einsum(f"z{first},z{second}->{''.join(letters)}", inputs, units)
+    # On a GPU the default precision keeps ten digits of a float32's 24.
+    return jnp.einsum(f"z{first},z{second}->{''.join(letters)}", inputs, units, precision="highest")

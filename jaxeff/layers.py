@@ -1,7 +1,7 @@
 """One weight and what its units emit -> its row of the report.
 
 Layers share compiled kernels, which run over them in a loop. Imports `binned`, `distribution`, `exact`,
-`granularity`, `importance`, `noise`, `records`, `statistics`.
+`granularity`, `importance`, `noise`, `pairs`, `records`, `statistics`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import binned, distribution, exact, granularity, importance, noise
+from jaxeff import binned, distribution, exact, granularity, importance, noise, pairs
 from jaxeff.exact import Metrics, Packed
 from jaxeff.importance import Criterion
 from jaxeff.precision import wide, widened
@@ -308,7 +308,7 @@ def _count_all(criterion: Criterion, layers: Sequence[Layer], in_parts: bool, cu
         others = jax.lax.map(lambda row: binned.count(*row), (rows, sizes))
         rows = jax.tree.map(lambda one, two: jnp.concatenate([one[None], two]), bins, others)
         read = lambda row: exact.pack(binned.summarize_bins(*row))  # noqa: E731
-        summaries = jax.lax.map(read, (rows, jnp.append(size, sizes)))
+        summaries = pairs.each(read, (rows, jnp.append(size, sizes)))
         return summaries, binned.distribute(bins, size) if curves else None, made
 
     positions = {
@@ -395,13 +395,13 @@ def _summarize(
     rows, sizes = [samples.units], [*map(_unit_count, layers)]
     if _is_sampled(criterion):
         made_of_noise = lambda sample: noise.scores(criterion, sample.profile, sample.usable)  # noqa: E731
-        rows.append(_widened(jax.lax.map(made_of_noise, samples), width))
+        rows.append(_widened(pairs.each(made_of_noise, samples), width))
         sizes += [noise.SIZE] * count
     if last is not None:
         rows.append(last)
         sizes += map(_size, open_)
     stacked = jnp.concatenate(rows), jnp.asarray(sizes, jnp.int32)
-    found = jax.lax.map(lambda row: _summary(row[0], row[1], curves), stacked)
+    found = pairs.each(lambda row: _summary(row[0], row[1], curves), stacked)
     ends = [0, *itertools.accumulate(len(part) for part in rows)]
     parts = [jax.tree.map(lambda leaf, at=at: leaf[slice(*at)], found) for at in itertools.pairwise(ends)]
     small = [parts.pop()] if last is not None else []

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -82,7 +83,7 @@ def running(total: Callable[..., Array], values: Array) -> Array:
         return lax.scan(step, jnp.zeros_like(values[0]), values)[1]
 
     # XLA's CPU compiles a parallel one ten times as long, and takes 10 us for 512 steps.
-    return lax.platform_dependent(values, cpu=in_sequence, default=total)
+    return in_sequence(values) if pairs.in_rows() else total(values)
 
 
 def running_over(total: Callable[..., Array], values: Array, width: int) -> Array:
@@ -218,27 +219,42 @@ def whole_of(sketch: Sketch) -> Whole:
     last = (largest_of(sketch) >> 23).astype(jnp.int32)
     first = (least_of(sketch) >> 23).astype(jnp.int32)
 
-    def sum_row(row: Array, digits: Array) -> Array:
-        return digits.at[row].set(_digits(sketch, row).sum(axis=0, dtype=jnp.uint32))
+    def sum_row(row: Array) -> Array:
+        return _digits(sketch, row).sum(axis=0, dtype=jnp.uint32)
 
-    def add_row(sums: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
-        index, digits = row
+    def numbers(index: Array, digits: Array) -> Pair:
         count, total = _numbers(digits, index)
         total = times(total, factor_of(last, index))
         depth = jnp.maximum(jnp.maximum(last, 1) - jnp.maximum(index, 1), 0)
         depth = pairs.multiply(total, single(depth.astype(jnp.float32)))
-        return jnp.stack(pairs.add((sums[0], sums[1]), stacked(count, total, depth))), sums
+        return stacked(count, total, depth)
 
-    rows = jnp.arange(bins.ROWS, dtype=jnp.int32)
-    digits = lax.fori_loop(first, last + 1, sum_row, jnp.zeros((bins.ROWS, 9), jnp.uint32))
+    def through(start: Array) -> tuple[Array, Array]:
+        """The sums of all rows, and of those before each, [2, 3] and [ROWS, 2, 3]."""
+        rows = jnp.arange(bins.ROWS, dtype=jnp.int32)
+        if not pairs.in_rows():
+            inside = ((rows >= first) & (rows <= last))[:, None]
+            own = jax.vmap(numbers)(rows, jnp.where(inside, jax.vmap(sum_row)(rows), 0))
+            before = pairs.add((start[0][None], start[1][None]), pairs.sums_before(own))
+            return jnp.stack(pairs.add(at(before, -1), at(own, -1))), jnp.stack(before, axis=1)
+        digits = lax.fori_loop(
+            first,
+            last + 1,
+            lambda row, digits: digits.at[row].set(sum_row(row)),
+            jnp.zeros((bins.ROWS, 9), jnp.uint32),
+        )
+        add_row = lambda sums, row: (jnp.stack(pairs.add((sums[0], sums[1]), numbers(*row))), sums)  # noqa: E731
+        return lax.scan(add_row, start, (rows, digits))
+
     size = pair_of(sketch.tallies[0, 0], sketch.tallies[0, 1])
     zeros = pair_of(sketch.sums[-1, 1, 0], sketch.high[-1, 1] >> 24)
     none = jnp.zeros_like(zeros[0])
     start = jnp.stack([jnp.stack([part, none, none]) for part in zeros])
-    sums, before = lax.scan(add_row, start, (rows, digits))
+    sums, before = through(start)
     total, depth = ((sums[0, index], sums[1, index]) for index in (1, 2))
     # A pair's sum is good to 3 units of 2^-48 (Joldes, Muller and Popescu, 2017).
-    slip = total[0] * 2.0**-43 + jnp.where(rows <= last, before[:, 0, 1], 0).sum() * (3 * 2.0**-48)
+    below = jnp.where(jnp.arange(bins.ROWS) <= last, before[:, 0, 1], 0)
+    slip = total[0] * 2.0**-43 + below.sum() * (3 * 2.0**-48)
     mean = pairs.divide(total, size)
     return Whole(first, last, size, zeros, total, mean, depth, slip, (before[:, 0, :2], before[:, 1, :2]))
 
@@ -294,7 +310,7 @@ def sums_of(sketch: Sketch, whole: Whole, refinement: Refinement | None) -> Sums
         logarithm = jnp.log(jnp.maximum(mean, STEP) / unit)
         return [total * ranks, total * logarithm, distance, distance * jnp.abs(off), *opened]
 
-    sums = _walk(terms, whole.first, whole.last + 1, (7, bins.COLUMNS))
+    sums = _walk(terms, whole.first, whole.last + 1, (bins.ROWS, 7, bins.COLUMNS))
     zeros = whole.zeros[0] * whole.mean[0]
     (balance, logarithm, distance, square), opened = (sums[index] for index in range(4)), sums[4:]
     between = jnp.zeros_like(opened)
@@ -314,14 +330,23 @@ def unit_of(sketch: Sketch, whole: Whole) -> Array:
     return jnp.where(whole.last > 0, np.float32(bins.COLUMNS), steps_of(largest_of(sketch)))
 
 
-def _walk(terms: Callable[[Array], list[Array]], first: Any, last: Any, shape: tuple[int, int]) -> Array:
-    """Sums over the rows of terms(row), lane by lane and then across the lanes."""
+def _walk(terms: Callable[[Array], list[Array]], first: Any, last: Any, shape: tuple[int, int, int]) -> Array:
+    """Sums over the rows of terms(row), lane by lane and then across the lanes.
+
+    Args:
+        shape: (most rows, terms, lanes).
+    """
+    if not pairs.in_rows():
+        rows = jnp.arange(shape[0], dtype=jnp.int32)
+        found = jax.vmap(lambda row: jnp.stack(terms(row)))(rows)
+        found = jnp.where(((rows >= first) & (rows < last))[:, None, None], found, 0)
+        return pairs.reduce(single(jnp.moveaxis(found, 1, 0).reshape(shape[1], -1)))[0]
 
     def accumulate(row: Array, lanes: Pair) -> Pair:
         sums, errors = pairs.two_sum(lanes[0], jnp.stack(terms(row)))
         return sums, lanes[1] + errors
 
-    lanes = jnp.zeros(shape, jnp.float32)
+    lanes = jnp.zeros(shape[1:], jnp.float32)
     return pairs.reduce(lax.fori_loop(first, last, accumulate, (lanes, lanes)))[0]
 
 
@@ -332,7 +357,8 @@ def _cell_sums(sketch: Sketch, whole: Whole, refinement: Refinement) -> Array:
     def terms(index: Array) -> list[Array]:
         return _cell_terms(sketch, whole, refinement, fewer, index * _AT_ONCE)
 
-    return _walk(terms, 0, (refinement.used + (_AT_ONCE - 1)) // _AT_ONCE, (6, _AT_ONCE))
+    shape = refinement.layout.size // _AT_ONCE, 6, _AT_ONCE
+    return _walk(terms, 0, (refinement.used + (_AT_ONCE - 1)) // _AT_ONCE, shape)
 
 
 def _cell_terms(
@@ -390,7 +416,7 @@ class Found(NamedTuple):
 
 def find_bins(sketch: Sketch, whole: Whole, goals: Pair, rows: Array, columns: Array) -> Found:
     """[K], bins of these rows and columns, or for a column < 0 those with which sums first exceed a goal."""
-    return _found(lax.map(lambda each: _bin_numbers(sketch, whole, *each), (goals, rows, columns)))
+    return _found(pairs.each(lambda each: _bin_numbers(sketch, whole, *each), (goals, rows, columns)))
 
 
 def _found(numbers: Array) -> Found:
@@ -434,7 +460,7 @@ def _column(whole: Whole, digits: Array, goal: Pair, row: Array, column: Array) 
 
 def find_cells(sketch: Sketch, refinement: Refinement, whole: Whole, goals: Pair, found: Found) -> Found:
     """[K], the cells, of bins with one for each float, with which sums first exceed a goal."""
-    return _found(lax.map(lambda each: _cell_numbers(sketch, refinement, whole, *each), (goals, found)))
+    return _found(pairs.each(lambda each: _cell_numbers(sketch, refinement, whole, *each), (goals, found)))
 
 
 def _cell_numbers(sketch: Sketch, refinement: Refinement, whole: Whole, goal: Pair, found: Found) -> Array:

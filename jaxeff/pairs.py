@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -21,6 +22,21 @@ Pair: TypeAlias = tuple[Array, Array]  # an unevaluated sum high + low: twice th
 
 _FEWEST_LANES = 8192  # rows of this width stay in cache; fastest of 2^11 to 2^18 on a CPU
 _MOST_ROWS = 1024
+_LANES_AT_ONCE, _ROWS_AT_ONCE = 1 << 22, 64
+
+
+def in_rows() -> bool:
+    """Whether to go through an array row by row.
+
+    On a CPU rows stay in its cache, and a loop compiles to little. On an accelerator every step of a loop is
+    kernels of its own, which take longer to start than to run: there all rows go at once.
+    """
+    return jax.default_backend() == "cpu"
+
+
+def each(function: Callable[[Any], Any], rows: Any) -> Any:
+    """The function of every row: `lax.map`, or the rows side by side."""
+    return lax.map(function, rows) if in_rows() else lax.map(function, rows, batch_size=_ROWS_AT_ONCE)
 
 
 def bits_of(x: Array) -> Array:
@@ -115,13 +131,20 @@ def constant(value: float, dtype: Any) -> Pair:
     return jnp.asarray(high), jnp.asarray(low, dtype)
 
 
-def reduce(pairs: Pair) -> Pair:
-    """The sum of pairs [..., K] over their last axis."""
+def reduce(pairs: Pair, axis: int = -1) -> Pair:
+    """The sum of pairs over one axis."""
     zero = np.zeros((), pairs[0].dtype)
-    high, low = lax.reduce(pairs, (zero, zero), add, (pairs[0].ndim - 1,))
+    high, low = lax.reduce(pairs, (zero, zero), add, (axis % pairs[0].ndim,))
     # Without the barrier XLA repeats the scalar arithmetic that follows in every kernel that uses it:
     # twice the compile time.
     return lax.optimization_barrier((high, low))
+
+
+def sums_before(pairs: Pair) -> Pair:
+    """Of pairs [K, ...]: the sum of those before each, along the first axis, each anew."""
+    before = jnp.tri(len(pairs[0]), k=-1, dtype=bool).reshape(len(pairs[0]), -1, *(1,) * (pairs[0].ndim - 1))
+    high, low = (jnp.where(before, part[None], 0) for part in pairs)
+    return reduce((high, low), axis=1)
 
 
 def sums(terms: Callable[[Any, int], list[Array]], size: int) -> list[Pair]:
@@ -129,7 +152,7 @@ def sums(terms: Callable[[Any, int], list[Array]], size: int) -> list[Pair]:
 
     Lane by lane over rows, then across the lanes: no array of N terms ever exists.
     """
-    lanes = max(_FEWEST_LANES, -(-size // (128 * _MOST_ROWS)) * 128)
+    lanes = max(_FEWEST_LANES, -(-size // (128 * _MOST_ROWS)) * 128) if in_rows() else _LANES_AT_ONCE
     rows = size // lanes
 
     def accumulate(row: Array, sums: list[Pair]) -> list[Pair]:
