@@ -1,4 +1,4 @@
-"""The forms that accelerators run, with all rows at once in place of loops: here on whatever machine there is."""
+"""The forms that accelerators run, with all rows at once in place of loops, on whatever machine there is."""
 
 import dataclasses
 
