@@ -102,6 +102,12 @@ def any_finite(values: Any) -> bool:
     return bool(np.isfinite(np.asarray(values, np.float64)).any())
 
 
+def outlined() -> list[Any]:
+    """What sets a mark apart from a bar that it lies on, in grey too: a white edge, as `path_effects`."""
+    effects = _matplotlib("patheffects")
+    return [effects.withStroke(linewidth=5, foreground="white")]
+
+
 def line_style(index: int) -> dict[str, Any]:
     """Of the line of this number: no two of 28 are alike, and neighbours differ in colour and dash."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}

@@ -20,6 +20,7 @@ from jaxeff.plot.canvas import (
     check_kind,
     chosen,
     line_style,
+    outlined,
     say,
     single,
 )
@@ -55,7 +56,8 @@ def layers(report: Report, metric: str = "utilization", axes: Axes | None = None
     ]
     if nulls:
         at, marks = zip(*nulls, strict=True)
-        _ = drawn.plot(marks, at, "|", color=COLOURS[3], markersize=12, markeredgewidth=2, label="noise")
+        edged = {"markersize": 12, "markeredgewidth": 2, "path_effects": outlined()}
+        _ = drawn.plot(marks, at, "|", color=COLOURS[3], label="noise", **edged)
         _ = drawn.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     _ = drawn.set_yticks(range(len(rows)), [row.path for row in rows])
     drawn.invert_yaxis()
