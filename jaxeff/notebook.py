@@ -1,4 +1,4 @@
-"""A report as notebooks show it: one small table, without style or script of its own. Imports `table`.
+"""A report as notebooks show it: one small table, without colours or script of its own. Imports `table`.
 
 The page that `Report.to_html` writes has more; a notebook strips scripts from what it has not run itself.
 """
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SHOWN = 60
 """Rows at most: the first ones, and how many were left out."""
+_UNFOLDED = 5  # items of a list, at most, that nobody has to open
+_BOX = '<div tabindex="0" style="max-height: 32em; overflow: auto">'
 
 
 def render(report: Report) -> str:
@@ -24,10 +26,11 @@ def render(report: Report) -> str:
         return f"<pre>{html.escape(str(report))}</pre>"
     concrete = report.single()
     rows = concrete.rows
-    body = "".join(_line("td", table.cells(row)) for row in rows[:SHOWN])
+    body = "".join(_line(_ROW, table.cells(row)) for row in rows[:SHOWN])
+    more = "{:,} more layers: print(report) and the page of report.to_html have all."
     parts = [
-        f"<table><thead>{_line('th', table.HEADER)}</thead><tbody>{body}</tbody></table>",
-        _paragraphs([f"{len(rows) - SHOWN:,} more layers."] if len(rows) > SHOWN else []),
+        f"{_BOX}<table><thead>{_line(_HEADER, table.HEADER)}</thead><tbody>{body}</tbody></table></div>",
+        _paragraphs([more.format(len(rows) - SHOWN)] if len(rows) > SHOWN else []),
         _paragraphs(table.model(concrete)),
         _listed("Notes", [f"{path}: {note}." for path, note in table.notes(concrete)]),
         _listed("Recommendations", [str(advice) for advice in concrete.recommendations()]),
@@ -35,9 +38,16 @@ def render(report: Report) -> str:
     return f"<div>{''.join(parts)}</div>"
 
 
-def _line(kind: str, cells: Sequence[str]) -> str:
-    scope = ' scope="col"' if kind == "th" else ""
-    return f"<tr>{''.join(f'<{kind}{scope}>{html.escape(cell)}</{kind}>' for cell in cells)}</tr>"
+# Notebooks set all cells to the right, where paths are hard to tell apart.
+_HEADER = ('<th scope="col" style="text-align: left">', '<th scope="col">', "</th>")
+_ROW = ('<th scope="row" style="text-align: left; font-weight: normal">', "<td>", "</td>")
+
+
+def _line(tags: tuple[str, str, str], cells: Sequence[str]) -> str:
+    """A row of a table, by what opens its first cell and the others, and what closes the others."""
+    named, opened, closed = tags
+    first, *others = map(html.escape, cells)
+    return f"<tr>{named}{first}</th>{''.join(f'{opened}{cell}{closed}' for cell in others)}</tr>"
 
 
 def _paragraphs(texts: Iterable[str]) -> str:
@@ -45,5 +55,11 @@ def _paragraphs(texts: Iterable[str]) -> str:
 
 
 def _listed(title: str, texts: Sequence[str]) -> str:
-    items = "".join(f"<li>{html.escape(text)}</li>" for text in texts[:SHOWN])
-    return f"<details open><summary>{title}</summary><ul>{items}</ul></details>" if texts else ""
+    """Folded where it is long."""
+    if not texts:
+        return ""
+    more = [f"{len(texts) - SHOWN:,} more."] if len(texts) > SHOWN else []
+    items = "".join(f"<li>{html.escape(text)}</li>" for text in [*texts[:SHOWN], *more])
+    state = " open" if len(texts) <= _UNFOLDED else ""
+    summary = f"<summary>{title} ({len(texts):,})</summary>"
+    return f"<details{state}>{summary}{_BOX}<ul>{items}</ul></div></details>"

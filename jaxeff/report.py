@@ -215,6 +215,7 @@ class Report:
         """A flat dict for every layer, all with the same keys: what pandas and polars make a DataFrame of.
 
         nan stays nan; None is what is not known of a layer, such as the units of one without activations.
+        For polars pass `infer_schema_length=None`: the first hundred rows of a column may be unknown.
 
         Raises:
             ValueError: the report is of several models or steps.

@@ -148,6 +148,7 @@ def open_page(browser, tmp_path):
 
     def open_(report, width=1400):
         report.to_html(tmp_path / "report.html")
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
         browser.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride",
             {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
@@ -242,6 +243,41 @@ def test_nothing_lies_beside_the_window(open_page, width):
     for selector in ("#filter", "button[data-key=used]", "button.open", "svg.bar"):
         box = browser.find_element(By.CSS_SELECTOR, selector).rect
         assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["width"] > 20
+    cut = browser.execute_script(
+        "return [...document.querySelectorAll('svg text')].filter(text => {"
+        "const [inner, outer] = [text, text.ownerSVGElement].map(each => each.getBoundingClientRect());"
+        "return inner.left < outer.left || inner.right > outer.right || inner.bottom > outer.bottom;"
+        "}).map(text => text.textContent)"
+    )
+    assert cut == []
+
+
+A4 = 718  # pixels between the margins that browsers leave
+
+
+@in_chromium
+def test_paper_has_no_controls_and_cuts_nothing(open_page):
+    wide = layer("encoder/" * 30 + "kernel", (3, 3, 3, 1024, 2048), nonlinearity="hard_sigmoid", dead=3)
+    browser = open_page(report_of(wide, layer("a/kernel")), A4)
+    browser.find_element(By.CSS_SELECTOR, "button.open").click()
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "dark"}]},
+    )
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    for selector in ("#filter", ".tools label", ".arrow", ".skip", "p > .hint"):
+        assert not browser.find_element(By.CSS_SELECTOR, selector).is_displayed(), selector
+    for selector in ("#count", ".detail svg", "td.wide", "details table"):
+        assert browser.find_element(By.CSS_SELECTOR, selector).is_displayed(), selector
+    assert browser.find_element(By.TAG_NAME, "html").value_of_css_property("background-color") == (
+        "rgba(255, 255, 255, 1)"
+    )
+    ends = browser.execute_script(
+        "return [...document.querySelectorAll('table, td, svg')].map(e => e.getBoundingClientRect().right)"
+    )
+    assert max(ends) <= A4
+    browser.execute_script("dispatchEvent(new Event('afterprint'))")
+    assert not browser.find_element(By.CSS_SELECTOR, "details table").is_displayed()
 
 
 @in_chromium

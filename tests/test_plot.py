@@ -1,7 +1,9 @@
 """What is drawn, read back from the axes: the numbers of the report, and nothing shown."""
 
+import inspect
 import itertools
 import math
+import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -150,6 +152,59 @@ def test_axes_are_made_and_nothing_is_shown(monkeypatch):
     made = plot.radar(_report())
     assert made.name == "polar" and plot.layers(_report()) is not made
     pyplot.close("all")
+
+
+FUNCTIONS = sorted(name for name in vars(plot) if callable(getattr(plot, name)))
+WRONG = (None, {"dense": {"kernel": np.ones((2, 2))}}, np.ones(3), [np.ones(3)])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_not_of_its_kind_is_refused_by_name(name, axes):
+    draw = getattr(plot, name)
+    first, *others = inspect.signature(draw).parameters.values()
+    rest = ["a/kernel" for other in others if other.default is other.empty]
+    for wrong in WRONG:
+        with pytest.raises(TypeError, match=rf"^`{first.name}.*` must be a \w+, from `.*`; got \w+$"):
+            draw(wrong, *rest, axes=axes)
+    if first.name == "report":
+        with pytest.raises(ValueError, match="2 models or steps: take one first"):
+            draw(jax.tree.map(lambda *leaves: np.stack(leaves), *[_report()] * 2), *rest, axes=axes)
+        with pytest.raises(TypeError, match="`axes` must be an Axes, from `pyplot"):
+            draw(_report(), *rest, axes=Figure().subplots(2))
+    if "paths" in [other.name for other in others]:
+        with pytest.raises(TypeError, match="`paths` must be a list of paths, such as .*kernel.*; got str"):
+            draw(_report(), "a/kernel")
+
+
+def _without_numbers():
+    """For each function, what it may be given that has nothing to draw: without layers, and all nan."""
+    nan = dict.fromkeys(("utilization", "gini", "coverage_50", "coverage_80", "coverage_90"), math.nan)
+    spread = Distribution(*np.full((2, CELLS), np.nan, np.float32))
+    lost = report_of(layer("a", units=np.full(32, np.nan, np.float32), distribution=spread, **nan))
+    losses = np.full((1, 2), np.nan, np.float32)
+    measured = prune.Sensitivity(
+        ("a",), (8,), (0.5, 0.9), "magnitude", prune.Unstructured(), losses, losses[0, 0]
+    )
+    compared = Comparison(("wanda",), "layer", np.array([0, 0.5]), losses, losses, None, None, None)
+    every = {name: [(report_of(),), (lost,)] for name in ("layers", "importances", "cumulative", "radar")}
+    one = {name: [(lost, "a")] for name in ("lorenz", "units")}
+    return every | one | {
+        "history": [([report_of()] * 2,), ([lost] * 2,)],
+        "criteria": [(compared,)],
+        "sensitivity": [(measured,)],
+        "pathways": [(Pathways((), (), (), ()),)],
+    }  # fmt: skip
+
+
+# `speedups` refuses what is empty, and measured times are finite.
+@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - {"speedups"}))
+def test_what_has_nothing_to_draw_says_why(name):
+    polar = {"projection": "polar"} if name == "radar" else {}
+    for given in _without_numbers()[name]:
+        axes = getattr(plot, name)(*given, axes=Figure().subplots(subplot_kw=polar))
+        (sentence,) = axes.texts
+        assert re.fullmatch("(No|There is no) .+[.]", sentence.get_text())
+        assert not axes.lines and not axes.patches and not axes.images and axes.get_legend() is None
 
 
 def test_the_gallery_shows_every_plot():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -212,13 +213,22 @@ def test_scalars_are_floats_under_flat_names():
 # In notebooks and tables
 
 
-def test_a_notebook_shows_the_table_without_scripts_or_styles():
-    rows = [layer("<script>alert(1)</script>", dead=2, reason="<b>&"), *map(layer, "ab" * 40)]
+def test_a_notebook_shows_the_table_without_scripts_or_colours():
+    rows = [layer("<script>alert(1)</script>", dead=2, reason="<b>&")]
+    rows += [layer(name, utilization=0.1) for name in "ab" * 40]
     shown = report_of(*rows)._repr_html_()
-    assert "<script" not in shown and "<b>" not in shown and "style=" not in shown
-    assert shown.count("<tr>") == 61 and "21 more layers." in shown and "dead units" in shown
+    assert "<script" not in shown and "<b>" not in shown
+    # What is long scrolls; colours are those of the notebook, dark or light.
+    styles = ";".join(re.findall(r'style="(.*?)"', shown))
+    assert {style.split(":")[0].strip() for style in styles.split(";")} == {
+        "max-height", "overflow", "text-align", "font-weight",
+    }  # fmt: skip
+    assert shown.count("<tr>") == 61 and "21 more layers:" in shown
     for part in ("&lt;script&gt;alert(1)&lt;/script&gt;", "73.0%", '<th scope="col">gini</th>'):
         assert part in shown
+    assert "<details><summary>Recommendations (" in shown and " more.</li>" in shown
+    short = report_of(layer(dead=2))._repr_html_()
+    assert "<details open><summary>Recommendations (1)" in short and "dead units" in short
     both = _stacked(report_of(layer("<i>")), report_of(layer("<i>")))
     assert "2 models" in both._repr_html_() and "<i>" not in both._repr_html_()
 

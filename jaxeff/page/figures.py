@@ -132,10 +132,11 @@ def _percentage(value: float) -> float | None:
     return round(100 * value, 1) if math.isfinite(value) else None
 
 
-# Charts: coordinates of their viewBox.
+# Charts: coordinates of their viewBox. In a narrow window text is 20 units high, which the margins hold.
 
-WIDTH, HEIGHT = 720.0, 240.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 12.0, 12.0, 34.0
+WIDTH, HEIGHT = 720.0, 252.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 68.0, 28.0, 12.0, 48.0
+_LABEL, _LINE = 26, 22.0  # characters of a label, and how far from the next it stands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,17 +193,28 @@ def cost(layers: Sequence[LayerReport]) -> Chart:
     most = _limit(max([each / total for each in costs], default=0.0))
     scale = _limit(max([spare for _, spare in found], default=0.0))
     named = sorted(range(len(found)), key=lambda i: -costs[i] * max(found[i][1], 0))[:_LABELLED]
+    heights = [_height(spare / scale) for _, spare in found]
+    labelled = _apart([index for index in named if found[index][1] > 0], heights)
     points = []
     for index, (row, spare) in enumerate(found):
         share = costs[index] / total
         x = round(_LEFT + share / most * (WIDTH - _LEFT - _RIGHT - 8), 1)
         title = f"{row.path}: {table.percent(share)} of the cost, {table.percent(spare)} spare"
-        label = table.shorten(row.path, 30) if index in named and spare > 0 else ""
-        points.append(Point(x, _height(spare / scale), title, label, end=x > WIDTH / 2))
+        label = table.shorten(row.path, _LABEL) if index in labelled else ""
+        points.append(Point(x, heights[index], title, label, end=x > WIDTH / 2))
     places = [_LEFT + part / 4 * (WIDTH - _LEFT - _RIGHT - 8) for part in range(5)]
     x_ticks = [(round(x, 1), f"{100 * most * part / 4:.3g}%") for part, x in enumerate(places)]
     y_ticks = [(_height(part / 4), f"{25 * part * scale:.3g}%") for part in range(5)]
     return Chart(points, [], x_ticks, y_ticks)
+
+
+def _apart(indices: Sequence[int], heights: Sequence[float]) -> list[int]:
+    """Those of the indices whose labels do not lie on one before."""
+    kept: list[int] = []
+    for index in indices:
+        if all(abs(heights[index] - heights[other]) >= _LINE for other in kept):
+            kept.append(index)
+    return kept
 
 
 def _limit(most: float) -> float:

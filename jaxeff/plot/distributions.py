@@ -1,7 +1,8 @@
-"""How the importance of layers is spread over their weights. Imports `canvas`, `distribution`, `report`."""
+"""How the importance of layers is spread over their weights. Imports `canvas`, `distribution`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,17 @@ import numpy as np
 
 from jaxeff import distribution
 from jaxeff.distribution import EDGES, Distribution
-from jaxeff.plot.canvas import COLOURS, axes_or_new, line_style
+from jaxeff.plot.canvas import (
+    COLOURS,
+    NO_IMPORTANCE,
+    NO_LAYER,
+    any_finite,
+    axes_or_new,
+    chosen,
+    line_style,
+    say,
+    single,
+)
 from jaxeff.records import LayerReport
 from jaxeff.report import Report
 
@@ -31,11 +42,14 @@ def importances(report: Report, paths: Sequence[str] | None = None, axes: Axes |
     Raises:
         ImportError: Matplotlib is not installed.
         KeyError: a path is none of the report's.
+        TypeError: an argument is not of its kind.
         ValueError: the report has no curves, or is of several models.
     """
-    drawn = axes_or_new(axes)
+    rows, drawn = chosen(report, paths), axes_or_new(axes)
+    if why := _nothing(rows):
+        return say(drawn, why)
     widths = np.diff(np.log2(EDGES))
-    for index, row in enumerate(_chosen(report, paths)):
+    for index, row in enumerate(rows):
         weights = np.asarray(_spread(row).weights)
         below = f" ({weights[0]:.0%} below)" if weights[0] >= 0.005 else ""
         _ = drawn.stairs(weights[1:-1] / widths, EDGES, label=row.path + below, **line_style(index))
@@ -60,22 +74,25 @@ def lorenz(report: Report, path: str, axes: Axes | None = None) -> Axes:
     Raises:
         ImportError: Matplotlib is not installed.
         KeyError: the path is none of the report's.
+        TypeError: an argument is not of its kind.
         ValueError: the report is of several models.
     """
-    row, drawn = report.single()[path], axes_or_new(axes)
+    row, drawn = single(report)[path], axes_or_new(axes)
+    _ = drawn.set_title(path)
+    units = np.sort(np.asarray(row.units, np.float64).ravel())
+    if not 0 < units.sum() < math.inf:
+        return say(drawn, NO_IMPORTANCE)
     _ = drawn.plot((0, 1), (0, 1), color="gray", linestyle=":", label="all equal")
     if row.distribution is not None:
         _ = drawn.plot(*distribution.lorenz(row.distribution), color=COLOURS[0], label="weights")
     label = None if row.distribution is not None else "weights"
     _ = drawn.plot(*_covered(row.metrics), "o", color=COLOURS[0], label=label)
-    units = np.sort(np.asarray(row.units, np.float64).ravel())
     shares = np.concatenate([[0.0], np.cumsum(units)])
     _ = drawn.plot(np.linspace(0, 1, shares.size), shares / shares[-1], "--", color=COLOURS[2], label="units")
     if row.null is not None:
         _ = drawn.plot(*_covered(row.null), "D", color=COLOURS[3], fillstyle="none", label="noise")
     _ = drawn.set_xlabel("fraction of the weights, the faintest first")
     _ = drawn.set_ylabel("share of the importance")
-    _ = drawn.set_title(path)
     _ = drawn.legend()
     return drawn
 
@@ -91,10 +108,12 @@ def cumulative(report: Report, paths: Sequence[str] | None = None, axes: Axes | 
         axes: to draw on; those of a new pyplot figure unless given.
 
     Raises:
-        ImportError, KeyError, ValueError: as of `importances`.
+        ImportError, KeyError, TypeError, ValueError: as of `importances`.
     """
-    drawn = axes_or_new(axes)
-    for index, row in enumerate(_chosen(report, paths)):
+    rows, drawn = chosen(report, paths), axes_or_new(axes)
+    if why := _nothing(rows):
+        return say(drawn, why)
+    for index, row in enumerate(rows):
         weights, shares = distribution.lorenz(_spread(row))
         _ = drawn.plot(1 - weights[::-1], 1 - shares[::-1], label=row.path, **line_style(index))
     _ = drawn.set_xlabel("fraction of the weights, the most important first")
@@ -103,9 +122,11 @@ def cumulative(report: Report, paths: Sequence[str] | None = None, axes: Axes | 
     return drawn
 
 
-def _chosen(report: Report, paths: Sequence[str] | None) -> list[LayerReport]:
-    concrete = report.single()
-    return list(concrete.rows) if paths is None else [concrete[path] for path in paths]
+def _nothing(rows: Sequence[LayerReport]) -> str:
+    """Why there is no curve to draw; nothing where there is one."""
+    if not rows:
+        return NO_LAYER
+    return "" if any(any_finite(_spread(row).weights) for row in rows) else NO_IMPORTANCE
 
 
 def _spread(row: LayerReport) -> Distribution:

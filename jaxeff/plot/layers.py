@@ -1,4 +1,4 @@
-"""Layers beside each other, over training, and unit by unit. Imports `canvas`, `report`."""
+"""Layers beside each other, over training, and unit by unit. Imports `canvas`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,19 @@ import jax
 import numpy as np
 
 from jaxeff.exact import Metrics
-from jaxeff.plot.canvas import COLOURS, axes_or_new, line_style
+from jaxeff.plot.canvas import (
+    COLOURS,
+    NO_IMPORTANCE,
+    NO_LAYER,
+    any_finite,
+    axes_or_new,
+    check_kind,
+    chosen,
+    line_style,
+    outlined,
+    say,
+    single,
+)
 from jaxeff.records import LayerReport
 from jaxeff.report import Report
 
@@ -31,17 +43,21 @@ def layers(report: Report, metric: str = "utilization", axes: Axes | None = None
 
     Raises:
         ImportError: Matplotlib is not installed.
+        TypeError: an argument is not of its kind.
         ValueError: no such metric, or the report is of several models.
     """
-    rows, drawn = report.single().rows, axes_or_new(axes)
-    values = [float(getattr(row.metrics, _known(metric))) for row in rows]
+    name, rows, drawn = _known(metric), single(report).rows, axes_or_new(axes)
+    values = [float(getattr(row.metrics, name)) for row in rows]
+    if not any_finite(values):
+        return say(drawn, _no_finite(metric) if rows else NO_LAYER)
     _ = drawn.barh(range(len(rows)), values, color=COLOURS[0])
     nulls = [
         (index, float(value)) for index, row in enumerate(rows) if (value := _null(row, metric)) is not None
     ]
     if nulls:
         at, marks = zip(*nulls, strict=True)
-        _ = drawn.plot(marks, at, "|", color=COLOURS[3], markersize=12, markeredgewidth=2, label="noise")
+        edged = {"markersize": 12, "markeredgewidth": 2, "path_effects": outlined()}
+        _ = drawn.plot(marks, at, "|", color=COLOURS[3], label="noise", **edged)
         _ = drawn.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     _ = drawn.set_yticks(range(len(rows)), [row.path for row in rows])
     drawn.invert_yaxis()
@@ -53,6 +69,10 @@ def _known(metric: str) -> str:
     if metric not in _METRICS:
         raise ValueError(f"`metric` must be one of {', '.join(_METRICS)}; got {metric!r}")
     return metric
+
+
+def _no_finite(metric: str) -> str:
+    return f"No layer has a finite {metric}."
 
 
 def _null(row: LayerReport, metric: str) -> Any:
@@ -76,15 +96,17 @@ def radar(report: Report, paths: Sequence[str] | None = None, axes: Axes | None 
     Raises:
         ImportError: Matplotlib is not installed.
         KeyError: a path is none of the report's.
+        TypeError: an argument is not of its kind.
         ValueError: the axes are not polar, or the report is of several models.
     """
-    drawn = axes_or_new(axes, projection="polar")
+    rows, drawn = chosen(report, paths), axes_or_new(axes, projection="polar")
     if drawn.name != "polar":
         raise ValueError("`axes` must be polar: pyplot.subplots(subplot_kw={'projection': 'polar'})")
-    concrete = report.single()
+    spokes = [_spokes(row) for row in rows]
+    if not any(np.isfinite(values).all() for values in spokes):
+        return say(drawn, NO_IMPORTANCE if rows else NO_LAYER)
     angles = np.linspace(0, 2 * math.pi, len(SPOKES) + 1)
-    for index, row in enumerate(concrete.rows if paths is None else [concrete[path] for path in paths]):
-        values = _spokes(row)
+    for index, (row, values) in enumerate(zip(rows, spokes, strict=True)):
         _ = drawn.plot(angles, [*values, values[0]], label=row.path, **line_style(index))
     _ = drawn.set_xticks(angles[:-1], SPOKES)
     _ = drawn.set_ylim(0, 1)
@@ -118,10 +140,14 @@ def units(report: Report, path: str, axes: Axes | None = None, *, columns: int =
     Raises:
         ImportError: Matplotlib is not installed.
         KeyError: the path is none of the report's.
+        TypeError: an argument is not of its kind.
         ValueError: the report is of several models.
     """
-    row, drawn = report.single()[path], axes_or_new(axes)
+    row, drawn = single(report)[path], axes_or_new(axes)
+    _ = drawn.set_title(path)
     found = np.asarray(row.units, np.float64)
+    if not any_finite(found):
+        return say(drawn, "No unit has a finite importance.")
     found = found / found.mean() if found.sum() > 0 else found
     if found.ndim != 2:
         width = min(columns, found.size)
@@ -130,7 +156,6 @@ def units(report: Report, path: str, axes: Axes | None = None, *, columns: int =
     image = drawn.imshow(found, cmap="cividis", vmin=0, aspect="equal", interpolation="nearest")
     bar = drawn.figure.colorbar(image, ax=drawn, shrink=0.7)
     bar.set_label("importance over the mean of units")
-    _ = drawn.set_title(path)
     _ = drawn.set_xticks([])
     _ = drawn.set_yticks([])
     return drawn
@@ -153,6 +178,7 @@ def history(
 
     Raises:
         ImportError: Matplotlib is not installed.
+        TypeError: an argument is not of its kind.
         ValueError: no such metric; the reports are of models of other layers, or stacked more than once; or
             there are not as many steps.
     """
@@ -161,6 +187,8 @@ def history(
     if len(at) != len(values):
         raise ValueError(f"`steps` must be one for each of {len(values)} reports; got {len(at)}")
     drawn = axes_or_new(axes)
+    if not any_finite(values):
+        return say(drawn, _no_finite(metric) if paths else NO_LAYER)
     for index, path in enumerate(paths):
         _ = drawn.plot(at, values[:, index], label=path, **line_style(index))
     _ = drawn.set_xlabel("report" if steps is None else "step")
@@ -179,8 +207,11 @@ def _over_training(reports: Report | Sequence[Report], metric: str) -> tuple[np.
                 f"{values.ndim - 1} times"
             )
         return values, [row.path for row in reports.structure]
+    check_kind("reports", reports, Sequence, "[jaxeff.analyze(...), ...]")
     if not reports:
         raise ValueError("`reports` is empty")
+    for index, report in enumerate(reports):
+        check_kind(f"reports[{index}]", report, Report, "jaxeff.analyze")
     paths = [[row.path for row in report.structure] for report in reports]
     if any(other != paths[0] for other in paths):
         raise ValueError("`reports` are of models of other layers")

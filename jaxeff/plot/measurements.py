@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxeff.comparison import Comparison
 from jaxeff.pathways import Pathways
-from jaxeff.plot.canvas import COLOURS, axes_or_new, line_style
+from jaxeff.plot.canvas import COLOURS, NO_LAYER, any_finite, axes_or_new, check_kind, line_style, say
 from jaxeff.prune.before_and_after import BeforeAndAfter
 from jaxeff.prune.sensitivity import Sensitivity
 
@@ -32,8 +32,12 @@ def sensitivity(sensitivity: Sensitivity, axes: Axes | None = None) -> Axes:
 
     Raises:
         ImportError: Matplotlib is not installed.
+        TypeError: an argument is not of its kind.
     """
+    check_kind("sensitivity", sensitivity, Sensitivity, "jaxeff.prune.sensitivity")
     drawn = axes_or_new(axes)
+    if not any_finite(sensitivity.losses):
+        return say(drawn, "No loss is finite." if sensitivity.paths else NO_LAYER)
     sparsities = (0.0, *sensitivity.sparsities)
     dense = float(sensitivity.dense)
     curves = zip(sensitivity.paths, np.asarray(sensitivity.losses).tolist(), strict=True)
@@ -59,7 +63,11 @@ def speedups(found: Mapping[float | str, BeforeAndAfter], axes: Axes | None = No
     Raises:
         ValueError: there is nothing to draw, or the batches differ in size.
         ImportError: Matplotlib is not installed.
+        TypeError: an argument is not of its kind.
     """
+    check_kind("found", found, Mapping, "{0.5: jaxeff.prune.before_and_after(...), ...}")
+    for place, each in found.items():
+        check_kind(f"found[{place!r}]", each, BeforeAndAfter, "jaxeff.prune.before_and_after")
     sizes = {each.batch_sizes for each in found.values()}
     if len(sizes) != 1:
         raise ValueError(
@@ -90,8 +98,12 @@ def criteria(comparison: Comparison, axes: Axes | None = None) -> Axes:
 
     Raises:
         ImportError: Matplotlib is not installed.
+        TypeError: an argument is not of its kind.
     """
+    check_kind("comparison", comparison, Comparison, "jaxeff.compare_criteria")
     drawn = axes_or_new(axes)
+    if not any_finite(comparison.loss):
+        return say(drawn, "No loss is finite." if comparison.criteria else "There is no criterion to draw.")
     fractions = np.asarray(comparison.fractions)
     for number, losses in enumerate(np.asarray(comparison.random_loss)):
         label = "random" if number == 0 else None
@@ -117,8 +129,12 @@ def pathways(pathways: Pathways, axes: Axes | None = None) -> Axes:
 
     Raises:
         ImportError: Matplotlib is not installed.
+        TypeError: an argument is not of its kind.
     """
+    check_kind("pathways", pathways, Pathways, "jaxeff.pathways")
     drawn = axes_or_new(axes)
+    if not pathways.routes:
+        return say(drawn, "No route has a strength above 0.")
     strongest = max(route.strength for route in pathways.routes)
     for route in reversed(pathways.routes):
         columns = [group for group, _ in route.units]

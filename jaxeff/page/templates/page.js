@@ -1,6 +1,17 @@
 "use strict";
-// The order of sections is that of use: sorting, filtering, opening a layer, its charts.
+// The order of sections is that of use: printing, sorting, filtering, opening a layer, its charts.
 (() => {
+// Paper opens nothing: what is folded is unfolded for it, and folded again.
+let unfolded = [];
+addEventListener("beforeprint", () => {
+  unfolded = [...document.querySelectorAll("details:not([open])")];
+  for (const folded of unfolded) folded.open = true;
+});
+addEventListener("afterprint", () => {
+  for (const folded of unfolded) folded.open = false;
+  unfolded = [];
+});
+
 const data = JSON.parse(document.getElementById("data").textContent);
 const table = document.getElementById("table");
 if (!table) return;
