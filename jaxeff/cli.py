@@ -215,7 +215,10 @@ def _add_checkpoints(commands: Any) -> None:
     _ = analyze.add_argument(
         "--html", metavar="FILE", type=_file, help="also write the report as a page for a browser"
     )
-    help_ = "path, size or a metric (utilization, gini, redundancy, ...): those with most to spare first"
+    help_ = (
+        "a heading of the table (layer, weights, used, gini, ...) or a metric (redundancy, entropy, ...): "
+        "those with most to spare first"
+    )
     _ = analyze.add_argument("--sort", metavar="ORDER", default="path", type=_order(_metrics), help=help_)
     help_ = "what changed from one checkpoint to another"
     compare = commands.add_parser("compare", help=help_, **_examples(_COMPARE))

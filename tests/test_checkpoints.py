@@ -754,6 +754,13 @@ def test_rows_are_sorted_and_limited(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert rows("--sort", "size")[0] == "layers.2.weight"
     assert rows("--sort", "gini")[2:] == ["layers.3.weight", "nan"]
     assert rows("--sort", "utilization")[2:] == ["layers.3.weight", "nan"]
+    for heading, name in (("layer", "path"), ("weights", "size"), ("used", "utilization")):
+        assert rows("--sort", heading) == rows("--sort", name)
+    largest_first = ["layers.2.weight", "layers.10.weight", "layers.3.weight", "nan"]
+    assert rows("--sort", "bytes") == rows("--sort", "shape") == largest_first
+    assert rows("--sort", "units")[2:] == ["layers.3.weight", "nan"]
+    # Of rows of 3, 3 and 4 weights.
+    assert rows("--sort", "fan-in") == natural
     assert rows("--top", "2") == [*natural[:2], "..."]
     assert cli.main(["analyze", path, "--top", "1"]) == 0
     printed = capsys.readouterr().out
@@ -761,7 +768,8 @@ def test_rows_are_sorted_and_limited(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--sort", "nope"], ["--top", "-1"], ["--top", "x"], ["--json", "nowhere/out.json"]]
+    "arguments",
+    [["--sort", "nope"], ["--sort", "MACs"], ["--top", "-1"], ["--top", "x"], ["--json", "nowhere/out.json"]],
 )
 def test_wrong_arguments(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = save(tmp_path / "m.safetensors", GOOD)
@@ -769,6 +777,8 @@ def test_wrong_arguments(arguments: list[str], tmp_path: Path, capsys: pytest.Ca
         assert cli.main(["analyze", str(path), *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
+    if arguments[0] == "--sort":
+        assert all(f" {order}," in printed.err for order in ("used", "fan-in", "utilization", "redundancy"))
 
 
 def test_a_full_disk_leaves_nothing(
