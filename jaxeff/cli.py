@@ -228,7 +228,8 @@ def _add_checkpoints(commands: Any) -> None:
     help_ = "path, change or size: the largest first"
     _ = compare.add_argument("--sort", metavar="ORDER", default="path", type=_order(_changes), help=help_)
     for command, run in ((analyze, _analyze), (compare, _compare)):
-        _ = command.add_argument("--top", metavar="N", type=_integer(0, 10**9), help="show the first N rows")
+        help_ = "show the first N of each list: of rows, and of what follows them"
+        _ = command.add_argument("--top", metavar="N", type=_integer(0, 10**9), help=help_)
         command.set_defaults(command=run)
 
 

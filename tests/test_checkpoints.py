@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -34,6 +35,7 @@ from jaxeff.checkpoints import (
     CheckpointError,
     analyze_checkpoint,
     compare_checkpoints,
+    comparing,
     interruption,
     measuring,
     open_checkpoint,
@@ -767,6 +769,17 @@ def test_rows_are_sorted_and_limited(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "3 of 4 layers left out" in printed and "1 of 4 layers are not finite" in printed
 
 
+def test_top_shortens_the_recommendations(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = save(tmp_path / "m.safetensors", {"a": normal(30, 3) ** 9, "b": normal(30, 3) ** 9})
+    advice = analyze_checkpoint(path).recommendations()
+    for top in (0, 1):
+        assert cli.main(["analyze", str(path), "--top", str(top)]) == 0
+        printed = capsys.readouterr().out
+        assert re.findall(r"\n- \[(.*)\]", printed) == [each.rule for each in advice[:top]]
+        count = len(advice) - top
+        assert count > 0 and printed.endswith(f"\n... {count} of {len(advice)} recommendations left out.\n")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--sort", "nope"], ["--sort", "MACs"], ["--top", "-1"], ["--top", "x"], ["--json", "nowhere/out.json"]],
@@ -959,6 +972,11 @@ def test_what_changed_between_two(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert printed == f"{found}\n"
     for part in ("5.00e-01", "Only in A:\n- gone", "Only in B:\n- new", "shaped [2, 3] -> [3, 2]", "(bias)"):
         assert part in printed
+    narrow = comparing.render(found, width=40)
+    assert max(map(len, narrow.splitlines())) <= 40
+    # Whole words: what a line ends with goes on after a space.
+    _, said = printed.split("\n\n")[:2]
+    assert narrow.split("\n\n")[1].split() == said.split()
     assert cli.main(["compare", *map(str, paths), "--sort", "change", "--top", "1"]) == 0
     printed = capsys.readouterr().out
     assert "moved" in printed and "kept" not in printed and "1 of 2 weights left out" in printed

@@ -31,11 +31,13 @@ def render(
     top: int | None = None,
     width: int = table.WIDTH,
 ) -> str:
-    """The report's table in an order of ORDERS, with the first `top` rows, and what was left out.
+    """The report's table in an order of ORDERS, and what was left out of it.
 
-    The model, the notes and the recommendations are of all rows.
+    Of the rows and of the recommendations the first `top` are shown. What is said of the model and the notes
+    are of all rows.
     """
-    return "\n".join([table.render(report, in_order(report, order)[:top], width), *_left_out(checkpoint)])
+    text = table.render(report, in_order(report, order)[:top], width, advised=top)
+    return "\n".join([text, *_left_out(checkpoint, width)])
 
 
 def in_order(report: Report, order: str) -> list[int]:
@@ -75,9 +77,10 @@ def _number(row: LayerReport, order: str) -> float:
     return value if order in _USED else -value
 
 
-def _left_out(checkpoint: Checkpoint) -> list[str]:
+def _left_out(checkpoint: Checkpoint, width: int) -> list[str]:
     parts = [
         f"{name} ({len(arrays):,} arrays, {sum(array.size for array in arrays):,} elements)"
         for name, arrays in checkpoint.left_out.items()
     ]
-    return ["", f"Beside `params`, and not analysed: {', '.join(parts)}."] if parts else []
+    said = f"Beside `params`, and not analysed: {', '.join(parts)}."
+    return ["", *table.wrapped(said, width)] if parts else []
