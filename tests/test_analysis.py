@@ -500,6 +500,24 @@ def test_a_model_without_weights_is_a_report_too():
     assert "No weights" in str(report)
 
 
+def test_a_report_says_why_the_macs_of_a_while_are_unknown():
+    def run(params, tokens):
+        def step(carry):
+            return carry[0] + 1, carry[1] @ params["inside"] + params["rows"][tokens]
+
+        start = (0, params["rows"][tokens])
+        return jax.lax.while_loop(lambda carry: carry[0] < 3, step, start)[1] @ params["after"]
+
+    params = {"rows": normal(9, 8), "inside": normal(8, 8), "after": normal(8, 3)}
+    report = jaxeff.analyze(params, run, jnp.arange(5))
+    # Rows that are looked up have none however often.
+    assert {path: row.macs for path, row in report.layers.items()} == {"rows": 0, "inside": None, "after": 24}
+    notes = {path: row.note for path, row in report.layers.items() if row.note}
+    assert list(notes) == ["inside"] and "MACs are unknown: it is used inside a while loop" in notes["inside"]
+    assert notes["inside"] in " ".join(str(report).split())
+    assert jaxeff.Report.from_json(report.to_json())["inside"].note == notes["inside"]
+
+
 def test_layers_of_several_dtypes_and_sizes_stand_in_one_report(x64):
     draw = np.random.default_rng(0).standard_normal
     shapes = {"large": (300, 300), "small": (20, 30)}
