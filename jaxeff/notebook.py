@@ -27,6 +27,7 @@ def render(report: Report) -> str:
     body = "".join(_line("td", table.cells(row)) for row in rows[:SHOWN])
     parts = [
         f"<table><thead>{_line('th', table.HEADER)}</thead><tbody>{body}</tbody></table>",
+        _paragraphs([] if rows else [table.no_weights(concrete)]),
         _paragraphs([f"{len(rows) - SHOWN:,} more layers."] if len(rows) > SHOWN else []),
         _paragraphs(table.model(concrete)),
         _listed("Notes", [f"{path}: {note}." for path, note in table.notes(concrete)]),

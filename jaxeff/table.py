@@ -1,4 +1,4 @@
-"""A report as text, 100 columns wide or as wide as a terminal. Imports `records`."""
+"""A report as text, 100 columns wide or as wide as a terminal. Imports `leaves`, `records`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxeff import leaves
 from jaxeff.records import AttentionReport, LayerReport
 
 if TYPE_CHECKING:
@@ -47,17 +48,18 @@ def render(
     report = report.single()
     rows = report.rows
     chosen = rows if shown is None else [rows[index] for index in shown]
-    lines = [*_layers(chosen, width)] if chosen or not rows else []
-    lines += left_out(len(rows), len(chosen), "layers")
+    lines = aligned([HEADER, *map(cells, chosen)], width, _DISPENSABLE) if chosen else []
+    lines += left_out(len(rows), len(chosen), "layers") if rows else wrapped(no_weights(report), width)
     lines += ["", *(line for text in model(report) for line in wrapped(text, width))]
     lines += [*_attentions(report, width), *_notes(report, width), *_recommendations(report, width, advised)]
     return "\n".join(lines)
 
 
-def _layers(rows: Sequence[LayerReport], width: int) -> list[str]:
-    if not rows:
-        return wrapped("No weights: no floating leaf of two axes or more multiplies data.", width)
-    return aligned([HEADER, *map(cells, rows)], width, _DISPENSABLE)
+def no_weights(report: Report) -> str:
+    """What is said in place of the rows of a report that has none."""
+    others = report.other_structure
+    arrays = [(other.path, other.shape, other.role.removesuffix(" array")) for other in others]
+    return f"No weights: no floating leaf of two axes or more multiplies data.{leaves.whole_numbers(arrays)}"
 
 
 def aligned(lines: Sequence[Sequence[str]], width: int, dispensable: Sequence[str]) -> list[str]:
