@@ -70,13 +70,15 @@ def aligned(lines: Sequence[Sequence[str]], width: int, dispensable: Sequence[st
             after those that tell nothing of any row; a last line then says so.
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    kept, gone = list(range(1, len(widths))), []
-    for header in [*_untold(lines), *dispensable]:
-        if width - sum(widths[index] + 1 for index in kept) >= min(widths[0], _NAME):
-            break
-        if header not in gone:
+    headers, kept, gone = list(lines[0]), list(range(1, len(widths))), []
+    untold = _untold(lines)
+    # Names are not shortened for the sake of a column that tells nothing.
+    wanted = [(header, widths[0]) for header in untold]
+    wanted += [(header, min(widths[0], _NAME)) for header in dispensable if header not in untold]
+    for header, room in wanted:
+        if width - sum(widths[index] + 1 for index in kept) < room:
             gone.append(header)
-            kept.remove(list(lines[0]).index(header))
+            kept.remove(headers.index(header))
     first = max(min(widths[0], width - sum(widths[index] + 1 for index in kept)), 1)
     texts = [
         " ".join(

@@ -977,6 +977,7 @@ def test_what_changed_between_two(tmp_path: Path, capsys: pytest.CaptureFixture)
     # Whole words: what a line ends with goes on after a space.
     _, said = printed.split("\n\n")[:2]
     assert narrow.split("\n\n")[1].split() == said.split()
+    assert comparing.render(found, top=0).startswith("... 2 of 2 weights left out.\n\nChange is")
     assert cli.main(["compare", *map(str, paths), "--sort", "change", "--top", "1"]) == 0
     printed = capsys.readouterr().out
     assert "moved" in printed and "kept" not in printed and "1 of 2 weights left out" in printed

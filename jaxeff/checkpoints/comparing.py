@@ -183,8 +183,7 @@ def render(
     reshaped = [f"{name} {list(one)} -> {list(two)}" for name, one, two in comparison.reshaped]
     return "\n".join(
         [
-            *_table(weights[:top], width),
-            *table.left_out(len(weights), top, "weights"),
+            *_table(weights, top, width),
             "",
             *table.wrapped(_summary(comparison), width),
             *_listed("Only in A:", comparison.only_a, top, width),
@@ -209,22 +208,25 @@ def in_order(weights: Sequence[WeightChange], order: str) -> list[WeightChange]:
 
 
 _HEADER = ("layer", "shape", "used A", "used B", "gini A", "gini B", "change")
+_DISPENSABLE = ("gini A", "gini B", "shape")
 
 
-def _table(weights: Sequence[WeightChange], width: int) -> list[str]:
+def _table(weights: Sequence[WeightChange], top: int | None, width: int) -> list[str]:
     if not weights:
         return table.wrapped("No weight has one name and one shape in both.", width)
-    cells = [
-        (
-            weight.path,
-            "x".join(map(str, weight.shape)),
-            *map(table.percent, weight.utilization),
-            *map(table.decimal, weight.gini),
-            _change(weight.change),
-        )
-        for weight in weights
-    ]
-    return table.aligned([_HEADER, *cells], width, ("gini A", "gini B", "shape"))
+    rest = table.left_out(len(weights), top, "weights")
+    cells = [_cells(weight) for weight in weights[:top]]
+    return [*(table.aligned([_HEADER, *cells], width, _DISPENSABLE) if cells else []), *rest]
+
+
+def _cells(weight: WeightChange) -> tuple[str, ...]:
+    return (
+        weight.path,
+        "x".join(map(str, weight.shape)),
+        *map(table.percent, weight.utilization),
+        *map(table.decimal, weight.gini),
+        _change(weight.change),
+    )
 
 
 def _change(value: float) -> str:
