@@ -215,7 +215,10 @@ def _add_checkpoints(commands: Any) -> None:
     _ = analyze.add_argument(
         "--html", metavar="FILE", type=_file, help="also write the report as a page for a browser"
     )
-    help_ = "path, size or a metric (utilization, gini, redundancy, ...): those with most to spare first"
+    help_ = (
+        "a heading of the table (layer, weights, used, gini, ...) or a metric (redundancy, entropy, ...): "
+        "those with most to spare first"
+    )
     _ = analyze.add_argument("--sort", metavar="ORDER", default="path", type=_order(_metrics), help=help_)
     help_ = "what changed from one checkpoint to another"
     compare = commands.add_parser("compare", help=help_, **_examples(_COMPARE))
@@ -225,7 +228,8 @@ def _add_checkpoints(commands: Any) -> None:
     help_ = "path, change or size: the largest first"
     _ = compare.add_argument("--sort", metavar="ORDER", default="path", type=_order(_changes), help=help_)
     for command, run in ((analyze, _analyze), (compare, _compare)):
-        _ = command.add_argument("--top", metavar="N", type=_integer(0, 10**9), help="show the first N rows")
+        help_ = "show the first N of each list: of rows, and of what follows them"
+        _ = command.add_argument("--top", metavar="N", type=_integer(0, 10**9), help=help_)
         command.set_defaults(command=run)
 
 

@@ -1,7 +1,7 @@
 """Which criterion to trust: the loss as weights are removed in the order of each one's scores.
 
 In: a model, a loss and criteria. Out: a `Comparison`, whose curves are measured, not predicted.
-Imports `collection`, `importance`, `problem`, `table`.
+Imports `collection`, `importance`, `leaves`, `problem`, `table`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import granularity, importance, objectives, table
+from jaxeff import granularity, importance, leaves, objectives, table
 from jaxeff.collection import Criteria, named, prepare
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.problem import Problem
@@ -113,6 +113,9 @@ def compare_criteria(
     measured_batch, measured_targets = (batch, targets) if held_out is None else held_out
     model = run.model if held_out is None else bind(batch=measured_batch, targets=measured_targets).model
     scores = [importance.scores(params, statistics, criterion) for criterion in chosen]
+    if not scores[0]:
+        found = leaves.described(leaves.named_leaves(leaves.split_variables(params)[0]))
+        raise ValueError(f"`params` holds no weights that multiply data.{leaves.whole_numbers(found)}")
     objective, arrays = objectives.objective(model, loss_fn, measured_targets, run.paths, scores[0].keys())
     paths = [path for path, _ in objective.weights]
     stacks = tuple(granularity.layer_axes(statistics, path) for path in paths) if scope == "layer" else None

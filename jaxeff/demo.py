@@ -20,10 +20,11 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TextColumn
 
 from jaxeff import prune
 from jaxeff.analysis import analyze
+from jaxeff.progress import ONE_LINE, Part, counted, elapsed, fitted
 
 SEED = 0
 EPOCHS = 20
@@ -232,8 +233,10 @@ def _shown_progress(task: str, epochs: int) -> Iterator[Callable[[Epoch], None]]
     if not console.is_terminal:
         yield lambda epoch: print(f"{task} {epoch.number}/{epochs}  {_numbers(epoch)}", file=sys.stderr)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[numbers]}"), console=console) as bar:
+    numbers = TextColumn("{task.fields[numbers]}", table_column=ONE_LINE)
+    told = Part(numbers, len(_numbers(Epoch(1, 1.0, 1.0))))
+    columns = fitted(console.width, task, counted(epochs), told, elapsed())
+    with Progress(*columns, console=console) as bar:
         shown = bar.add_task(task, total=epochs, numbers="compiling")
         yield lambda epoch: bar.update(shown, completed=epoch.number, numbers=_numbers(epoch))
 

@@ -113,6 +113,7 @@ def structure(criterion: Criterion, layer: Layer) -> LayerStructure:
         uses=len(sites),
         unit_axes=_unit_axes(layer),
         macs=None if not macs or None in macs else sum(count for count in macs if count is not None),
+        uncounted=any(site.uncounted for site in sites),
     )
 
 

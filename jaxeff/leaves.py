@@ -5,7 +5,7 @@ Imports nothing of jaxeff.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ import numpy as np
 from flax import nnx
 
 Path = str
+_NAMED = 3  # arrays that a message names
+_INTEGERS = ("int", "uint")
 
 
 def split_variables(params: Any) -> tuple[Any, dict[str, Any]]:
@@ -63,6 +65,32 @@ def named_leaves(params: Any, *, abstract: bool = False) -> dict[Path, Any]:
     if not named:
         raise ValueError(f"`params` has no arrays, got {params!r}: pass the trained parameters")
     return named
+
+
+def whole_numbers(arrays: Iterable[tuple[Path, Sequence[int], str]]) -> str:
+    """What to do about weights that are integers; empty where no array of two axes or more is of them.
+
+    Args:
+        arrays: path, shape and dtype of each.
+
+    >>> whole_numbers([("kernel", (64, 32), "int8"), ("bias", (32,), "float32")])[:44]
+    ' 1 array holds whole numbers: kernel (int8).'
+    """
+    matrices = [(path, dtype) for path, shape, dtype in arrays if len(shape) > 1]
+    found = [f"{path} ({dtype})" for path, dtype in matrices if dtype.startswith(_INTEGERS)]
+    if not found:
+        return ""
+    some = "1 array holds" if len(found) == 1 else f"{len(found):,} arrays hold"
+    named = ", ".join(found[:_NAMED]) + (", ..." if len(found) > _NAMED else "")
+    return (
+        f" {some} whole numbers: {named}. Pass quantized weights as floats: `.astype(jnp.float32)`, times "
+        "their scale."
+    )
+
+
+def described(named: Mapping[Path, Any]) -> list[tuple[Path, tuple[int, ...], str]]:
+    """Path, shape and dtype of each leaf."""
+    return [(path, jnp.shape(leaf), str(jnp.result_type(leaf))) for path, leaf in named.items()]
 
 
 def batch_size(batch: tuple, *, abstract: bool = False) -> int | None:

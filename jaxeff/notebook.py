@@ -30,6 +30,7 @@ def render(report: Report) -> str:
     more = "{:,} more layers: print(report) and the page of report.to_html have all."
     parts = [
         f"{_BOX}<table><thead>{_line(_HEADER, table.HEADER)}</thead><tbody>{body}</tbody></table></div>",
+        _paragraphs([] if rows else [table.no_weights(concrete)]),
         _paragraphs([more.format(len(rows) - SHOWN)] if len(rows) > SHOWN else []),
         _paragraphs(table.model(concrete)),
         _listed("Notes", [f"{path}: {note}." for path, note in table.notes(concrete)]),

@@ -275,6 +275,7 @@ def _site_statistics(
         input=_over_iterations(input, site.loops),
         pre=_over_iterations(pre, site.loops),
         post=_over_iterations(_joined(site, post), site.loops),
+        uncounted=site.macs is None,
     )
 
 

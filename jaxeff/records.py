@@ -143,6 +143,7 @@ class LayerStructure:
         uses: how many operations consume the weight.
         unit_axes: axes of the weight that index its units.
         macs: multiply-accumulates per example; None where unknown.
+        uncounted: whether they are unknown for a use inside a `while`.
     """
 
     path: str
@@ -155,6 +156,8 @@ class LayerStructure:
     uses: int
     unit_axes: tuple[int, ...]
     macs: int | None
+    # By keyword, for the fields of `LayerReport` that follow have no default.
+    uncounted: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def size(self) -> int:
@@ -194,7 +197,7 @@ class LayerReport(LayerNumbers, LayerStructure):
     @property
     def note(self) -> str:
         """What a reader must know before using the numbers; empty for nothing."""
-        return "; ".join(_notes(self))
+        return "; ".join([*_notes(self), *_uncounted(self)])
 
 
 def _register_view(view: Any, structure: Any) -> None:
@@ -340,6 +343,11 @@ def _notes(row: LayerReport) -> list[str]:
     elif float(row.metrics.max) < _FAINT:
         notes.append("its importances are so small that float32 rounds some of them to 0: rescale the layer")
     return notes
+
+
+def _uncounted(row: LayerReport) -> list[str]:
+    reason = "it is used inside a while loop, whose number of steps only running it tells"
+    return [f"its MACs are unknown: {reason}"] if row.uncounted else []
 
 
 def _fallback(row: LayerReport, otherwise: str, lead: str = "") -> str:

@@ -168,12 +168,14 @@ class SiteStatistics:
         bias: path of the bias that the pre-activation includes, or None.
         unit_axes, input_axes: axes of the weight that index its outputs, and what it multiplies.
         layer_axes: axes over which the weight stacks layers that a scan runs through.
-        macs: multiply-accumulates per example; None where the batch has no leading axis to divide by.
+        macs: multiply-accumulates per example; None inside a `while`, and where the batch has no leading axis
+            to divide by.
         input, pre, post: what the weight multiplies and what its units emit before and after the
             nonlinearity. The input of an embedding is the one-hot row of each token.
         gate: the derivative of the mean loss by a factor on each unit's post-activation, at 1, which is
             the sum of a dL/da; None where not collected.
         derivatives: of the loss by the weight, over all its uses.
+        uncounted: whether it runs inside a `while`, whose number of steps only running it tells.
     """
 
     path: str = dataclasses.field(metadata=_STATIC)
@@ -189,6 +191,7 @@ class SiteStatistics:
     post: UnitStatistics
     gate: Moments | None = None
     derivatives: Derivatives = Derivatives()
+    uncounted: bool = dataclasses.field(default=False, metadata=_STATIC)
 
 
 @jax.tree_util.register_dataclass

@@ -1,4 +1,4 @@
-"""A report as text, 100 columns wide or as wide as a terminal. Imports `records`."""
+"""A report as text, 100 columns wide or as wide as a terminal. Imports `leaves`, `records`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxeff import leaves
 from jaxeff.records import AttentionReport, LayerReport
 
 if TYPE_CHECKING:
@@ -19,18 +20,22 @@ HEADER = (
     "layer", "shape", "emits", "weights", "bytes", "MACs", "used", "null", "gini", "units", "fan-in", "dead"
 )  # fmt: skip
 _DISPENSABLE = ("fan-in", "bytes", "shape", "emits", "weights", "dead", "units", "MACs", "gini")
-_LEFT = (1, 2)
+_LEFT = ("shape", "emits")
 _NAME = 16  # what names have to be shortened to before columns are left out
 _MARK = "*"
+_UNKNOWN = "–"
 
 
-def render(report: Report, shown: Sequence[int] | None = None, width: int = WIDTH) -> str:
+def render(
+    report: Report, shown: Sequence[int] | None = None, width: int = WIDTH, advised: int | None = None
+) -> str:
     """The table: a row per layer in forward order, the model, what was analysed, what to do.
 
     Args:
         shown: numbers of the rows to show, in that order; all of them unless given. What follows the rows
             speaks of all.
         width: of the lines, in columns.
+        advised: how many recommendations to show, the first of them; all unless given.
 
     A report of several models (from `vmap` or `scan`) is not one table: it says how to pick one.
     """
@@ -43,49 +48,60 @@ def render(report: Report, shown: Sequence[int] | None = None, width: int = WIDT
     report = report.single()
     rows = report.rows
     chosen = rows if shown is None else [rows[index] for index in shown]
-    lines = [*_layers(chosen, width)] if chosen or not rows else []
-    if len(chosen) < len(rows):
-        lines.append(f"... {len(rows) - len(chosen):,} of {len(rows):,} layers left out.")
-    lines += ["", *(line for text in model(report) for line in textwrap.wrap(text, width))]
-    lines += [*_attentions(report, width), *_notes(report, width), *_recommendations(report, width)]
+    lines = aligned([HEADER, *map(cells, chosen)], width, _DISPENSABLE) if chosen else []
+    lines += left_out(len(rows), len(chosen), "layers") if rows else wrapped(no_weights(report), width)
+    lines += ["", *(line for text in model(report) for line in wrapped(text, width))]
+    lines += [*_attentions(report, width), *_notes(report, width), *_recommendations(report, width, advised)]
     return "\n".join(lines)
 
 
-def _layers(rows: Sequence[LayerReport], width: int) -> list[str]:
-    if not rows:
-        return textwrap.wrap("No weights: no floating leaf of two axes or more multiplies data.", width)
-    return aligned([HEADER, *map(cells, rows)], width, _DISPENSABLE)
+def no_weights(report: Report) -> str:
+    """What is said in place of the rows of a report that has none."""
+    others = report.other_structure
+    arrays = [(other.path, other.shape, other.role.removesuffix(" array")) for other in others]
+    return f"No weights: no floating leaf of two axes or more multiplies data.{leaves.whole_numbers(arrays)}"
 
 
 def aligned(lines: Sequence[Sequence[str]], width: int, dispensable: Sequence[str]) -> list[str]:
     """Lines of cells, the first of them headers, in columns; names take what is left of the width.
 
     Args:
-        dispensable: headers of columns that are left out, the first of them first, until names have room; a
-            last line then says so.
+        dispensable: headers of columns that are left out until names have room, the first of them first, but
+            after those that tell nothing of any row; a last line then says so.
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    kept, left_out = list(range(1, len(widths))), []
-    for header in dispensable:
-        if width - sum(widths[index] + 1 for index in kept) >= min(widths[0], _NAME):
-            break
-        left_out.append(header)
-        kept.remove(list(lines[0]).index(header))
+    headers, kept, gone = list(lines[0]), list(range(1, len(widths))), []
+    untold = _untold(lines)
+    # Names are not shortened for the sake of a column that tells nothing.
+    wanted = [(header, widths[0]) for header in untold]
+    wanted += [(header, min(widths[0], _NAME)) for header in dispensable if header not in untold]
+    for header, room in wanted:
+        if width - sum(widths[index] + 1 for index in kept) < room:
+            gone.append(header)
+            kept.remove(headers.index(header))
     first = max(min(widths[0], width - sum(widths[index] + 1 for index in kept)), 1)
     texts = [
         " ".join(
-            [shorten(line[0], first).ljust(first), *(_placed(line, index, widths) for index in kept)]
+            [
+                shorten(line[0], first).ljust(first),
+                *(_placed(line[index], widths[index], lines[0][index]) for index in kept),
+            ]
         ).rstrip()
         for line in lines
     ]
-    said = [f"(columns left out for want of width: {', '.join(left_out)})"] if left_out else []
-    wrapped = [line for text in said for line in textwrap.wrap(text, width)]
-    return [texts[0], "-" * max(map(len, texts)), *texts[1:], *wrapped]
+    said = wrapped(f"(columns left out for want of width: {', '.join(gone)})", width) if gone else []
+    return [texts[0], "-" * max(map(len, texts)), *texts[1:], *said]
 
 
-def _placed(line: Sequence[str], index: int, widths: Sequence[int]) -> str:
+def _untold(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Headers of columns in which nothing is known of any row."""
+    _, *columns = zip(*lines, strict=True)
+    return [header for header, *column in columns if set(column) == {_UNKNOWN}]
+
+
+def _placed(cell: str, width: int, header: str) -> str:
     """Names and shapes to the left, numbers to the right."""
-    return line[index].ljust(widths[index]) if index in _LEFT else line[index].rjust(widths[index])
+    return cell.ljust(width) if header in _LEFT else cell.rjust(width)
 
 
 def shorten(path: str, width: int) -> str:
@@ -106,16 +122,16 @@ def cells(row: LayerReport) -> tuple[str, ...]:
     return (
         row.path + (_MARK if row.note else ""),
         "x".join(map(str, row.shape)),
-        row.nonlinearity or "?",
+        row.nonlinearity or _UNKNOWN,
         number(row.size),
         number(row.bytes),
-        "–" if row.macs is None else number(row.macs),
+        _UNKNOWN if row.macs is None else number(row.macs),
         percent(float(row.metrics.utilization)),
-        percent(float(row.null.utilization)) if row.null is not None else "–",
+        percent(float(row.null.utilization)) if row.null is not None else _UNKNOWN,
         decimal(float(row.metrics.gini)),
         f"{number(float(row.effective_units))}/{number(row.unit_count)}",
         number(float(row.effective_fan_in)),
-        dead or "–",
+        dead or _UNKNOWN,
     )
 
 
@@ -164,7 +180,7 @@ def shares(report: Report) -> str:
 
 
 def _attentions(report: Report, width: int) -> list[str]:
-    return _section(width, "Attention:", [attention(found) for found in report.attentions])
+    return section(width, "Attention:", [attention(found) for found in report.attentions])
 
 
 def attention(found: AttentionReport) -> str:
@@ -181,7 +197,7 @@ def attention(found: AttentionReport) -> str:
 
 
 def _notes(report: Report, width: int) -> list[str]:
-    return _section(width, f"Notes ({_MARK}):", [f"{path}: {note}." for path, note in notes(report)])
+    return section(width, f"Notes ({_MARK}):", [f"{path}: {note}." for path, note in notes(report)])
 
 
 def notes(report: Report) -> list[tuple[str, str]]:
@@ -195,19 +211,32 @@ def notes(report: Report) -> list[tuple[str, str]]:
     return [*noted, *damaged]
 
 
-def _recommendations(report: Report, width: int) -> list[str]:
-    return _section(width, "Recommendations:", [str(advice) for advice in report.recommendations()])
+def _recommendations(report: Report, width: int, advised: int | None) -> list[str]:
+    advice = [str(each) for each in report.recommendations()]
+    shown, rest = advice[:advised], left_out(len(advice), advised, "recommendations")
+    return [*(section(width, "Recommendations:", shown) or [""] * len(rest)), *rest]
 
 
-def _section(width: int, title: str, items: Sequence[str]) -> list[str]:
-    wrapped = [
-        line
-        for item in items
-        for line in textwrap.wrap(
-            item, width, initial_indent="- ", subsequent_indent="  ", break_long_words=True
-        )
-    ]
-    return ["", title, *wrapped] if wrapped else []
+def left_out(count: int, shown: int | None, what: str) -> list[str]:
+    """A line that says how many were not shown; none where all were."""
+    return [] if shown is None or count <= shown else [f"... {count - shown:,} of {count:,} {what} left out."]
+
+
+def section(width: int, title: str, items: Sequence[str]) -> list[str]:
+    """A list under a title; nothing where there are no items."""
+    lines = [line for item in items for line in wrapped(item, width, "- ")]
+    return ["", title, *lines] if lines else []
+
+
+def wrapped(text: str, width: int, bullet: str = "") -> list[str]:
+    """Lines of whole words, but for a word that is longer than a line; a path with a hyphen is one word."""
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=bullet,
+        subsequent_indent=" " * len(bullet),
+        break_on_hyphens=False,
+    )
 
 
 def number(value: float) -> str:

@@ -11,7 +11,7 @@ from flax.training.train_state import TrainState
 from networks import NETWORKS, Square, drawn, normal
 
 import jaxeff
-from jaxeff import importance
+from jaxeff import importance, page, prune
 
 LAYERS = [f"layer{index}/kernel" for index in range(3)]
 
@@ -498,6 +498,59 @@ def test_a_model_without_weights_is_a_report_too():
     report = jaxeff.analyze({"scale": jnp.ones(3)}, lambda params, x: x * params["scale"][None], normal(4, 3))
     assert report.layers == {} and report.model.total_params == 3
     assert "No weights" in str(report)
+
+
+def _quantized(params, x):
+    return jnp.tanh(x @ params["a"]["kernel"].astype(jnp.float32)) @ params["b"]["kernel"].astype(jnp.float32)
+
+
+def _squared(outputs, targets):
+    return jnp.mean((outputs - targets) ** 2)
+
+
+QUANTIZED = {name: {"kernel": np.full((4, 4), 3, np.int8)} for name in "ab"}
+MODEL = (QUANTIZED, _quantized, normal(5, 4))
+LOSS = (normal(5, 4), _squared)
+# What a tree of quantized weights is told: a report's text, or an error.
+TOLD = {
+    "analyze": lambda: str(jaxeff.analyze(QUANTIZED)),
+    "analyze a model": lambda: str(jaxeff.analyze(*MODEL)),
+    "a page": lambda: page.render(jaxeff.analyze(QUANTIZED)),
+    "a notebook": lambda: jaxeff.analyze(QUANTIZED)._repr_html_(),
+    "masks": lambda: prune.masks(prune.scored(QUANTIZED), 0.5),
+    "sensitivity": lambda: prune.sensitivity(*MODEL, *LOSS, (0.5,)),
+    "compare_criteria": lambda: jaxeff.compare_criteria(*MODEL, *LOSS),
+}
+
+
+@pytest.mark.parametrize("told", TOLD.values(), ids=TOLD)
+def test_quantized_weights_are_named_and_what_to_pass_instead(told, request):
+    try:
+        said = told()
+    except ValueError as error:
+        said = str(error)
+    said = " ".join(said.split())
+    assert "`.astype(jnp.float32)`, times their scale" in said and "whole numbers" in said
+    if "masks" not in request.node.name:
+        assert "2 arrays hold whole numbers: a/kernel (int8), b/kernel (int8)." in said
+
+
+def test_a_report_says_why_the_macs_of_a_while_are_unknown():
+    def run(params, tokens):
+        def step(carry):
+            return carry[0] + 1, carry[1] @ params["inside"] + params["rows"][tokens]
+
+        start = (0, params["rows"][tokens])
+        return jax.lax.while_loop(lambda carry: carry[0] < 3, step, start)[1] @ params["after"]
+
+    params = {"rows": normal(9, 8), "inside": normal(8, 8), "after": normal(8, 3)}
+    report = jaxeff.analyze(params, run, jnp.arange(5))
+    # Rows that are looked up have none however often.
+    assert {path: row.macs for path, row in report.layers.items()} == {"rows": 0, "inside": None, "after": 24}
+    notes = {path: row.note for path, row in report.layers.items() if row.note}
+    assert list(notes) == ["inside"] and "MACs are unknown: it is used inside a while loop" in notes["inside"]
+    assert notes["inside"] in " ".join(str(report).split())
+    assert jaxeff.Report.from_json(report.to_json())["inside"].note == notes["inside"]
 
 
 def test_layers_of_several_dtypes_and_sizes_stand_in_one_report(x64):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -34,6 +35,7 @@ from jaxeff.checkpoints import (
     CheckpointError,
     analyze_checkpoint,
     compare_checkpoints,
+    comparing,
     interruption,
     measuring,
     open_checkpoint,
@@ -754,14 +756,33 @@ def test_rows_are_sorted_and_limited(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert rows("--sort", "size")[0] == "layers.2.weight"
     assert rows("--sort", "gini")[2:] == ["layers.3.weight", "nan"]
     assert rows("--sort", "utilization")[2:] == ["layers.3.weight", "nan"]
+    for heading, name in (("layer", "path"), ("weights", "size"), ("used", "utilization")):
+        assert rows("--sort", heading) == rows("--sort", name)
+    largest_first = ["layers.2.weight", "layers.10.weight", "layers.3.weight", "nan"]
+    assert rows("--sort", "bytes") == rows("--sort", "shape") == largest_first
+    assert rows("--sort", "units")[2:] == ["layers.3.weight", "nan"]
+    # Of rows of 3, 3 and 4 weights.
+    assert rows("--sort", "fan-in") == natural
     assert rows("--top", "2") == [*natural[:2], "..."]
     assert cli.main(["analyze", path, "--top", "1"]) == 0
     printed = capsys.readouterr().out
     assert "3 of 4 layers left out" in printed and "1 of 4 layers are not finite" in printed
 
 
+def test_top_shortens_the_recommendations(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = save(tmp_path / "m.safetensors", {"a": normal(30, 3) ** 9, "b": normal(30, 3) ** 9})
+    advice = analyze_checkpoint(path).recommendations()
+    for top in (0, 1):
+        assert cli.main(["analyze", str(path), "--top", str(top)]) == 0
+        printed = capsys.readouterr().out
+        assert re.findall(r"\n- \[(.*)\]", printed) == [each.rule for each in advice[:top]]
+        count = len(advice) - top
+        assert count > 0 and printed.endswith(f"\n... {count} of {len(advice)} recommendations left out.\n")
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--sort", "nope"], ["--top", "-1"], ["--top", "x"], ["--json", "nowhere/out.json"]]
+    "arguments",
+    [["--sort", "nope"], ["--sort", "MACs"], ["--top", "-1"], ["--top", "x"], ["--json", "nowhere/out.json"]],
 )
 def test_wrong_arguments(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = save(tmp_path / "m.safetensors", GOOD)
@@ -769,6 +790,8 @@ def test_wrong_arguments(arguments: list[str], tmp_path: Path, capsys: pytest.Ca
         assert cli.main(["analyze", str(path), *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
+    if arguments[0] == "--sort":
+        assert all(f" {order}," in printed.err for order in ("used", "fan-in", "utilization", "redundancy"))
 
 
 def test_a_full_disk_leaves_nothing(
@@ -949,6 +972,12 @@ def test_what_changed_between_two(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert printed == f"{found}\n"
     for part in ("5.00e-01", "Only in A:\n- gone", "Only in B:\n- new", "shaped [2, 3] -> [3, 2]", "(bias)"):
         assert part in printed
+    narrow = comparing.render(found, width=40)
+    assert max(map(len, narrow.splitlines())) <= 40
+    # Whole words: what a line ends with goes on after a space.
+    _, said = printed.split("\n\n")[:2]
+    assert narrow.split("\n\n")[1].split() == said.split()
+    assert comparing.render(found, top=0).startswith("... 2 of 2 weights left out.\n\nChange is")
     assert cli.main(["compare", *map(str, paths), "--sort", "change", "--top", "1"]) == 0
     printed = capsys.readouterr().out
     assert "moved" in printed and "kept" not in printed and "1 of 2 weights left out" in printed

@@ -126,6 +126,17 @@ def test_a_table_says_which_columns_it_left_out():
     assert sorted([*header, *left_out]) == sorted(table.HEADER)
 
 
+def test_columns_that_tell_nothing_are_left_out_first():
+    row = layer("encoder/attention/query/kernel", macs=None, activity=None)
+    header, rule, *_ = table.render(report_of(row), width=150).splitlines()
+    assert header.split() == list(table.HEADER)
+    for less, left_out in ((1, ["MACs"]), (6, ["MACs", "dead"])):
+        printed = table.render(report_of(row), width=len(rule) - less)
+        assert printed.split("\n")[0].split() == [name for name in table.HEADER if name not in left_out]
+        assert row.path in printed.split("\n")[2]
+        assert f"(columns left out for want of width: {', '.join(left_out)})" in printed
+
+
 def test_layers_are_printed_in_forward_order_one_line_each():
     rows = [layer(f"{name}/kernel") for name in ("z", "m", "a", "q")]
     lines = str(report_of(*rows)).splitlines()

@@ -259,6 +259,7 @@ def test_a_loop_sums_over_its_iterations(loop, emitted):
     everything = np.stack(emitted(x.astype(np.float64), w))
     _assert_sums(site.post, _sums(everything, (1,), (5, 5)))
     assert float(site.post.count) == len(everything) * 4 and site.nonlinearity == "tanh"
+    assert site.uncounted == (loop is LOOPS["while"][0])
 
 
 def _in_pallas(w, x):

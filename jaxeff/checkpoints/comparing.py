@@ -180,18 +180,22 @@ def render(
 ) -> str:
     """The table, in an order of ORDERS; of each list the first `top`, and how many were left out."""
     weights = in_order(comparison.weights, order)
-    lines = [*_table(weights[:top], width), *_more(len(weights), top, "weights"), "", _summary(comparison)]
-    for title, names in (
-        ("Only in A:", comparison.only_a),
-        ("Only in B:", comparison.only_b),
-        (
-            "Of another shape:",
-            [f"{name} {list(one)} -> {list(two)}" for name, one, two in comparison.reshaped],
-        ),
-    ):
-        if names:
-            lines += ["", title, *(f"- {name}" for name in names[:top]), *_more(len(names), top, "names")]
-    return "\n".join(lines)
+    reshaped = [f"{name} {list(one)} -> {list(two)}" for name, one, two in comparison.reshaped]
+    return "\n".join(
+        [
+            *_table(weights, top, width),
+            "",
+            *table.wrapped(_summary(comparison), width),
+            *_listed("Only in A:", comparison.only_a, top, width),
+            *_listed("Only in B:", comparison.only_b, top, width),
+            *_listed("Of another shape:", reshaped, top, width),
+        ]
+    )
+
+
+def _listed(title: str, names: Sequence[str], top: int | None, width: int) -> list[str]:
+    lines = table.section(width, title, names[:top]) or ["", title]
+    return [*lines, *table.left_out(len(names), top, "names")] if names else []
 
 
 def in_order(weights: Sequence[WeightChange], order: str) -> list[WeightChange]:
@@ -203,27 +207,26 @@ def in_order(weights: Sequence[WeightChange], order: str) -> list[WeightChange]:
     return sorted(weights, key=lambda weight: -math.inf if math.isnan(weight.change) else -weight.change)
 
 
-def _more(count: int, top: int | None, what: str) -> list[str]:
-    return [] if top is None or count <= top else [f"... {count - top:,} of {count:,} {what} left out."]
-
-
 _HEADER = ("layer", "shape", "used A", "used B", "gini A", "gini B", "change")
+_DISPENSABLE = ("gini A", "gini B", "shape")
 
 
-def _table(weights: Sequence[WeightChange], width: int) -> list[str]:
+def _table(weights: Sequence[WeightChange], top: int | None, width: int) -> list[str]:
     if not weights:
-        return ["No weight has one name and one shape in both."]
-    cells = [
-        (
-            weight.path,
-            "x".join(map(str, weight.shape)),
-            *map(table.percent, weight.utilization),
-            *map(table.decimal, weight.gini),
-            _change(weight.change),
-        )
-        for weight in weights
-    ]
-    return table.aligned([_HEADER, *cells], width, ("gini A", "gini B", "shape"))
+        return table.wrapped("No weight has one name and one shape in both.", width)
+    rest = table.left_out(len(weights), top, "weights")
+    cells = [_cells(weight) for weight in weights[:top]]
+    return [*(table.aligned([_HEADER, *cells], width, _DISPENSABLE) if cells else []), *rest]
+
+
+def _cells(weight: WeightChange) -> tuple[str, ...]:
+    return (
+        weight.path,
+        "x".join(map(str, weight.shape)),
+        *map(table.percent, weight.utilization),
+        *map(table.decimal, weight.gini),
+        _change(weight.change),
+    )
 
 
 def _change(value: float) -> str:

@@ -18,7 +18,10 @@ _USED = (
     *("coverage_50", "coverage_80", "coverage_90"),
 )
 _SPARE = tuple(field.name for field in dataclasses.fields(Metrics) if field.name not in (*_USED, "size"))
-ORDERS = ("path", "size", *_USED, *_SPARE)
+# Columns of the table that a checkpoint has something to say in: its headings are orders too.
+_HEADINGS = {"layer": "path", "weights": "size", "used": "utilization"}
+_COLUMNS = ("layer", "shape", "weights", "bytes", "used", "null", "gini", "units", "fan-in")
+ORDERS = (*_COLUMNS, *(name for name in ("path", "size", *_USED, *_SPARE) if name not in _COLUMNS))
 
 
 def render(
@@ -28,11 +31,13 @@ def render(
     top: int | None = None,
     width: int = table.WIDTH,
 ) -> str:
-    """The report's table in an order of ORDERS, with the first `top` rows, and what was left out.
+    """The report's table in an order of ORDERS, and what was left out of it.
 
-    The model, the notes and the recommendations are of all rows.
+    Of the rows and of the recommendations the first `top` are shown. What is said of the model and the notes
+    are of all rows.
     """
-    return "\n".join([table.render(report, in_order(report, order)[:top], width), *_left_out(checkpoint)])
+    text = table.render(report, in_order(report, order)[:top], width, advised=top)
+    return "\n".join([text, *_left_out(checkpoint, width)])
 
 
 def in_order(report: Report, order: str) -> list[int]:
@@ -42,21 +47,40 @@ def in_order(report: Report, order: str) -> list[int]:
 
 
 def _key(order: str) -> Callable[[LayerReport], tuple]:
+    order = _HEADINGS.get(order, order)
     if order == "path":
         return lambda row: (natural(row.path),)
-    if order == "size":
-        return lambda row: (-row.size,)
+    if order == "shape":
+        return lambda row: tuple(-length for length in row.shape)
 
     def by_number(row: LayerReport) -> tuple:
-        value = float(getattr(row.metrics, order))
-        return math.isnan(value), value if order in _USED else -value
+        value = _number(row, order)
+        return math.isnan(value), value
 
     return by_number
 
 
-def _left_out(checkpoint: Checkpoint) -> list[str]:
+def _number(row: LayerReport, order: str) -> float:
+    """What rows are sorted by, the smallest first."""
+    match order:
+        case "size":
+            return -row.size
+        case "bytes":
+            return -row.bytes
+        case "null":
+            return math.nan if row.null is None else float(row.null.utilization)
+        case "units":
+            return float(row.effective_units) / row.unit_count
+        case "fan-in":
+            return float(row.effective_fan_in)
+    value = float(getattr(row.metrics, order))
+    return value if order in _USED else -value
+
+
+def _left_out(checkpoint: Checkpoint, width: int) -> list[str]:
     parts = [
         f"{name} ({len(arrays):,} arrays, {sum(array.size for array in arrays):,} elements)"
         for name, arrays in checkpoint.left_out.items()
     ]
-    return ["", f"Beside `params`, and not analysed: {', '.join(parts)}."] if parts else []
+    said = f"Beside `params`, and not analysed: {', '.join(parts)}."
+    return ["", *table.wrapped(said, width)] if parts else []

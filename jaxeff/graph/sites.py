@@ -249,10 +249,12 @@ def _direct(use: Use, flow: Flow) -> bool:
 
 
 def _all_iterations(operation: Operation, loops: Sequence[Loop]) -> int | None:
+    found = multiplications(operation)
+    if found is None:
+        return 0
     if any(loop.name == "while" for loop in loops):
         return None
-    found = multiplications(operation)
-    return (found.macs if found else 0) * math.prod(loop.length for loop in loops if loop.length is not None)
+    return found.macs * math.prod(loop.length for loop in loops if loop.length is not None)
 
 
 def _missing_axes(use: Use, reading: _Reading, shape: Sequence[int]) -> list[int]:

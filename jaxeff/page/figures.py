@@ -99,7 +99,7 @@ def _row(index: int, row: LayerReport) -> Row:
         index=index,
         path=row.path,
         note=row.note,
-        emits=row.nonlinearity or "?",
+        emits=row.nonlinearity or "–",
         shape=Cell("×".join(map(str, row.shape)), row.size),
         weights=Cell(table.number(row.size), row.size),
         bytes=Cell(table.number(row.bytes), row.bytes),

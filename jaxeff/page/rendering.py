@@ -71,6 +71,7 @@ def render(report: Report, title: str = "jaxeff report") -> str:
         ranking=figures.ranking(layers),
         advice=concrete.recommendations(),
         anchors=figures.anchors(concrete),
+        no_weights=table.no_weights(concrete),
         notes=table.notes(concrete),
         attentions=[table.attention(found) for found in concrete.attentions],
         others=figures.others(concrete),

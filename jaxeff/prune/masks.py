@@ -217,7 +217,11 @@ def _limits(max_sparsity: Limits, groups: Mapping[str, Array]) -> dict[str, floa
 
 def _check(scores: Mapping[str, Array], sparsity: Any, scope: str, pattern: Any, allocation: Any) -> None:
     if not scores:
-        raise ValueError("`importance` holds no scores: every leaf is a single number")
+        raise ValueError(
+            "`importance` holds no scores: every leaf is a single number, which `prune.scored` gives for "
+            "what may not be pruned, such as biases and arrays of whole numbers. Score floating weights; "
+            "pass quantized ones as floats: `.astype(jnp.float32)`, times their scale."
+        )
     if scope not in ("layer", "global"):
         raise ValueError(f"`scope` must be 'layer' or 'global', got {scope!r}")
     check_pattern(pattern)

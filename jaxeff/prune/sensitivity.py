@@ -22,7 +22,7 @@ from jax import Array
 from jax.core import Tracer
 
 from jaxeff import models, objectives, table
-from jaxeff.leaves import named_leaves, split_variables
+from jaxeff.leaves import described, named_leaves, split_variables, whole_numbers
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.precision import widened
 from jaxeff.problem import Problem, floating
@@ -263,7 +263,9 @@ def _chosen(
         found = {path: score for path, score in named_leaves(scores).items() if jnp.ndim(score)}
     if not found:
         argument = "prunable" if importance is None else "importance"
-        raise ValueError(f"`{argument}` leaves nothing to prune of {', '.join(named)}")
+        raise ValueError(
+            f"`{argument}` leaves nothing to prune of {', '.join(named)}.{whole_numbers(described(named))}"
+        )
     return found
 
 

@@ -1,0 +1,85 @@
+"""Bars on standard error: on one line, in colour on a terminal, and nowhere else."""
+
+import io
+import re
+import sys
+
+import flax.serialization
+import numpy as np
+import pytest
+
+from jaxeff import cli, demo
+from jaxeff.progress import bytes_bar, progress_bar
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class Terminal(io.StringIO):
+    """What a program that asks takes for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def _shown(monkeypatch, stderr, bar=lambda: progress_bar("Calibrating", 12, True), step=()):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with bar() as advance:
+        advance(*step)
+    return stderr.getvalue()
+
+
+BARS = {
+    "steps": (lambda: progress_bar("Calibrating", 100_000, True), ()),
+    "without an end": (lambda: progress_bar("Calibrating", None, True), ()),
+    "bytes": (lambda: bytes_bar("Comparing weights", 724 * 10**6, True), (10**8,)),
+    "the demo": (lambda: demo._shown_progress("Training", 20), (demo.Epoch(1, 2.345, 1.0),)),
+}
+
+
+@pytest.mark.parametrize("width", [40, 80, 150])
+@pytest.mark.parametrize(("bar", "step"), BARS.values(), ids=BARS)
+def test_a_bar_stays_on_one_line(bar, step, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    printed = _shown(monkeypatch, Terminal(), bar, step)
+    # The last frame alone ends its line.
+    assert printed.count("\n") == 1
+    frames = [frame.rstrip() for frame in ESCAPE.sub("", printed).splitlines() if frame.strip()]
+    assert frames and all(len(frame) <= width for frame in frames)
+    # Nothing is cut either, and where there is room nothing is missing.
+    assert not any("…" in frame for frame in frames)
+    assert width == 40 or all(re.search(r"[0-9-]:[0-9-]{2}", frame) for frame in frames)
+
+
+def test_a_terminal_has_colour_unless_no_color_is_set(monkeypatch):
+    assert COLOUR.search(_shown(monkeypatch, Terminal()))
+    monkeypatch.setenv("NO_COLOR", "1")
+    printed = _shown(monkeypatch, Terminal())
+    assert "Calibrating" in printed and not COLOUR.search(printed)
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_the_command_line_keeps_its_output_plain(no_color, tmp_path, capsys, monkeypatch):
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    path = tmp_path / "model.msgpack"
+    _ = path.write_bytes(flax.serialization.to_bytes({"kernel": np.eye(4, dtype=np.float32)}))
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert cli.main(["analyze", str(path)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    assert "Reading weights" in terminal.getvalue()
+    assert bool(COLOUR.search(terminal.getvalue())) != no_color
+
+
+def test_what_is_no_terminal_has_no_bar(monkeypatch):
+    assert _shown(monkeypatch, io.StringIO()) == ""
+    assert _shown(monkeypatch, Terminal(), lambda: progress_bar("Calibrating", 12, False)) == ""
