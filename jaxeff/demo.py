@@ -98,13 +98,14 @@ class DigitsCNN(nn.Module):
 
 def create_state(key: jax.Array) -> TrainState:
     """A freshly initialised network and its optimizer."""
-    model = DigitsCNN()
-    params = model.init(key, jnp.zeros((1, 8, 8, 1)))["params"]
-    return TrainState.create(apply_fn=model.apply, params=params, tx=_optimizer())
+    params = _init(key, jnp.zeros((1, 8, 8, 1)))["params"]
+    return TrainState.create(apply_fn=_MODEL.apply, params=params, tx=_OPTIMIZER)
 
 
-def _optimizer() -> optax.GradientTransformation:
-    return optax.adamw(1e-3, weight_decay=1e-2)
+# One of each, so that networks of all seeds share their compiled programs.
+_MODEL = DigitsCNN()
+_OPTIMIZER = optax.adamw(1e-3, weight_decay=1e-2)
+_init = jax.jit(_MODEL.init)
 
 
 @jax.jit
@@ -135,7 +136,7 @@ def train_pruned(
     """Trains on while the smallest weights of all layers go: 90 % of them by half of the epochs."""
     steps = epochs * _steps(split(digits())[0])
     schedule = prune.cubic(SPARSITY, begin=0, end=steps // 2, every=10)
-    optimizer = prune.sparsify(_optimizer(), schedule, scope="global")
+    optimizer = prune.sparsify(_OPTIMIZER, schedule, scope="global")
     state = TrainState.create(apply_fn=state.apply_fn, params=state.params, tx=optimizer)
     return _train(state, jax.random.fold_in(jax.random.key(seed), 1), epochs, progress)
 
