@@ -109,6 +109,9 @@ def radar(report: Report, paths: Sequence[str] | None = None, axes: Axes | None 
     for index, (row, values) in enumerate(zip(rows, spokes, strict=True)):
         _ = drawn.plot(angles, [*values, values[0]], label=row.path, **line_style(index))
     _ = drawn.set_xticks(angles[:-1], SPOKES)
+    for label, angle in zip(drawn.get_xticklabels(), angles[:-1], strict=True):
+        # Away from the circle, which a centred label would lie on.
+        label.set_horizontalalignment("left" if math.cos(angle) > 0 else "right")
     _ = drawn.set_ylim(0, 1)
     _ = drawn.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.05, 1.05))
     return drawn
