@@ -173,8 +173,8 @@ def _scattered(x: Array, where: Array) -> tuple[Array, Array]:
         else:
             table = count(index, table)
         table = table.reshape(copies, _BINS + 1, 2)
-        counts, places = (table[..., i].astype(sums[i].dtype).sum(axis=0) for i in (0, 1))
-        return sums[0] + counts, sums[1] + places
+        counts = table[..., 0].astype(jnp.int32).sum(axis=0, dtype=jnp.int32)
+        return sums[0] + counts, sums[1] + table[..., 1].astype(jnp.float32).sum(axis=0)
 
     none = jnp.zeros(_BINS + 1, jnp.int32), jnp.zeros(_BINS + 1, jnp.float32)
     counts, places = lax.fori_loop(np.int32(0), np.int32(-(-pieces // per_run)), run, none)
@@ -300,7 +300,7 @@ def _mass(held: Array, y: Array) -> Pair:
 def _columns(held: Array, y: Array) -> tuple[Array, Pair]:
     """[SIDE], the count and the mass of each column."""
     if not pairs.in_rows():
-        return jnp.sum(held, axis=0), pairs.reduce(_mass(held, y), axis=0)
+        return jnp.sum(held, axis=0, dtype=held.dtype), pairs.reduce(_mass(held, y), axis=0)
 
     def add(row: Array, sums: tuple[Array, Pair]) -> tuple[Array, Pair]:
         return sums[0] + held[row], pairs.add(sums[1], _mass(held[row], y[row]))
@@ -316,7 +316,7 @@ def _earlier(counts: Array, masses: Pair) -> tuple[Array, Pair, Pair]:
         return (sums[0] + row[0], pairs.add(sums[1], row[1])), sums
 
     if not pairs.in_rows():
-        fewer, below = jnp.cumsum(counts, axis=0) - counts, pairs.sums_before(masses)
+        fewer, below = jnp.cumsum(counts, axis=0, dtype=counts.dtype) - counts, pairs.sums_before(masses)
         return fewer, below, pairs.reduce(masses, axis=0)
     none = jax.tree.map(lambda part: jnp.zeros_like(part[0]), (counts, masses))
     (_, total), (before, below) = lax.scan(add, none, (counts, masses))
@@ -353,7 +353,7 @@ def _balances(bins: Bins, y: Array, before: Array, size: _Size) -> Array:
 def _running(start: Array, rows: Array) -> Array:
     """[ROWS, ...], the start and the rows before each."""
     if not pairs.in_rows():
-        return start[None] + jnp.cumsum(rows, axis=0) - rows
+        return start[None] + jnp.cumsum(rows, axis=0, dtype=rows.dtype) - rows
     return lax.scan(lambda sums, row: (sums + row, sums), start, rows)[1]
 
 

@@ -253,7 +253,7 @@ def whole_of(sketch: Sketch) -> Whole:
     sums, before = through(start)
     total, depth = ((sums[0, index], sums[1, index]) for index in (1, 2))
     # A pair's sum is good to 3 units of 2^-48 (Joldes, Muller and Popescu, 2017).
-    below = jnp.where(jnp.arange(bins.ROWS) <= last, before[:, 0, 1], 0)
+    below = jnp.where(jnp.arange(bins.ROWS, dtype=jnp.int32) <= last, before[:, 0, 1], 0)
     slip = total[0] * 2.0**-43 + below.sum() * (3 * 2.0**-48)
     mean = pairs.divide(total, size)
     return Whole(first, last, size, zeros, total, mean, depth, slip, (before[:, 0, :2], before[:, 1, :2]))

@@ -35,7 +35,10 @@ def test_metrics_are_those_of_float64(at_once, method):
         np.testing.assert_allclose(value, expected[field.name], rtol=tolerance, err_msg=field.name)
 
 
-def test_a_report_is_that_of_loops(monkeypatch):
+@pytest.mark.parametrize("wide", [False, True], ids=["32 bits", "64 bits"])
+def test_a_report_is_that_of_loops(monkeypatch, request, wide):
+    if wide:
+        request.getfixturevalue("x64")
     # The first is counted by bins, the others are sorted.
     draw = np.random.default_rng(1).standard_normal
     params = {name: draw(shape, np.float32) for name, shape in
