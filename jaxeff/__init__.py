@@ -16,12 +16,12 @@ from jaxeff import importance as importance
 from jaxeff import metrics as metrics
 from jaxeff import plot as plot
 from jaxeff import prune as prune
-from jaxeff import sketch as sketch
 from jaxeff.analysis import analyze as analyze
 from jaxeff.calibration import calibrate as calibrate
 from jaxeff.collection import collect as collect
 from jaxeff.comparison import Comparison as Comparison
 from jaxeff.comparison import compare_criteria as compare_criteria
+from jaxeff.metrics import sketch as sketch
 from jaxeff.models import from_nnx as from_nnx
 from jaxeff.monitoring import monitor as monitor
 from jaxeff.pathways import Pathways as Pathways

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from jaxeff import importance, layers, leaves, others, totals
 from jaxeff.collection import collect
 from jaxeff.importance import Criterion, Score
+from jaxeff.numerics import placement
 from jaxeff.records import Activity, AttentionReport, ModuleReport
 from jaxeff.report import Report
 from jaxeff.statistics import Derivatives, Place, Statistics
@@ -145,88 +143,52 @@ def _report(
     leaves: tuple[Any, ...],
     statistics: Statistics,
 ) -> Report:
-    in_parts = any(map(_may_lie_in_parts, leaves))
-    report, units, heads = _measured(criterion, curves, paths, in_parts, leaves, statistics)
-    modules = tuple(
-        ModuleReport(module.path, Activity(module.output.absolute_sum.shape, 1, module.output))
-        for module in statistics.modules
-    )
-    # What is taken over as it is does not go through the compiled program, which would copy it.
-    sites = {site.path: site for site in statistics.sites}
-    activities = tuple(
-        layers.activity_of(sites[row.path], row.unit_shape) if found is None and row.path in sites else found
-        for row, found in zip(report.structure, report.activities, strict=True)
-    )
-    attentions = tuple(
-        AttentionReport(attention.path, attention.heads, attention.units, attention.entropy, found)
-        for attention, found in zip(statistics.attentions, heads, strict=True)
-    )
-    return dataclasses.replace(
-        report,
-        units=layers.units_of(units, report.structure),
-        activities=activities,
-        modules=modules,
-        attentions=attentions,
-    )
-
-
-def _may_lie_in_parts(leaf: Any) -> bool:
-    """On several devices; of an array in a trace it is not known."""
-    if isinstance(leaf, Tracer):
-        return jax.device_count() > 1
-    return isinstance(leaf, jax.Array) and not leaf.is_fully_replicated
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _measured(
-    criterion: Criterion,
-    curves: bool,
-    paths: tuple[str, ...],
-    in_parts: bool,
-    leaves: tuple[Any, ...],
-    statistics: Statistics,
-) -> tuple[Report, jax.Array, list[jax.Array]]:
-    """The report without units, modules, heads and the activities of weights with one use.
-
-    Besides, the units of all layers, padded, and the importance of the heads of each attention.
-    """
     named = dict(zip(paths, leaves, strict=True))
-    weights = [
-        layers.Layer(
+    weights = {
+        place.path: layers.Layer(
             place,
-            named[place.path],
-            tuple(site for site in statistics.sites if site.path == place.path),
-            statistics.derivatives.get(place.path, Derivatives()),
+            layers.Arrays(
+                named[place.path],
+                tuple(site for site in statistics.sites if site.path == place.path),
+                statistics.derivatives.get(place.path, Derivatives()),
+            ),
         )
         for place in statistics.places
         if place.role == "weight"
-    ]
-    rows = [part for weight in weights for part in layers.unstacked(weight)]
-    alone = [weight for weight in weights if len(weight.sites) == 1]
-    structure = tuple(layers.structure(criterion, row) for row in rows)
-    numbers, units = layers.measure(criterion, rows, in_parts, curves)
+    }
+    structure = tuple(row for weight in weights.values() for row in layers.structures(criterion, weight))
+    numbers, units = layers.measure(criterion, [*weights.values()], curves)
+    heads = layers.heads(criterion, weights, statistics.attentions)
     rest = [place for place in statistics.places if place.role != "weight"]
-    report = Report(
+    other_numbers = others.measure([named[place.path] for place in rest])
+    # Sums are few: a report of concrete arrays has all its numbers on the host, where reading compiles nothing.
+    seen = placement.on_host_if_concrete((statistics.sites, statistics.modules, statistics.attentions))
+    sites, modules, attentions = seen
+    return Report(
         criterion=criterion.name,
         structure=structure,
         other_structure=tuple(others.structure(place) for place in rest),
         numbers=numbers,
-        units=(),
+        units=units,
         activities=tuple(
-            None if any(row is weight for weight in alone) else layers.activity(row) for row in rows
+            activity for weight in weights.values() for activity in layers.activities(weight, sites)
         ),
-        other_numbers=others.measure([named[place.path] for place in rest]),
-        modules=(),
-        attentions=(),
+        other_numbers=other_numbers,
+        modules=tuple(
+            ModuleReport(module.path, Activity(module.output.absolute_sum.shape, 1, module.output))
+            for module in modules
+        ),
+        attentions=tuple(
+            AttentionReport(attention.path, attention.heads, attention.units, attention.entropy, importance)
+            for attention, importance in zip(attentions, heads, strict=True)
+        ),
         model=dataclasses.replace(
             totals.model(structure, numbers, sum(math.prod(place.shape) for place in statistics.places)),
             relevance_residual=_residual(criterion, statistics),
         ),
     )
-    by_path = {weight.place.path: weight for weight in weights}
-    return report, units, layers.heads(criterion, statistics.attentions, by_path, statistics)
 
 
-def _residual(criterion: Criterion, statistics: Statistics) -> jax.Array | None:
+def _residual(criterion: Criterion, statistics: Statistics) -> Any:
     found = [statistics.conservation[name] for name, _ in criterion.needs if name in statistics.conservation]
-    return found[0].residual if found else None
+    return placement.on_host_if_concrete(found[0]).residual if found else None

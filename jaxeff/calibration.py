@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxeff import importance, pairs
+from jaxeff import importance
 from jaxeff.collection import Criteria, Run, named, prepare
 from jaxeff.importance import Criterion
+from jaxeff.numerics.summation import two_sum
 from jaxeff.progress import progress_bar
 from jaxeff.statistics import Stability, Statistics, check_alike
 
@@ -166,7 +167,7 @@ def _added(sums: _Sums, found: Statistics) -> _Sums:
     def add(path: Any, total: jax.Array, error: jax.Array, found: jax.Array) -> tuple[jax.Array, jax.Array]:
         if path[-1].name == "maximum":
             return jnp.maximum(total, found), error
-        high, low = pairs.two_sum(total, found)
+        high, low = two_sum(total, found)
         return high, error + low
 
     added = jax.tree_util.tree_map_with_path(add, sums.total, sums.error, found)

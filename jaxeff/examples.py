@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from jaxeff import graph
 from jaxeff.graph import Site
+from jaxeff.numerics.precision import widened
 from jaxeff.observation import trace
-from jaxeff.precision import widened
 from jaxeff.problem import Problem, Wanted, added, moments
 from jaxeff.statistics import Moments
 from jaxeff.units import OverAxes

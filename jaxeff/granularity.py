@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.statistics import AttentionStatistics, Statistics
+from jaxeff.statistics import HeadSlices, Statistics
 
 Scores = Mapping[str, jax.Array]
 
@@ -54,20 +54,31 @@ def by_layer(scores: Scores, statistics: Statistics, reduction: Reduction) -> di
 def by_head(scores: Scores, statistics: Statistics, reduction: Reduction) -> dict[str, jax.Array]:
     """[units] of each attention over its query, key, value and output weights; stacked layers in front."""
     return {
-        attention.path: heads_of(attention, scores, statistics, reduction)
+        attention.path: heads_of(
+            attention.slices,
+            scores,
+            {piece.path: layer_axes(statistics, piece.path) for piece in attention.slices},
+            reduction,
+        )
         for attention in statistics.attentions
         if attention.slices
     }
 
 
 def heads_of(
-    attention: AttentionStatistics, scores: Scores, statistics: Statistics, reduction: Reduction
+    slices: Sequence[HeadSlices],
+    scores: Scores,
+    stacking: Mapping[str, tuple[int, ...]],
+    reduction: Reduction,
 ) -> jax.Array:
-    """[units] of one attention."""
+    """[units] of one attention.
+
+    Args:
+        stacking: of each path, the axes over which its weight stacks layers.
+    """
     parts, counts = [], []
-    for piece in attention.slices:
-        stacked = layer_axes(statistics, piece.path)
-        score = scores[piece.path]
+    for piece in slices:
+        stacked, score = stacking[piece.path], scores[piece.path]
         along = _over(score, (*stacked, piece.axis), reduction)
         # Layers in front, whatever their order in the weight.
         along = jnp.moveaxis(along, _rank(piece.axis, stacked), -1)

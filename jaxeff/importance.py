@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxeff import granularity
 from jaxeff.derivatives import WITHOUT_LOSS, Need
 from jaxeff.leaves import named_leaves, split_variables
-from jaxeff.precision import widened
+from jaxeff.numerics.precision import widened
 from jaxeff.statistics import Derivatives, Moments, SiteStatistics, Statistics, UnitStatistics
 
 Score = Callable[[jax.Array, SiteStatistics], jax.Array]

@@ -1,7 +1,8 @@
-"""One weight and what its units emit -> its row of the report.
+"""The weights of a model -> the numbers of each layer.
 
-Layers share compiled kernels, which run over them in a loop. Imports `binned`, `distribution`, `exact`,
-`granularity`, `importance`, `noise`, `pairs`, `records`, `statistics`.
+A layer's scores are reduced where they lie: up to SMALL of them are sorted, more are counted by bit pattern.
+Eagerly by a program for each kind of weight and two that all models share, whose few numbers are made metrics on
+the host, where nothing is compiled. In a trace all of it is inlined, with one loop over the layers.
 """
 
 from __future__ import annotations
@@ -10,65 +11,98 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxeff import binned, distribution, exact, granularity, importance, noise, pairs
-from jaxeff.exact import Metrics, Packed
+from jaxeff import granularity, importance, null
 from jaxeff.importance import Criterion
-from jaxeff.precision import wide, widened
-from jaxeff.records import Activity, LayerNumbers, LayerStructure, Null, none_of
+from jaxeff.metrics import _order, sketch
+from jaxeff.metrics._curve import cells_of, unpacked
+from jaxeff.metrics._histogram import Histogram, histogram
+from jaxeff.metrics._records import Metrics
+from jaxeff.metrics._weighted import Spread, information, metrics_of, sums_of, surprises
+from jaxeff.numerics.placement import each_row, replicated, to_host
+from jaxeff.numerics.precision import wide, widened
+from jaxeff.numerics.summation import namespace, total
+from jaxeff.records import Activity, LayerNumbers, LayerStructure, none_of
 from jaxeff.statistics import (
     AttentionStatistics,
     Derivatives,
+    HeadSlices,
     Place,
     SiteStatistics,
-    Statistics,
     UnitStatistics,
 )
 
-Sites = tuple[SiteStatistics, ...]
+SMALL = 1 << 14
+"""Layers of up to so many weights are sorted: the length that they are padded to."""
+
+Index = tuple[Any, ...]
 
 
-class Layer(NamedTuple):
-    """A weight under its name, its uses (none for a weight that was not paired), and its derivatives."""
+class Arrays(NamedTuple):
+    """A weight, its uses (none for a weight that was not paired), and its derivatives."""
 
-    place: Place
-    weight: jax.Array
-    sites: Sites
+    weight: Any
+    sites: tuple[SiteStatistics, ...]
     derivatives: Derivatives
 
 
-def unstacked(layer: Layer) -> list[Layer]:
-    """The layers that a scan stacks into one weight, each under its own index: 'blocks/kernel[3]'.
+class Layer(NamedTuple):
+    """A weight under its name."""
 
-    A weight that holds one layer is a list of itself.
-    """
-    stacking = {site.layer_axes for site in layer.sites}
-    axes = stacking.pop() if len(stacking) == 1 else ()
+    place: Place
+    arrays: Arrays
+
+    @property
+    def size(self) -> int:
+        """Weights of each of the layers that it stacks."""
+        return math.prod(self.place.shape) // math.prod(self.place.shape[a] for a in _layer_axes(self.arrays))
+
+    @property
+    def indices(self) -> list[Index]:
+        """One for each of the layers that it stacks; an empty one where it is one layer."""
+        return [*itertools.product(*(range(self.place.shape[axis]) for axis in _layer_axes(self.arrays)))]
+
+
+def _layer_axes(arrays: Arrays) -> tuple[int, ...]:
+    stacking = {site.layer_axes for site in arrays.sites}
+    return stacking.pop() if len(stacking) == 1 else ()
+
+
+def _unit_axes(arrays: Arrays) -> tuple[int, ...]:
+    # Flax lays every kernel out with its units last; where no operation was read that has to do.
+    return arrays.sites[0].unit_axes if arrays.sites else (arrays.weight.ndim - 1,)
+
+
+def part_of(arrays: Arrays, index: Index) -> Arrays:
+    """One of the layers that a weight stacks; `index` may be traced."""
+    axes = _layer_axes(arrays)
     if not axes:
-        return [layer]
-    indices = itertools.product(*(range(layer.place.shape[axis]) for axis in axes))
-    return [_slice(layer, dict(zip(axes, index, strict=True))) for index in indices]
+        return arrays
+    rank = arrays.weight.ndim
+    at_axis = dict(zip(axes, index, strict=True))
+    kept = [axis for axis in range(rank) if axis not in axes]
+    stacked = math.prod(arrays.weight.shape[axis] for axis in axes)
 
-
-def _slice(layer: Layer, index: dict[int, int]) -> Layer:
-    """The layer at these positions of the stacking axes."""
-    rank = len(layer.place.shape)
-    kept = [axis for axis in range(rank) if axis not in index]
-
-    def pick(array: jax.Array) -> jax.Array:
+    def pick(array: Any) -> Any:
         if array.ndim != rank:
             return array
         # Sums that all layers share have size 1 there.
-        at = tuple(
-            min(index[axis], array.shape[axis] - 1) if axis in index else slice(None) for axis in range(rank)
-        )
-        return array[at]
+        return array[
+            tuple(
+                (0 if array.shape[axis] == 1 else at_axis[axis]) if axis in axes else slice(None)
+                for axis in range(rank)
+            )
+        ]
 
     def pick_sums(sums: UnitStatistics) -> UnitStatistics:
         picked = jax.tree.map(pick, sums)
@@ -77,9 +111,6 @@ def _slice(layer: Layer, index: dict[int, int]) -> Layer:
     def renumbered(axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(kept.index(axis) for axis in axes if axis in kept)
 
-    stacked = math.prod(layer.place.shape[axis] for axis in index)
-    path = f"{layer.place.path}[{','.join(map(str, index.values()))}]"
-    place = dataclasses.replace(layer.place, path=path, shape=tuple(layer.place.shape[axis] for axis in kept))
     sites = tuple(
         dataclasses.replace(
             site,
@@ -92,499 +123,582 @@ def _slice(layer: Layer, index: dict[int, int]) -> Layer:
             layer_axes=(),
             macs=None if site.macs is None else site.macs // stacked,
         )
-        for site in layer.sites
+        for site in arrays.sites
     )
-    return Layer(place, pick(layer.weight), sites, jax.tree.map(pick, layer.derivatives))
+    return Arrays(pick(arrays.weight), sites, jax.tree.map(pick, arrays.derivatives))
 
 
-def structure(criterion: Criterion, layer: Layer) -> LayerStructure:
-    """All that is known of a layer before any number."""
-    place, _, sites, _ = layer
-    first = sites[0] if sites else None
-    macs = [site.macs for site in sites]
-    return LayerStructure(
+def structures(criterion: Criterion, layer: Layer) -> list[LayerStructure]:
+    """All that is known before any number, of each of the layers that a weight stacks."""
+    place, arrays = layer
+    part = part_of(jax.tree.map(_shadow, arrays), layer.indices[0])
+    first = part.sites[0] if part.sites else None
+    macs = [site.macs for site in part.sites]
+    common = LayerStructure(
         path=place.path,
         kind=first.kind if first else "weight",
-        shape=place.shape,
+        shape=part.weight.shape,
         dtype=place.dtype,
         nonlinearity=first.nonlinearity if first else None,
         scored="magnitude" if criterion.reads_activations and not first else criterion.side,
         reason=place.reason,
-        uses=len(sites),
-        unit_axes=_unit_axes(layer),
+        uses=len(part.sites),
+        unit_axes=_unit_axes(part),
         macs=None if not macs or None in macs else sum(count for count in macs if count is not None),
-        uncounted=any(site.uncounted for site in sites),
+        uncounted=any(site.uncounted for site in part.sites),
     )
+    return [
+        dataclasses.replace(common, path=f"{place.path}[{','.join(map(str, index))}]") if index else common
+        for index in layer.indices
+    ]
 
 
-def activity(layer: Layer) -> Activity | None:
-    """What the units emit, over all uses that have the same units as the first."""
-    sites = layer.sites
-    alike = [site.post for site in sites if site.unit_axes == sites[0].unit_axes]
+def activities(layer: Layer, sites: Sequence[SiteStatistics]) -> list[Activity | None]:
+    """What the units of each stacked layer emit, over all uses that have the same units as the first.
+
+    Args:
+        sites: of all weights; NumPy's are added up on the host.
+    """
+    own = tuple(site for site in sites if site.path == layer.place.path)
+    arrays = Arrays(_shadow(layer.arrays.weight), own, Derivatives())
+    return [_activity(part_of(arrays, index)) for index in layer.indices]
+
+
+def _activity(arrays: Arrays) -> Activity | None:
+    alike = [site.post for site in arrays.sites if site.unit_axes == arrays.sites[0].unit_axes]
     if not alike:
         return None
     sums = functools.reduce(UnitStatistics.__add__, alike)
-    return Activity(_unit_shape(layer), sums.absolute_sum.ndim, sums)
+    shape = tuple(arrays.weight.shape[axis] for axis in _unit_axes(arrays))
+    return Activity(shape, sums.absolute_sum.ndim, sums)
 
 
-def activity_of(site: SiteStatistics, unit_shape: tuple[int, ...]) -> Activity:
-    """What the units of one use emit."""
-    return Activity(unit_shape, site.post.absolute_sum.ndim, site.post)
+def _shadow(array: Any) -> np.ndarray:
+    """Zeros of the same shape, in the memory of one."""
+    return np.broadcast_to(np.zeros((), np.float32), np.shape(array))
 
 
-def measure(
-    criterion: Criterion, layers: Sequence[Layer], in_parts: bool = False, curves: bool = False
-) -> tuple[LayerNumbers, jax.Array]:
-    """The numbers of all layers, stacked, and the importance of the units of each, padded: see `units_of`.
+class Reduced(NamedTuple):
+    """What one layer's arrays are reduced to beside its scores."""
 
-    Few kernels serve all layers, whatever their number. Small layers, and those of float64, are sorted;
-    large ones are counted by bit pattern, and sorted where a derivative is taken.
+    units: Any  # the mean importance of each unit's weights, which no sum of large ones overflows
+    factors: Any  # of the null; [1] where there is none that is sampled
+    usable: Any  # whether what the criterion reads is finite
+    largest: Any  # of |w|; nan where one is
+
+
+def _reduce(criterion: Criterion, arrays: Arrays, seen: Any) -> tuple[jax.Array, Reduced]:
+    """The scores of a layer, and what is read of it besides.
 
     Args:
-        in_parts: whether weights may lie in parts on several devices. Each is then counted where it lies,
-            by a kernel for its shape, and only those of float64 are sorted.
+        seen: whether the activations that the criterion reads were seen, and are finite.
+    """
+    usable = seen
+    if criterion.needs:
+        finite = [jnp.all(jnp.isfinite(sums)) for sums in jax.tree.leaves(arrays.derivatives)]
+        usable = functools.reduce(jnp.logical_and, finite, seen)
+    magnitudes = importance.magnitude(widened(arrays.weight))
+    # In the weight's own precision, whatever that of the activations, so that equal layers give equal types.
+    scores = importance.score(criterion, *arrays).astype(magnitudes.dtype)
+    # By magnitude where what the criterion reads is not finite.
+    scores = jnp.where(usable, scores, magnitudes)
+    within = tuple(axis for axis in range(scores.ndim) if axis not in _unit_axes(arrays))
+    count = math.prod(scores.shape[axis] for axis in within)
+    units = jnp.sum(scores * np.asarray(1 / count, scores.dtype), axis=within)
+    factors = jnp.ones(1, scores.dtype)
+    if null.is_sampled(criterion):
+        factors = null.factors_of(criterion, arrays.weight, arrays.sites, arrays.derivatives, usable)
+    return scores, Reduced(units, factors, jnp.asarray(usable), jnp.max(lax.stop_gradient(magnitudes)))
+
+
+def _seen(criterion: Criterion, sites: Sequence[SiteStatistics]) -> Any:
+    """Whether the activations that the criterion reads were seen at all, and are finite."""
+    if not (criterion.reads_activations and sites):
+        return np.bool_(True)
+    # A branch that was not taken has seen nothing.
+    counts = functools.reduce(operator.add, [site.post.count for site in sites])
+    sides = {"post": ("post",), "input": ("input",)}.get(criterion.side, ("input", "post"))
+    read = [getattr(site, side).absolute_sum for site in sites for side in sides]
+    read += jax.tree.leaves([site.gate for site in sites])
+    xp = namespace(counts)
+    return functools.reduce(operator.and_, [xp.all(xp.isfinite(sums)) for sums in read], xp.all(counts > 0))
+
+
+def _nonfinite(weight: Any) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(weight), dtype=jnp.int32)
+
+
+def _units_of(reduced: Reduced, size: int) -> Any:
+    """The importance of each unit: the sum over its weights."""
+    return reduced.units * np.asarray(size // max(reduced.units.size, 1), reduced.units.dtype)
+
+
+def _padded(scores: jax.Array, length: int) -> jax.Array:
+    flat = replicated(scores).ravel()
+    return jnp.pad(flat, (0, length - flat.size))
+
+
+def _is_sorted(layer: Layer) -> bool:
+    return layer.size <= SMALL or wide(layer.arrays.weight.dtype) == jnp.float64
+
+
+def _is_small(layer: Layer) -> bool:
+    return layer.size <= SMALL and wide(layer.arrays.weight.dtype) == jnp.float32
+
+
+def _length(layer: Layer) -> int:
+    """Padding to few lengths is cheap, and compiling for each is not."""
+    bits = (layer.size - 1).bit_length()
+    return next((length for length in (SMALL, _TOGETHER, 1 << 20) if layer.size <= length), 1 << bits)
+
+
+def measure(criterion: Criterion, layers: Sequence[Layer], curves: bool) -> tuple[LayerNumbers, tuple[Any, ...]]:
+    """The numbers of all layers, stacked, and the importance of the units of each.
+
+    Args:
         curves: whether to count how the importance of each is spread.
     """
     if not layers:
-        return none_of(LayerNumbers), jnp.zeros((0, 0))
-    kinds: dict[Any, list[int]] = {}
-    for index, layer in enumerate(layers):
-        kinds.setdefault((_is_counted(layer, in_parts), wide(layer.weight.dtype)), []).append(index)
-    parts = []
-    for (counted, _), chosen in kinds.items():
-        alike = [layers[index] for index in chosen]
-        parts.append(
-            _by_bins(criterion, alike, in_parts, curves) if counted else _by_order(criterion, alike, curves)
-        )
-    found = parts[0] if len(parts) == 1 else _merged(parts, np.argsort(np.concatenate([*kinds.values()])))
-    return _numbers(criterion, found), found.made.units * _unit_scale(found.made.largest_weight)[:, None]
+        return none_of(LayerNumbers), ()
+    if _is_traced([layer.arrays for layer in layers]):
+        return _measure_traced(criterion, layers, curves)
+    return _measure_eagerly(criterion, layers, curves)
 
 
-def heads(
-    criterion: Criterion,
-    attentions: Sequence[AttentionStatistics],
-    weights: Mapping[str, Layer],
-    statistics: Statistics,
-) -> list[jax.Array]:
-    """The importance of the heads of each attention, [units]; nan where no weight of it was read.
-
-    Equal attentions share a kernel, which runs over them in a loop.
-    """
-    groups: dict[Any, list[int]] = {}
-    for index, attention in enumerate(attentions):
-        parts = [(part.axis, part.indices, _sort_of(weights[part.path])) for part in attention.slices]
-        groups.setdefault((attention.units, *parts), []).append(index)
-    found: dict[int, jax.Array] = {}
-    for group in groups.values():
-        alike = [attentions[index] for index in group]
-        found |= zip(group, _heads_alike(criterion, alike, weights, statistics), strict=True)
-    return [found[index] for index in range(len(attentions))]
+# Eagerly
 
 
-def _heads_alike(
-    criterion: Criterion,
-    attentions: Sequence[AttentionStatistics],
-    weights: Mapping[str, Layer],
-    statistics: Statistics,
-) -> jax.Array:
-    first = attentions[0]
-    if not first.slices:
-        return jnp.full((len(attentions), first.units), jnp.nan)
-    members = [[_nameless(weights[part.path]) for part in attention.slices] for attention in attentions]
-
-    def one(member: jax.Array) -> jax.Array:
-        picked = jax.lax.switch(member, [lambda arrays=arrays: arrays for arrays in members])
-        scores = {
-            part.path: importance.score(criterion, *arrays)
-            for part, arrays in zip(first.slices, picked, strict=True)
-        }
-        return granularity.heads_of(first, scores, statistics, granularity.REDUCTIONS["sum"])
-
-    return jax.lax.map(one, jnp.arange(len(members), dtype=jnp.int32))
-
-
-def _is_counted(layer: Layer, in_parts: bool) -> bool:
-    return (in_parts or _size(layer) > _SMALL) and wide(layer.weight.dtype) == jnp.float32
-
-
-def units_of(units: jax.Array, structure: Sequence[LayerStructure]) -> tuple[jax.Array, ...]:
-    """The importance of the units of each layer, shaped like its unit axes."""
-    # By dynamic slices: layers with as many units share a program.
-    return tuple(
-        jax.lax.dynamic_slice(units, (np.int32(index), np.int32(0)), (1, row.unit_count)).reshape(
-            row.unit_shape
-        )
-        for index, row in enumerate(structure)
+def _measure_eagerly(
+    criterion: Criterion, layers: Sequence[Layer], curves: bool
+) -> tuple[LayerNumbers, tuple[Any, ...]]:
+    sites = to_host([layer.arrays.sites for layer in layers])
+    seen = [_seen_by_part(criterion, layer, own) for layer, own in zip(layers, sites, strict=True)]
+    together = [at for at, layer in enumerate(layers) if _goes_with_others(layer)]
+    scored = _score_together(
+        criterion,
+        tuple(_length(layers[at]) for at in together),
+        tuple((_nameless(layers[at].arrays), seen[at]) for at in together),
     )
-
-
-def _numbers(criterion: Criterion, found: _Found) -> LayerNumbers:
-    effective_units = found.units.effective_params
-    return LayerNumbers(
-        found.summary,
-        _null(criterion, found),
-        effective_units,
-        found.summary.effective_params / jnp.where(effective_units > 0, effective_units, 1),
-        found.made.nonfinite_weights,
-        found.made.largest_weight,
-        found.made.usable,
-        distribution=None if found.cells is None else distribution.unpacked(found.cells),
-    )
-
-
-class _Found(NamedTuple):
-    """Metrics of several layers' scores, units and null (None where it is known); and what they are of."""
-
-    summary: Metrics
-    cells: jax.Array | None  # [layers, CELLS, 2], how the scores are spread, where that was asked for
-    units: Metrics
-    null: Metrics | None
-    made: _Made
-
-
-def _merged(parts: Sequence[_Found], order: np.ndarray) -> _Found:
-    """The same in the layers' order, with the units padded to one width."""
-    width = max(part.made.units.shape[1] for part in parts)
-    padded = [
-        part._replace(made=part.made._replace(units=_widened(part.made.units, width))) for part in parts
+    rows = dict(zip(together, scored, strict=True))
+    found: list[Any] = []
+    for at, layer in enumerate(layers):
+        if at in rows:
+            scores, reduced = rows[at]
+            read = [_read_row(layer, scores, part, curves) for part in range(len(layer.indices))]
+            found.append((read, reduced))
+        else:
+            alone = zip(layer.indices, seen[at], strict=True)
+            found.append((None, [_reduce_alone(criterion, layer, index, one, curves) for index, one in alone]))
+    # All programs are started before the first result is waited for.
+    finished = [
+        _finish(criterion, layer, index, *part, curves)
+        for layer, (read, reduced) in zip(layers, to_host(found), strict=True)
+        for index, part in zip(
+            layer.indices,
+            reduced if read is None else zip(read, _unstacked(reduced, len(read)), strict=True),
+            strict=True,
+        )
     ]
-    return jax.tree.map(lambda *rows: jnp.concatenate(rows)[order], *padded)
+    numbers, units = zip(*finished, strict=True)
+    return jax.tree.map(lambda *parts: np.stack(parts, axis=-1), *numbers), units
 
 
-def _widened(rows: jax.Array, width: int) -> jax.Array:
-    return jnp.pad(rows, ((0, 0), (0, width - rows.shape[1])))
+def _seen_by_part(criterion: Criterion, layer: Layer, sites: Sequence[SiteStatistics]) -> np.ndarray:
+    """Of each of the layers that a weight stacks, from the sums of its uses on the host."""
+    arrays = Arrays(_shadow(layer.arrays.weight), tuple(sites), Derivatives())
+    return np.asarray([_seen(criterion, part_of(arrays, index).sites) for index in layer.indices], bool)
 
 
-def _by_bins(criterion: Criterion, layers: Sequence[Layer], in_parts: bool, curves: bool) -> _Found:
-    """Layers of any size, counted one after the other; the derivatives are those of sorting."""
+def _unstacked(reduced: Any, count: int) -> list[Any]:
+    return [jax.tree.map(lambda array, at=at: array[at], reduced) for at in range(count)]
+
+
+def _nameless(arrays: Arrays) -> Arrays:
+    """Without what tells equal layers apart, so that they share a program."""
+    sites = tuple(dataclasses.replace(site, path="", bias=None) for site in arrays.sites)
+    return arrays._replace(sites=sites)
+
+
+def _goes_with_others(layer: Layer) -> bool:
+    """Whether its scores may exist beside those of others, so that one program makes all of them."""
+    small = layer.size * len(layer.indices) <= _TOGETHER
+    return small and (layer.size <= SMALL or _sharding_of(layer.arrays) is None)
+
+
+_TOGETHER = 1 << 18
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score_together(
+    criterion: Criterion, lengths: tuple[int, ...], layers: tuple[tuple[Arrays, Any], ...]
+) -> list[tuple[jax.Array, Reduced]]:
+    """The scores of each layer as rows of its length, [stacked layers, length], and what else is read of it."""
+
+    def one(length: int, arrays: Arrays, index: Index, seen: Any) -> tuple[jax.Array, Reduced]:
+        scores, reduced = _reduce(criterion, part_of(arrays, index), seen)
+        return _padded(scores, length), reduced
+
+    def all_of(length: int, arrays: Arrays, seen: Any) -> tuple[jax.Array, Reduced]:
+        if not _layer_axes(arrays):
+            return jax.tree.map(lambda array: array[None], one(length, arrays, (), seen[0]))
+        steps = _positions(arrays), seen
+        return lax.map(lambda step: one(length, arrays, tuple(step[0]), step[1]), steps)
+
+    return [all_of(length, *layer) for length, layer in zip(lengths, layers, strict=True)]
+
+
+def _positions(arrays: Arrays) -> jax.Array:
+    """[stacked layers, axes], the index of each."""
+    shape = [arrays.weight.shape[axis] for axis in _layer_axes(arrays)]
+    return jnp.asarray(np.stack([part.ravel() for part in np.indices(shape, np.int32)], axis=1))
+
+
+def _read_row(layer: Layer, rows: jax.Array, part: int, curves: bool) -> Any:
+    """What is read of the scores of one layer [length], by a program that all models share."""
+    at, size = np.int32(part), np.int32(layer.size)
+    return _sorted_row(rows, at, size, curves) if _is_sorted(layer) else _counted_row(rows, at, size)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _sorted_row(rows: jax.Array, at: jax.Array, size: jax.Array, curves: bool) -> _Read:
+    return _read(_order.spread_of(lax.dynamic_index_in_dim(rows, at, keepdims=False), size), curves)
+
+
+@jax.jit
+def _counted_row(rows: jax.Array, at: jax.Array, size: jax.Array) -> Histogram:
+    return histogram(lax.dynamic_index_in_dim(rows, at, keepdims=False), size)
+
+
+class _Read(NamedTuple):
+    """What is read of the spread of a layer."""
+
+    sums: Any
+    cells: Any
+
+
+def _read(spread: Spread, curves: bool) -> _Read:
+    return _Read(sums_of(spread), cells_of(spread.distribution) if curves else None)
+
+
+def _reduce_alone(
+    criterion: Criterion, layer: Layer, index: Index, seen: Any, curves: bool
+) -> tuple[Any, Reduced]:
+    """Of a layer that is large, or lies in parts."""
+    arrays, at = _nameless(layer.arrays), tuple(np.int32(i) for i in index)
+    if not _is_sorted(layer) and (sharding := _sharding_of(arrays)) is not None:
+        return _count_in_place(criterion, sharding, arrays, at, seen)
+    scores, reduced = _score_alone(criterion, _length(layer), arrays, at, seen)
+    return _read_row(layer, scores, 0, curves), reduced
+
+
+def _sharding_of(arrays: Arrays) -> NamedSharding | None:
+    """How each of the stacked layers lies, where that is in parts."""
+    sharding = getattr(arrays.weight, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
+        return None
+    spec = [*sharding.spec, *[None] * (arrays.weight.ndim - len(sharding.spec))]
+    kept = [entry for axis, entry in enumerate(spec) if axis not in _layer_axes(arrays)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score_alone(
+    criterion: Criterion, length: int, arrays: Arrays, index: Index, seen: Any
+) -> tuple[jax.Array, Reduced]:
+    scores, reduced = _reduce(criterion, part_of(arrays, index), seen)
+    return _padded(scores, length)[None], reduced
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _count_in_place(
+    criterion: Criterion, sharding: NamedSharding, arrays: Arrays, index: Index, seen: Any
+) -> tuple[Histogram, Reduced]:
+    scores, reduced = _reduce(criterion, part_of(arrays, index), seen)
+    return histogram(scores, sharding=sharding), reduced
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _squares(criterion: Criterion, arrays: Arrays, index: Index, seen: Any) -> jax.Array:
+    return sketch.squares_of(_reduce(criterion, part_of(arrays, index), seen)[0])
+
+
+@jax.jit
+def _nonfinite_of(arrays: Arrays, index: Index) -> jax.Array:
+    return _nonfinite(part_of(arrays, index).weight)
+
+
+@np.errstate(all="ignore")
+def _finish(
+    criterion: Criterion, layer: Layer, index: Index, read: Any, reduced: Reduced, curves: bool
+) -> tuple[LayerNumbers, np.ndarray]:
+    """The numbers of one layer, and the importance of its units, on the host."""
+    arrays, at = _nameless(layer.arrays), tuple(np.int32(i) for i in index)
+    if isinstance(read, _Read):
+        metrics, cells = metrics_of(read.sums.astype(np.float64)), read.cells
+    else:
+        counts = sketch.of_histogram(read, layer.size)
+        spread, integers = sketch.spread_of(counts, np.float64), sketch.integers_of(counts)
+        sums, cells = _read(spread, curves)
+        metrics = metrics_of(sums, integers)
+        if metrics.std < _NEARLY_EQUAL * metrics.mean:
+            # Bins are too wide to tell the deviation of weights that are nearly equal.
+            metrics = metrics_of(sums, integers, to_host(_squares(criterion, arrays, at, reduced.usable)))
+    sample = None
+    if null.is_sampled(criterion):
+        noise = null.sample_of(criterion, reduced.factors.astype(np.float64), reduced.usable)
+        sample = sums_of(Spread(noise, (np.zeros(null.SIZE),) * 4))
+    effective = effective_units(reduced.units.astype(np.float64), reduced.units.ndim)
+    # The largest tells whether there are any.
+    nonfinite = np.int32(0) if np.isfinite(reduced.largest) else to_host(_nonfinite_of(arrays, at))
+    numbers = _numbers(criterion, metrics, sample, effective, reduced, nonfinite, cells)
+    dtype = reduced.units.dtype
+    return jax.tree.map(lambda part: _narrowed(part, dtype), numbers), _units_of(reduced, layer.size)
+
+
+_NEARLY_EQUAL = 0.2
+
+
+def _narrowed(number: Any, dtype: Any) -> np.ndarray:
+    number = np.asarray(number)
+    return number.astype(dtype) if number.dtype.kind == "f" else number
+
+
+def _numbers(
+    criterion: Criterion,
+    metrics: Metrics,
+    sample: Any,
+    effective_units: Any,
+    reduced: Reduced,
+    nonfinite: Any,
+    cells: Any,
+) -> LayerNumbers:
+    """The numbers of one layer, or of several stacked.
+
+    Args:
+        sample: the sums of the samples of noise; None where the null is not sampled.
+    """
+    xp = namespace(metrics.utilization)
+    noise = None
+    if sample is not None:
+        noise = null.null_of(criterion, reduced.factors, reduced.usable, sample)
+    elif criterion.null_power is not None:
+        noise = jax.tree.map(lambda value: xp.full_like(metrics.utilization, value), null.of_magnitude())
+    units = xp.where(effective_units > 0, effective_units, 1)
+    return LayerNumbers(
+        metrics,
+        noise,
+        effective_units,
+        metrics.effective_params / units,
+        nonfinite,
+        reduced.largest,
+        reduced.usable,
+        distribution=None if cells is None else unpacked(cells),
+    )
+
+
+def effective_units(units: Any, rank: int = 1) -> Any:
+    """exp(entropy) of the importance of units, over the last `rank` axes; nan where one is no number."""
+    xp = namespace(units)
+    units = units.reshape(*units.shape[: units.ndim - rank], -1)
+    largest = xp.max(units, axis=-1)
+    valid = xp.isfinite(largest) & (xp.min(units, axis=-1) >= 0)
+    scale = xp.where(largest > 0, largest, 1)
+    relative = xp.where(valid[..., None], units / scale[..., None], 0)
+    held = [total(part) for part in surprises(relative, xp.ones_like(relative))]
+    found = information(xp.full_like(held[0], units.shape[-1]), *held)
+    return xp.where(valid, found.effective_params, math.nan)
+
+
+# In a trace
+
+
+def _measure_traced(
+    criterion: Criterion, layers: Sequence[Layer], curves: bool
+) -> tuple[LayerNumbers, tuple[Any, ...]]:
+    """Derivatives of counted layers are those of sorting."""
     places = [layer.place for layer in layers]
 
-    @jax.custom_jvp
-    def measured(arrays: list[Any]) -> _Found:
-        own = [Layer(place, *each) for place, each in zip(places, arrays, strict=True)]
-        return _count_all(criterion, own, in_parts, curves)
+    def measured(in_order: bool, arrays: list[Arrays]) -> tuple[LayerNumbers, tuple[Any, ...]]:
+        own = [Layer(*each) for each in zip(places, arrays, strict=True)]
+        return _inlined(criterion, own, curves, in_order)
 
-    @measured.defjvp
-    def _(primals: tuple[list[Any]], tangents: tuple[list[Any]]) -> tuple[_Found, _Found]:
-        def sorted_(arrays: list[Any]) -> _Found:
-            own = [Layer(place, *each) for place, each in zip(places, arrays, strict=True)]
-            found = _by_order(criterion, own, curves)
-            width = max(map(_unit_count, own))
-            return found._replace(made=found.made._replace(units=found.made.units[:, :width]))
+    arrays = [layer.arrays for layer in layers]
+    if all(map(_is_sorted, layers)):
+        return measured(True, arrays)
+    counted = jax.custom_jvp(functools.partial(measured, False))
 
-        return jax.jvp(sorted_, primals, tangents)
+    @counted.defjvp
+    def _(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+        return counted(*primals), jax.jvp(functools.partial(measured, True), primals, tangents)[1]
 
-    return measured([tuple(layer[1:]) for layer in layers])
+    return counted(arrays)
 
 
-def _count_all(criterion: Criterion, layers: Sequence[Layer], in_parts: bool, curves: bool) -> _Found:
-    """One kernel to count for each length, or in parts for each shape; one to read the counts for all.
+class _Row(NamedTuple):
+    """One layer in a trace, or several stacked."""
 
-    The outer switch is among the kernels, the next among the shapes, the innermost among equal layers.
-    """
-    width = max(map(_unit_count, layers))
-    groups = _groups(layers)
-    kernels = [(None, [group]) for group in groups] if in_parts else _by_length(layers, groups)
-
-    def branch(length: int | None, groups: list[list[int]]) -> Callable[..., tuple[binned.Bins, _Made]]:
-        makers = [_maker(criterion, [layers[i] for i in group], length, width) for group in groups]
-
-        def run(group: jax.Array, member: jax.Array, size: jax.Array) -> tuple[binned.Bins, _Made]:
-            made = jax.lax.switch(group, makers, member)
-            return binned.count(made.scores, None if length is None else size), made._replace(scores=None)
-
-        return run
-
-    branches = [branch(length, groups) for length, groups in kernels]
-
-    def step(at: tuple[jax.Array, ...]) -> tuple[Packed, jax.Array | None, _Made]:
-        choice, group, member, size, units = at
-        bins, made = jax.lax.switch(choice, branches, group, member, size)
-        rows, sizes = made.units[None], units[None]
-        if _is_sampled(criterion):
-            null = noise.scores(criterion, made.profile, made.usable)[None]
-            longest = max(width, noise.SIZE)
-            rows = jnp.concatenate([_widened(rows, longest), _widened(null, longest)])
-            sizes = jnp.append(units, noise.SIZE)
-        others = jax.lax.map(lambda row: binned.count(*row), (rows, sizes))
-        rows = jax.tree.map(lambda one, two: jnp.concatenate([one[None], two]), bins, others)
-        read = lambda row: exact.pack(binned.summarize_bins(*row))  # noqa: E731
-        summaries = pairs.each(read, (rows, jnp.append(size, sizes)))
-        return summaries, binned.distribute(bins, size) if curves else None, made
-
-    positions = {
-        index: (choice, g, member)
-        for choice, (_, groups) in enumerate(kernels)
-        for g, group in enumerate(groups)
-        for member, index in enumerate(group)
-    }
-    steps = [(*positions[i], _size(layer), _unit_count(layer)) for i, layer in enumerate(layers)]
-    summaries, cells, made = jax.lax.map(
-        step, tuple(jnp.asarray(c, jnp.int32) for c in zip(*steps, strict=True))
-    )
-    scores, units, *null = (
-        exact.unpack(jax.tree.map(lambda leaf, at=at: leaf[:, at], summaries))
-        for at in range(summaries.floats.shape[1])
-    )
-    return _Found(scores, cells, units, null[0] if null else None, made)
+    scores: Any  # [SMALL], of a small layer, to be sorted with the others
+    spread: Spread | None  # of a counted layer, to be read with the others
+    read: _Read | None  # of a large layer that was sorted
+    squares: Any  # of a counted layer
+    integers: Any  # of a counted layer
+    reduced: Reduced
+    effective_units: Any
+    nonfinite: Any
 
 
-def _by_length(layers: Sequence[Layer], groups: list[list[int]]) -> list[tuple[int, list[list[int]]]]:
-    """Lengths to pad to, so that no layer is padded to more than twice its size; and the groups of each."""
-    found: list[tuple[int, list[list[int]]]] = []
-    for group in sorted(groups, key=lambda group: -_size(layers[group[0]])):
-        size = _size(layers[group[0]])
-        if not found or 2 * size < found[-1][0]:
-            found.append((size, []))
-        found[-1][1].append(group)
-    return found
+def _inlined(
+    criterion: Criterion, layers: Sequence[Layer], curves: bool, in_order: bool
+) -> tuple[LayerNumbers, tuple[Any, ...]]:
+    positions: list[tuple[int, int]] = []
+    rows: list[_Row] = []
+    units: dict[tuple[int, int], Any] = {}
+    sizes: list[int] = []
+    for group in _groups(layers):
+        row = _rows_alike(criterion, [layers[index] for index in group], curves, in_order)
+        own = [(index, part) for index in group for part in range(len(layers[index].indices))]
+        for at, position in enumerate(own):
+            units[position] = _units_of(_unstacked(row.reduced, len(own))[at], layers[position[0]].size)
+        positions += own
+        sizes += [layers[index].size for index, _ in own]
+        rows.append(row._replace(reduced=row.reduced._replace(units=None)))
+    numbers = _joined(criterion, rows, sizes, curves)
+    in_layers_order = np.asarray(sorted(range(len(positions)), key=positions.__getitem__))
+    ordered = jax.tree.map(lambda numbers: numbers[..., in_layers_order], numbers)
+    return ordered, tuple(units[position] for position in sorted(positions))
 
 
 def _groups(layers: Sequence[Layer]) -> list[list[int]]:
-    """Layers that one compiled function can make: of equal structure and shapes."""
-    groups: dict[Any, list[int]] = {}
+    """Layers that one compiled loop can go through: of equal structure and shapes."""
+    groups: dict[Hashable, list[int]] = {}
     for index, layer in enumerate(layers):
-        groups.setdefault(_sort_of(layer), []).append(index)
+        leaves, structure = jax.tree.flatten(_nameless(layer.arrays))
+        groups.setdefault((structure, *map(jax.typeof, leaves)), []).append(index)
     return list(groups.values())
 
 
-def _sort_of(layer: Layer) -> Hashable:
-    """Equal for layers of equal structure and shapes."""
-    arrays = _nameless(layer)
-    shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays))
-    return jax.tree.structure(arrays), shapes
+def _rows_alike(criterion: Criterion, layers: Sequence[Layer], curves: bool, in_order: bool) -> _Row:
+    """Equal layers, stacked; in a loop, so that the scores of large ones never exist together."""
+    first, members = layers[0], [_nameless(layer.arrays) for layer in layers]
+
+    def one(member: jax.Array, index: Index) -> _Row:
+        arrays = members[0]
+        if len(members) > 1:
+            arrays = lax.switch(member, [lambda arrays=arrays: arrays for arrays in members])
+        return _row(criterion, first, part_of(arrays, index), curves, in_order)
+
+    if len(members) * len(first.indices) == 1:
+        return jax.tree.map(lambda array: array[None], one(jnp.int32(0), (0,) * len(first.indices[0])))
+    at = jnp.arange(len(members), dtype=jnp.int32)
+    if not first.indices[0]:
+        return lax.map(lambda member: one(member, ()), at)
+    positions = _positions(first.arrays)
+    steps = jnp.repeat(at, len(positions)), jnp.tile(positions, (len(members), 1))
+    return lax.map(lambda step: one(step[0], tuple(step[1])), steps)
 
 
-def _maker(
-    criterion: Criterion, members: Sequence[Layer], length: int | None, width: int
-) -> Callable[[jax.Array], _Made]:
-    """Makes one of equal layers, by its number among them."""
-    arrays = [_nameless(layer) for layer in members]
-    return functools.partial(_make_one, criterion, members[0].place, arrays, length, width)
+def _row(criterion: Criterion, layer: Layer, arrays: Arrays, curves: bool, in_order: bool) -> _Row:
+    scores, reduced = _reduce(criterion, arrays, _seen(criterion, arrays.sites))
+    rest = reduced, effective_units(reduced.units, reduced.units.ndim), _nonfinite(arrays.weight)
+    if _is_small(layer):
+        return _Row(_padded(scores, SMALL), None, None, None, None, *rest)
+    if in_order or _is_sorted(layer):
+        read = _read(_order.spread_of(replicated(scores).ravel(), layer.size), curves)
+        return _Row(None, None, read, None, None, *rest)
+    counts = sketch.of_histogram(histogram(scores), layer.size)
+    spread, integers = sketch.spread_of(counts), sketch.integers_of(counts)
+    return _Row(None, spread, None, sketch.squares_of(scores), integers, *rest)
 
 
-def _by_order(criterion: Criterion, layers: Sequence[Layer], curves: bool) -> _Found:
-    """Layers sorted, in classes of padded sizes: one kernel a class, in a loop over its layers."""
-    width = _padded_size(max([_SMALL, *map(_unit_count, layers)]))
-    classes = _size_classes(layers, width)
-    order = [index for members in classes for index in members]
-    made = [_make_all(criterion, [layers[index] for index in members], width, curves) for members in classes]
-    found = _summarize(criterion, made, [layers[index] for index in order], width, curves)
-    if order == sorted(order):
-        return found
-    back = np.argsort(np.asarray(order))
-    return jax.tree.map(lambda rows: rows[back], found)
+def _joined(criterion: Criterion, rows: Sequence[_Row], sizes: Sequence[int], curves: bool) -> LayerNumbers:
+    """The numbers of all rows, through one kernel for what is sorted and one for what is read."""
+    reduced = _concatenated([row.reduced for row in rows])
+    ends = np.cumsum([len(row.effective_units) for row in rows])
+    lengths = [np.asarray(part, np.int32) for part in np.split(np.asarray(sizes), ends[:-1])]
+    spreads: dict[int, Spread] = {at: row.spread for at, row in enumerate(rows) if row.spread is not None}
+    short = [at for at, row in enumerate(rows) if row.scores is not None]
+    if short:
+        scores = jnp.concatenate([rows[at].scores for at in short])
+        found = each_row(lambda row: _order.spread_of(*row), (scores, np.concatenate([lengths[at] for at in short])))
+        spreads |= zip(short, _split(found, [len(lengths[at]) for at in short]), strict=True)
+    waiting = [*spreads.values()]
+    if null.is_sampled(criterion):
+        waiting.append(each_row(lambda row: _noise(criterion, row), (reduced.factors, reduced.usable)))
+    parts = [len(spread.distribution.largest) for spread in waiting]
+    joint = each_row(lambda spread: _read(spread, curves), _concatenated(waiting)) if waiting else None
+    read_parts = _split(joint, parts)
+    reads = {at: row.read for at, row in enumerate(rows) if row.read is not None}
+    reads |= zip(spreads, read_parts)
+    metrics = [
+        metrics_of(reads[at].sums, row.integers, row.squares) for at, row in enumerate(rows)
+    ]
+    cells = jnp.concatenate([reads[at].cells for at in range(len(rows))]) if curves else None
+    sample = read_parts[-1].sums if null.is_sampled(criterion) else None
+    effective, nonfinite = _concatenated([(row.effective_units, row.nonfinite) for row in rows])
+    return _numbers(criterion, _concatenated(metrics), sample, effective, reduced, nonfinite, cells)
 
 
-def _summarize(
-    criterion: Criterion,
-    made: Sequence[tuple[_Made, _Summary | None]],
-    layers: Sequence[Layer],
-    width: int,
-    curves: bool,
-) -> _Found:
-    """Metrics of all that was made.
+def _noise(criterion: Criterion, factors_and_usable: tuple[jax.Array, jax.Array]) -> Spread:
+    """A sample of noise with as many entries as other rows have."""
+    sample = null.sample_of(criterion, *factors_and_usable)
+    spread = Spread(sample, (jnp.zeros_like(sample.values),) * 4)
+    return jax.tree.map(lambda part: jnp.pad(part, (0, SMALL - null.SIZE)) if part.ndim else part, spread)
 
-    Args:
-        made: class by class, the largest first; the last holds scores that are still to be summarized.
-        layers: in the same order.
+
+def _concatenated(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *trees)
+
+
+def _split(tree: Any, counts: Sequence[int]) -> list[Any]:
+    ends = np.cumsum(counts)
+    return [
+        jax.tree.map(lambda array, start=end - count, end=end: array[start:end], tree)
+        for count, end in zip(counts, ends, strict=True)
+    ]
+
+
+# Heads
+
+
+def heads(criterion: Criterion, layers: Mapping[str, Layer], attentions: Sequence[AttentionStatistics]) -> list[Any]:
+    """The importance of the heads of each attention, [units]; nan where no weight of it was read.
+
+    Equal attentions share a program, or a loop.
     """
-    large = [summary for _, summary in made if summary is not None]
-    samples = _joined([item._replace(scores=None) for item, _ in made])
-    last = made[-1][0].scores
-    count, open_ = len(layers), layers[len(layers) - (0 if last is None else len(last)) :]
-    rows, sizes = [samples.units], [*map(_unit_count, layers)]
-    if _is_sampled(criterion):
-        made_of_noise = lambda sample: noise.scores(criterion, sample.profile, sample.usable)  # noqa: E731
-        rows.append(_widened(pairs.each(made_of_noise, samples), width))
-        sizes += [noise.SIZE] * count
-    if last is not None:
-        rows.append(last)
-        sizes += map(_size, open_)
-    stacked = jnp.concatenate(rows), jnp.asarray(sizes, jnp.int32)
-    found = pairs.each(lambda row: _summary(row[0], row[1], curves), stacked)
-    ends = [0, *itertools.accumulate(len(part) for part in rows)]
-    parts = [jax.tree.map(lambda leaf, at=at: leaf[slice(*at)], found) for at in itertools.pairwise(ends)]
-    small = [parts.pop()] if last is not None else []
-    null = exact.unpack(parts[1].metrics) if _is_sampled(criterion) else None
-    summary = _joined([*large, *small])
-    return _Found(exact.unpack(summary.metrics), summary.cells, exact.unpack(parts[0].metrics), null, samples)
+    alike: dict[Hashable, list[int]] = {}
+    members: list[tuple[Arrays, ...]] = []
+    for index, attention in enumerate(attentions):
+        members.append(tuple(_nameless(layers[piece.path].arrays) for piece in attention.slices))
+        leaves, structure = jax.tree.flatten(members[-1])
+        slices = tuple(dataclasses.replace(piece, path=str(at)) for at, piece in enumerate(attention.slices))
+        alike.setdefault((attention.units, slices, structure, *map(jax.typeof, leaves)), []).append(index)
+    found: dict[int, Any] = {}
+    for (_, slices, *_), group in alike.items():
+        own = [members[index] for index in group]
+        if not slices:
+            found |= {index: np.full(attentions[index].units, np.nan, np.float32) for index in group}
+        elif _is_traced(own):
+            found |= zip(group, _over_alike(lambda arrays, s=slices: _heads(criterion, s, arrays), own), strict=True)
+        else:
+            found |= {index: _heads(criterion, slices, members[index]) for index in group}
+    ordered = [found[index] for index in range(len(attentions))]
+    return ordered if _is_traced(ordered) else [*to_host(ordered)]
 
 
-class _Summary(NamedTuple):
-    metrics: Packed
-    cells: jax.Array | None
+def _over_alike(function: Callable[[Any], Any], members: Sequence[Any]) -> Any:
+    """The function of each of several equal trees, stacked; in a loop, where there are several."""
+    if len(members) == 1:
+        return jax.tree.map(lambda array: array[None], function(members[0]))
+    branches = [lambda arrays=arrays: arrays for arrays in members]
+    return lax.map(lambda at: function(lax.switch(at, branches)), jnp.arange(len(members), dtype=jnp.int32))
 
 
-def _summary(scores: jax.Array, size: jax.Array, curves: bool) -> _Summary:
-    """Of the first `size` scores; the others must be 0."""
-    cells = distribution.of_padded(scores, size) if curves else None
-    return _Summary(exact.pack(exact.summarize_padded(scores, size)), cells)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _heads(criterion: Criterion, slices: tuple[HeadSlices, ...], arrays: tuple[Arrays, ...]) -> jax.Array:
+    scores = {piece.path: importance.score(criterion, *each) for piece, each in zip(slices, arrays, strict=True)}
+    stacking = {piece.path: _layer_axes(each) for piece, each in zip(slices, arrays, strict=True)}
+    return granularity.heads_of(slices, scores, stacking, granularity.REDUCTIONS["sum"])
 
 
-def _joined(parts: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if len(parts) > 1 else parts[0]
-
-
-_SMALL = 1 << 14
-
-
-def _size_classes(layers: Sequence[Layer], width: int) -> list[list[int]]:
-    """Layers of similar size, the largest first; all that fit the width in one class."""
-    classes: dict[int, list[int]] = {}
-    for index, layer in enumerate(layers):
-        classes.setdefault(max(width, _padded_size(_size(layer))), []).append(index)
-    return [classes[length] for length in sorted(classes, reverse=True)]
-
-
-def _padded_size(size: int) -> int:
-    """Size classes: powers of 4 to 2^20, where compiling costs more than sorting zeros, then of 2."""
-    bits = max((size - 1).bit_length(), _SMALL.bit_length() - 1)
-    return 1 << (bits + bits % 2 if bits <= 20 else bits)
-
-
-class _Made(NamedTuple):
-    """What one layer's arrays are reduced to, padded with zeros; stacked, that of several layers."""
-
-    scores: jax.Array | None
-    units: jax.Array
-    profile: jax.Array  # of the null
-    usable: jax.Array  # whether what the criterion reads is finite
-    largest_weight: jax.Array
-    nonfinite_weights: jax.Array
-
-
-def _make_all(
-    criterion: Criterion, layers: Sequence[Layer], width: int, curves: bool
-) -> tuple[_Made, _Summary | None]:
-    """Layers of one size class, one after the other; of large ones the metrics in place of the scores.
-
-    Switches pick one weight at a time, so that the scores of large layers never exist together: the
-    outer one among the shapes, which are computed on differently, the inner one among equal layers.
-    """
-    length = max(width, *map(_size, layers))
-    members = _groups(layers)
-    branches = [_maker(criterion, [layers[i] for i in group], length, width) for group in members]
-
-    def step(at: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[_Made, _Summary | None]:
-        group, member, size = at
-        made = jax.lax.switch(group, branches, member)
-        if length == width:
-            return made, None
-        return made._replace(scores=None), _summary(made.scores, size, curves)
-
-    position = {index: (g, i) for g, group in enumerate(members) for i, index in enumerate(group)}
-    steps = [(*position[index], _size(layer)) for index, layer in enumerate(layers)]
-    return jax.lax.map(step, tuple(jnp.asarray(column, jnp.int32) for column in zip(*steps, strict=True)))
-
-
-def _nameless(layer: Layer) -> tuple[jax.Array, Sites, Derivatives]:
-    """A layer's arrays without what tells equal layers apart, so that they group."""
-    sites = tuple(dataclasses.replace(site, path="", bias=None) for site in layer.sites)
-    return layer.weight, sites, layer.derivatives
-
-
-def _make_one(
-    criterion: Criterion,
-    place: Place,
-    members: Sequence[tuple[jax.Array, Sites, Derivatives]],
-    length: int | None,
-    width: int,
-    member: jax.Array,
-) -> _Made:
-    picked = jax.lax.switch(member, [lambda arrays=arrays: arrays for arrays in members])
-    layer = Layer(place, *picked)
-    usable = _usable(criterion, layer)
-    magnitudes = importance.magnitude(widened(layer.weight))
-    # In the weight's own precision, whatever that of the activations, so that equal layers give equal types.
-    scores = importance.score(criterion, layer.weight, layer.sites, layer.derivatives)
-    scores = scores.astype(magnitudes.dtype)
-    # By magnitude where what the criterion reads is not finite.
-    scores = jnp.where(usable, scores, magnitudes)
-    largest, nonfinite = _largest_and_nonfinite(magnitudes)
-    return _Made(
-        scores if length is None else _padded(scores, length),
-        _padded(_sum_units(scores / _unit_scale(largest), layer), width),
-        _profile(criterion, layer, usable),
-        usable,
-        largest,
-        nonfinite,
-    )
-
-
-def _largest_and_nonfinite(magnitudes: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """In one pass, which XLA compiles into one kernel; without derivatives."""
-    magnitudes = jax.lax.stop_gradient(magnitudes)
-    nonfinite = (~jnp.isfinite(magnitudes)).astype(jnp.int32)
-    both = lambda a, b: (jnp.maximum(a[0], b[0]), a[1] + b[1])  # noqa: E731
-    nothing = np.zeros((), magnitudes.dtype), np.int32(0)
-    return jax.lax.reduce((magnitudes, nonfinite), nothing, both, tuple(range(magnitudes.ndim)))
-
-
-def _padded(x: jax.Array, length: int) -> jax.Array:
-    return jnp.pad(x.ravel(), (0, length - x.size))
-
-
-def _unit_scale(largest_weight: jax.Array) -> jax.Array:
-    """What units are summed over: of large weights the sum may lie beyond float32 where no score does."""
-    # Not near the ends of float32: XLA divides by multiplying with the reciprocal, which must be a number.
-    scale = jnp.clip(largest_weight, 2.0**-100, 2.0**100)
-    return jnp.where((largest_weight > 0) & jnp.isfinite(largest_weight), scale, 1)
-
-
-def _profile(criterion: Criterion, layer: Layer, usable: jax.Array) -> jax.Array:
-    if not _is_sampled(criterion):
-        return jnp.zeros(1)
-    _, weight, sites, derivatives = layer
-    profile = noise.profile(criterion, weight, sites, derivatives, usable)
-    return profile.astype(wide(weight.dtype))
-
-
-def _is_sampled(criterion: Criterion) -> bool:
-    """Whether there is a null, and it depends on what was seen."""
-    return criterion.null_power is not None and noise.known(criterion) is None
-
-
-def _null(criterion: Criterion, found: _Found) -> Null | None:
-    if criterion.null_power is None:
-        return None
-    if (known := noise.known(criterion)) is not None:
-        return Null(*(jnp.full_like(found.summary.utilization, value) for value in known))
-    assert found.null is not None
-    names = (field.name for field in dataclasses.fields(Null))
-    return Null(*(getattr(found.null, name) for name in names))
-
-
-def _usable(criterion: Criterion, layer: Layer) -> jax.Array:
-    """Whether what the criterion reads was seen at all, and is finite."""
-    read: list[Any] = [*jax.tree.leaves(layer.derivatives)] if criterion.needs else []
-    seen = jnp.asarray(True)
-    if criterion.reads_activations and layer.sites:
-        # A branch that was not taken has seen nothing.
-        seen = functools.reduce(jnp.add, [site.post.count for site in layer.sites]) > 0
-        sides = {"post": ("post",), "input": ("input",)}.get(criterion.side, ("input", "post"))
-        read += [getattr(site, side).absolute_sum for site in layer.sites for side in sides]
-        read += jax.tree.leaves([site.gate for site in layer.sites])
-    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(sums)) for sums in read], seen)
-
-
-def _unit_axes(layer: Layer) -> tuple[int, ...]:
-    # Flax lays every kernel out with its units last; where no operation was read that has to do.
-    return layer.sites[0].unit_axes if layer.sites else (len(layer.place.shape) - 1,)
-
-
-def _unit_shape(layer: Layer) -> tuple[int, ...]:
-    return tuple(layer.place.shape[axis] for axis in _unit_axes(layer))
-
-
-def _unit_count(layer: Layer) -> int:
-    return math.prod(_unit_shape(layer))
-
-
-def _size(layer: Layer) -> int:
-    return math.prod(layer.place.shape)
-
-
-def _sum_units(scores: jax.Array, layer: Layer) -> jax.Array:
-    axes = _unit_axes(layer)
-    return jnp.sum(scores, axis=tuple(axis for axis in range(scores.ndim) if axis not in axes))
+def _is_traced(tree: Any) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))

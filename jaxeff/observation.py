@@ -21,7 +21,7 @@ from jaxeff.functions import Function
 from jaxeff.graph import axes
 from jaxeff.graph.nonlinearities import BOUNDS
 from jaxeff.graph.program import Value
-from jaxeff.precision import widened
+from jaxeff.numerics.precision import widened
 from jaxeff.statistics import (
     AttentionStatistics,
     HeadSlices,

@@ -1,6 +1,6 @@
 """Leaves of `params` that are no weights: biases, scales, integers.
 
-Imports `precision`, `records`, `statistics`.
+Imports `numerics`, `records`, `statistics`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from jaxeff.precision import wide
+from jaxeff.numerics import placement
+from jaxeff.numerics.precision import wide
+from jaxeff.numerics.summation import namespace
 from jaxeff.records import OtherNumbers, OtherStructure, none_of
 from jaxeff.statistics import Place
 
@@ -23,47 +26,62 @@ def structure(place: Place) -> OtherStructure:
     return OtherStructure(place.path, place.role, place.shape)
 
 
-def measure(leaves: Sequence[jax.Array]) -> OtherNumbers:
+def measure(leaves: Sequence[Any]) -> OtherNumbers:
     """The numbers of each leaf, stacked in the order of the leaves.
 
-    All short ones are rows of one array, so that a kernel serves them whatever their number and shapes.
+    On the host, where concrete leaves are small. In a trace all short ones are rows of one array, so that a kernel
+    serves them whatever their number and shapes.
     """
     if not leaves:
         return none_of(OtherNumbers)
-    alike: dict[Any, list[int]] = {}
-    for index, leaf in enumerate(leaves):
-        alike.setdefault((leaf.shape, leaf.dtype), []).append(index)
-    kinds: dict[Hashable, list[list[int]]] = {}
-    for group in alike.values():
-        kinds.setdefault(_kind(leaves[group[0]]), []).append(group)
-    measured = [
-        _measure([jnp.stack([leaves[i] for i in group]) for group in kind]) for kind in kinds.values()
-    ]
-    back = np.argsort([index for kind in kinds.values() for group in kind for index in group])
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[back], *measured)
+    here = [placement.on_host_if_concrete(leaf) if leaf.size <= _SHORT else leaf for leaf in leaves]
+    kinds: dict[Hashable, list[int]] = {}
+    for index, leaf in enumerate(here):
+        kinds.setdefault(_kind(leaf), []).append(index)
+    measured = [_measure([here[index] for index in group]) for group in kinds.values()]
+    traced = any(isinstance(number, Tracer) for number in jax.tree.leaves(measured))
+    xp = jnp if traced else np
+    back = np.argsort([index for group in kinds.values() for index in group])
+    return jax.tree.map(lambda *parts: xp.concatenate(parts)[back], *placement.on_host_if_concrete(measured))
 
 
-def _kind(leaf: jax.Array) -> Hashable:
+def _kind(leaf: Any) -> Hashable:
     """Equal for leaves that are measured together."""
     if not jnp.issubdtype(leaf.dtype, jnp.number) or not leaf.size:
         return "unknown"
-    return wide(leaf.dtype), leaf.size if leaf.size > _SHORT else None
+    return namespace(leaf), wide(leaf.dtype), leaf.size if leaf.size > _SHORT else None
 
 
-def _measure(stacks: Sequence[jax.Array]) -> OtherNumbers:
-    """Of leaves of one kind, stacked by shape."""
-    sizes = np.concatenate([np.full(len(stack), stack[0].size, np.int32) for stack in stacks])
-    if _kind(stacks[0][0]) == "unknown":
-        nan, none = jnp.full(len(sizes), jnp.nan, jnp.float32), jnp.zeros(len(sizes), jnp.int32)
+def _measure(leaves: Sequence[Any]) -> OtherNumbers:
+    """Of leaves of one kind."""
+    if _kind(leaves[0]) == "unknown":
+        nan, none = np.full(len(leaves), np.nan, np.float32), np.zeros(len(leaves), np.int32)
         return OtherNumbers(nan, nan, nan, none, none)
-    rows = [stack.reshape(len(stack), -1).astype(wide(stack.dtype)) for stack in stacks]
-    rows = jnp.concatenate([jnp.pad(row, ((0, 0), (0, sizes.max() - row.shape[1]))) for row in rows])
-    magnitude = jnp.abs(rows)
-    padding, count = jnp.asarray(sizes.max() - sizes), sizes.astype(rows.dtype)
+    if isinstance(leaves[0], jax.Array) and not isinstance(leaves[0], Tracer):
+        return _measure_on_device(leaves)
+    return _measure_rows(leaves)
+
+
+@np.errstate(all="ignore")
+def _measure_rows(leaves: Sequence[Any]) -> OtherNumbers:
+    xp = namespace(leaves[0])
+    sizes = np.asarray([leaf.size for leaf in leaves], np.int32)
+    longest = int(sizes.max())
+    flat = [replicated_or_host(leaf).astype(wide(leaf.dtype)).reshape(-1) for leaf in leaves]
+    rows = xp.stack([xp.pad(row, (0, longest - row.size)) for row in flat])
+    magnitude = xp.abs(rows)
+    count = sizes.astype(rows.dtype)
     return OtherNumbers(
-        jnp.sum(magnitude, 1) / count,
-        jnp.sqrt(jnp.sum(jnp.square(rows), 1) / count),
-        jnp.max(magnitude, 1),
-        jnp.sum(rows == 0, 1, dtype=jnp.int32) - padding,
-        jnp.sum(~jnp.isfinite(rows), 1, dtype=jnp.int32),
+        xp.sum(magnitude, 1) / count,
+        xp.sqrt(xp.sum(xp.square(rows), 1) / count),
+        xp.max(magnitude, 1),
+        xp.sum(rows == 0, 1, dtype=np.int32) - (longest - sizes),
+        xp.sum(~xp.isfinite(rows), 1, dtype=np.int32),
     )
+
+
+_measure_on_device = jax.jit(_measure_rows)
+
+
+def replicated_or_host(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, np.ndarray) else placement.replicated(leaf)

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxeff.numerics.precision import widened
 from jaxeff.objectives import Arrays, Objective, batch_leaves, with_batch
-from jaxeff.precision import widened
 from jaxeff.statistics import Moments
 
 Wanted = frozenset[str]

@@ -1,7 +1,7 @@
 """What a report is made of: the numbers of layers, of other leaves, of modules and of the model.
 
 Everything is a pytree: structure (paths, shapes, reasons) is static, numbers are arrays. Imports
-`distribution`, `exact`, `statistics`.
+`metrics`, `statistics`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxeff.distribution import Distribution
-from jaxeff.exact import Metrics
+from jaxeff.metrics import Distribution, Metrics
+from jaxeff.numerics.summation import namespace
 from jaxeff.statistics import UnitStatistics
 
 _STATIC = {"static": True}
@@ -71,7 +72,7 @@ class Activity:
     def dead(self) -> jax.Array:
         """Number of units that emitted nothing but 0."""
         axes = tuple(range(-len(self.shape), 0))
-        return jnp.sum(self.maximum == 0, axis=axes, dtype=jnp.int32)
+        return namespace(self.maximum).sum(self.maximum == 0, axis=axes, dtype=np.int32)
 
     @property
     def saturated(self) -> jax.Array:
@@ -81,9 +82,10 @@ class Activity:
         """
         axes = tuple(range(-len(self.shape), 0))
         if self.sums.saturated is None:
-            return jnp.zeros_like(self.dead)
-        fractions = self._laid(self.sums.saturated / jnp.maximum(self.sums.count, 1))
-        return jnp.sum(fractions == 1, axis=axes, dtype=jnp.int32)
+            return namespace(self.sums.count).zeros_like(self.dead)
+        xp = namespace(self.sums.count)
+        fractions = self._laid(self.sums.saturated / xp.maximum(self.sums.count, 1))
+        return xp.sum(fractions == 1, axis=axes, dtype=np.int32)
 
     @property
     def count(self) -> jax.Array:
@@ -313,7 +315,7 @@ class ModelReport:
 
 def none_of(kind: Any) -> Any:
     """The stacked numbers of no layer, or of no leaf."""
-    nothing: dict[str, Any] = {field.name: jnp.zeros(0) for field in dataclasses.fields(kind)}
+    nothing: dict[str, Any] = {field.name: np.zeros(0, np.float32) for field in dataclasses.fields(kind)}
     if kind is LayerNumbers:
         nothing.update(metrics=none_of(Metrics), null=None, distribution=None)
     return kind(**nothing)
@@ -358,6 +360,6 @@ def _fallback(row: LayerReport, otherwise: str, lead: str = "") -> str:
 def _all_zero(row: LayerReport) -> str:
     if row.scored == "gradient":
         return "the loss does not depend on it on this batch: every importance is 0"
-    if row.activity is not None and float(jnp.max(row.activity.maximum)) == 0:
+    if row.activity is not None and float(np.max(row.activity.maximum)) == 0:
         return "no unit emits anything on this batch: every importance is 0"
     return "every importance is 0 in float32: weights and activations are too small to multiply"

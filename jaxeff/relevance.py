@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from jaxeff import graph
 from jaxeff.graph import Propagation
+from jaxeff.numerics.precision import widened
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.observation import trace
-from jaxeff.precision import widened
 from jaxeff.problem import moments_of
 from jaxeff.statistics import Conservation, Moments
 

@@ -1,6 +1,6 @@
 """What is kept of a model's run: sums over what its units emit, and over derivatives of the loss.
 
-Everything is a sum with its count, so that two batches' statistics add. Imports nothing of jaxeff.
+Everything is a sum with its count, so that two batches' statistics add. Imports `numerics`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxeff.numerics.summation import namespace
 
 _STATIC = {"static": True}
 
@@ -35,17 +37,18 @@ class UnitStatistics:
     @property
     def mean_absolute(self) -> jax.Array:
         """mean |a|; 0 where nothing was seen."""
-        return self.absolute_sum / jnp.maximum(self.count, 1)
+        return self.absolute_sum / namespace(self.count).maximum(self.count, 1)
 
     @property
     def rms(self) -> jax.Array:
         """sqrt(mean a^2)."""
-        return jnp.sqrt(self.square_sum / jnp.maximum(self.count, 1))
+        xp = namespace(self.count)
+        return xp.sqrt(self.square_sum / xp.maximum(self.count, 1))
 
     @property
     def zero_fraction(self) -> jax.Array:
         """The fraction of values that are exactly 0."""
-        return self.zeros / jnp.maximum(self.count, 1)
+        return self.zeros / namespace(self.count).maximum(self.count, 1)
 
     def __add__(self, other: UnitStatistics) -> UnitStatistics:
         # Uses without bounds have no saturated values, whatever the others have.
@@ -53,7 +56,7 @@ class UnitStatistics:
         return UnitStatistics(
             self.absolute_sum + other.absolute_sum,
             self.square_sum + other.square_sum,
-            jnp.maximum(self.maximum, other.maximum),
+            namespace(self.maximum).maximum(self.maximum, other.maximum),
             self.zeros + other.zeros,
             self.count + other.count,
             sum(counts[1:], start=counts[0]) if counts else None,
@@ -149,7 +152,7 @@ class Conservation:
     @property
     def residual(self) -> jax.Array:
         """What was neither passed on nor taken, as a fraction of the total."""
-        return jnp.abs(self.total - self.accounted) / jnp.abs(self.total)
+        return abs(self.total - self.accounted) / abs(self.total)
 
     def __add__(self, other: Conservation) -> Conservation:
         return Conservation(self.total + other.total, self.accounted + other.accounted)

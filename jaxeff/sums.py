@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxeff.precision import widened
+from jaxeff.numerics.precision import widened
 
 Edges = tuple[float, float] | None
 Stages = list[tuple[int, ...]]

@@ -1,54 +1,66 @@
-"""The numbers of all layers -> those of the model as a whole. Imports `exact`, `records`."""
+"""The numbers of all layers -> those of the model as a whole. Imports `metrics`, `records`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
-from jaxeff.exact import Metrics
+from jaxeff.metrics import Metrics
+from jaxeff.numerics.summation import namespace
 from jaxeff.records import LayerNumbers, LayerStructure, ModelReport
 
 _SPARSITIES = ("sparsity_1e2", "sparsity_1e3", "relative_sparsity_1e2", "relative_sparsity_1e3")
 
 
+@np.errstate(all="ignore")
 def model(structure: Sequence[LayerStructure], numbers: LayerNumbers, total_params: int) -> ModelReport:
-    """Sums over the layers, each weighed by its size, and the pooled distribution."""
-    sizes = jnp.asarray([layer.size for layer in structure], jnp.float32)
+    """Sums over the layers, each weighed by its size, and the pooled distribution; on the host where these are."""
     found = numbers.metrics
-    included = jnp.isfinite(found.effective_params)
-    weights = jnp.sum(jnp.where(included, sizes, 0))
-
-    null = jnp.full_like(sizes, jnp.nan) if numbers.null is None else numbers.null.utilization
+    xp = namespace(found.effective_params)
+    sizes = np.asarray([layer.size for layer in structure], np.float32)
+    included = xp.isfinite(found.effective_params)
+    weights = xp.sum(xp.where(included, sizes, 0))
+    # Without layers, or without one that is finite, there is no mean: nan, as the mean of nothing.
+    over = xp.where(weights > 0, weights, math.nan)
+    null = xp.full_like(sizes, math.nan) if numbers.null is None else numbers.null.utilization
     averaged = {"null_utilization": null, **{name: getattr(found, name) for name in _SPARSITIES}}
-    weighted = (
-        jnp.sum(jnp.where(included[None], sizes[None] * jnp.stack([*averaged.values()]), 0), 1) / weights
-    )
-    effective = jnp.sum(jnp.where(included, found.effective_params, 0))
+    weighted = {
+        name: xp.sum(xp.where(included, sizes * value, 0)) / over for name, value in averaged.items()
+    }
+    effective = xp.sum(xp.where(included, found.effective_params, 0))
     pooled = _pooled_effective_params(found, sizes, included)
+    layers = xp.sum(included)
     return ModelReport(
         total_params=total_params,
         weights=sum(layer.size for layer in structure),
         effective_params=effective,
-        utilization=effective / weights,
-        compression_potential=1 - effective / weights,
-        average_redundancy=jnp.sum(jnp.where(included, found.redundancy, 0)) / jnp.sum(included),
+        utilization=effective / over,
+        compression_potential=1 - effective / over,
+        average_redundancy=xp.sum(xp.where(included, found.redundancy, 0)) / xp.where(layers > 0, layers, math.nan),
         pooled_effective_params=pooled,
-        pooled_utilization=pooled / weights,
-        **dict(zip(averaged, weighted, strict=True)),
-        excluded=jnp.sum(~included, dtype=jnp.int32),
+        pooled_utilization=pooled / over,
+        **weighted,
+        excluded=xp.sum(~included, dtype=np.int32),
     )
 
 
-def _pooled_effective_params(found: Metrics, sizes: jax.Array, included: jax.Array) -> jax.Array:
+def _pooled_effective_params(found: Metrics, sizes: Any, included: Any) -> Any:
     """exp(H) of all weights taken as one distribution, without a second pass over them.
 
     H(all) = H(layers) + sum_l q_l H(layer l), q_l the layer's share of all importance.
     """
+    xp = namespace(found.mean)
+    held = included & (found.mean > 0)
+    if not held.size:
+        return xp.full((), math.nan, np.float32)
     # In logarithms: the sum of a layer of large weights lies beyond float32.
-    shares = jax.nn.softmax(
-        jnp.where(included & (found.mean > 0), jnp.log(found.mean) + jnp.log(sizes), -jnp.inf)
-    )
-    within = jnp.where(shares > 0, shares * found.entropy, 0)
-    return jnp.exp(jnp.sum(jax.scipy.special.entr(shares)) + jnp.sum(within))
+    logs = xp.where(held, xp.log(xp.where(held, found.mean, 1)) + xp.log(sizes), -math.inf)
+    top = xp.max(logs)
+    parts = xp.exp(logs - xp.where(xp.isfinite(top), top, 0))
+    sum_ = xp.sum(parts)
+    shares = parts / xp.where(sum_ > 0, sum_, math.nan)
+    surprise = -shares * xp.log(xp.where(shares > 0, shares, 1))
+    return xp.exp(xp.sum(surprise + xp.where(shares > 0, shares * found.entropy, 0)))

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import importance, totals
+from jaxeff import importance, null, totals
 from jaxeff.checkpoints import interruption, measuring
 from jaxeff.checkpoints.measuring import Measured, Progress
 from jaxeff.checkpoints.opening import Checkpoint, open_checkpoint
 from jaxeff.checkpoints.stored import Stored
-from jaxeff.distribution import Distribution
+from jaxeff.metrics import Distribution
 from jaxeff.progress import bytes_bar
 from jaxeff.records import LayerNumbers, LayerStructure, OtherNumbers, OtherStructure, none_of
 from jaxeff.report import Report
@@ -44,7 +42,7 @@ def analyze_checkpoint(path: str | os.PathLike, *, curves: bool = False, progres
         OSError: it cannot be read.
 
     >>> import flax.serialization, pathlib, tempfile
-    >>> params = {"kernel": jnp.ones((3, 4))}
+    >>> params = {"kernel": np.ones((3, 4), np.float32)}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = pathlib.Path(folder) / "model.msgpack"
     ...     _ = path.write_bytes(flax.serialization.to_bytes({"params": params}))
@@ -81,12 +79,12 @@ def _analyze(checkpoint: Checkpoint, curves: bool, progress: bool, hear: Callabl
         structure=structure,
         other_structure=tuple(OtherStructure(array.name, array.role, array.shape) for array in others),
         numbers=numbers,
-        units=tuple(jnp.asarray(found.units) for found in measured),
+        units=tuple(found.units for found in measured),
         activities=(None,) * len(weights),
         other_numbers=_stacked(other_numbers) if others else none_of(OtherNumbers),
         modules=(),
         attentions=(),
-        model=_model(structure, numbers, sum(array.size for array in arrays)),
+        model=totals.model(structure, numbers, sum(array.size for array in arrays)),
     )
 
 
@@ -120,23 +118,18 @@ def _numbers(structure: Sequence[LayerStructure], measured: Sequence[Measured]) 
 
 
 def _layer(found: Measured) -> LayerNumbers:
-    effective, units = np.float32(found.metrics.effective_params), np.float32(found.effective_units)
+    effective, units = found.metrics.effective_params, found.effective_units
     return LayerNumbers(
         metrics=found.metrics,
-        null=measuring.null(),
-        effective_units=jnp.asarray(units),
-        effective_fan_in=jnp.asarray(effective / (units if units > 0 else np.float32(1))),
+        null=null.of_magnitude(),
+        effective_units=units,
+        effective_fan_in=effective / (units if units > 0 else np.float32(1)),
         nonfinite_weights=found.metrics.nonfinite,
-        largest_weight=jnp.asarray(found.largest),
-        evidence_finite=jnp.asarray(True),
-        distribution=None if found.cells is None else Distribution(*found.cells.T),
+        largest_weight=found.largest,
+        evidence_finite=np.asarray(True),
+        distribution=None if found.cells is None else Distribution(*found.cells.T.astype(np.float32)),
     )
 
 
 def _stacked(parts: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *numbers: jnp.asarray(np.stack(numbers, axis=-1)), *parts)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _model(structure: tuple[LayerStructure, ...], numbers: LayerNumbers, total: int) -> Any:
-    return totals.model(structure, numbers, total)
+    return jax.tree.map(lambda *numbers: np.stack(numbers, axis=-1), *parts)

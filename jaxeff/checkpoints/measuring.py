@@ -1,31 +1,31 @@
 """Arrays that stream by in pieces -> their numbers, in memory for a few pieces.
 
-Counts by bit pattern are merged from piece to piece on the device, while the host sums the units of the
-same piece and reads the next. Imports `stored`, `distribution`, `exact`, `sketch`, `importance`, `noise`,
-`records`.
+Large arrays are counted by bit pattern on the device, piece by piece, while the host sums the units of the same
+piece and reads the next; small ones are sorted on the host. Imports `stored`, `metrics`, `records`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxeff import distribution, exact, importance, noise, sketch
 from jaxeff.checkpoints.stored import Stored
-from jaxeff.exact import Metrics
-from jaxeff.records import Null, OtherNumbers
-from jaxeff.sketch import Refinement, Sketch
+from jaxeff.layers import effective_units
+from jaxeff.metrics import Metrics, sketch
+from jaxeff.metrics._curve import cells_of
+from jaxeff.metrics._records import THRESHOLDS
+from jaxeff.metrics._weighted import Spread, Weighted, metrics_of, sums_of
+from jaxeff.metrics.sketch import Sketch
+from jaxeff.numerics.placement import to_host
+from jaxeff.records import OtherNumbers
 
-LARGE, SMALL = 1 << 22, 1 << 18  # a piece: two lengths, so that few programs are compiled
-SORTED = 1 << 16  # up to here an array is sorted
-_CLOSE = 1e-5  # a bound that asks for a second pass
+LARGE, SMALL = 1 << 22, 1 << 18  # a piece: two lengths, so that two programs are compiled
+SORTED = 1 << 16  # up to here an array is sorted, on the host
 
 Progress = Callable[[int], None]  # bytes
 
@@ -75,14 +75,14 @@ class Measured(NamedTuple):
         units: [units], importance summed over the weights of each.
         effective_units: exp(entropy) of these.
         largest: max |w|, nan where one is.
-        cells: how the weights are spread, as `distribution.of` has it, where that was asked for.
+        cells: how the weights are spread, as `cells_of` has it, where that was asked for.
     """
 
     metrics: Metrics
     units: np.ndarray
-    effective_units: Array
+    effective_units: np.ndarray
     largest: np.float32
-    cells: Array | None = None
+    cells: np.ndarray | None = None
 
 
 class Measuring:
@@ -96,7 +96,7 @@ class Measuring:
         self.units = UnitSums(stored.shape, unit_axis)
         self.largest = np.float32(0)
         self.counts: Sketch | None = None
-        self.all = np.zeros(0, np.float32)
+        self.all: list[np.ndarray] = []
 
     def __enter__(self) -> Self:
         return self
@@ -105,34 +105,32 @@ class Measuring:
         _ = jax.block_until_ready(self.counts)
 
     def add(self, piece: Piece) -> None:
+        wide = magnitudes(piece.elements)
         if self.stored.size > SORTED:
             # Wait for the piece before: else pieces pile up where the device is slower than the disk.
-            self.counts = counted_on(jax.block_until_ready(self.counts), piece.elements)
-        wide = magnitudes(piece.elements)
+            self.counts = counted_on(jax.block_until_ready(self.counts), wide)
+        else:
+            self.all.append(wide)
         self.units.add(piece.start, wide)
         self.largest = np.maximum(self.largest, wide.max())
-        if self.stored.size <= SORTED:
-            self.all = wide
 
     def found(self, curves: bool = False) -> Measured:
-        units = self.units.sums
+        integers = None
         if self.counts is None:
-            found = sorted_metrics(self.all)
+            spread = sorted_spread(np.concatenate(self.all))
         else:
-            found = read_counts(self.counts, lambda: pieces(self.stored))
+            counts = to_host(self.counts)
+            spread, integers = sketch.spread_of(counts, np.float64), sketch.integers_of(counts)
+        units = self.units.sums
         scale = self.largest if 0 < self.largest < np.inf else 1
-        effective = metrics_of((units / scale).astype(np.float32)).effective_params
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             return Measured(
-                found,
+                jax.tree.map(_narrowed, metrics_of(sums_of(spread), integers)),
                 units.astype(np.float32),
-                effective,
+                np.float32(effective_units(units / scale)),
                 self.largest,
-                self._cells() if curves else None,
+                cells_of(spread.distribution) if curves else None,
             )
-
-    def _cells(self) -> Array:
-        return sorted_cells(self.all) if self.counts is None else sketch.distribute(self.counts)
 
 
 class UnitSums:
@@ -164,90 +162,46 @@ class UnitSums:
             self.sums[row_after : row_after + whole] += middle.sum(axis=1, dtype=np.float64)
 
 
-# Counts.
-
-
-def counted_on(counts: Sketch | None, elements: np.ndarray) -> Sketch:
+def counted_on(counts: Sketch | None, magnitudes: np.ndarray) -> Sketch:
     """The counts with those of one more piece [n], n up to LARGE."""
-    if counts is None:
-        counts = sketch.sketch(np.zeros(SMALL, elements.dtype), np.int32(0))
-    return _counted_on(counts, padded(elements), np.int32(elements.size))
+    length = SMALL if magnitudes.size <= SMALL else LARGE
+    if magnitudes.size < length:
+        magnitudes, given = np.zeros(length, np.float32), magnitudes
+        magnitudes[: given.size] = given
+        return counted_on_padded(counts, magnitudes, given.size)
+    return counted_on_padded(counts, magnitudes, length)
+
+
+def counted_on_padded(counts: Sketch | None, magnitudes: np.ndarray, size: int) -> Sketch:
+    return _counted_on(_nothing() if counts is None else counts, magnitudes, np.int32(size))
 
 
 @jax.jit
-def _counted_on(counts: Sketch, elements: Array, size: Array) -> Sketch:
-    return sketch.merge(counts, sketch.sketch(jnp.abs(elements), size))
+def _counted_on(counts: Sketch, magnitudes: Array, size: Array) -> Sketch:
+    return sketch.merge(counts, sketch.count(magnitudes, size))
 
 
-def padded(elements: np.ndarray) -> np.ndarray:
-    """With zeros, to one of the two lengths of a piece."""
-    length = SMALL if elements.size <= SMALL else LARGE
-    if elements.size == length:
-        return elements
-    whole = np.zeros(length, elements.dtype)
-    whole[: elements.size] = elements
-    return whole
+def _nothing() -> Sketch:
+    return Sketch(*(np.zeros(shape, np.uint32) for shape in ((sketch.BINS, 4), (2,), ())))
 
 
-def read_counts(counts: Sketch, again: Callable[[], Iterator[Piece]]) -> Metrics:
-    """The metrics, each within 1e-5: where the counts leave more open, a second pass closes it."""
-    found, bounds = jax.device_get(sketch.summarize(counts))
-    if max(map(float, dataclasses.astuple(bounds))) <= _CLOSE:
-        return found
-    refinement = functools.reduce(
-        lambda sum, piece: _refined_on(sum, counts, padded(piece.elements)), again(), None
-    )
-    return jax.device_get(sketch.summarize(counts, refinement))[0]
-
-
-def _refined_on(sum: Refinement | None, counts: Sketch, elements: np.ndarray) -> Refinement:
-    one = jax.block_until_ready(_refined(counts, elements))
-    return one if sum is None else sketch.merge(sum, one)
-
-
-@jax.jit
-def _refined(counts: Sketch, elements: Array) -> Refinement:
-    # Zeros are in no cell and below no limit, those of the padding too.
-    return sketch.refine(counts, jnp.abs(elements))
-
-
-# Metrics of what lies in memory.
-
-
-def metrics_of(x: np.ndarray) -> Metrics:
+def sorted_spread(x: np.ndarray) -> Spread:
     """Of [n] importances, float32."""
-    if x.size <= SORTED:
-        return sorted_metrics(x)
-    in_memory = lambda: (Piece(at, x[at : at + SMALL]) for at in range(0, x.size, SMALL))  # noqa: E731
-    counts = functools.reduce(lambda counts, piece: counted_on(counts, piece.elements), in_memory(), None)
-    assert counts is not None
-    return read_counts(counts, in_memory)
+    invalid = ~((x >= 0) & np.isfinite(x))
+    values = np.sort(np.where(invalid, np.float32(0), x))[::-1].astype(np.float64)
+    largest = values[0]
+    relative = values / (largest if largest > 0 else 1)
+    hits = [values == 0, *(values < threshold for threshold in THRESHOLDS.values())]
+    zeros, *below = (part.astype(np.float64) for part in hits)
+    bad = np.zeros(x.size)
+    bad[0] = np.count_nonzero(invalid)
+    tallied = zeros - bad, bad, below[0], below[1]
+    return Spread(Weighted(relative, np.ones(x.size), relative, np.zeros(x.size), largest), tallied)
 
 
-def sorted_metrics(x: np.ndarray) -> Metrics:
-    """Of [n] importances, float32, n up to SORTED."""
-    return jax.device_get(exact.summarize_padded(_lengthened(x), np.int32(x.size)))
-
-
-def sorted_cells(x: np.ndarray) -> Array:
-    return _cells(_lengthened(x), np.int32(x.size))
-
-
-_cells = jax.jit(distribution.of_padded)
-
-
-def _lengthened(x: np.ndarray) -> np.ndarray:
-    whole = np.zeros(SORTED, np.float32)
-    whole[: x.size] = x
-    return whole
-
-
-def null() -> Null:
-    """The metrics of magnitudes of noise, the same for every weight."""
-    known = noise.known(importance.named("magnitude"))
-    assert known is not None
-    values: Any = np.asarray(known, np.float32)
-    return Null(*values)
+def _narrowed(number: np.ndarray) -> np.ndarray:
+    number = np.asarray(number)
+    return number.astype(np.float32) if number.dtype.kind == "f" else number
 
 
 # Arrays that are no weights.
@@ -270,6 +224,6 @@ def measure_other(stored: Stored, progress: Progress) -> OtherNumbers:
 
 def _other(mean: float, rms: float, maximum: float, zeros: int, nonfinite: int) -> OtherNumbers:
     with np.errstate(over="ignore"):
-        floats = [jnp.asarray(np.float32(value)) for value in (mean, rms, maximum)]
+        floats = [np.asarray(value, np.float32) for value in (mean, rms, maximum)]
     most = np.iinfo(np.int32).max
-    return OtherNumbers(*floats, *(jnp.asarray(min(count, most), jnp.int32) for count in (zeros, nonfinite)))
+    return OtherNumbers(*floats, *(np.asarray(min(count, most), np.int32) for count in (zeros, nonfinite)))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from jaxeff import table
 from jaxeff.checkpoints.opening import Checkpoint, natural
-from jaxeff.exact import Metrics
+from jaxeff.metrics import Metrics
 from jaxeff.records import LayerReport
 from jaxeff.report import Report
 

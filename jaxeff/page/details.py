@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxeff import distribution, table
+from jaxeff import table
+from jaxeff.metrics import _curve
 from jaxeff.records import LayerReport
 
 UNITS = 512
@@ -23,7 +24,7 @@ _POINTS = 33  # of the units' Lorenz curve
 def of(rows: Sequence[LayerReport]) -> dict[str, Any]:
     """For `page.js`, which says how each is drawn."""
     return {
-        "edges": [float(f"{edge:.6g}") for edge in distribution.EDGES],
+        "edges": [float(f"{edge:.6g}") for edge in _curve.EDGES],
         "layers": [_layer(row) for row in rows],
     }
 

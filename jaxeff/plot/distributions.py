@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxeff import distribution
-from jaxeff.distribution import EDGES, Distribution
+from jaxeff.metrics import _curve
+from jaxeff.metrics._curve import EDGES, Distribution
 from jaxeff.plot.canvas import (
     COLOURS,
     NO_IMPORTANCE,
@@ -84,7 +84,7 @@ def lorenz(report: Report, path: str, axes: Axes | None = None) -> Axes:
         return say(drawn, NO_IMPORTANCE)
     _ = drawn.plot((0, 1), (0, 1), color="gray", linestyle=":", label="all equal")
     if row.distribution is not None:
-        _ = drawn.plot(*distribution.lorenz(row.distribution), color=COLOURS[0], label="weights")
+        _ = drawn.plot(*_curve.lorenz(row.distribution), color=COLOURS[0], label="weights")
     label = None if row.distribution is not None else "weights"
     _ = drawn.plot(*_covered(row.metrics), "o", color=COLOURS[0], label=label)
     shares = np.concatenate([[0.0], np.cumsum(units)])
@@ -114,7 +114,7 @@ def cumulative(report: Report, paths: Sequence[str] | None = None, axes: Axes | 
     if why := _nothing(rows):
         return say(drawn, why)
     for index, row in enumerate(rows):
-        weights, shares = distribution.lorenz(_spread(row))
+        weights, shares = _curve.lorenz(_spread(row))
         _ = drawn.plot(1 - weights[::-1], 1 - shares[::-1], label=row.path, **line_style(index))
     _ = drawn.set_xlabel("fraction of the weights, the most important first")
     _ = drawn.set_ylabel("share of the importance")

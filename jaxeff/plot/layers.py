@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxeff.exact import Metrics
+from jaxeff.metrics import Metrics
 from jaxeff.plot.canvas import (
     COLOURS,
     NO_IMPORTANCE,

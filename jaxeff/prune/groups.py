@@ -21,7 +21,7 @@ from jaxeff.graph.coupling import UNREAD, couple
 from jaxeff.graph.rules import KINDS
 from jaxeff.leaves import is_variables, named_leaves, split_variables
 from jaxeff.models import NNXApply, from_apply
-from jaxeff.precision import widened
+from jaxeff.numerics.precision import widened
 
 Shapes = Mapping[str, tuple[int, ...]]
 REDUCTIONS: Mapping[str, Callable[..., Any]] = {"sum": jnp.sum, "mean": jnp.sum, "max": jnp.max}

@@ -23,8 +23,8 @@ from jax.core import Tracer
 
 from jaxeff import models, objectives, table
 from jaxeff.leaves import described, named_leaves, split_variables, whole_numbers
+from jaxeff.numerics.precision import widened
 from jaxeff.objectives import Arrays, Objective
-from jaxeff.precision import widened
 from jaxeff.problem import Problem, floating
 from jaxeff.prune.masks import (
     Prunable,

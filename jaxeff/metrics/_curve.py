@@ -1,19 +1,21 @@
 """How a layer's importance is spread over its weights, in cells relative to the mean.
 
 What a histogram and a Lorenz curve are drawn from: metrics say how uneven a layer is, these say in what
-way. Imports `pairs`.
+way.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxeff import pairs
+from jaxeff.metrics._weighted import Weighted
+from jaxeff.numerics.summation import namespace, total
 
 _OCTAVES = (-10, 6)
 _CELL_BITS = 2  # four cells an octave
@@ -45,42 +47,31 @@ class Distribution:
     importance: Array
 
 
-def of(values: Array, counts: Array, size: Array | int) -> Array:
-    """The fractions of weights and of importance in each cell, [CELLS, 2], without derivatives.
+def cells_of(distribution: Weighted) -> Any:
+    """The fractions of weights and of importance in each cell, [CELLS, 2].
 
-    Args:
-        values: [M], positive importances in any order and unit, or 0; XLA takes what is subnormal for 0.
-        counts: [M], how many weights have each.
-        size: [], how many weights there are; those that `counts` leaves out are 0.
-
-    >>> cells = of(jnp.array([1.0, 2.0]), jnp.array([2, 1]), 4)
-    >>> cells[CELLS // 2 - 20, 0] - cells[0, 0]
-    Array(-0.25, dtype=float32)
-    >>> cells.sum(axis=0)
-    Array([1., 1.], dtype=float32)
+    Values of a bin are in the cell of their mean.
     """
-    values, size = lax.stop_gradient(values), jnp.asarray(size).astype(jnp.float32)
-    relative = (values / jnp.max(values)).astype(jnp.float32)
-    counts = jnp.where(relative > 0, counts, 0).astype(jnp.float32)
-    shares = counts * relative
-    total = jnp.sum(shares)
-    patterns = pairs.bits_of(relative * (size / total))
-    cells = jnp.clip((patterns >> _SHIFT) - (_FIRST - 1), 0, CELLS - 1)
-    # Counts as they are: whole numbers add without rounding, fractions do not.
-    held = jnp.zeros((CELLS, 2), jnp.float32).at[cells].add(jnp.stack([counts, shares], axis=1))
-    held = held.at[0, 0].add(jnp.maximum(size - jnp.sum(counts), 0))
-    return jnp.where(total > 0, held / jnp.stack([size, total])[None], jnp.nan)
+    values, counts, *_ = distribution
+    xp = namespace(values)
+    size, shares = total(counts), counts * values
+    sum_ = total(shares)
+    alive = sum_ > 0
+    relative = (values * (size / xp.where(alive, sum_, 1))).astype(np.float32)
+    patterns = relative.view(np.int32) if xp is np else lax.bitcast_convert_type(relative, jnp.int32)
+    cell = xp.clip((patterns >> _SHIFT) - (_FIRST - 1), 0, CELLS - 1)
+    held = xp.stack([counts / size, shares / xp.where(alive, sum_, 1)], axis=1)
+    if xp is np:
+        fractions = np.stack([np.bincount(cell, part, CELLS) for part in held.T], axis=1)
+    else:
+        fractions = jnp.zeros((CELLS, 2), held.dtype).at[cell].add(held)
+    return xp.where(alive, fractions, np.nan)
 
 
-def of_padded(x: Array, size: Array | int) -> Array:
-    """The same of the first `size` entries of x [M], importances; the others must be 0."""
-    invalid = ~jnp.all(jnp.isfinite(x) & (x >= 0))
-    return jnp.where(invalid, jnp.nan, of(x, jnp.ones(x.shape, jnp.int32), size))
-
-
-def unpacked(cells: Array) -> Distribution:
+def unpacked(cells: Any) -> Distribution:
     """Of several layers, [layers, CELLS, 2], stacked."""
-    return Distribution(*jnp.moveaxis(cells, (2, 1), (0, 1)))
+    weights, importance = (namespace(cells).moveaxis(cells[..., part], 0, 1) for part in range(2))
+    return Distribution(weights, importance)
 
 
 def lorenz(distribution: Distribution) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,219 @@
+"""Passes over an array that count its weights by bit pattern, in exact integers.
+
+The 31 bits of a non-negative float32 are ordered as the numbers are. The first 17 (8 of exponent, 9 of
+mantissa) name one of 2^17 bins, at most 2^-9 wide relative to what they hold; the last 14 are a weight's
+place in its bin, in units in the last place. Integers add without rounding, so no order, split or sharding
+of the array changes a bit, and subnormals count although XLA's CPU flushes them to zero.
+
+An array that lies on several devices is counted where it lies: no weight is moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxeff.metrics._order import limits
+
+ROWS, COLUMNS = 256, 512  # one row an exponent
+BINS = ROWS * COLUMNS
+PLACE_BITS = 14
+
+# No number has the last row of bins: it holds what is no importance, and zeros.
+INVALID_BIN, ZERO_BIN = BINS - COLUMNS, BINS - COLUMNS + 1
+# And, apart from the others of their bins, the weights below a threshold that share its bin.
+BELOW_BINS = ZERO_BIN + 1, ZERO_BIN + 2
+LIMITS = [int(limit) for limit in limits(np.float32)]
+_INVALID = np.uint32(INVALID_BIN << PLACE_BITS)
+_ZERO = np.uint32(ZERO_BIN << PLACE_BITS)
+
+_PIECE_BITS = 13
+_PIECE = 1 << _PIECE_BITS  # weights at a time: they stay in a core's cache
+_RUN = 1 << 24  # weights counted into one table
+_UNCROWDED = 1 << 18  # weights of one bin whose places sum to less than a word
+
+
+class Histogram(NamedTuple):
+    """Exact counts of an array, as uint32.
+
+    Attributes:
+        table: [BINS, 2], of each bin its weights, and the sum of their places modulo 2^32.
+        high: [BINS], the multiples of 2^32 in that sum; [] where there can be none.
+        largest: [], the largest bit pattern; 0 where all are subnormal, which XLA's CPU takes for 0.
+    """
+
+    table: Array
+    high: Array
+    largest: Array
+
+
+def patterns(x: Array) -> Array:
+    """Bit patterns as uint32; those of reserved bins for what is no importance and for 0."""
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    return jnp.where(bits << 1 == 0, _ZERO, jnp.minimum(bits, _INVALID))
+
+
+def bins_of(found: Array) -> Array:
+    """The bin of each pattern."""
+    at = found >> PLACE_BITS
+    for limit, apart in zip(LIMITS, BELOW_BINS, strict=True):
+        at = jnp.where((at == limit >> PLACE_BITS) & (found < limit), np.uint32(apart), at)
+    return at
+
+
+def add_words(low: Array, high: Array, more: Array) -> tuple[Array, Array]:
+    """A number of two words plus one word."""
+    total = low + more
+    return total, high + (total < low).astype(jnp.uint32)
+
+
+def histogram(x: Array, size: Any = None, sharding: NamedSharding | None = None) -> Histogram:
+    """Counts of x [...].
+
+    Args:
+        size: [], an integer, which may be traced: only the first entries of x [M] count, and the others
+            must be 0. Whole pieces of padding are not looked at.
+        sharding: how x lies on a mesh, where that is known and x does not say so itself.
+    """
+    mesh, spec = _layout(x, sharding)
+    if any(spec):
+        return _in_parts(x, mesh, spec)
+    if sharding is None and size is None and may_lie_in_parts(x):
+        return _in_place(x)
+    x = x.reshape(-1)
+    return _in_pieces(x, x.size if size is None else size)
+
+
+def _layout(x: Array, sharding: NamedSharding | None) -> tuple[Any, tuple[Any, ...]]:
+    if sharding is None:
+        known = jax.typeof(x).sharding
+        if jax.sharding.get_abstract_mesh().manual_axes:
+            return None, ()
+        return known.mesh, tuple(known.spec)
+    return sharding.mesh, tuple(sharding.spec)
+
+
+def may_lie_in_parts(x: Array) -> bool:
+    """Whether x is sharded by its type, or XLA may be to decide, as of an array in a trace on several devices."""
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        return False
+    return any(jax.typeof(x).sharding.spec) or (isinstance(x, jax.core.Tracer) and jax.device_count() > 1)
+
+
+def _in_pieces(x: Array, size: Any) -> Histogram:
+    """Run by run and piece by piece, of x [M]."""
+    if x.size % _PIECE:
+        x = jnp.pad(x, (0, -x.size % _PIECE))
+    size = jnp.asarray(size, jnp.int32)
+    if x.size <= _RUN:
+        table, high = _run(x, size)
+    else:
+        x = jnp.pad(x, (0, -x.size % _RUN)) if x.size % _RUN else x
+
+        def step(carry: Any, at: Any) -> tuple[Any, None]:
+            row, start = at
+            counts, places, high = carry
+            more, upper = _run(row, jnp.clip(size - start, 0, _RUN))
+            return (counts + more[:, 0], *add_words(places, high + upper, more[:, 1])), None
+
+        starts = jnp.arange(x.size // _RUN, dtype=jnp.int32) * _RUN
+        nothing = (jnp.zeros(BINS, jnp.uint32),) * 3
+        (*columns, high), _ = lax.scan(step, nothing, (x.reshape(-1, _RUN), starts))
+        table = jnp.stack(columns, axis=1)
+    return Histogram(table, high, _largest(x))
+
+
+def _largest(x: Array) -> Array:
+    largest = jnp.max(jnp.where(jnp.isfinite(x) & (x > 0), x, 0))
+    return lax.bitcast_convert_type(largest.astype(jnp.float32), jnp.uint32)
+
+
+def _run(x: Array, size: Array) -> tuple[Array, Array]:
+    """Of the first `size` of x [M], up to _RUN weights: the table and the high words of its places."""
+    pieces = x.reshape(-1, _PIECE)
+    last = (size + (_PIECE - 1)) >> _PIECE_BITS
+
+    def over_pieces(table: Array, update: Callable[[Array], Array]) -> Array:
+        def count(index: Array, table: Array) -> Array:
+            found = patterns(lax.dynamic_index_in_dim(pieces, index, keepdims=False))
+            return table.at[bins_of(found)].add(update(found), mode="promise_in_bounds")
+
+        return lax.fori_loop(0, last, count, table)
+
+    def count_and_place(found: Array) -> Array:
+        return jnp.stack([jnp.ones_like(found), found & ((1 << PLACE_BITS) - 1)], axis=1)
+
+    def digits(shift: int, width: int) -> Array:
+        return over_pieces(jnp.zeros(BINS, jnp.uint32), lambda found: _digits(found, shift, width))
+
+    # The padding of the last piece is zeros: their bin starts with as many less.
+    padding = (size - last * _PIECE).astype(jnp.uint32)
+    table = over_pieces(jnp.zeros((BINS, 2), jnp.uint32).at[ZERO_BIN, 0].set(padding), count_and_place)
+    return table, _high_words(x.size, table, digits)
+
+
+def _high_words(size: int, table: Array, digits: Callable[[int, int], Array]) -> Array:
+    """The multiples of 2^32 in the sums of places, where a bin is so crowded that there are any.
+
+    Args:
+        size: how many weights there are at most.
+        digits: digits(shift, width) gives the sum over each bin of the `width` bits of a place from `shift` on.
+    """
+    if size <= _UNCROWDED:
+        return jnp.zeros((), jnp.uint32)
+    counts, places = table[:, 0], table[:, 1]
+    width = 32 - size.bit_length()  # so many bits of each place sum to less than a word
+
+    def carried() -> Array:
+        low, high = jnp.zeros_like(places), jnp.zeros_like(places)
+        for shift in range(width, PLACE_BITS, width):
+            found = digits(shift, width)
+            low, high = add_words(low, high + (found >> (32 - shift)), found << shift)
+        # The lowest bits add less than 2^32, which shows as a carry.
+        return high + (places < low).astype(jnp.uint32)
+
+    return lax.cond(jnp.max(counts) > _UNCROWDED, carried, lambda: jnp.zeros_like(places))
+
+
+def _digits(found: Array, shift: int, width: int) -> Array:
+    return ((found & ((1 << PLACE_BITS) - 1)) >> shift) & ((1 << width) - 1)
+
+
+def _in_place(x: Array) -> Histogram:
+    """By scatters of the array as it is: XLA's partitioner counts each part on its device.
+
+    A copy in another shape would be gathered first.
+    """
+    found = patterns(x)
+    at, table = bins_of(found), jnp.zeros(BINS, jnp.uint32)
+    columns = jnp.ones_like(found), found & ((1 << PLACE_BITS) - 1)
+    whole = jnp.stack([table.at[at].add(each, mode="promise_in_bounds") for each in columns], axis=1)
+
+    def digits(shift: int, width: int) -> Array:
+        return table.at[at].add(_digits(found, shift, width), mode="promise_in_bounds")
+
+    return Histogram(whole, _high_words(x.size, whole, digits), _largest(x))
+
+
+def _in_parts(x: Array, mesh: Any, spec: tuple[Any, ...]) -> Histogram:
+    """Each part by its device, and the sum of all by all-reduces of tables."""
+    axes = tuple(axis for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec(*spec), out_specs=PartitionSpec(), check_vma=False)
+    def count(part: Array) -> Histogram:
+        found = _in_pieces(part.reshape(-1), part.size)
+        # Halves of words, whose sums over devices have no carries.
+        counts, places = found.table[:, 0], found.table[:, 1]
+        counts, lower, upper = lax.psum((counts, places & 0xFFFF, (places >> 16) + (found.high << 16)), axes)
+        places, high = add_words(upper << 16, upper >> 16, lower)
+        return Histogram(jnp.stack([counts, places], axis=1), high, lax.pmax(found.largest, axes))
+
+    return count(x)
+

@@ -1,0 +1,74 @@
+"""The metrics of one array, and how far they may be from exact arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+from jax import Array
+
+COVERAGES: Mapping[str, float] = {"coverage_50": 0.5, "coverage_80": 0.8, "coverage_90": 0.9}
+THRESHOLDS: Mapping[str, float] = {"sparsity_1e2": 1e-2, "sparsity_1e3": 1e-3}
+RELATIVE_THRESHOLDS: Mapping[str, float] = {"relative_sparsity_1e2": 1e-2, "relative_sparsity_1e3": 1e-3}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """Every metric of one array, each a scalar; `vmap` and `scan` put axes in front.
+
+    Fields are as the functions of `jaxeff.metrics` of the same name; `coverage_80` holds 80 % of the
+    importance, `sparsity_1e2` counts x < 1e-2. The last three are int32 counts, which stop at 2^31 - 1.
+    """
+
+    entropy: Array
+    normalized_entropy: Array
+    effective_params: Array
+    utilization: Array
+    redundancy: Array
+    gini: Array
+    coverage_50: Array
+    coverage_80: Array
+    coverage_90: Array
+    sparsity_1e2: Array
+    sparsity_1e3: Array
+    relative_sparsity_1e2: Array
+    relative_sparsity_1e3: Array
+    mean: Array
+    std: Array
+    """Population standard deviation (ddof 0)."""
+    max: Array
+    zeros: Array
+    """Entries equal to 0; -0.0 is one, the smallest subnormal is not."""
+    nonfinite: Array
+    """Entries that are no importance: nan, infinite or negative."""
+    size: Array
+    """N."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """How far each float field of `Metrics` may be from exact arithmetic on the same weights.
+
+    Relative to the exact value for effective_params, mean and max, to the exact mean for std; absolute for the
+    others. 0 where a metric stands by convention.
+    """
+
+    entropy: Array
+    normalized_entropy: Array
+    effective_params: Array
+    utilization: Array
+    redundancy: Array
+    gini: Array
+    coverage_50: Array
+    coverage_80: Array
+    coverage_90: Array
+    sparsity_1e2: Array
+    sparsity_1e3: Array
+    relative_sparsity_1e2: Array
+    relative_sparsity_1e3: Array
+    mean: Array
+    std: Array
+    max: Array

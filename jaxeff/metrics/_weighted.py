@@ -1,0 +1,178 @@
+"""The metrics of a weighted distribution: values and how many weights have each.
+
+A sorted array is one (counts of 1, and 0 where it is padded), and so are the bins of a histogram, a sketch,
+and the null of a layer. With v_1 >= v_2 >= ... the values, n their counts, N = sum n, S = sum n v and
+C_k = n_1 + ... + n_k:
+
+    entropy   ln S - (sum n v ln v) / S
+    Gini      sum n_k v_k (N - C_k - C_{k-1}) / (N S)
+    coverage  the first group at which the running sum reaches the share, and as much of it as is needed
+    std       sqrt(sum n (v - mean)^2 / N)
+
+Values are taken relative to the largest, so that no sum overflows. Written against the array API: NumPy arrays
+are summarized on the host, in the precision that they come in.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxeff.metrics._records import COVERAGES, RELATIVE_THRESHOLDS, Metrics
+from jaxeff.numerics.summation import namespace, running_total, total
+
+SHARES = tuple(COVERAGES.values())
+
+
+class Weighted(NamedTuple):
+    """A distribution of importances, relative to the largest.
+
+    Attributes:
+        values: [K], descending, 1 the largest; of a bin with several weights their mean.
+        counts: [K], floats; 0 where there is nothing.
+        low: [K], where the bin of each value begins; None where values are those of single weights.
+        width: [K], of the bin; None likewise.
+        largest: [], what the values are relative to.
+    """
+
+    values: Any
+    counts: Any
+    low: Any
+    width: Any
+    largest: Any
+
+
+class Spread(NamedTuple):
+    """How the weights of a layer are spread.
+
+    Attributes:
+        tallied: four arrays [K], of each entry how many weights are 0, no importance, below 1e-2, below 1e-3.
+    """
+
+    distribution: Weighted
+    tallied: tuple[Any, Any, Any, Any]
+
+
+def tie(dtype: Any) -> float:
+    """Sums that reach a target to this factor reach it: 8 of 10 equal weights hold 0.8."""
+    return 1 - (1e-6 if np.dtype(dtype).itemsize == 4 else 1e-12)
+
+
+def surprises(values: Any, counts: Any) -> tuple[Any, Any]:
+    """n v and n v ln v of each entry. A weight of 0 has no slope: by convention, where it would be infinite."""
+    xp = namespace(values)
+    positive = values > 0
+    held = xp.where(positive, values, 0) * counts
+    return held, held * xp.log(xp.where(positive, values, 1))
+
+
+def reached(values: Any, counts: Any, through: Any, targets: Any, largest: Any = None) -> Any:
+    """For each of the targets [T], how many of the largest weights sum to it, of descending values [K].
+
+    Args:
+        through: [K], the running sum of n v.
+        largest: [K], what to take the weights of the group for that reaches the target; their mean by default.
+    """
+    xp = namespace(values)
+    held, most = counts * values, values if largest is None else largest
+    short = through[None] < targets[:, None]  # groups that are needed whole, and are not enough
+    whole, before = (total(xp.where(short, part[None], 0)) for part in (counts, held))
+    value = xp.max(xp.where(short | (counts == 0)[None], 0, most[None]), axis=-1)
+    more = xp.ceil((targets - before) / xp.where(value > 0, value, 1) - 1e-3)
+    return whole + xp.maximum(more, 1)
+
+
+def sums_of(spread: Spread) -> Any:
+    """The sums that every metric is a formula of, [16]: see `metrics_of`."""
+    (values, counts, _, _, largest), tallied = spread
+    xp, dtype = namespace(values), values.dtype
+    held, surprise = surprises(values, counts)
+    # Of the values as they are, for Gini and mean have slopes at 0.
+    running, through = running_total(counts), running_total(counts * values)
+    size, sum_ = running[-1], through[-1]
+    mean = sum_ / size
+    below = [_below(spread.distribution, mean, threshold) for threshold in RELATIVE_THRESHOLDS.values()]
+    # Of each group, the fraction of weights after it less that before it.
+    balance = 1 - (2 * running - counts) / size
+    terms = [held, surprise, counts * values * balance, counts * (values - mean) ** 2]
+    sums = xp.stack([total(term) for term in (*terms, *(counts * part for part in below), *tallied)])
+    targets = xp.asarray(SHARES, dtype=dtype) * (tie(dtype) * sum_)
+    found = reached(values, counts, through, targets)
+    return xp.concatenate([xp.stack([size, sum_, largest]), sums[:6], found, sums[6:]])
+
+
+def _below(distribution: Weighted, mean: Any, threshold: float) -> Any:
+    """The fraction of each group that lies below the threshold times the mean, by interpolation in its bin."""
+    values, counts, low, width, _ = distribution
+    xp = namespace(values)
+    limit = threshold * tie(values.dtype) * mean
+    below = (values < limit).astype(values.dtype)
+    if width is None:
+        return below
+    # Evenly spread about their mean, as far as the bin goes: at its edge all are equal.
+    reach = xp.minimum(values - low, low + width - values)
+    inside = xp.clip((limit - values) / xp.where(reach > 0, 2 * reach, 1) + 0.5, 0, 1)
+    return xp.where((counts > 1) & (reach > 0), inside, below)
+
+
+def metrics_of(sums: Any, integers: Any = None, squares: Any = None) -> Metrics:
+    """The metrics, also of several layers stacked.
+
+    Args:
+        sums: [..., 16], from `sums_of`.
+        integers: [..., 3], int32, zeros, entries that are no importance, and all; where they are known exactly.
+        squares: [...], sum (v - mean)^2 relative to the largest, where the distribution is known by its bins alone
+            and the single weights are at hand.
+    """
+    xp = namespace(sums)
+    size, sum_, largest, present, surprise, gaps, off, *rest = (sums[..., i] for i in range(16))
+    squares = off if squares is None else squares
+    below, reached, (zeros, invalid, *sparse) = rest[:2], rest[2:5], rest[5:]
+    alive = sum_ > 0
+    mean = sum_ / size
+    varies = squares > 0
+    deviation = xp.where(varies, xp.sqrt(xp.where(varies, squares, 1) / size), 0)
+    floats = [
+        *information(size, present, surprise),
+        xp.where(alive, xp.maximum(gaps, 0) / xp.where(alive, sum_, 1), math.nan),
+        *(xp.where(alive, xp.minimum(k, size) / size, math.nan) for k in reached),
+        *(count / size for count in sparse),
+        *(xp.where(alive, part / size, 1) for part in below),
+        mean * largest,
+        deviation * largest,
+        largest,
+    ]
+    if integers is None:
+        integers = xp.stack([zeros, invalid, size], axis=-1).astype(np.int32)
+    return Metrics(*(xp.where(invalid > 0, math.nan, column) for column in floats), *(integers[..., i] for i in range(3)))
+
+
+class Information(NamedTuple):
+    """Entropy and its kin."""
+
+    entropy: Any
+    normalized_entropy: Any
+    effective_params: Any
+    utilization: Any
+    redundancy: Any
+
+
+def information(size: Any, sum_: Any, surprise: Any) -> Information:
+    """From N, S = sum n v and sum n v ln v, v relative to the largest."""
+    xp = namespace(sum_)
+    alive = sum_ > 0
+    sum_ = xp.where(alive, sum_, 1)
+    log_size = xp.log(size)
+    # Rounding must not lift it above that of equal weights, nor below that of a single one.
+    entropy = xp.clip(xp.log(sum_) - surprise / sum_, 0, log_size)
+    normalized = xp.where(size > 1, entropy / xp.where(size > 1, log_size, 1), 1)
+    used = xp.exp(entropy - log_size)
+    return Information(
+        xp.where(alive, entropy, math.nan),
+        xp.where(alive, normalized, math.nan),
+        xp.where(alive, used * size, 0),
+        xp.where(alive, used, 0),
+        xp.where(alive, 1 - normalized, 1),
+    )

@@ -1,0 +1,368 @@
+"""Metrics of weights of any number, from one pass: `count` counts, `merge` adds, `summarize` tells.
+
+whole = count(x)                         one pass
+whole = merge(count(part), count(other)) the same to the bit, however x is cut
+metrics, bounds = summarize(whole)       each metric, and how far off it may be
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxeff.metrics._checks import checked
+from jaxeff.metrics._histogram import (
+    BELOW_BINS,
+    COLUMNS,
+    INVALID_BIN,
+    LIMITS,
+    PLACE_BITS,
+    ROWS,
+    ZERO_BIN,
+    Histogram,
+    histogram,
+    may_lie_in_parts,
+)
+from jaxeff.metrics._order import importances, relative
+from jaxeff.metrics._records import RELATIVE_THRESHOLDS, Bounds, Metrics
+from jaxeff.metrics._weighted import SHARES, Spread, Weighted, metrics_of, reached, sums_of
+from jaxeff.numerics.summation import namespace, running_total, total
+
+# What is read of a sketch: whole bins of the 28 octaves up to the largest weight, then 8 bins at a time. What
+# lies 2^60 below the largest weight counts as 0.
+_FINE, _COARSE, _POOLED = 28, 32, 8
+ENTRIES = _FINE * COLUMNS + _COARSE * COLUMNS // _POOLED
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+    """Counts of an array's bit patterns: unsigned integers, exact for up to 2^40 weights, 2 MB.
+
+    Bins are the first 17 bits of a float32's pattern. Adding two sketches (`merge`) gives that of both arrays.
+    Of the last 512 bins, which no number has, the first holds the entries that are no importance, the second
+    zeros, and the next two those that share a bin with 1e-2 and 1e-3 and are below.
+    """
+
+    bins: Array
+    """[131072, 4], of each bin its weights, and the sum of their patterns' last 14 bits: low and high words."""
+    size: Array
+    """[2], entries: low and high word."""
+    largest: Array
+    """[], the largest bit pattern."""
+
+
+@jax.jit
+def count(x: ArrayLike, size: ArrayLike | None = None) -> Sketch:
+    """Counts of x [...], in one pass; without derivatives.
+
+    The bin of a weight is its bit pattern >> 14, its place in it the last 14 bits. An entry that is no
+    importance (nan, infinite or negative) makes every float metric nan. Values are taken as float32, which
+    the narrower dtypes fit exactly and others are rounded to.
+
+    Args:
+        x: [...], importances, at most 2^31 - 1.
+        size: [], an integer, which may be traced: only so many of the first entries of x.ravel() count, and
+            the others must be 0.
+
+    Raises:
+        ValueError: x is empty, or too large for one pass.
+        TypeError: x is no array, or one of booleans or complex numbers.
+
+    >>> metrics, bounds = summarize(count(jnp.array([4.0, 3.0, 2.0, 1.0])))
+    >>> metrics.coverage_90, bounds.coverage_90 < 1e-5
+    (Array(0.75, dtype=float32), Array(True, dtype=bool))
+    """
+    x = checked(x)
+    if x.size >= 2**31:
+        raise ValueError(
+            f"`x` must have fewer than 2^31 entries; got {x.shape}. Use `merge` on sketches of parts."
+        )
+    x = lax.stop_gradient(x)
+    return of_histogram(histogram(x, size), x.size if size is None else size)
+
+
+def of_histogram(found: Histogram, size: Any) -> Sketch:
+    xp = namespace(found.table)
+    counts, places = found.table[:, 0], found.table[:, 1]
+    bins = xp.stack([counts, xp.zeros_like(counts), places, xp.broadcast_to(found.high, counts.shape)], axis=1)
+    return Sketch(bins, xp.stack([xp.asarray(size).astype(np.uint32), np.uint32(0)]), found.largest)
+
+
+@jax.jit
+def merge(a: Sketch, b: Sketch) -> Sketch:
+    """The sketch of two arrays together, to the bit.
+
+    Bins add, a + b, so that order and grouping change nothing.
+
+    Raises:
+        TypeError: a or b is no sketch.
+
+    >>> parts = count(jnp.array([4.0, 3.0])), count(jnp.array([2.0, 1.0]))
+    >>> summarize(merge(*parts))[0].size
+    Array(4, dtype=int32)
+    """
+    if not (isinstance(a, Sketch) and isinstance(b, Sketch)):
+        kinds = f"{type(a).__name__} and {type(b).__name__}"
+        raise TypeError(f"`a` and `b` must be two sketches, from `count`; got {kinds}.")
+    return Sketch(
+        _added(a.bins, b.bins),
+        _added(a.size, b.size),
+        jnp.maximum(a.largest, b.largest),
+    )
+
+
+def _added(a: Array, b: Array) -> Array:
+    """Sums of numbers [..., 2 n] of low and high words in turn."""
+    pairs = (*a.shape[:-1], -1, 2)
+    a, b = a.reshape(pairs), b.reshape(pairs)
+    low = a[..., 0] + b[..., 0]
+    high = a[..., 1] + b[..., 1] + (low < a[..., 0])
+    return namespace(a).stack([low, high], axis=-1).reshape(*a.shape[:-2], -1)
+
+
+@jax.jit
+def summarize(sketch: Sketch) -> tuple[Metrics, Bounds]:
+    """Every metric of the weights of a sketch, and how far it may be from exact arithmetic on them.
+
+    |metric - exact| <= bound, or <= bound * exact where `Bounds` says so. Counts are exact up to 2^31 - 1,
+    where they stop. Bounds are wide where many weights share a bin, as in a layer of nearly equal weights.
+
+    Raises:
+        TypeError: it is no sketch.
+
+    >>> metrics, bounds = summarize(count(jnp.array([3.0, 1.0, 0.0, 0.0])))
+    >>> metrics.gini, bounds.gini < 1e-5
+    (Array(0.625, dtype=float32), Array(True, dtype=bool))
+    """
+    if not isinstance(sketch, Sketch):
+        raise TypeError(f"`sketch` must be a Sketch, from `count`; got {type(sketch).__name__}.")
+    return _summary(sketch, np.float32)
+
+
+def on_host(sketch: Sketch) -> tuple[Metrics, Bounds]:
+    """The same of a sketch whose arrays are NumPy's: in float64, and compiling nothing."""
+    return _summary(sketch, np.float64)
+
+
+def _summary(sketch: Sketch, dtype: Any) -> tuple[Metrics, Bounds]:
+    spread = spread_of(sketch, dtype)
+    metrics = metrics_of(sums_of(spread), integers_of(sketch))
+    return metrics, _bounds(sketch, spread.distribution, metrics)
+
+
+def spread_of(sketch: Sketch, dtype: Any = np.float32) -> Spread:
+    """How the weights of a sketch are spread; on the host where its arrays are NumPy's."""
+    xp = namespace(sketch.bins)
+    zeros, invalid = (_float(sketch.bins[at, :2], dtype) for at in (ZERO_BIN, INVALID_BIN))
+    # Those that a threshold keeps apart from the others of their bin are below the larger threshold, too.
+    apart = [_float(sketch.bins[at, :2], dtype) for at in BELOW_BINS]
+    below = [
+        total(_float(sketch.bins[: limit >> PLACE_BITS, :2], dtype))
+        + zeros
+        + sum(part for part, other in zip(apart, LIMITS, strict=True) if other <= limit)
+        for limit in LIMITS
+    ]
+    # They are of no entry in particular.
+    first, *tallied = (xp.pad(tally[None], (0, ENTRIES - 1)) for tally in (zeros, invalid, *below))
+    return Spread(weighted(sketch, dtype), (first, *tallied))
+
+
+def integers_of(sketch: Sketch) -> Any:
+    """[3], zeros, entries that are no importance, and all: exact up to 2^31 - 1, where they stop."""
+    most, xp = np.uint32(2**31 - 1), namespace(sketch.bins)
+    words = xp.stack([sketch.bins[ZERO_BIN, :2], sketch.bins[INVALID_BIN, :2], sketch.size])
+    return xp.where(words[:, 1] > 0, most, xp.minimum(words[:, 0], most)).astype(np.int32)
+
+
+def squares_of(x: Array, size: Any = None) -> Array:
+    """sum (x - mean)^2 relative to the largest, of x [...] or of the first `size` entries of x [M].
+
+    Bins tell it to their width only, which is too little for weights that are nearly equal.
+    """
+    x = lax.stop_gradient(x)
+    bits, invalid = importances(x)
+    x = jnp.where(invalid, 0, x)
+    y, _ = relative(x, jnp.max(x), bits, jnp.max(bits))
+    count = x.size if size is None else size
+    off = y - _sum(y) / jnp.asarray(count).astype(y.dtype)
+    if size is not None:
+        off = jnp.where(jnp.arange(x.size, dtype=jnp.int32) < size, off, 0)
+    return _sum(jnp.square(off))
+
+
+def _sum(x: Array) -> Array:
+    """In levels: axis by axis, where x may lie in parts that another shape would gather."""
+    if x.ndim == 1 and not may_lie_in_parts(x):
+        return total(x)
+    while x.ndim:
+        x = jnp.sum(x, axis=-1)
+    return x
+
+
+def _float(words: Any, dtype: Any) -> Any:
+    return words[..., 0].astype(dtype) + words[..., 1].astype(dtype) * 2.0**32
+
+
+def weighted(sketch: Sketch, dtype: Any = np.float32) -> Weighted:
+    """The distribution of a sketch: [16384] means of bins, the largest first, then zeros."""
+    xp = namespace(sketch.bins)
+    largest = _largest_of(sketch)
+    rows = _FINE + _COARSE
+    last = (largest >> 23).astype(np.int32)
+    first = xp.maximum(last + 1 - rows, 0)  # of the octaves that are read
+    exponent = first + xp.arange(rows, dtype=np.int32)
+    counts, places = _octaves(sketch, first, rows, dtype)
+    # Nothing is above the largest weight: rows of smaller ones are moved up to end with its octave.
+    above = first + rows - 1 - last
+    if xp is jnp or above:
+        counts, places, exponent = (xp.roll(part, above, axis=0) for part in (counts, places, exponent))
+        exponent = xp.where(xp.arange(rows) < above, -1, exponent)
+
+    # Relative to the octave of the largest weight. Subnormals have the octave above them, and no leading 1.
+    octave = _power_of_two(xp.maximum(exponent, 1) - xp.maximum(last, 1), dtype, xp)[:, None]
+    leading = (exponent > 0).astype(dtype)[:, None]
+    step = 1 / COLUMNS
+    start = (leading + xp.arange(COLUMNS, dtype=dtype)[None] * step) * octave
+    start = xp.where(exponent[:, None] < 0, 0, start)
+    width = xp.broadcast_to(octave * step, start.shape)
+    mean = start + width * (places / xp.where(counts > 0, counts, 1)) / (1 << PLACE_BITS)
+    whole = mean, counts, start, width
+    coarse = _pooled(*(part[:_COARSE] for part in whole))
+    values, counts, start, width = (
+        xp.concatenate([rough, part[_COARSE:].reshape(-1)])[::-1]
+        for rough, part in zip(coarse, whole, strict=True)
+    )
+    top = _largest_mantissa(largest, dtype, xp)
+    zero = _float(sketch.size, dtype) - total(counts) - _float(sketch.bins[INVALID_BIN, :2], dtype)
+    # The last entry stands for zeros and all that is as good as 0.
+    nothing = xp.zeros(1, dtype)
+    values, start, width = (xp.concatenate([part[:-1], nothing]) / top for part in (values, start, width))
+    counts = xp.concatenate([counts[:-1], xp.maximum(zero + counts[-1:], 0)])
+    return Weighted(xp.minimum(values, 1), counts, start, width, _float_of(largest, dtype))
+
+
+def _octaves(sketch: Sketch, first: Any, rows: int, dtype: Any) -> tuple[Any, Any]:
+    """Counts and sums of places of all bins of `rows` exponents, [rows, 512]."""
+    table = sketch.bins.reshape(ROWS, COLUMNS, 4)
+    if isinstance(table, np.ndarray):
+        read = table[int(first) : int(first) + rows]
+    else:
+        read = lax.dynamic_slice(table, (first, np.int32(0), np.int32(0)), (rows, COLUMNS, 4))
+    parts = []
+    for column in (0, 2):
+        part = _float(read[..., column : column + 2], dtype).reshape(-1)
+        for limit, apart in zip(LIMITS, BELOW_BINS, strict=True):
+            # Those below a threshold go back to their bin.
+            at = (limit >> PLACE_BITS) - first * COLUMNS
+            more = _float(sketch.bins[apart, column : column + 2], dtype)
+            if not isinstance(part, np.ndarray):
+                part = part.at[_in_bounds(at)].add(more, mode="drop")
+            elif 0 <= at < part.size:
+                part[at] += more
+        parts.append(part.reshape(rows, COLUMNS))
+    return parts[0], parts[1]
+
+
+def _in_bounds(at: Array) -> Array:
+    """Negative indices count from the end, and are none here."""
+    return jnp.where(at < 0, np.int32(2**30), at)
+
+
+def _largest_of(sketch: Sketch) -> Any:
+    """The largest bit pattern; of subnormals alone the last of the highest bin that has any."""
+    xp = namespace(sketch.bins)
+    used = (sketch.bins[:COLUMNS, 0] | sketch.bins[:COLUMNS, 1]) > 0
+    highest = xp.max(xp.where(used, xp.arange(1, COLUMNS + 1, dtype=np.uint32), 0)) << PLACE_BITS
+    return xp.where(sketch.largest > 0, sketch.largest, xp.maximum(highest, 1).astype(np.uint32) - 1)
+
+
+def _power_of_two(exponent: Any, dtype: Any, xp: Any) -> Any:
+    return xp.ldexp(xp.ones(exponent.shape, dtype), exponent)
+
+
+def _largest_mantissa(largest: Any, dtype: Any, xp: Any) -> Any:
+    """The largest weight over 2^its octave."""
+    fraction = (largest & np.uint32((1 << 23) - 1)).astype(dtype) * 2.0**-23
+    mantissa = fraction + (largest >= 1 << 23).astype(dtype)
+    return xp.where(largest > 0, mantissa, 1)
+
+
+def _float_of(largest: Any, dtype: Any) -> Any:
+    if isinstance(largest, (np.ndarray, np.generic)):
+        return np.asarray(largest).view(np.float32).astype(dtype)
+    return lax.bitcast_convert_type(largest, jnp.float32)
+
+
+def _pooled(mean: Any, counts: Any, start: Any, width: Any) -> tuple[Any, Any, Any, Any]:
+    """Eight bins as one."""
+    xp = namespace(mean)
+    mean, counts, start, width = (part.reshape(-1, _POOLED) for part in (mean, counts, start, width))
+    whole = total(counts)
+    first = start[:, 0]
+    # About the start, for the means to keep their digits.
+    above = total(counts * (mean - start[:, :1])) / xp.where(whole > 0, whole, 1)
+    return first + above, whole, first, total(width)
+
+
+def _bounds(sketch: Sketch, distribution: Weighted, metrics: Metrics) -> Bounds:
+    """How far each metric may be off: what lies in a bin is known by its number and mean alone.
+
+    With n weights between a and a + w, m their mean: v ln v sums to at most n w^2 / (8 a) more than n m ln m, and
+    to n w / e more;
+    differences of pairs to at most n^2 w / 2; squares to at most n w^2 / 4 more than n m^2; and the k largest
+    to k (a + w) at most, and k m at least.
+    """
+    values, counts, low, width, _ = distribution
+    xp, dtype = namespace(values), values.dtype
+    # Results are float32 even where they were computed in float64.
+    rounding = 2e-6 if np.dtype(dtype).itemsize == 4 else 2e-7
+    running, through = running_total(xp.stack([counts, counts * values]))
+    size, sum_ = running[-1], xp.where(through[-1] > 0, through[-1], 1)
+    mean = sum_ / size
+    log_size = xp.log(xp.maximum(size, 2))
+    several = xp.where(counts > 1, counts, 0)
+    zeros = _float(sketch.bins[ZERO_BIN, :2], dtype)
+    # The share of what is so far below the largest that it counts as 0.
+    faint = xp.maximum(counts[-1] - zeros, 0) * 2.0 ** (1 - _FINE - _COARSE) / sum_
+    slack = 2 * (rounding + faint)
+    ends = xp.where(counts > 1, low + width, values)
+    starts = xp.where(counts > 1, low, values)
+    limits = [threshold * mean for threshold in RELATIVE_THRESHOLDS.values()]
+    within = [(starts <= limit * (1 + slack)) & (ends >= limit * (1 - slack)) for limit in limits]
+    # From 0 on v ln v hangs at most w / e below its chord.
+    spread = several * xp.where(low > 0, xp.minimum(width / (8 * xp.where(low > 0, low, 1)), 0.37), 0.37) * width
+    squares = counts * (values - mean) ** 2
+    parts = [spread, several * several * width, several * width * width, squares]
+    sums = total(xp.stack(parts + [xp.where(inside, counts, 0) for inside in within]))
+    entropy = sums[0] / sum_ + 2 * faint * (log_size + 70) + rounding * xp.maximum(1, metrics.entropy)
+    gini = sums[1] / (4 * size * sum_) + 2 * faint + rounding
+    deviation = xp.sqrt(sums[3] / size)
+    std = (xp.sqrt(deviation**2 + sums[2] / (4 * size)) - deviation + 1e-5 * deviation) / mean + 1e-6 + faint
+    targets = xp.asarray(SHARES, dtype=dtype) * sum_
+    fewest = reached(values, counts, through, targets * (1 - slack), ends)
+    most = reached(values, counts, through, targets * (1 + slack))
+    exact = xp.asarray(rounding, dtype=dtype)
+    found = [
+        entropy,
+        entropy / log_size + rounding,
+        xp.expm1(xp.minimum(entropy, 80)) + rounding,
+        entropy + rounding,
+        entropy / log_size + rounding,
+        gini,
+        *((xp.minimum(most, size) - xp.minimum(fewest, size)) / size + rounding),
+        exact,
+        exact,
+        *(sums[4:] / size + rounding),
+        rounding + faint,
+        std,
+        exact,
+    ]
+    stands = (through[-1] > 0) & (_float(sketch.bins[INVALID_BIN, :2], dtype) == 0)
+    return Bounds(*(xp.where(stands, bound, 0).astype(np.float32) for bound in found))

@@ -1,0 +1,152 @@
+"""The null of a layer: the metrics of the scores that noise would have in place of its weights.
+
+Scores are proportional to a power of |w|, and what they are multiplied by is what was seen of the layer: its
+factors. Noise is independent of them, so that its scores are the products of the factors and of |z|^power, z
+normal. The utilization of such products is the product of both utilizations; Gini and coverages are those of a
+sample of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeff.importance import Criterion, magnitude, over_uses
+from jaxeff.metrics._order import importances
+from jaxeff.metrics._records import COVERAGES
+from jaxeff.metrics._weighted import Weighted, information, surprises
+from jaxeff.numerics.placement import replicated
+from jaxeff.numerics.precision import wide
+from jaxeff.numerics.summation import float_of, namespace, total
+from jaxeff.records import Null
+from jaxeff.statistics import Derivatives, SiteStatistics
+
+_PROFILE, _RUN, _CELLS = 1 << 12, 1 << 5, 1 << 5
+SIZE = _PROFILE // _RUN * _CELLS
+# exp(H) / N of |z| and of z^2: closed forms of the entropy of a half-normal and of a chi-squared variable.
+_EULER = 0.5772156649015329
+_UTILIZATION = {
+    1: math.sqrt(2 / math.pi) * math.exp(-(math.log(2) - _EULER) / 2),
+    2: math.exp(-(2 - math.log(2) - _EULER)),
+}
+
+
+def is_sampled(criterion: Criterion) -> bool:
+    """Whether there is a null, and it depends on what was seen."""
+    return criterion.null_power is not None and criterion.function is not magnitude
+
+
+def factors_of(
+    criterion: Criterion,
+    weight: jax.Array,
+    sites: Sequence[SiteStatistics],
+    derivatives: Derivatives,
+    usable: jax.Array,
+) -> jax.Array:
+    """The factors that the criterion puts on the weights of a layer, whatever these are.
+
+    Args:
+        criterion: one that has a `null_power`.
+        usable: [], False to take magnitudes instead.
+
+    Returns:
+        [n], n up to 4096, evenly spread over the layer.
+    """
+    one = jnp.ones((1,) * weight.ndim, wide(weight.dtype))
+    factor = one
+    if sites or not criterion.reads_activations:
+        # A weight of ones, of size 1 on every axis, leaves the factor alone, and as small as it is.
+        factor = over_uses(criterion, one, sites, derivatives)
+    factors = jnp.ravel(replicated(jnp.where(usable, factor, 1).astype(wide(weight.dtype))))
+    return factors if factors.size <= _PROFILE else profile_of(factors)
+
+
+def profile_of(factors: Any) -> Any:
+    """[..., 4096], spread evenly over the factors [..., n], each about as often."""
+    return factors[..., np.arange(_PROFILE) * factors.shape[-1] // _PROFILE]
+
+
+def sample_of(criterion: Criterion, factors: Any, usable: Any) -> Weighted:
+    """Scores of noise under the factors of one layer, [4096] and descending.
+
+    Factors are sorted and averaged 32 at a time, and the noise is cut into 32 equally likely cells, each at its
+    mean: Gini and coverages are those of infinitely many weights to 2e-3.
+
+    Args:
+        factors: from `factors_of`; on the host where they are NumPy's.
+    """
+    xp, factors = namespace(factors), profile_of(factors)
+    runs = xp.mean(_in_order(_relative(factors)).reshape(-1, _RUN), axis=1)
+    nodes = xp.where(usable, _half_normal(_power(criterion)), _half_normal(1)).astype(factors.dtype)
+    sample = _in_order(xp.ravel(runs[:, None] * nodes[None]))[::-1]
+    sample = sample / xp.where(sample[0] > 0, sample[0], 1)
+    return Weighted(sample, xp.ones_like(sample), sample, xp.zeros_like(sample), sample[0])
+
+
+def null_of(criterion: Criterion, factors: Any, usable: Any, sums: Any) -> Null:
+    """The null, also of several layers stacked.
+
+    Args:
+        factors: [..., n].
+        sums: [..., 12], of the samples, from `sums_of`.
+    """
+    xp = namespace(factors)
+    held = [total(part) for part in surprises(_relative(factors), xp.ones_like(factors))]
+    used = information(xp.full_like(held[0], factors.shape[-1]), *held).utilization
+    used = used * xp.where(usable, _UTILIZATION[_power(criterion)], _UTILIZATION[1])
+    alive = sums[..., 1] > 0
+    gini = xp.where(alive, sums[..., 5] / xp.where(alive, sums[..., 1], 1), math.nan)
+    coverages = [xp.where(alive, sums[..., i] / sums[..., 0], math.nan) for i in (9, 10, 11)]
+    return Null(used, gini, *coverages)
+
+
+def _relative(factors: Any) -> Any:
+    xp = namespace(factors)
+    largest = xp.max(factors, axis=-1, keepdims=True)
+    return factors / xp.where(largest > 0, largest, 1)
+
+
+def _power(criterion: Criterion) -> int:
+    assert criterion.null_power is not None
+    return criterion.null_power
+
+
+def _in_order(x: Any) -> Any:
+    """Ascending, of what is not negative."""
+    if namespace(x) is np:
+        return np.sort(x)
+    # A constant, as the factors of a magnitude are, XLA would sort while compiling: in a second.
+    bits, _ = importances(jax.lax.optimization_barrier(x))
+    return float_of(jnp.sort(bits))
+
+
+@functools.cache
+def of_magnitude() -> Null:
+    """The null of magnitudes, the same for every layer: closed forms of a half-normal distribution.
+
+    Gini is sqrt(2) - 1; the largest |z| > t hold exp(-t^2 / 2) of the sum.
+    """
+    normal = NormalDist()
+    coverages = [2 * (1 - normal.cdf(math.sqrt(-2 * math.log(share)))) for share in COVERAGES.values()]
+    return Null(*(np.float32(value) for value in (_UTILIZATION[1], math.sqrt(2) - 1, *coverages)))
+
+
+@functools.cache
+def _half_normal(power: int) -> np.ndarray:
+    """The means of |z|^power (1 or 2), z normal, in equally likely cells."""
+    normal = NormalDist()
+    edges = np.array([normal.inv_cdf(0.5 + 0.5 * cell / _CELLS) for cell in range(_CELLS)])
+    density = np.array([*map(normal.pdf, edges), 0.0])
+    if power == 1:
+        means = 2 * _CELLS * (density[:-1] - density[1:])
+    else:
+        moment = np.append(edges * density[:-1], 0.0)
+        means = 1 + 2 * _CELLS * (moment[:-1] - moment[1:])
+    return means.astype(np.float32)

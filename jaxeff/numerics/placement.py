@@ -1,0 +1,55 @@
+"""Where arrays lie, and what that asks of a computation. Imports nothing of jaxeff."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def each_row(function: Callable[[Any], Any], rows: Any) -> Any:
+    """The function of every row of a tree of arrays.
+
+    On a CPU one row after the other: rows stay in its cache, and a loop compiles to less. On an accelerator all
+    at once: there every step of a loop starts kernels of its own, which takes longer than to run them.
+    """
+    return lax.platform_dependent(
+        rows, cpu=lambda rows: lax.map(function, rows), default=lambda rows: jax.vmap(function)(rows)
+    )
+
+
+def replicated(x: Array) -> Array:
+    """x whole on every device, where its sharding is part of its type; x itself where XLA is to decide."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in getattr(sharding.mesh, "axis_types", ()) or not any(sharding.spec):
+        return x
+    return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim))
+
+
+def to_host(tree: Any) -> Any:
+    """The arrays of a tree as NumPy's, also where a part of them lies with another process."""
+    leaves, structure = jax.tree.flatten(tree)
+    scattered = [
+        at for at, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not _is_here(leaf)
+    ]
+    for at in scattered:
+        mesh = leaves[at].sharding.mesh
+        whole = NamedSharding(mesh, PartitionSpec())
+        leaves[at] = jax.jit(jnp.copy, out_shardings=whole)(leaves[at])
+    return structure.unflatten([np.asarray(leaf) for leaf in jax.device_get(leaves)])
+
+
+def _is_here(array: Array) -> bool:
+    return array.is_fully_addressable or array.is_fully_replicated
+
+
+def on_host_if_concrete(tree: Any) -> Any:
+    """The tree on the host, and as it is where it is traced."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        return tree
+    return to_host(tree)
