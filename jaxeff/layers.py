@@ -32,7 +32,7 @@ from jaxeff.metrics._weighted import Spread, information, metrics_of, sums_of, s
 from jaxeff.numerics.placement import each_row, replicated, to_host
 from jaxeff.numerics.precision import wide, widened
 from jaxeff.numerics.summation import namespace, total
-from jaxeff.records import Activity, LayerNumbers, LayerStructure, none_of
+from jaxeff.records import Activity, LayerNumbers, LayerStructure, Null, none_of
 from jaxeff.statistics import (
     AttentionStatistics,
     Derivatives,
@@ -443,14 +443,15 @@ def _finish(
         if metrics.std < _NEARLY_EQUAL * metrics.mean:
             # Bins are too wide to tell the deviation of weights that are nearly equal.
             metrics = metrics_of(sums, integers, to_host(_squares(criterion, arrays, at, reduced.usable)))
-    sample = None
+    noise = None
     if null.is_sampled(criterion):
-        noise = null.sample_of(criterion, reduced.factors.astype(np.float64), reduced.usable)
-        sample = sums_of(Spread(noise, (np.zeros(null.SIZE),) * 4))
+        factors = reduced.factors.astype(np.float64)
+        sample = Spread(null.sample_of(criterion, factors, reduced.usable), (np.zeros(null.SIZE),) * 4)
+        noise = null.null_of(criterion, null.utilization_of(factors), reduced.usable, sums_of(sample))
     effective = effective_units(reduced.units.astype(np.float64), reduced.units.ndim)
     # The largest tells whether there are any.
     nonfinite = np.int32(0) if np.isfinite(reduced.largest) else to_host(_nonfinite_of(arrays, at))
-    numbers = _numbers(criterion, metrics, sample, effective, reduced, nonfinite, cells)
+    numbers = _numbers(criterion, metrics, noise, effective, reduced, nonfinite, cells)
     dtype = reduced.units.dtype
     return jax.tree.map(lambda part: _narrowed(part, dtype), numbers), _units_of(reduced, layer.size)
 
@@ -466,7 +467,7 @@ def _narrowed(number: Any, dtype: Any) -> np.ndarray:
 def _numbers(
     criterion: Criterion,
     metrics: Metrics,
-    sample: Any,
+    noise: Null | None,
     effective_units: Any,
     reduced: Reduced,
     nonfinite: Any,
@@ -475,13 +476,10 @@ def _numbers(
     """The numbers of one layer, or of several stacked.
 
     Args:
-        sample: the sums of the samples of noise; None where the null is not sampled.
+        noise: the null where it is sampled.
     """
     xp = namespace(metrics.utilization)
-    noise = None
-    if sample is not None:
-        noise = null.null_of(criterion, reduced.factors, reduced.usable, sample)
-    elif criterion.null_power is not None:
+    if noise is None and criterion.null_power is not None:
         noise = jax.tree.map(lambda value: xp.full_like(metrics.utilization, value), null.of_magnitude())
     units = xp.where(effective_units > 0, effective_units, 1)
     return LayerNumbers(
@@ -543,6 +541,8 @@ class _Row(NamedTuple):
     squares: Any  # of a counted layer
     integers: Any  # of a counted layer
     reduced: Reduced
+    noise: Spread | None  # a sample of it, to be read with the others
+    factors_used: Any
     effective_units: Any
     nonfinite: Any
 
@@ -599,7 +599,11 @@ def _rows_alike(criterion: Criterion, layers: Sequence[Layer], curves: bool, in_
 
 def _row(criterion: Criterion, layer: Layer, arrays: Arrays, curves: bool, in_order: bool) -> _Row:
     scores, reduced = _reduce(criterion, arrays, _seen(criterion, arrays.sites))
-    rest = reduced, effective_units(reduced.units, reduced.units.ndim), _nonfinite(arrays.weight)
+    noise, used = None, None
+    if null.is_sampled(criterion):
+        noise, used = _noise(criterion, reduced), null.utilization_of(reduced.factors)
+    units = effective_units(reduced.units, reduced.units.ndim)
+    rest = reduced._replace(factors=None), noise, used, units, _nonfinite(arrays.weight)
     if _is_small(layer):
         return _Row(_padded(scores, SMALL), None, None, None, None, *rest)
     if in_order or _is_sorted(layer):
@@ -623,7 +627,7 @@ def _joined(criterion: Criterion, rows: Sequence[_Row], sizes: Sequence[int], cu
         spreads |= zip(short, _split(found, [len(lengths[at]) for at in short]), strict=True)
     waiting = [*spreads.values()]
     if null.is_sampled(criterion):
-        waiting.append(each_row(lambda row: _noise(criterion, row), (reduced.factors, reduced.usable)))
+        waiting += [row.noise for row in rows if row.noise is not None]
     parts = [len(spread.distribution.largest) for spread in waiting]
     joint = each_row(lambda spread: _read(spread, curves), _concatenated(waiting)) if waiting else None
     read_parts = _split(joint, parts)
@@ -633,14 +637,18 @@ def _joined(criterion: Criterion, rows: Sequence[_Row], sizes: Sequence[int], cu
         metrics_of(reads[at].sums, row.integers, row.squares) for at, row in enumerate(rows)
     ]
     cells = jnp.concatenate([reads[at].cells for at in range(len(rows))]) if curves else None
-    sample = read_parts[-1].sums if null.is_sampled(criterion) else None
+    noise = None
+    if null.is_sampled(criterion):
+        used = jnp.concatenate([row.factors_used for row in rows])
+        sums = jnp.concatenate([read.sums for read in read_parts[len(spreads) :]])
+        noise = null.null_of(criterion, used, reduced.usable, sums)
     effective, nonfinite = _concatenated([(row.effective_units, row.nonfinite) for row in rows])
-    return _numbers(criterion, _concatenated(metrics), sample, effective, reduced, nonfinite, cells)
+    return _numbers(criterion, _concatenated(metrics), noise, effective, reduced, nonfinite, cells)
 
 
-def _noise(criterion: Criterion, factors_and_usable: tuple[jax.Array, jax.Array]) -> Spread:
+def _noise(criterion: Criterion, reduced: Reduced) -> Spread:
     """A sample of noise with as many entries as other rows have."""
-    sample = null.sample_of(criterion, *factors_and_usable)
+    sample = null.sample_of(criterion, reduced.factors, reduced.usable)
     spread = Spread(sample, (jnp.zeros_like(sample.values),) * 4)
     return jax.tree.map(lambda part: jnp.pad(part, (0, SMALL - null.SIZE)) if part.ndim else part, spread)
 

@@ -90,21 +90,26 @@ def sample_of(criterion: Criterion, factors: Any, usable: Any) -> Weighted:
     return Weighted(sample, xp.ones_like(sample), sample, xp.zeros_like(sample), sample[0])
 
 
-def null_of(criterion: Criterion, factors: Any, usable: Any, sums: Any) -> Null:
+def null_of(criterion: Criterion, used: Any, usable: Any, sums: Any) -> Null:
     """The null, also of several layers stacked.
 
     Args:
-        factors: [..., n].
-        sums: [..., 12], of the samples, from `sums_of`.
+        used: [...], the utilization of the factors.
+        sums: [..., 16], of the samples, from `sums_of`.
     """
-    xp = namespace(factors)
-    held = [total(part) for part in surprises(_relative(factors), xp.ones_like(factors))]
-    used = information(xp.full_like(held[0], factors.shape[-1]), *held).utilization
+    xp = namespace(sums)
     used = used * xp.where(usable, _UTILIZATION[_power(criterion)], _UTILIZATION[1])
     alive = sums[..., 1] > 0
     gini = xp.where(alive, sums[..., 5] / xp.where(alive, sums[..., 1], 1), math.nan)
     coverages = [xp.where(alive, sums[..., i] / sums[..., 0], math.nan) for i in (9, 10, 11)]
     return Null(used, gini, *coverages)
+
+
+def utilization_of(factors: Any) -> Any:
+    """exp(entropy) / n of the factors [n]."""
+    xp = namespace(factors)
+    held = [total(part) for part in surprises(_relative(factors), xp.ones_like(factors))]
+    return information(xp.full_like(held[0], factors.size), *held).utilization
 
 
 def _relative(factors: Any) -> Any:
