@@ -216,21 +216,14 @@ def weighted(sketch: Sketch, dtype: Any = np.float32) -> Weighted:
     largest = _largest_of(sketch)
     rows = _FINE + _COARSE
     last = (largest >> 23).astype(np.int32)
-    first = xp.maximum(last + 1 - rows, 0)  # of the octaves that are read
-    exponent = first + xp.arange(rows, dtype=np.int32)
-    counts, places = _octaves(sketch, first, rows, dtype)
-    # Nothing is above the largest weight: rows of smaller ones are moved up to end with its octave.
-    above = first + rows - 1 - last
-    if xp is jnp or above:
-        counts, places, exponent = (xp.roll(part, above, axis=0) for part in (counts, places, exponent))
-        exponent = xp.where(xp.arange(rows) < above, -1, exponent)
+    exponent = last - (rows - 1) + xp.arange(rows, dtype=np.int32)  # of each octave that is read
+    counts, places = _octaves(sketch, last - (rows - 1), rows, dtype)
 
     # Relative to the octave of the largest weight. Subnormals have the octave above them, and no leading 1.
     octave = _power_of_two(xp.maximum(exponent, 1) - xp.maximum(last, 1), dtype, xp)[:, None]
     leading = (exponent > 0).astype(dtype)[:, None]
     step = 1 / COLUMNS
     start = (leading + xp.arange(COLUMNS, dtype=dtype)[None] * step) * octave
-    start = xp.where(exponent[:, None] < 0, 0, start)
     width = xp.broadcast_to(octave * step, start.shape)
     mean = start + width * (places / xp.where(counts > 0, counts, 1)) / (1 << PLACE_BITS)
     whole = mean, counts, start, width
@@ -248,31 +241,26 @@ def weighted(sketch: Sketch, dtype: Any = np.float32) -> Weighted:
     return Weighted(xp.minimum(values, 1), counts, start, width, _float_of(largest, dtype))
 
 
-def _octaves(sketch: Sketch, first: Any, rows: int, dtype: Any) -> tuple[Any, Any]:
-    """Counts and sums of places of all bins of `rows` exponents, [rows, 512]."""
+def _octaves(sketch: Sketch, first: Any, rows: int, dtype: Any) -> list[Any]:
+    """Counts and sums of places of all bins of `rows` exponents from `first` on, [rows, 512]; 0 below the first."""
+    xp = namespace(sketch.bins)
     table = sketch.bins.reshape(ROWS, COLUMNS, 4)
-    if isinstance(table, np.ndarray):
-        read = table[int(first) : int(first) + rows]
+    if xp is np:
+        read = table[max(int(first), 0) : int(first) + rows]
+        read = np.concatenate([np.zeros((rows - len(read), COLUMNS, 4), np.uint32), read]) if first < 0 else read
     else:
-        read = lax.dynamic_slice(table, (first, np.int32(0), np.int32(0)), (rows, COLUMNS, 4))
+        table = jnp.concatenate([jnp.zeros((rows, COLUMNS, 4), jnp.uint32), table])
+        read = lax.dynamic_slice(table, (first + rows, np.int32(0), np.int32(0)), (rows, COLUMNS, 4))
+    bin_ = first * COLUMNS + xp.arange(rows * COLUMNS, dtype=np.int32).reshape(rows, COLUMNS)
     parts = []
     for column in (0, 2):
-        part = _float(read[..., column : column + 2], dtype).reshape(-1)
+        part = _float(read[..., column : column + 2], dtype)
         for limit, apart in zip(LIMITS, BELOW_BINS, strict=True):
             # Those below a threshold go back to their bin.
-            at = (limit >> PLACE_BITS) - first * COLUMNS
             more = _float(sketch.bins[apart, column : column + 2], dtype)
-            if not isinstance(part, np.ndarray):
-                part = part.at[_in_bounds(at)].add(more, mode="drop")
-            elif 0 <= at < part.size:
-                part[at] += more
-        parts.append(part.reshape(rows, COLUMNS))
-    return parts[0], parts[1]
-
-
-def _in_bounds(at: Array) -> Array:
-    """Negative indices count from the end, and are none here."""
-    return jnp.where(at < 0, np.int32(2**30), at)
+            part = part + xp.where(bin_ == limit >> PLACE_BITS, more, 0)
+        parts.append(part)
+    return parts
 
 
 def _largest_of(sketch: Sketch) -> Any:
@@ -284,7 +272,10 @@ def _largest_of(sketch: Sketch) -> Any:
 
 
 def _power_of_two(exponent: Any, dtype: Any, xp: Any) -> Any:
-    return xp.ldexp(xp.ones(exponent.shape, dtype), exponent)
+    """2^exponent, from -126 on."""
+    if xp is np:
+        return np.ldexp(np.ones(exponent.shape, dtype), exponent)
+    return lax.bitcast_convert_type((jnp.maximum(exponent, -126) + 127) << 23, jnp.float32).astype(dtype)
 
 
 def _largest_mantissa(largest: Any, dtype: Any, xp: Any) -> Any:
