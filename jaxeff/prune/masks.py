@@ -286,6 +286,15 @@ def _warn_of_collapse(kept: Mapping[str, Array]) -> None:
             warnings.warn(f"nothing of {path!r} is left: set `max_sparsity`", stacklevel=3)
 
 
+def after_pruned(scores: Array, kept: Array) -> Array:
+    """Scores of one leaf by which pruned weights are the lowest, and no other is as low."""
+    if not jnp.ndim(scores):
+        return scores
+    # The order of scores is that of float32, whose zero must be left to them.
+    wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    return jnp.where(kept, jnp.maximum(wide, jnp.finfo(jnp.float32).tiny), 0)
+
+
 def apply(params: Any, masks: Any) -> Any:
     """`params` with 0 where a mask is False.
 
