@@ -55,3 +55,5 @@ from jaxeff.prune.schedules import periodic as periodic
 from jaxeff.prune.sensitivity import Sensitivity as Sensitivity
 from jaxeff.prune.sensitivity import sensitivity as sensitivity
 from jaxeff.prune.shrinking import shrink as shrink
+from jaxeff.prune.weight_axes import Axes as Axes
+from jaxeff.prune.weight_axes import axes as axes

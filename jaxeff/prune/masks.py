@@ -119,7 +119,8 @@ def masks(
             whole.
         sparsity: the fraction to remove, in [0, 1), which may be traced. None for `NByM`, which has its own.
         scope: 'layer' removes from each leaf by itself, 'global' in one order over all.
-        pattern: `Unstructured()`, `Block(shape)`, `Units()` or `NByM(n, m)`.
+        pattern: `Unstructured()`, `Block(shape)`, `Units()` or `NByM(n, m)`. The last two go along the inputs
+            or outputs of each weight, which `axes=prune.axes(params, apply_fn, batch)` tells them.
         allocation: with scope 'layer', how much of each: 'uniform', 'erk', fractions by path, or what
             `sensitivity` measured. With scope 'global', 'lamp' makes the scores of layers comparable first.
         max_sparsity: at most so much of any layer goes, or of those named; with scope 'global' others make
