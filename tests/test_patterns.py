@@ -4,6 +4,7 @@ The oracle knows no layouts: a layer without biases is a matrix, whose rows are 
 vectors of its inputs. A mask is right if the masked layer is that matrix, pruned.
 """
 
+import dataclasses
 import math
 
 import equinox as eqx
@@ -237,6 +238,11 @@ def test_sensitivity_reads_the_axes_of_its_model():
         name = path.split("/")[0]
         alone = {**params["params"], name: prune.apply(params["params"][name], masks["params"][name])}
         np.testing.assert_allclose(losses[0], loss(model.apply({"params": alone}, x), y), rtol=1e-5)
+
+
+def test_a_pattern_can_be_replaced_in_part():
+    pattern = prune.NByM(2, 4, axes={"w": prune.Axes((1,), (0,))})
+    assert dataclasses.replace(pattern, n=1) == prune.NByM(1, 4, axes={"w": prune.Axes((1,), (0,))})
 
 
 def test_in_training_the_axes_are_those_of_the_model():

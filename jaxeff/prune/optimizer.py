@@ -179,11 +179,10 @@ def masked_update(
 
     masked = jax.tree.map(lambda mask, update: jnp.where(mask, update, 0), kept, updates)
     found, inner = inside.update(masked, inner, params, **extra)
-    if isinstance(params, optax.LookaheadParams):
-        found = optax.LookaheadParams(*map(pruned, found, params))
-    else:
-        found = pruned(found, params)
-    return found, _masked_state(inner, kept)
+    inner = _masked_state(inner, kept)
+    if isinstance(params, optax.LookaheadParams) and isinstance(found, optax.LookaheadParams):
+        return optax.LookaheadParams(pruned(found.fast, params.fast), pruned(found.slow, params.slow)), inner
+    return pruned(found, params), inner
 
 
 def _masked_state(inner: Any, kept: Any) -> Any:
@@ -192,8 +191,9 @@ def _masked_state(inner: Any, kept: Any) -> Any:
 
     def one(keys: tuple, leaf: Any) -> Any:
         mask = _of_state(masks, keys)
-        alike = mask is not None and mask.ndim and mask.shape == jnp.shape(leaf)
-        return jnp.where(mask, leaf, jnp.zeros_like(leaf)) if alike else leaf
+        if mask is None or not mask.ndim or mask.shape != jnp.shape(leaf):
+            return leaf
+        return jnp.where(mask, leaf, jnp.zeros_like(leaf))
 
     return jax.tree_util.tree_map_with_path(one, inner)
 

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxeff.prune.weight_axes import FLAX_KERNEL, Axes, by_path
-from jaxeff.statistics import Statistics
-
-AxesByPath = Mapping[str, Axes] | Statistics | tuple[tuple[str, Axes], ...] | None
+from jaxeff.prune.weight_axes import FLAX_KERNEL, Axes, AxesByPath, by_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +71,7 @@ class _Along:
     """
 
     axis: int | str
-    axes: AxesByPath
+    axes: AxesByPath | None
 
     def __post_init__(self) -> None:
         if self.axis not in ("input", "output") and not isinstance(self.axis, int):
@@ -107,7 +103,7 @@ class _Along:
 
     def _known(self, scores: Array, path: str) -> Axes:
         if self.axes is not None:
-            found = dict(self.axes).get(path)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            found = next((known for name, known in by_path(self.axes) if name == path), None)
             why = "`axes` do not name"
         else:
             kernel = path.rsplit("/", 1)[-1] == "kernel" and scores.ndim == 2
@@ -137,7 +133,7 @@ class Units(_Along):
     """
 
     axis: int | str = "output"
-    axes: AxesByPath = dataclasses.field(default=None, repr=False, kw_only=True)
+    axes: AxesByPath | None = dataclasses.field(default=None, repr=False, kw_only=True)
 
     def groups(self, scores: Array, path: str) -> Array:
         along, apart = self.located(scores, path)
@@ -171,7 +167,7 @@ class NByM(_Along):
     n: int
     m: int
     axis: int | str = "input"
-    axes: AxesByPath = dataclasses.field(default=None, repr=False, kw_only=True)
+    axes: AxesByPath | None = dataclasses.field(default=None, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -98,13 +98,18 @@ def _only(found: set[tuple[int, ...]]) -> tuple[int, ...] | None:
     return next(iter(found)) if len(found) == 1 else None
 
 
-def by_path(given: Statistics | Mapping[str, Axes]) -> tuple[tuple[str, Axes], ...]:
+AxesByPath = Mapping[str, Axes] | Statistics | tuple[tuple[str, Axes], ...]
+
+
+def by_path(given: AxesByPath) -> tuple[tuple[str, Axes], ...]:
     """What a pattern is given for `axes`, so that equal patterns are equal and can be hashed."""
     if isinstance(given, Statistics):
         given = axes_of(given)
-    if not isinstance(given, Mapping) or not all(isinstance(one, Axes) for one in given.values()):
+    if isinstance(given, Mapping):
+        given = tuple(sorted(given.items(), key=lambda pair: pair[0]))
+    if not isinstance(given, tuple) or not all(isinstance(one, Axes) for _, one in given):
         raise TypeError(
             "`axes` must be `prune.Axes` by path, what `prune.axes(params, apply_fn, batch)` gives, or "
-            f"statistics of `jaxeff.collect`, got {type(given).__name__}"
+            f"statistics of `jaxeff.collect`, got {given!r}"
         )
-    return tuple(sorted(given.items()))
+    return given
