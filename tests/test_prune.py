@@ -77,7 +77,7 @@ def test_masks_over_all(sparsity):
 
 
 def test_units_go_whole():
-    masks = prune.masks(SCORES, 0.5, pattern=prune.Units())
+    masks = prune.masks(SCORES, 0.5, pattern=prune.Units(axis=-1))
     for name in NAMES:
         sums = SCORES[name].reshape(-1, SCORES[name].shape[-1]).sum(0)
         (removed,) = oracle([sums], round(0.5 * sums.size))
@@ -92,9 +92,14 @@ def test_blocks_go_whole():
     assert prune.sparsity(masks) == 0.5
 
 
-@pytest.mark.parametrize(("axis", "number"), [("input", -2), ("output", -1), (-2, -2)])
-def test_n_of_m_stay_along_the_axis(axis, number):
-    masks = prune.masks(SCORES, pattern=prune.NByM(2, 4, axis=axis))
+LAST_TWO = {"a": prune.Axes((0,), (1,)), "b": prune.Axes((2,), (3,))}
+
+
+@pytest.mark.parametrize(
+    ("axis", "axes", "number"), [("input", LAST_TWO, -2), ("output", LAST_TWO, -1), (-2, None, -2)]
+)
+def test_n_of_m_stay_along_the_axis(axis, axes, number):
+    masks = prune.masks(SCORES, pattern=prune.NByM(2, 4, axis=axis, axes=axes))
     for name in NAMES:
         rows = np.moveaxis(SCORES[name], number, -1)
         fours = rows.reshape(-1, 4)
@@ -166,7 +171,10 @@ WRONG = {
     "allocation by path": (lambda: prune.masks(SCORES, 0.5, allocation={"a": 0.5}), "'b'"),
     "limit": (lambda: prune.masks(SCORES, 0.5, max_sparsity={"c": 0.5}), "'c', which is not pruned"),
     "block": (lambda: prune.masks(SCORES, 0.5, pattern=prune.Block((5, 1))), "does not divide 'a'"),
-    "n of m": (lambda: prune.masks(SCORES, pattern=prune.NByM(2, 3)), "does not divide axis 0 of 'a'"),
+    "n of m": (
+        lambda: prune.masks(SCORES, pattern=prune.NByM(2, 3, axis=-2)),
+        "does not divide axis 0 of 'a'",
+    ),
     "n": (lambda: prune.NByM(5, 4), "`n` must be"),
     "nan": (lambda: prune.masks({"a": jnp.array([1.0, jnp.nan])}, 0.5), "`importance` of 'a' holds nan"),
     "negative": (lambda: prune.masks({"a": jnp.array([1.0, -1.0])}, 0.5), "`importance` of 'a' holds nan"),

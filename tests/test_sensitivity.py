@@ -334,7 +334,7 @@ def test_the_table():
     assert "whole: 1." in str(found) and "at most 0.1." in str(found)
     assert found.table(0.5).splitlines()[2].split()[-1] == "90%"
     long = Sensitivity(("a/" * 80,), (1,), (0.5,), "magnitude", prune.Units(), jnp.ones((1, 1)), jnp.ones(()))
-    assert max(map(len, str(long).splitlines())) <= 100 and "Units(axis=-1)" in str(long)
+    assert max(map(len, str(long).splitlines())) <= 100 and "Units(axis='output')" in str(long)
 
 
 # Recommending

@@ -4,6 +4,7 @@ importance = prune.scored(params)                      # or of a criterion, from
 masks = prune.masks(importance, sparsity=0.9)          # True = kept
 params = prune.apply(params, masks)
 optimizer = prune.sparsify(optax.adamw(1e-3), prune.cubic(0.9, begin=100, end=1000, every=50))
+optimizer = prune.sparsify(optax.adamw(1e-3), masks=masks)  # or under masks that exist already
 pruned = prune.iterative_magnitude(state, step, batches, evaluate, sparsity=0.95, rounds=8, steps=500)
 
 groups = prune.groups(params, model.apply, batch)      # which axes of which leaves shrink together
@@ -55,3 +56,5 @@ from jaxeff.prune.schedules import periodic as periodic
 from jaxeff.prune.sensitivity import Sensitivity as Sensitivity
 from jaxeff.prune.sensitivity import sensitivity as sensitivity
 from jaxeff.prune.shrinking import shrink as shrink
+from jaxeff.prune.weight_axes import Axes as Axes
+from jaxeff.prune.weight_axes import axes as axes

@@ -119,7 +119,8 @@ def masks(
             whole.
         sparsity: the fraction to remove, in [0, 1), which may be traced. None for `NByM`, which has its own.
         scope: 'layer' removes from each leaf by itself, 'global' in one order over all.
-        pattern: `Unstructured()`, `Block(shape)`, `Units()` or `NByM(n, m)`.
+        pattern: `Unstructured()`, `Block(shape)`, `Units()` or `NByM(n, m)`. The last two go along the inputs
+            or outputs of each weight, which `axes=prune.axes(params, apply_fn, batch)` tells them.
         allocation: with scope 'layer', how much of each: 'uniform', 'erk', fractions by path, or what
             `sensitivity` measured. With scope 'global', 'lamp' makes the scores of layers comparable first.
         max_sparsity: at most so much of any layer goes, or of those named; with scope 'global' others make
@@ -284,6 +285,15 @@ def _warn_of_collapse(kept: Mapping[str, Array]) -> None:
     for path, mask in kept.items():
         if not isinstance(mask, Tracer) and not bool(jnp.any(mask)):
             warnings.warn(f"nothing of {path!r} is left: set `max_sparsity`", stacklevel=3)
+
+
+def after_pruned(scores: Array, kept: Array) -> Array:
+    """Scores of one leaf by which pruned weights are the lowest, and no other is as low."""
+    if not jnp.ndim(scores):
+        return scores
+    # The order of scores is that of float32, whose zero must be left to them.
+    wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    return jnp.where(kept, jnp.maximum(wide, jnp.finfo(jnp.float32).tiny), 0)
 
 
 def apply(params: Any, masks: Any) -> Any:

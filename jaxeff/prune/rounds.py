@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxeff.progress import progress_bar
 from jaxeff.prune.criteria import Importance
-from jaxeff.prune.masks import Limits, Prunable, masks, scored
+from jaxeff.prune.masks import Limits, Prunable, after_pruned, masks, scored
 from jaxeff.prune.masks import sparsity as sparsity_of
 from jaxeff.prune.patterns import UNSTRUCTURED, NByM, Pattern
 from jaxeff.prune.training import (
@@ -206,7 +206,7 @@ class Selection:
         """
         scores = self._scores(state)
         if kept is not None:
-            scores = jax.tree.map(_after_pruned, scores, kept)
+            scores = jax.tree.map(after_pruned, scores, kept)
         allocation = self.allocation
         if isinstance(allocation, Mapping):
             allocation = {path: way(share) for path, share in allocation.items()}
@@ -235,15 +235,6 @@ class Selection:
                 "`prune.scored(state.params, ...)` gives"
             )
         return scores
-
-
-def _after_pruned(scores: jax.Array, kept: jax.Array) -> jax.Array:
-    """Scores by which pruned weights are the lowest, and no other is as low."""
-    if not jnp.ndim(scores):
-        return scores
-    # The order of scores is that of float32, whose zero must be left to them.
-    wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    return jnp.where(kept, jnp.maximum(wide, jnp.finfo(jnp.float32).tiny), 0)
 
 
 def everything(kept: Any) -> Any:

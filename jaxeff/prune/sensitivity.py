@@ -1,8 +1,8 @@
 """What each layer costs when it alone is pruned: the loss, measured, not predicted.
 
 In: a model, a loss, sparsities. Out: a `Sensitivity`, which says how far each layer may go and how a total is
-best spread over the layers. Imports `masks`, `patterns`, `selection`; of jaxeff `leaves`, `models`,
-`objectives`, `precision`, `problem`, `recommendations`, `table`.
+best spread over the layers. Imports `masks`, `patterns`, `selection`, `weight_axes`; of jaxeff `leaves`,
+`models`, `objectives`, `precision`, `problem`, `recommendations`, `table`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from jaxeff.prune.masks import (
 )
 from jaxeff.prune.patterns import UNSTRUCTURED, Block, NByM, Pattern, Units, Unstructured
 from jaxeff.prune.selection import Threshold, below, threshold
+from jaxeff.prune.weight_axes import axes
 from jaxeff.recommendations import LIMITS
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -205,7 +206,8 @@ def sensitivity(
         sparsities: of the layer pruned, increasing, in [0, 1).
         importance: a tree of scores, such as `prune.scored` gives; magnitudes unless given. What is one
             number there is not pruned.
-        pattern: as `prune.masks` takes it. `NByM` has one sparsity, its own.
+        pattern: as `prune.masks` takes it; its inputs and outputs are those of this model, unless it says
+            otherwise. `NByM` has one sparsity, its own.
         prunable: as `prune.scored` takes it, for magnitudes.
         rngs, **apply_kwargs: passed to `apply_fn`, the same in each run.
 
@@ -222,6 +224,9 @@ def sensitivity(
     check_pattern(pattern)
     fractions = _checked_sparsities(sparsities, pattern)
     model = models.from_apply(params, apply_fn, batch, rngs, apply_kwargs)
+    located = pattern
+    if isinstance(pattern, (NByM, Units)) and pattern.axes is None and isinstance(pattern.axis, str):
+        located = dataclasses.replace(pattern, axes=axes(params, apply_fn, batch, rngs=rngs, **apply_kwargs))
     named = named_leaves(model.params)
     chosen = _chosen(params, named, importance, prunable)
     objective, arrays = objectives.objective(model, loss_fn, targets, tuple(named), chosen)
@@ -229,12 +234,12 @@ def sensitivity(
     for path, given in chosen.items():
         score = _magnitude(path, named[path]) if given is None else given
         check_scores({path: score})
-        group, found = _grouped(path, score, pattern, fractions)
+        group, found = _grouped(path, score, located, fractions)
         thresholds.append(found)
         # Magnitudes of single weights are made where they are read, so that no copy stays.
         groups.append(None if given is None and isinstance(pattern, Unstructured) else group)
     stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *thresholds)
-    whole = UNSTRUCTURED if isinstance(pattern, NByM) else pattern
+    whole = UNSTRUCTURED if isinstance(located, NByM) else located
     dense, losses = _losses(objective, whole, model.params, arrays, groups, stacked)
     _check_dense(dense, {"params": model.params, "batch": batch, "targets": targets})
     return Sensitivity(
