@@ -122,8 +122,8 @@ def moves(operation: Operation) -> bool:
 
 
 REDUCING_COLLECTIVES = frozenset({"psum", "psum_invariant", "pmax", "pmin"})
-_GATHERING = frozenset({"all_gather", "all_gather_invariant"})
-COLLECTIVES = REDUCING_COLLECTIVES | _GATHERING
+GATHERING = frozenset({"all_gather", "all_gather_invariant"})
+COLLECTIVES = REDUCING_COLLECTIVES | GATHERING
 
 
 def reduced(operation: Operation) -> frozenset[int] | None:
@@ -137,7 +137,7 @@ def reduced(operation: Operation) -> frozenset[int] | None:
 
 def gathered_from_devices(operation: Operation, dims: Dims, result: Sequence[int]) -> Dims:
     """Dims of what a collective gathers: other devices' elements stand beside, in a dimension or its own."""
-    if operation.name not in _GATHERING:
+    if operation.name not in GATHERING:
         return dims
     along, tiled = operation.params["all_gather_dimension"], operation.params["tiled"]
     return (*dims[:along], (Factor(None, result[along]),), *dims[along + 1 if tiled else along :])

@@ -184,13 +184,11 @@ class Reach:
     def _reduce(self, operation: Operation) -> bool:
         """A reduction over dimensions, or over devices, or what it takes of other devices to make one."""
         reduced = axes.reduced(operation) or frozenset()
-        summing = operation.name not in ("reduce_max", "reduce_min", "reduce_prod", "pmax", "pmin")
+        summing = operation.name in ("reduce_sum", "psum", "psum_invariant", *axes.GATHERING)
         for source, result in zip(operation.inputs, operation.outputs, strict=True):
-            known = None
-            if isinstance(source, Value):
-                known = self.images.get(source) or self.statistics.get(source)
-            if known is None:
+            if not isinstance(source, Value) or source not in self.images.keys() | self.statistics.keys():
                 continue
+            known = self.images.get(source) or self.statistics[source]
             dims = axes.gathered_from_devices(operation, known.dims, result.shape)
             across = axes.held(known.dims) - axes.held(dims) | axes.held(tuple(dims[i] for i in reduced))
             dims = tuple(dim for i, dim in enumerate(dims) if i not in reduced)
