@@ -94,10 +94,11 @@ def trace(
         graph.Leaf(path, tuple(jnp.shape(leaf)), jnp.result_type(leaf))
         for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
     ]
-    values = program.outputs[len(jax.tree.leaves(outputs)) :]
+    returned = len(jax.tree.leaves(outputs))
+    values = program.outputs[returned:]
     given = list(zip(program.inputs[len(leaves) :], origins, strict=True))
     constants, batch = ([v for v, origin in given if origin == kind] for kind in ("constant", "batch"))
-    found = graph.build(program, leaves, constants, batch)
+    found = graph.build(program, leaves, constants, batch, returned)
     # What holds no data is no activation: OptimizedLSTMCell's submodules return their kernels.
     modules = [
         (path, value)

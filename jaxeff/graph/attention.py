@@ -18,9 +18,9 @@ import numpy as np
 from jax.extend.core import Literal
 
 from jaxeff.graph import axes, nonlinearities
-from jaxeff.graph.activations import Flow
 from jaxeff.graph.axes import Dims, Factor
-from jaxeff.graph.program import Operation, Program, Value, callee, flatten
+from jaxeff.graph.flow import Flow
+from jaxeff.graph.program import Operation, Program, Value
 from jaxeff.graph.provenance import Loop, Provenance, contracted, value_shape
 from jaxeff.graph.sites import Site
 
@@ -142,9 +142,7 @@ def _moved(operation: Operation, operand: int, dims: Dims, output: int) -> Dims 
         return tuple(dim for i, dim in enumerate(dims) if i not in reduced)
     if operation.name == "dot_general":
         return contracted(operation, operand, dims, axes.of_data(value_shape(operation.inputs[1 - operand])))
-    if nonlinearities.pointwise(operation):
-        return axes.broadcast(dims, shape, result)
-    return dims if callee(operation) is not None and shape == result else None
+    return axes.broadcast(dims, shape, result) if nonlinearities.pointwise(operation) else None
 
 
 def _softmaxes(flow: Flow) -> dict[Value, int]:
@@ -153,13 +151,6 @@ def _softmaxes(flow: Flow) -> dict[Value, int]:
     for operation in flow.program.operations:
         if operation.name == "div":
             over = _normalised_over(flow, operation)
-            if over is not None:
-                found[operation.outputs[0]] = over
-        called = callee(operation)
-        if called is not None and not nonlinearities.pointwise(operation):
-            inner = flatten(called)
-            (result, *_) = inner.outputs
-            over = _softmaxes(Flow(inner, flow.provenance)).get(result) if isinstance(result, Value) else None
             if over is not None:
                 found[operation.outputs[0]] = over
     return found

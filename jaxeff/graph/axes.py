@@ -121,6 +121,28 @@ def moves(operation: Operation) -> bool:
     return operation.name in _MOVES or operation.name == "split"
 
 
+REDUCING_COLLECTIVES = frozenset({"psum", "psum_invariant", "pmax", "pmin"})
+GATHERING = frozenset({"all_gather", "all_gather_invariant"})
+COLLECTIVES = REDUCING_COLLECTIVES | GATHERING
+
+
+def reduced(operation: Operation) -> frozenset[int] | None:
+    """The dimensions that a reduction takes out, none for one over devices; None where it is no reduction."""
+    name, along = operation.name, operation.params.get("axes")
+    if along is None or not (name.startswith("reduce_") or name in REDUCING_COLLECTIVES):
+        return None
+    # A collective names the axes of devices; those that a vmap has brought in are dimensions.
+    return frozenset(int(axis) for axis in along if isinstance(axis, (int, np.integer)))
+
+
+def gathered_from_devices(operation: Operation, dims: Dims, result: Sequence[int]) -> Dims:
+    """Dims of what a collective gathers: other devices' elements stand beside, in a dimension or its own."""
+    if operation.name not in GATHERING:
+        return dims
+    along, tiled = operation.params["all_gather_dimension"], operation.params["tiled"]
+    return (*dims[:along], (Factor(None, result[along]),), *dims[along + 1 if tiled else along :])
+
+
 def concatenated(operation: Operation, operand: int, dims: Dims, leaf: Sequence[int]) -> Dims | None:
     """Dims of a concatenation's output, for the axes that this operand brings; each must be whole."""
     along = operation.params["dimension"]

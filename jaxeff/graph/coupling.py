@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jax.extend.core import Literal
 
 from jaxeff.graph.labels import DEEPEST, Dim, Labels
-from jaxeff.graph.program import Operation, Program, Value, callee, flatten, scan_operands
+from jaxeff.graph.program import Operation, Program, Value, scan_operands
 from jaxeff.graph.provenance import operands_of_bodies
 from jaxeff.graph.rules import CONSTANT, DATA, WEIGHT, Described, through
 
@@ -280,9 +280,6 @@ class _Walk:
     def _step(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
         if operation.name in _LOOPS:
             return _LOOPS[operation.name](self, operation, inputs)
-        called = callee(operation)
-        if called is not None:
-            return self.run(flatten(called), inputs)
         return through(self.labels, operation, inputs)
 
     def scan(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:

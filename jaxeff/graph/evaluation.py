@@ -8,14 +8,14 @@ keeps its activations. Imports `program`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal, jaxpr_as_fun
 
-from jaxeff.graph.program import Operation, Program, Value, scan_operands
+from jaxeff.graph.program import Call, Operation, Program, Step, Value, operations_of, scan_operands
 
 Read = Callable[[Value | Literal], Any]
 """Any earlier array of the same program, by its value."""
@@ -43,11 +43,20 @@ class Hooks:
     def touch(self, program: Program) -> bool:
         """Whether anything is to be done inside the program or the bodies of its loops."""
         return any(map(self._concerns, program.inputs)) or any(
-            operation in self.rules
-            or any(map(self._concerns, operation.outputs))
-            or any(map(self.touch, operation.bodies))
+            any(map(self._concerns, operation.outputs)) or self._change(operation)
             for operation in program.operations
         )
+
+    def enter(self, call: Call) -> bool:
+        """Whether anything is to be done inside the call, so that it cannot be run whole."""
+        return any(
+            self._change(operation)
+            or any(self._concerns(output) for output in operation.outputs if output not in call.whole.outputs)
+            for operation in operations_of(call.steps)
+        )
+
+    def _change(self, operation: Operation) -> bool:
+        return operation in self.rules or any(map(self.touch, operation.bodies))
 
     def _concerns(self, value: Value) -> bool:
         return value in self.reductions or value in self.gates
@@ -93,7 +102,7 @@ def evaluate(
 
     for value, array in zip(program.inputs, arguments, strict=True):
         write(value, array)
-    for operation in program.operations:
+    for operation in _chosen(program.steps, hooks):
         operands = [read(operand) for operand in operation.inputs]
         if operation in hooks.rules:
             results = hooks.rules[operation](operands, read)
@@ -105,6 +114,17 @@ def evaluate(
         for value, array in zip(operation.outputs, results, strict=True):
             write(value, array)
     return [read(output) for output in program.outputs], observed
+
+
+def _chosen(steps: Sequence[Step], hooks: Hooks) -> Iterator[Operation]:
+    """The operations to run: calls whole, by their own derivative rule, where nothing inside is asked for."""
+    for step in steps:
+        if not isinstance(step, Call):
+            yield step
+        elif hooks.enter(step):
+            yield from _chosen(step.steps, hooks)
+        else:
+            yield step.whole
 
 
 def apply(operation: Operation, operands: Sequence[Any]) -> list[Any]:

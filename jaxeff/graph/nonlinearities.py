@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
-from jaxeff.graph.program import Operation, Program, Value, callee, flatten
+from jaxeff.graph.program import Operation, Value
 
 Array = np.ndarray
 _erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -81,6 +81,7 @@ POINTWISE: Mapping[str, Callable[..., Array]] = {
     "optimization_barrier": lambda x: x,
     "or": lambda x, y: np.logical_or(x, y),
     "pow": lambda x, y: np.power(x, y),
+    "pvary": lambda x, **_: x,
     "reduce_precision": lambda x, **_: x,
     "rem": lambda x, y: np.fmod(x, y),
     "round": lambda x, **_: np.round(x),
@@ -100,7 +101,7 @@ POINTWISE: Mapping[str, Callable[..., Array]] = {
 }
 
 _UNCHANGED = frozenset({
-    "convert_element_type", "copy", "copy_p", "name", "optimization_barrier", "reduce_precision",
+    "convert_element_type", "copy", "copy_p", "name", "optimization_barrier", "pvary", "reduce_precision",
     "sharding_constraint", "stop_gradient",
 })  # fmt: skip
 # Of a scalar constant on its way into pointwise arithmetic.
@@ -109,23 +110,12 @@ _SCALAR_MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"
 
 def pointwise(operation: Operation) -> bool:
     """Whether each output element depends on the inputs at its own position alone."""
-    if operation.name in POINTWISE:
-        return len(operation.outputs) == 1
-    called = callee(operation)
-    return called is not None and all(
-        pointwise(inner) or _moves_scalar(inner) for inner in flatten(called).operations
-    )
+    return operation.name in POINTWISE and len(operation.outputs) == 1
 
 
 def unchanged(operation: Operation) -> bool:
     """Whether the operation passes its one operand on, at most in another dtype or placement."""
     return operation.name in _UNCHANGED and len(operation.outputs) == 1
-
-
-def _moves_scalar(operation: Operation) -> bool:
-    source = operation.inputs[0] if operation.inputs else None
-    shape = source.shape if isinstance(source, Value) else ()
-    return operation.name in _SCALAR_MOVES and math.prod(shape) == 1
 
 
 def affine(name: str, carried: Sequence[bool]) -> bool:
@@ -254,19 +244,7 @@ def _evaluable(operation: Operation) -> bool:
 def _evaluate(operation: Operation, operands: Sequence[Any]) -> Array:
     if operation.name in _SCALAR_MOVES:
         return operands[0]
-    if operation.name in POINTWISE:
-        return np.asarray(POINTWISE[operation.name](*operands, **_numeric(operation)))
-    called = callee(operation)
-    assert called is not None, "only pointwise operations reach here"
-    return _run(flatten(called), operands)
-
-
-def _run(program: Program, arguments: Sequence[Any]) -> Array:
-    known = dict(zip(program.inputs, arguments, strict=True))
-    for operation in program.operations:
-        operands = [_scalar(operand, known, program.constants) for operand in operation.inputs]
-        known[operation.outputs[0]] = _evaluate(operation, operands)
-    return _scalar(program.outputs[0], known, program.constants)
+    return np.asarray(POINTWISE[operation.name](*operands, **_numeric(operation)))
 
 
 def _numeric(operation: Operation) -> dict[str, Any]:
