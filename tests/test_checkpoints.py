@@ -334,6 +334,17 @@ def test_a_boxed_parameter_has_no_key_of_its_own(tmp_path: Path) -> None:
     assert list(analyze_checkpoint(file).layers) == ["w/kernel"]
 
 
+def test_an_array_called_value_keeps_its_name_where_it_has_siblings(tmp_path: Path) -> None:
+    file = tmp_path / "attention.msgpack"
+    attention = {name: normal(3, 4) for name in ("query", "key", "value")}
+    tree = {"attn": attention, "gate": {"value": normal(3, 4), "inner": {"kernel": normal(3, 4)}}}
+    _ = file.write_bytes(flax.serialization.to_bytes({**tree, "value": normal(3, 4)}))
+    assert sorted(analyze_checkpoint(file).layers) == [
+        *("attn/key", "attn/query", "attn/value"),
+        *("gate/inner/kernel", "gate/value", "value"),
+    ]
+
+
 # Memory and what is read.
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -129,11 +130,13 @@ def _of_safetensors(path: Path, arrays: list[Stored]) -> Checkpoint:
 
 
 def _of_tree(path: Path, tree: Mapping[tuple[str, ...], Stored]) -> Checkpoint:
-    # Boxed parameters (nn.Partitioned, nnx.Param) have one more key.
+    # A boxed parameter (nn.Partitioned, nnx.Param) is stored as a map of `value` alone.
+    inside = Counter(keys[:depth] for keys in tree for depth in range(1, len(keys)))
     unboxed = {
-        keys[:-1] if len(keys) > 1 and keys[-1] == "value" else keys: array for keys, array in tree.items()
+        keys[:-1] if keys[-1:] == ("value",) and inside[keys[:-1]] == 1 else keys: array
+        for keys, array in tree.items()
     }
-    return _checkpoint(path, unboxed if len(unboxed) == len(tree) else tree, "/", units_first=False)
+    return _checkpoint(path, unboxed, "/", units_first=False)
 
 
 def _checkpoint(

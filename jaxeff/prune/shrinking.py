@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.leaves import path_of
+from jaxeff.leaves import leaves_by_path
 from jaxeff.prune.groups import map_named
 from jaxeff.prune.plans import Plan
 
@@ -64,8 +64,8 @@ def _taken(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
 def _shrunk_state(opt_state: Any, plan: Plan, kept: Mapping[str, Mapping[int, np.ndarray]]) -> Any:
     shapes = plan.shapes
 
-    def smaller(keys: tuple, leaf: Any) -> Any:
-        parts = path_of(keys).split("/")
+    def smaller(where: str, leaf: Any) -> Any:
+        parts = where.split("/")
         ends = ("/".join(parts[start:]) for start in range(len(parts)))
         path = next((end for end in ends if end in shapes), None)
         shape = jnp.shape(leaf)
@@ -75,8 +75,9 @@ def _shrunk_state(opt_state: Any, plan: Plan, kept: Mapping[str, Mapping[int, np
         if not shape or (path not in kept if path is not None else not floating):
             return leaf
         raise ValueError(
-            f"`opt_state` holds an array of shape {shape} at {jax.tree_util.keystr(keys)}, which is not laid "
+            f"`opt_state` holds an array of shape {shape} at {where!r}, which is not laid "
             "out like the params: start anew with `optimizer.init(small_params)`"
         )
 
-    return jax.tree_util.tree_map_with_path(smaller, opt_state)
+    leaves = [smaller(where, leaf) for where, leaf in leaves_by_path(opt_state)]
+    return jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
