@@ -56,8 +56,9 @@ class NNXApply:
 def from_nnx(model: nnx.Module) -> tuple[Any, NNXApply]:
     """An NNX model as `(params, apply_fn)`, for `jaxeff.analyze` and everything that takes the two.
 
-    The model itself is left as it is. Its mode counts: call `model.eval()` first to analyse it as it
-    serves (dropout off, BatchNorm on running averages).
+    The model itself is left as it is. Its arrays are shared, as `nnx.split` shares them: where the model is
+    used afterwards, copy `params` before a step donates them. Its mode counts: call `model.eval()` first to
+    analyse it as it serves (dropout off, BatchNorm on running averages).
 
     Returns:
         The model's `nnx.Param` variables as an `nnx.State` (`nnx.update(model, params)` puts them

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.leaves import leaves_by_path
+from jaxeff.leaves import leaves_by_path, own_arrays
 from jaxeff.prune.groups import map_named
 from jaxeff.prune.plans import Plan
 
@@ -31,7 +31,8 @@ def shrink(params: Any, plan: Plan, opt_state: Any = _MISSING) -> Any:
             param's path and of its shape, shrinks with it; scalars stay.
 
     Returns:
-        The smaller params; with `opt_state`, a pair of them and the smaller state.
+        The smaller params; with `opt_state`, a pair of them and the smaller state. What the plan leaves whole
+        is copied, so that a step may donate the small model and the large one stays.
 
     Raises:
         ValueError: the plan is of another model, or the optimizer keeps something of another shape.
@@ -53,6 +54,8 @@ def shrink(params: Any, plan: Plan, opt_state: Any = _MISSING) -> Any:
 
 
 def _taken(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
+    if not axes:
+        return own_arrays(leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         shape = [len(axes[axis]) if axis in axes else size for axis, size in enumerate(leaf.shape)]
         return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
@@ -73,7 +76,7 @@ def _shrunk_state(opt_state: Any, plan: Plan, kept: Mapping[str, Mapping[int, np
             return _taken(leaf, kept.get(path, {}))
         floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
         if not shape or (path not in kept if path is not None else not floating):
-            return leaf
+            return own_arrays(leaf)
         raise ValueError(
             f"`opt_state` holds an array of shape {shape} at {where!r}, which is not laid "
             "out like the params: start anew with `optimizer.init(small_params)`"
