@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxeff.analysis import analyze
 from jaxeff.importance import Criterion, named
-from jaxeff.leaves import own_arrays
+from jaxeff.leaves import own_arrays, saved_by_flax
 from jaxeff.report import Report
 
 
@@ -43,6 +43,7 @@ class Vitals:
         return Vitals(effective, jnp.stack([jnp.asarray(count, jnp.float32) for count in dead], axis=-1))
 
 
+@saved_by_flax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MonitorState:
