@@ -28,7 +28,7 @@ from jaxeff.exact import utilization as utilization
 from jaxeff.leaves import saved_by_flax
 
 # Here, since `exact` and `sketch` know nothing of Flax.
-_ = saved_by_flax(Metrics), saved_by_flax(sketch.Sketch)
+_SAVED = saved_by_flax(Metrics), saved_by_flax(sketch.Sketch)
 
 _SKETCHED = 1 << 22
 """From so many weights on a sketch on a CPU makes up for compiling it, in one call."""

@@ -123,7 +123,7 @@ def _listen() -> None:
     jax.monitoring.register_event_duration_secs_listener(_heard)
 
 
-def _heard(event: str, duration: float, **details: object) -> None:
+def _heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event == _COMPILED:
         for pace in _timing:
             pace.compiled = True
