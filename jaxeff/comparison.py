@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxeff import granularity, importance, leaves, objectives, table
 from jaxeff.collection import Criteria, named, prepare
+from jaxeff.leaves import saved_by_flax
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.problem import Problem
 
@@ -29,6 +30,7 @@ CONTROLS = 5
 _STATIC = {"static": True}
 
 
+@saved_by_flax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Comparison:

@@ -25,6 +25,10 @@ from jaxeff.exact import redundancy as redundancy
 from jaxeff.exact import relative_sparsity as relative_sparsity
 from jaxeff.exact import sparsity as sparsity
 from jaxeff.exact import utilization as utilization
+from jaxeff.leaves import saved_by_flax
+
+# Here, since `exact` and `sketch` know nothing of Flax.
+_SAVED = saved_by_flax(Metrics), saved_by_flax(sketch.Sketch)
 
 _SKETCHED = 1 << 22
 """From so many weights on a sketch on a CPU makes up for compiling it, in one call."""

@@ -1,6 +1,6 @@
 """What is kept of a model's run: sums over what its units emit, and over derivatives of the loss.
 
-Everything is a sum with its count, so that two batches' statistics add. Imports nothing of jaxeff.
+Everything is a sum with its count, so that two batches' statistics add. Imports `leaves`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxeff.leaves import saved_by_flax
 
 _STATIC = {"static": True}
 
@@ -285,6 +287,7 @@ class Stability:
     correlation: jax.Array
 
 
+@saved_by_flax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Statistics:

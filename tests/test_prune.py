@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import flax.linen as nn
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax.training.train_state import TrainState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from network import normal
@@ -161,6 +163,35 @@ def test_packed_masks_come_back():
     packed = prune.pack(masks)
     assert packed["a"].bits.nbytes == SCORES["a"].size // 8
     jax.tree.map(np.testing.assert_array_equal, prune.unpack(packed), masks)
+
+
+def test_packed_masks_go_through_the_msgpack_of_flax():
+    masks = {
+        "w": normal(3, 5) > 0,
+        "deep": [normal(17) > 0, jnp.asarray(True)],
+        "none": jnp.zeros((0, 3), bool),
+    }
+    packed = prune.pack(masks)
+    data = flax.serialization.to_bytes(packed)
+    # 15, 17 and 1 weights, and none, in whole bytes.
+    stored = flax.serialization.msgpack_restore(data)
+    assert [stored["w"]["bits"].nbytes, stored["deep"]["0"]["bits"].nbytes] == [2, 3]
+    everything = prune.pack(jax.tree.map(jnp.ones_like, masks))
+    restored = flax.serialization.from_bytes(everything, data)
+    assert jax.tree.structure(restored) == jax.tree.structure(packed)
+    jax.tree.map(np.testing.assert_array_equal, prune.unpack(restored), masks)
+    state = TrainState.create(apply_fn=None, params={}, tx=optax.set_to_zero()).replace(params=packed)
+    saved = flax.serialization.to_bytes(state)
+    state = flax.serialization.from_bytes(state.replace(params=everything), saved)
+    jax.tree.map(np.testing.assert_array_equal, prune.unpack(state.params), masks)
+
+
+def test_packed_masks_of_another_shape_are_refused():
+    saved = flax.serialization.to_bytes(prune.pack({"w": jnp.ones((3, 5), bool)}))
+    # As many bytes, and so not told apart by them.
+    target = prune.pack({"w": jnp.ones((5, 3), bool)})
+    with pytest.raises(ValueError, match=r"the saved mask has shape \(3, 5\), and the target \(5, 3\)"):
+        _ = flax.serialization.from_bytes(target, saved)
 
 
 WRONG = {

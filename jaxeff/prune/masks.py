@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 from jax import Array
 from jax.core import Tracer
 
@@ -372,14 +373,30 @@ def sparsity(masks: Any) -> float:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A mask in an eighth of its bytes."""
+    """A mask in an eighth of its bytes. `flax.serialization` saves its shape beside its bits."""
 
     bits: Array
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
+def _to_state(mask: Packed) -> dict[str, Any]:
+    return {"bits": mask.bits, "shape": np.array(mask.shape, np.int64)}
+
+
+def _from_state(target: Packed, state: Mapping[str, Any]) -> Packed:
+    shape = tuple(int(length) for length in state["shape"])
+    if shape != target.shape:
+        raise ValueError(f"the saved mask has shape {shape}, and the target {target.shape}")
+    return Packed(state["bits"], shape)
+
+
+serialization.register_serialization_state(Packed, _to_state, _from_state)
+
+
 def pack(masks: Any) -> Any:
     """Masks with eight weights to a byte.
+
+    `flax.serialization.to_bytes` saves them; the target of `from_bytes` is any packed masks of these shapes.
 
     >>> pack({"w": jnp.ones((3, 5), bool)})["w"].bits.shape
     (2,)

@@ -15,7 +15,7 @@ import optax
 from jax import Array
 
 from jaxeff.graph.program import Value, flatten
-from jaxeff.leaves import path_of
+from jaxeff.leaves import leaves_by_path
 from jaxeff.prune.allocation import Measured
 from jaxeff.prune.masks import Limits, Prunable, after_pruned, check_alike, scored
 from jaxeff.prune.masks import masks as make_masks
@@ -217,8 +217,8 @@ def check_copies(inside: optax.GradientTransformation, params: Any, kept: Any) -
     for operation in program.operations:
         if not made.isdisjoint(value for value in operation.inputs if isinstance(value, Value)):
             made.update(operation.outputs)
-    for (keys, leaf), value in zip(
-        jax.tree_util.tree_flatten_with_path(state)[0], program.outputs, strict=True
+    for (keys, leaf), (path, _), value in zip(
+        jax.tree_util.tree_flatten_with_path(state)[0], leaves_by_path(state), program.outputs, strict=True
     ):
         # Numbers made of the weights, such as norms, are no copies.
         if not isinstance(value, Value) or value not in made or math.prod(leaf.shape) < least:
@@ -226,6 +226,6 @@ def check_copies(inside: optax.GradientTransformation, params: Any, kept: Any) -
         weight = _of_state(weights, keys)
         if weight is None or jnp.shape(weight) != leaf.shape:
             raise ValueError(
-                f"`optimizer` keeps a copy of the weights at {path_of(keys)!r} of its state, in the shape "
+                f"`optimizer` keeps a copy of the weights at {path!r} of its state, in the shape "
                 f"{leaf.shape}, which no mask fits: leave out what reshapes the weights (`optax.flatten`)"
             )

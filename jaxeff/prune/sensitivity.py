@@ -22,7 +22,7 @@ from jax import Array
 from jax.core import Tracer
 
 from jaxeff import models, objectives, table
-from jaxeff.leaves import described, named_leaves, split_variables, whole_numbers
+from jaxeff.leaves import described, named_leaves, saved_by_flax, split_variables, whole_numbers
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.precision import widened
 from jaxeff.problem import Problem, floating
@@ -44,6 +44,7 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 _STATIC = {"static": True}
 
 
+@saved_by_flax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
