@@ -137,6 +137,8 @@ def _moved(operation: Operation, operand: int, dims: Dims, output: int) -> Dims 
     if operation.name == "concatenate":
         along = operation.params["dimension"]
         return (*dims[:along], (Factor(None, result[along]),), *dims[along + 1 :])
+    if operation.name == "stack":
+        return axes.stacked(operation, dims)
     if operation.name.startswith("reduce_") and "axes" in operation.params:
         reduced = {int(axis) for axis in operation.params["axes"]}
         return tuple(dim for i, dim in enumerate(dims) if i not in reduced)

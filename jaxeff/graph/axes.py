@@ -111,14 +111,14 @@ def part(dims: Dims, axes: frozenset[int], shape: Sequence[int]) -> Part | None:
 
 def move(operation: Operation, dims: Dims, shape: Sequence[int]) -> list[Dims | None]:
     """Dims of each output of an operation that only moves elements; None where they cannot be followed."""
-    if operation.name == "split":
-        return _split(dims, operation.params)
+    if operation.name in _DIVISIONS:
+        return _DIVISIONS[operation.name](dims, tuple(shape), operation.params)
     rule = _MOVES[operation.name]
     return [rule(dims, tuple(shape), operation.outputs[0].shape, operation.params)]
 
 
 def moves(operation: Operation) -> bool:
-    return operation.name in _MOVES or operation.name == "split"
+    return operation.name in MOVED
 
 
 def concatenated(operation: Operation, operand: int, dims: Dims, leaf: Sequence[int]) -> Dims | None:
@@ -131,6 +131,12 @@ def concatenated(operation: Operation, operand: int, dims: Dims, leaf: Sequence[
     factor = dims[along][0]
     widened = factor._replace(size=whole, offset=factor.offset - before if factor.axis is not None else 0)
     return (*dims[:along], (widened,), *dims[along + 1 :])
+
+
+def stacked(operation: Operation, dims: Dims) -> Dims:
+    """Dims of a stack's output, for any of its operands."""
+    along = operation.params["axis"]
+    return (*dims[:along], (Factor(None, operation.outputs[0].shape[along]),), *dims[along:])
 
 
 def _shape(operand: Any) -> tuple[int, ...]:
@@ -227,13 +233,27 @@ def _slice(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: 
     return tuple(moved)
 
 
-def _split(dims: Dims, params: Mapping) -> list[Dims | None]:
+def _tile(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: Mapping) -> Dims:
+    return tuple(
+        dim if times == 1 else (Factor(None, times), *dim)
+        for dim, times in zip(dims, params["reps"], strict=True)
+    )
+
+
+def _split(dims: Dims, shape: tuple[int, ...], params: Mapping) -> list[Dims | None]:
     along, parts, start = params["axis"], [], 0
     for size in params["sizes"]:
         cut = _cut(dims[along], start, size)
         parts.append(None if cut is None else (*dims[:along], cut, *dims[along + 1 :]))
         start += size
     return parts
+
+
+def _unstack(dims: Dims, shape: tuple[int, ...], params: Mapping) -> list[Dims | None]:
+    along = params["axis"]
+    kept = (*dims[:along], *dims[along + 1 :])
+    cuts = (_cut(dims[along], start, 1) for start in range(shape[along]))
+    return [None if cut is None else _shifted(kept, cut) for cut in cuts]
 
 
 def _cut(dim: tuple[Factor, ...], start: int, size: int, stride: int = 1) -> tuple[Factor, ...] | None:
@@ -257,7 +277,11 @@ _MOVES = {
     "broadcast_in_dim": _broadcast_in_dim,
     "rev": _rev,
     "slice": _slice,
+    "tile": _tile,
 }
+_DIVISIONS = {"split": _split, "unstack": _unstack}
+MOVED = frozenset({*_MOVES, *_DIVISIONS})
+"""Primitives that only move elements, of one operand."""
 
 
 def reduce_to_axes(

@@ -118,3 +118,4 @@ _RULES: Mapping[str, Callable[[Operation], Any]] = {
     "conv_general_dilated": _convolution,
     "ragged_dot_general": _ragged_dot,
 }
+NAMES = frozenset(_RULES)

@@ -19,8 +19,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 _INLINED = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
+    "call": "call_jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
+    "composite": "call_jaxpr",
+    "custom_vmap_call": "call",
+    "eval_jaxpr": "call_jaxpr",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
 }
@@ -32,6 +36,8 @@ _CUSTOM = {
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 _BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
+ENTERED = frozenset({*_INLINED, *_CUSTOM, *_BODIES})
+"""Primitives that run a program, which is inlined or kept as a body."""
 _CONTRACTIONS = frozenset(
     {"dot_general", "conv_general_dilated", "gather", "ragged_dot_general", "ragged_dot"}
 )

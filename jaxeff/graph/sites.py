@@ -21,6 +21,7 @@ from jaxeff.graph.activations import Activation, Flow, follow
 from jaxeff.graph.axes import Dims, Factor
 from jaxeff.graph.contractions import multiplications
 from jaxeff.graph.nonlinearities import unchanged
+from jaxeff.graph.primitives import UNPAIRED
 from jaxeff.graph.program import Operation, Program, Value
 from jaxeff.graph.provenance import (
     CONSTANT_CONTRACTION,
@@ -347,6 +348,7 @@ def _without_site(
     elif sum(size > 1 for size in leaf.shape) < 2:
         others[index] = f"consumed by {opaque[0]}" if opaque else OUTPUT if roles else "unused"
     elif opaque:
-        unpaired[index] = f"consumed by {opaque[0]}, which has no rule"
+        why = UNPAIRED.get(opaque[0])
+        unpaired[index] = f"consumed by {opaque[0]}, which has no rule" + (f": {why}" if why else "")
     else:
         unpaired[index] = "returned as an output, and used by nothing else" if roles else "unused"
