@@ -10,7 +10,7 @@ import pytest
 from networks import NETWORKS, drawn, normal
 
 import jaxeff
-from jaxeff import importance
+from jaxeff import cost, importance
 
 LENGTH, WIDTH, HEADS, GROUPS, SIZE = 5, 24, 6, 2, 4
 BATCH = 3
@@ -24,6 +24,14 @@ def _rotate(x):
     cos, sin = (np.tile(f(angle), 2)[None, :, None].astype(np.float32) for f in (np.cos, np.sin))
     first, second = jnp.split(x, 2, -1)
     return x * cos + jnp.concatenate([-second, first], -1) * sin
+
+
+def _rotate_pairs(x):
+    """Rotary positions on neighbours, as LLaMA has them: taken apart and put together again."""
+    even, odd = jnp.unstack(x.reshape(*x.shape[:-1], -1, 2), axis=-1)
+    angle = np.arange(x.shape[1])[:, None] * np.arange(1, x.shape[-1] // 2 + 1) / 10.0
+    cos, sin = (f(angle)[None, :, None].astype(np.float32) for f in (np.cos, np.sin))
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape)
 
 
 def _attend(query, key, value, seen=None):
@@ -41,6 +49,11 @@ def _split(x, heads=HEADS):
 def _plain(p, x, seen=None):
     query, key, value = (_split(x @ p[name]) for name in ("query", "key", "value"))
     return _attend(_rotate(query), _rotate(key), value, seen) @ p["out"]
+
+
+def _rotary(p, x, seen=None):
+    query, key, value = (_split(x @ p[name]) for name in ("query", "key", "value"))
+    return _attend(_rotate_pairs(query), _rotate_pairs(key), value, seen) @ p["out"]
 
 
 def _fused(p, x, seen=None):
@@ -103,6 +116,12 @@ OF_GROUPS = {"query": (1, GROUP), "key": (1, KEY), "value": (1, KEY), "out": (0,
 # name -> the network, the shapes of its weights, its units, and each weight's axis and indices by unit.
 ATTENTIONS = {
     "plain": (_plain, FULL, HEADS, {**dict.fromkeys(("query", "key", "value"), (1, HEAD)), "out": (0, HEAD)}),
+    "rotary pairs": (
+        _rotary,
+        FULL,
+        HEADS,
+        {**dict.fromkeys(("query", "key", "value"), (1, HEAD)), "out": (0, HEAD)},
+    ),
     "fused": (
         _fused,
         FUSED,
@@ -162,6 +181,12 @@ def test_importance_of_a_unit_is_the_sum_over_its_slices(network, shapes, units,
         ((total,), (largest,)) = (found.values() for found in reduced.values())
         np.testing.assert_allclose(total[unit], sum(part.sum() for part in parts), rtol=1e-5)
         np.testing.assert_allclose(largest[unit], max(part.max() for part in parts), rtol=1e-6)
+
+
+def test_rotary_positions_put_together_by_a_stack_cost_their_arithmetic():
+    found = cost.count(_drawn(FULL), _rotary, normal(BATCH, LENGTH, WIDTH))
+    assert found.complete
+    assert found.macs == BATCH * (4 * LENGTH * WIDTH**2 + 2 * LENGTH**2 * WIDTH)
 
 
 def test_flax_attention_with_dropout():

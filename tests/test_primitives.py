@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import normal
 
-import jaxeff
-from jaxeff import cost, graph
-from jaxeff.cost.operations import COUNTED, UNKNOWN
-from jaxeff.graph import axes
+from jaxeff import cost
+from jaxeff.cost.operations import COUNTED
+from jaxeff.graph import axes, flatten, nonlinearities
 from jaxeff.graph.primitives import LOCKED, UNCOUNTED, UNPAIRED
 from jaxeff.graph.provenance import FOLLOWED
 from jaxeff.graph.rules import COUPLED
@@ -56,3 +54,47 @@ def test_every_primitive_has_a_rule_or_a_reason_for_having_none(handled, unknown
 @EACH_PASS
 def test_no_primitive_has_both_a_rule_and_a_reason_for_having_none(handled, unknown):
     assert sorted(handled & unknown.keys()) == []
+
+
+# Operations of 3 x 4 x 6 arrays that only move their elements, and are one primitive in newer JAX.
+MOVES = {
+    "unstack, last": lambda x: jnp.unstack(x, axis=-1),
+    "unstack, first": lambda x: jnp.unstack(x),
+    "unstack a factor": lambda x: jnp.unstack(x.reshape(3, 4, 2, 3), axis=3),
+    "tile": lambda x: [jnp.tile(x, (1, 2, 3))],
+}
+
+
+@pytest.mark.parametrize("function", MOVES.values(), ids=MOVES)
+def test_axes_are_followed_to_where_their_elements_go(function):
+    shape = 3, 4, 6
+    numbered = np.indices(shape).reshape(3, -1)
+    program = flatten(jax.make_jaxpr(function)(jnp.zeros(shape)))
+    known = {program.inputs[0]: axes.of_weight(shape)}
+    for operation in program.operations:
+        source = known[operation.inputs[0]]
+        moved = axes.move(operation, source, operation.inputs[0].shape)
+        known.update(zip(operation.outputs, moved, strict=True))
+    results = function(jnp.arange(np.prod(shape)).reshape(shape))
+    for output, elements in zip(program.outputs, results, strict=True):
+        factors = [factor for dim in known[output] for factor in dim]
+        steps = np.indices([factor.size for factor in factors])
+        for axis in range(3):
+            placed = [(f, step) for f, step in zip(factors, steps, strict=True) if f.axis == axis]
+            own = [factor.offset + factor.stride * step for factor, step in placed]
+            assert output.shape == elements.shape
+            if own:
+                expected = numbered[axis][np.asarray(elements)]
+                np.testing.assert_array_equal(sum(own).reshape(elements.shape), expected)
+
+
+def test_new_arithmetic_is_counted_and_named():
+    x = jax.ShapeDtypeStruct((4, 6), jnp.float32)
+    found = cost.count_function(lambda x: jnp.tile(jnp.stack(jnp.unstack(x, axis=1)), (2, 2)), x)
+    assert found.complete and found.total == cost.Work()
+    tanh = cost.count_function(jax.grad(lambda x: jnp.tanh(x).sum()), x)
+    assert tanh.complete and tanh.total.transcendentals == 24
+    # `log2` and 1 - x^2 are primitives, or made of others, by the version of JAX.
+    assert cost.count_function(jnp.log2, x).complete
+    program = flatten(jax.make_jaxpr(lambda x: jnp.log2(1 + jnp.exp2(x)))(x))
+    assert all(map(nonlinearities.pointwise, program.operations))

@@ -9,7 +9,6 @@ Imports `program` alone.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -122,14 +121,19 @@ def moves(operation: Operation) -> bool:
 
 
 def concatenated(operation: Operation, operand: int, dims: Dims, leaf: Sequence[int]) -> Dims | None:
-    """Dims of a concatenation's output, for the axes that this operand brings; each must be whole."""
+    """Dims of a concatenation's output, for the axes that this operand brings; each must be whole.
+
+    None along a dimension that is no axis of the weight: which part of it is the weight's would be forgotten.
+    """
     along = operation.params["dimension"]
     before = sum(_shape(other)[along] for other in operation.inputs[:operand])
     whole = operation.outputs[0].shape[along]
-    if len(dims[along]) != 1 or not covers(dims, held((dims[along],)), leaf):
+    if whole == _shape(operation.inputs[operand])[along]:
+        return dims
+    if len(dims[along]) != 1 or not held((dims[along],)) or not covers(dims, held((dims[along],)), leaf):
         return None
     factor = dims[along][0]
-    widened = factor._replace(size=whole, offset=factor.offset - before if factor.axis is not None else 0)
+    widened = factor._replace(size=whole, offset=factor.offset - before)
     return (*dims[:along], (widened,), *dims[along + 1 :])
 
 
@@ -200,11 +204,23 @@ def _squeeze(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params
 
 
 def _shifted(dims: Dims, dropped: Sequence[Factor]) -> Dims:
-    """The dims without some factors of size 1: their offsets go to another factor of their axis."""
-    shifts: Counter[int | None] = Counter()
-    for factor in dropped:
-        shifts[factor.axis] += factor.offset
-    return tuple(tuple(f._replace(offset=f.offset + shifts.pop(f.axis, 0)) for f in dim) for dim in dims)
+    """The dims without some factors of size 1, whose offsets go to other factors of their axes.
+
+    To the next finer one, so that what is cut out of every head does not shift the heads; past the finest, to
+    the finest.
+    """
+    moved = [list(dim) for dim in dims]
+    for gone in dropped:
+        own = [
+            (factor.stride, i, j)
+            for i, dim in enumerate(moved)
+            for j, factor in enumerate(dim)
+            if factor.axis == gone.axis
+        ]
+        if gone.offset and own:
+            _, i, j = max((place for place in own if place[0] <= gone.stride), default=min(own))
+            moved[i][j] = moved[i][j]._replace(offset=moved[i][j].offset + gone.offset)
+    return tuple(map(tuple, moved))
 
 
 def _broadcast_in_dim(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: Mapping) -> Dims:

@@ -302,7 +302,7 @@ def _through(operation: Operation, operand: int, dims: Dims, leaf: Sequence[int]
     if operation.name == "concatenate":
         return _or_lost(axes.concatenated(operation, operand, dims, leaf), operation)
     if operation.name == "stack":
-        return axes.stacked(operation, dims)
+        return axes.stacked(operation, dims) if len(operation.inputs) == 1 else Lost(operation.name)
     if pointwise(operation):
         return axes.broadcast(dims, shape, result)
     if operation.name.startswith("reduce_") and "axes" in operation.params:
