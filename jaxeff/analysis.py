@@ -167,6 +167,7 @@ def _report(
         activities=activities,
         modules=modules,
         attentions=attentions,
+        headless=statistics.headless,
     )
 
 

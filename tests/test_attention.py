@@ -189,6 +189,52 @@ def test_rotary_positions_put_together_by_a_stack_cost_their_arithmetic():
     assert found.macs == BATCH * (4 * LENGTH * WIDTH**2 + 2 * LENGTH**2 * WIDTH)
 
 
+def _transformed(p, x):
+    """Queries and keys pass an operation without a rule."""
+    query, key, value = (_split(x @ p[name]) for name in ("query", "key", "value"))
+    return _attend(jnp.fft.fft(query).real, jnp.fft.fft(key).real, value) @ p["out"]
+
+
+def _pooled(p, x):
+    """One softmax over positions, which weighs the rows of what a weight makes."""
+    weights = nn.softmax(jnp.tanh(x @ p["key"]) @ p["query"][0])
+    return jnp.einsum("bt,btd->bd", weights, x @ p["value"]) @ p["out"]
+
+
+def _over_inputs(p, x):
+    return jnp.einsum("bqk,bkd->bqd", nn.softmax((x @ p["query"]) @ (x @ p["key"]).mT), x) @ p["out"]
+
+
+def _of_inputs_alone(p, x):
+    return jnp.einsum("bqk,bkd->bqd", nn.softmax(x @ x.mT), x @ p["value"]) @ p["out"]
+
+
+HEADLESS = {
+    "unknown operation": (
+        _transformed,
+        "units are not followed through fft, on the way to its logits",
+    ),
+    "one head": (_pooled, "one head: no dimension of its probabilities is made of a weight's units"),
+    "inputs are weighed": (_over_inputs, "its values come from no weight that could be followed"),
+    "inputs weigh": (_of_inputs_alone, "its logits come from no weight that could be followed"),
+}
+
+
+@pytest.mark.parametrize(("network", "expected"), HEADLESS.values(), ids=HEADLESS)
+def test_a_softmax_that_weighs_data_without_heads_says_why(network, expected):
+    report = jaxeff.analyze(_drawn(FULL), network, normal(BATCH, LENGTH, WIDTH))
+    assert report.attentions == ()
+    ((path, reason),) = [(found.path, found.reason) for found in report.headless]
+    assert reason == expected
+    assert f"{path or 'model'}: no heads found: {reason}" in " ".join(str(report).split())
+    assert jaxeff.Report.from_json(report.to_json()).headless == report.headless
+
+
+@CASES
+def test_attentions_with_heads_are_not_listed_without(network, shapes, units, slices):
+    assert jaxeff.collect(_drawn(shapes), network, normal(BATCH, LENGTH, WIDTH)).headless == ()
+
+
 def test_flax_attention_with_dropout():
     module = nn.MultiHeadDotProductAttention(num_heads=4, dropout_rate=0.5, deterministic=False)
     x = normal(2, 7, 8)
@@ -227,8 +273,11 @@ def test_layers_that_a_scan_stacks_have_heads_of_their_own():
 
 def test_a_softmax_over_classes_is_no_attention():
     network = lambda p, x: nn.softmax(x @ p["w"])  # noqa: E731
-    assert jaxeff.collect({"w": normal(4, 3)}, network, normal(5, 4)).attentions == ()
-    assert jaxeff.collect(*NETWORKS["cnn"]().arguments).attentions == ()
+    for statistics in (
+        jaxeff.collect({"w": normal(4, 3)}, network, normal(5, 4)),
+        jaxeff.collect(*NETWORKS["cnn"]().arguments),
+    ):
+        assert statistics.attentions == statistics.headless == ()
 
 
 # Levels
