@@ -22,7 +22,7 @@ _INLINED = {
     "call": "call_jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
-    "composite": "call_jaxpr",
+    "composite": "jaxpr",
     "custom_vmap_call": "call",
     "eval_jaxpr": "call_jaxpr",
     "remat2": "jaxpr",
@@ -190,7 +190,7 @@ def _inline(
 def _inlined_callee(equation: Any) -> ClosedJaxpr | None:
     name = equation.primitive.name
     if name in _INLINED:
-        return _closed(equation.params[_INLINED[name]])
+        return _closed(_parameter(equation, _INLINED[name]))
     called = callee(equation)
     return called if called is not None and _contracts(called.jaxpr) else None
 
@@ -206,7 +206,12 @@ def _contracts(jaxpr: Jaxpr) -> bool:
 
 def _callees(equation: Any) -> list[ClosedJaxpr]:
     key = {**_INLINED, **_CUSTOM}.get(equation.primitive.name)
-    return [_closed(equation.params[key])] if key else []
+    return [_closed(_parameter(equation, key))] if key else []
+
+
+def _parameter(equation: Any, key: str) -> Any:
+    """A callee, which newer JAX names `call_jaxpr` wherever it stands."""
+    return equation.params[key if key in equation.params else "call_jaxpr"]
 
 
 def _bodies(equation: Any, scope: str) -> tuple[Program, ...]:
