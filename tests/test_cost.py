@@ -585,7 +585,7 @@ def test_a_pallas_kernel_is_a_program_that_is_not_seen_into():
 
 
 def test_a_shard_map_costs_its_body_on_each_device():
-    mesh = AbstractMesh((4,), ("data",))
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
     def forward(w, x):
@@ -612,7 +612,7 @@ def test_explicit_shardings_say_what_each_device_does():
 
 
 def test_under_automatic_sharding_the_work_of_one_device_is_unknown():
-    mesh = AbstractMesh((4,), ("data",))
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
     x = jax.ShapeDtypeStruct((12, D), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     found = cost.count({"w": shape(D, 7)}, lambda params, x: x @ params["w"], x)
     assert (found.devices, found.per_device, found.macs) == (4, None, 12 * D * 7)
