@@ -170,6 +170,7 @@ def _report(
         activities=activities,
         modules=modules,
         attentions=attentions,
+        headless=statistics.headless,
     )
 
 

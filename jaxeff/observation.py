@@ -24,6 +24,7 @@ from jaxeff.graph.program import Value
 from jaxeff.precision import widened
 from jaxeff.statistics import (
     AttentionStatistics,
+    HeadlessAttention,
     HeadSlices,
     ModuleStatistics,
     Place,
@@ -56,7 +57,7 @@ def observe(
     roles = [_watch_site(watch, site, found.leaves[site.leaf].shape) for site in found.sites]
     outputs = [(path, watch.add(value, _last_axis(value))) for path, value in modules]
     shapes = [leaf.shape for leaf in found.leaves]
-    attentions = graph.attentions(found.program, found.sites, shapes, found.provenance)
+    attentions, headless = graph.attentions(found.program, found.sites, shapes, found.provenance)
     heads = [watch.add(a.probabilities, _HeadEntropy(a.over, a.head_dims)) for a in attentions]
     _, observed = graph.evaluate(found.program, jax.tree.leaves((params, inputs)), watch.hooks())
 
@@ -76,6 +77,7 @@ def observe(
         ),
         {},
         _places(found),
+        tuple(_headless(one, found.leaves) for one in headless),
     )
 
 
@@ -247,6 +249,11 @@ def _attention_statistics(
     summed = jnp.sum(sums, in_time)
     path, heads = _common([part.path for part in slices]), attention.heads
     return AttentionStatistics(path, heads, attention.units, slices, summed[..., :-1], summed[..., -1:])
+
+
+def _headless(attention: graph.Headless, leaves: Sequence[graph.Leaf]) -> HeadlessAttention:
+    path = _common([leaves[leaf].path for leaf in sorted(attention.leaves)])
+    return HeadlessAttention(path, attention.reason)
 
 
 def _common(paths: Sequence[str]) -> str:

@@ -34,6 +34,7 @@ from jaxeff.records import (
     OtherStructure,
     none_of,
 )
+from jaxeff.statistics import HeadlessAttention
 
 if TYPE_CHECKING:
     from jaxeff.prune.sensitivity import Sensitivity
@@ -61,6 +62,7 @@ class Report:
         modules: outputs that Flax captured.
         attentions: heads of every softmax attention.
         model: the model-level numbers.
+        headless: softmaxes that weigh data, and in which no heads were found, with the reason.
     """
 
     criterion: str = dataclasses.field(metadata=_STATIC)
@@ -73,6 +75,7 @@ class Report:
     modules: tuple[ModuleReport, ...]
     attentions: tuple[AttentionReport, ...]
     model: ModelReport
+    headless: tuple[HeadlessAttention, ...] = dataclasses.field(default=(), metadata=_STATIC)
 
     @property
     def rows(self) -> tuple[LayerReport, ...]:
@@ -95,6 +98,7 @@ class Report:
         modules: Sequence[ModuleReport],
         attentions: Sequence[AttentionReport],
         model: ModelReport,
+        headless: Sequence[HeadlessAttention] = (),
     ) -> Report:
         """A report from its parts, as `rows` and `others` give them."""
         return Report(
@@ -108,6 +112,7 @@ class Report:
             tuple(modules),
             tuple(attentions),
             model,
+            tuple(headless),
         )
 
     def _row(self, index: int) -> LayerReport:

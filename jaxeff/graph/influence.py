@@ -113,7 +113,7 @@ def _through(
 ) -> Influence:
     """What an operation makes of the influence of its results for one of its operands."""
     outputs = operation.outputs
-    if operation.name in axes.COLLECTIVES and len(outputs) == len(operation.inputs):
+    if operation.name in axes.JOINING and len(outputs) == len(operation.inputs):
         outputs = outputs[operand : operand + 1]
     after = max((known.get(output, NONE) for output in outputs), default=NONE)
     size = math.prod(value_shape(operation.inputs[operand]))

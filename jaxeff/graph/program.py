@@ -20,8 +20,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 _INLINED = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
+    "call": "call_jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
+    "composite": "jaxpr",
+    "custom_vmap_call": "call",
+    "eval_jaxpr": "call_jaxpr",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
 }
@@ -32,6 +36,8 @@ _CUSTOM = {
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 _BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
+ENTERED = frozenset({*_INLINED, *_CUSTOM, *_BODIES})
+"""Primitives that run a program, which is inlined or kept as a body."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -196,7 +202,7 @@ def _inline(
         # A callee's names begin anew.
         inner = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
         if name in _INLINED:
-            called = _closed(equation.params[_INLINED[name]])
+            called = _closed(_parameter(equation, _INLINED[name]))
             results = _inline(called.jaxpr, called.consts, operands, steps, constants, inner)
         elif name in _CUSTOM:
             call = _call(equation, operands, constants, inner)
@@ -213,7 +219,7 @@ def _call(
     equation: Any, operands: tuple[Value | Literal, ...], constants: dict[Value, Any], scope: str
 ) -> Call:
     steps: list[Step] = []
-    called = _closed(equation.params[_CUSTOM[equation.primitive.name]])
+    called = _closed(_parameter(equation, _CUSTOM[equation.primitive.name]))
     results = _inline(called.jaxpr, called.consts, operands, steps, constants, scope)
     made = {output for operation in operations_of(steps) for output in operation.outputs}
     outputs: list[Value] = []
@@ -240,6 +246,11 @@ def _operation(
         _bodies(equation, scope),
         scope,
     )
+
+
+def _parameter(equation: Any, key: str) -> Any:
+    """A callee, which newer JAX names `call_jaxpr` wherever it stands."""
+    return equation.params[key if key in equation.params else "call_jaxpr"]
 
 
 def _bodies(equation: Any, scope: str) -> tuple[Program, ...]:

@@ -151,7 +151,7 @@ class Reach:
         """Classify an operation's output; True where it is to be followed further."""
         if axes.moves(operation):
             return self._move(operation)
-        if axes.reduced(operation) is not None or operation.name in axes.COLLECTIVES:
+        if axes.reduced(operation) is not None or operation.name in axes.JOINING:
             return self._reduce(operation)
         if nonlinearities.pointwise(operation):
             return self._combine(operation)

@@ -23,6 +23,7 @@ from jaxeff.graph.contractions import multiplications
 from jaxeff.graph.flow import Flow
 from jaxeff.graph.influence import Influences, influences
 from jaxeff.graph.nonlinearities import unchanged
+from jaxeff.graph.primitives import UNPAIRED
 from jaxeff.graph.program import Operation, Program, Value
 from jaxeff.graph.provenance import (
     CONSTANT_CONTRACTION,
@@ -355,6 +356,7 @@ def _without_site(
     elif sum(size > 1 for size in leaf.shape) < 2:
         others[index] = f"consumed by {opaque[0]}" if opaque else OUTPUT if roles else "unused"
     elif opaque:
-        unpaired[index] = f"consumed by {opaque[0]}, which has no rule"
+        why = UNPAIRED.get(opaque[0])
+        unpaired[index] = f"consumed by {opaque[0]}, which has no rule" + (f": {why}" if why else "")
     else:
         unpaired[index] = "returned as an output, and used by nothing else" if roles else "unused"
