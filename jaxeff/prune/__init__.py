@@ -23,6 +23,10 @@ from jaxeff.prune.groups import Group as Group
 from jaxeff.prune.groups import Groups as Groups
 from jaxeff.prune.groups import Member as Member
 from jaxeff.prune.groups import groups as groups
+from jaxeff.prune.layouts import Layout as Layout
+from jaxeff.prune.layouts import Scores as Scores
+from jaxeff.prune.layouts import WeightAxes as WeightAxes
+from jaxeff.prune.layouts import layout as layout
 from jaxeff.prune.masks import apply as apply
 from jaxeff.prune.masks import masks as masks
 from jaxeff.prune.masks import pack as pack

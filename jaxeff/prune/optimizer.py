@@ -1,6 +1,6 @@
 """An optimizer that prunes as it goes, and keeps what it pruned at 0.
 
-Imports `allocation`, `masks`, `patterns`, `schedules`.
+Imports `allocation`, `layouts`, `masks`, `patterns`, `schedules`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import optax
 from jax import Array
 
 from jaxeff.prune.allocation import Measured
+from jaxeff.prune.layouts import unboxed
 from jaxeff.prune.masks import Limits, Prunable, masks, scored
 from jaxeff.prune.patterns import UNSTRUCTURED, Pattern
 from jaxeff.prune.schedules import Schedule
@@ -73,7 +74,7 @@ def sparsify(
     how = {"scope": scope, "pattern": pattern, "allocation": allocation, "max_sparsity": max_sparsity}
 
     def init(params: Any) -> SparseState:
-        shapes = jax.eval_shape(score, params, params)
+        shapes = unboxed(jax.eval_shape(score, params, params))
         kept = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), shapes)
         return SparseState(jnp.zeros((), jnp.int32), kept, inside.init(params))
 
