@@ -60,10 +60,10 @@ def scored(
             `(path, leaf) -> bool`, or exceptions by path.
 
     Returns:
-        Scores where a leaf may be pruned; a number, 0, where it may not. By the program, where statistics or a
-        layout tell, weights may; without it floating arrays of two axes or more in each layer. Leaves
-        named `bias`, `scale` or `embedding` stay whole. What is known of the axes of an array goes with it,
-        in a box (`prune.Scores`) that reads as the array.
+        Scores where a leaf may be pruned; a number, 0, where it may not. By the program, where statistics or
+        a layout tell, weights may; without it floating arrays of two axes or more in each layer. Leaves
+        named `bias`, `scale` or `embedding` stay whole. Where a weight is no kernel of inputs by outputs,
+        what its axes index goes with its scores, in a box (`prune.Scores`) that reads as the array.
 
     Raises:
         ValueError: a path of `prunable` is none of the leaves', or has no scores; or the criterion needs
@@ -90,7 +90,7 @@ def scored(
     if missing := sorted(_asked_for(prunable, chosen) - found.keys()):
         raise ValueError(f"`prunable` asks for {missing[0]!r}, which multiplies no data and has no scores")
     scores = [
-        _boxed(found[path], known[path].axes) if path in chosen & found.keys() else jnp.zeros(())
+        _boxed(path, found[path], known[path].axes) if path in chosen & found.keys() else jnp.zeros(())
         for path in named
     ]
     tree = jax.tree.unflatten(jax.tree.structure(core), scores)
@@ -99,8 +99,9 @@ def scored(
     return {**jax.tree.map(lambda leaf: jnp.zeros(()), dict(params)), "params": tree}
 
 
-def _boxed(scores: Array, axes: WeightAxes | None) -> Any:
-    return scores if axes is None else Scores(scores, axes)
+def _boxed(path: str, scores: Array, axes: WeightAxes | None) -> Any:
+    """Scores in a box where `masks` would not know what their axes index."""
+    return scores if axes in (None, assumed(path, scores.shape)) else Scores(scores, axes)
 
 
 def _asked_for(prunable: Prunable, chosen: set[str]) -> set[str]:
@@ -168,13 +169,13 @@ def masks(
             whole.
         sparsity: the fraction to remove, in [0, 1), which may be traced. None for `NByM`, which has its own.
         scope: 'layer' removes from each layer by itself, 'unit' from the weights of each output by
-            themselves, 'global' in one order over all. Layers that a scan stacks in one leaf are layers, as in a
-            report, if the scores come of statistics or of a `prune.layout`; else a leaf is a layer, and of
-            units only those of a kernel of two axes are known.
+            themselves, 'global' in one order over all. Layers that a scan stacks in one leaf are layers, as
+            in a report, if the scores come of statistics or of a `prune.layout`; else a leaf is a layer, and
+            of units only those of a kernel of two axes are known.
         pattern: `Unstructured()`, `Block(shape)`, `Units()` or `NByM(n, m)`.
-        allocation: with scope 'layer' or 'unit', how much of each layer: 'uniform', 'erk', fractions by name
-            ('blocks/q[3]', or 'blocks/q' for all layers of a leaf), or what `sensitivity` measured. With scope
-            'global', 'lamp' makes the scores of layers comparable first.
+        allocation: with scope 'layer' or 'unit', how much of each layer: 'uniform', 'erk', fractions by
+            name ('blocks/q[3]', or 'blocks/q' for all layers of a leaf), or what `sensitivity` measured.
+            With scope 'global', 'lamp' makes the scores of layers comparable first.
         max_sparsity: at most so much of any layer goes, or of those named; with scope 'global' others make
             up for it.
 

@@ -1,9 +1,9 @@
 """The lowest or highest of many scores, exactly so many of them, without putting them in order.
 
 A `Threshold` is two integers: the bit pattern up to which all scores go, and the index up to which the ties
-at that pattern do. Two ways find it. `_bisected` counts over whole arrays, elementwise, so that scores that lie
-on several devices stay there. On one CPU `_in_pieces` counts piece by piece, each of which fits the cache, in
-loops that all arrays share. Imports nothing of jaxeff.
+at that pattern do. Two ways find it. `_bisected` counts over whole arrays, elementwise, so that scores that
+lie on several devices stay there. On one CPU `_in_pieces` counts piece by piece, each of which fits the
+cache, in loops that all arrays share. Imports nothing of jaxeff.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class _Scores(NamedTuple):
     open_: Array | None
 
     def map(self, function: Callable[[Array], Array]) -> _Scores:
-        return _Scores(*(None if part is None else function(part) for part in self))
+        return _Scores(function(self.values), None if self.open_ is None else function(self.open_))
 
     def keys(self, largest: bool) -> Array:
         """Integers from 0 on, of which the lowest are sought."""
@@ -301,9 +301,9 @@ def _in_pieces(
     arrays: list[_Scores], counts: list[Array], apart: tuple[Axes, ...] | None, largest: bool
 ) -> list[Array]:
     """The lowest or highest, as `_selected` has them."""
-    offsets = np.zeros(len(arrays), np.int32)
+    offsets = [0] * len(arrays)
     if apart is None:
-        offsets = np.cumsum([0, *(array.values.size for array in arrays[:-1])])
+        offsets = np.cumsum([0, *(array.values.size for array in arrays[:-1])]).tolist()
         found = _of_rows([_joined(arrays).map(lambda flat: flat[None])], [counts[0].reshape(1)], largest)
         found, apart = found * len(arrays), ((),) * len(arrays)
     else:
