@@ -255,7 +255,9 @@ def _bisected(
     def at_most(found: list[Array], most: list[Array]) -> list[Array]:
         return [number <= limit for number, limit in zip(found, most, strict=True)]
 
-    limits = _largest(lambda limits: at_most(under(limits), counts), counts, 31)
+    # Sharded as what is compared with them, which an explicit mesh asks for; nothing is counted for that.
+    start = [jnp.zeros_like(number) for number in under([jnp.zeros_like(count) for count in counts])]
+    limits = _largest(lambda limits: at_most(under(limits), counts), start, 31)
     missing = [count - gone for count, gone in zip(counts, under(limits), strict=True)]
     tied = [key == limit for key, limit in zip(keys, for_all(limits), strict=True)]
 
@@ -268,7 +270,7 @@ def _bisected(
         )
 
     size = sum(key.size for key in keys) if apart is None else max(key.size for key in keys)
-    firsts = _largest(lambda firsts: at_most(before(firsts), missing), counts, size.bit_length())
+    firsts = _largest(lambda firsts: at_most(before(firsts), missing), start, size.bit_length())
     return [Threshold(*pair) for pair in zip(limits, firsts, strict=True)]
 
 
