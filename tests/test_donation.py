@@ -214,7 +214,7 @@ ROWS = {
     ),
     "masks, n by m": lambda: _of_masks(
         lambda params, masks: prune.masks(
-            prune.scored(params, prunable={"c": False}), pattern=prune.NByM(1, 2)
+            prune.scored(params, prunable={"c": False}), pattern=prune.NByM(1, 2, axis=-2)
         )
     ),
     "apply": lambda: _of_masks(prune.apply),

@@ -24,6 +24,10 @@ from jaxeff.prune.groups import Group as Group
 from jaxeff.prune.groups import Groups as Groups
 from jaxeff.prune.groups import Member as Member
 from jaxeff.prune.groups import groups as groups
+from jaxeff.prune.layouts import Axes as Axes
+from jaxeff.prune.layouts import Layout as Layout
+from jaxeff.prune.layouts import Scores as Scores
+from jaxeff.prune.layouts import layout as layout
 from jaxeff.prune.masks import apply as apply
 from jaxeff.prune.masks import masks as masks
 from jaxeff.prune.masks import pack as pack
@@ -56,5 +60,3 @@ from jaxeff.prune.schedules import periodic as periodic
 from jaxeff.prune.sensitivity import Sensitivity as Sensitivity
 from jaxeff.prune.sensitivity import sensitivity as sensitivity
 from jaxeff.prune.shrinking import shrink as shrink
-from jaxeff.prune.weight_axes import Axes as Axes
-from jaxeff.prune.weight_axes import axes as axes

@@ -1,12 +1,11 @@
 """Dynamic sparse training: sparse from the first step, with masks that move.
 
 An optimizer and a sparsity -> an optimizer that every few steps drops the smallest weights and grows as many
-others. Imports `masks`, `optimizer`, `schedules`, `selection`.
+others. Imports `layouts`, `masks`, `optimizer`, `schedules`, `selection`.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxeff.prune.layouts import axes_of, unboxed
 from jaxeff.prune.masks import Prunable, masks, scored
 from jaxeff.prune.optimizer import (
     SparseState,
@@ -25,7 +25,7 @@ from jaxeff.prune.optimizer import (
     trained,
 )
 from jaxeff.prune.schedules import periodic
-from jaxeff.prune.selection import highest, lowest
+from jaxeff.prune.selection import highest_of_each, lowest_of_each
 
 
 def rigl(
@@ -171,7 +171,7 @@ def _dynamic(
 
         def moved() -> Any:
             magnitudes, promises = scored(weights, prunable=prunable), promise(updates, shapes(weights), step)
-            return jax.tree.map(functools.partial(_moved, share=share), before, magnitudes, promises)
+            return _moved(before, magnitudes, promises, share)
 
         kept = jax.lax.cond(due, moved, lambda: before)
         stayed = jax.tree.map(jnp.logical_and, before, kept)
@@ -189,12 +189,23 @@ def _random(key: Array, shapes: Any) -> Any:
     return jax.tree.unflatten(structure, drawn)
 
 
-def _moved(mask: Array, magnitude: Array, promise: Array, share: Array) -> Array:
-    """The mask of one layer after the lowest magnitudes went and as many of the highest promises came."""
-    if mask.ndim == 0:
-        return mask
-    count = jnp.round(share * jnp.sum(mask, dtype=jnp.int32)).astype(jnp.int32)
-    (dropped,) = lowest([magnitude], count, among=[mask])
-    stays = mask & ~dropped
-    (grown,) = highest([promise], count, among=[~stays])
-    return stays | grown
+def _moved(before: Any, magnitudes: Any, promises: Any, share: Array) -> Any:
+    """The masks after, in each layer, the lowest magnitudes went and as many of the highest promises came."""
+    leaves, structure = jax.tree.flatten(before)
+    moving = [i for i, mask in enumerate(leaves) if mask.ndim]
+    small, promised = ([jax.tree.leaves(unboxed(tree))[i] for i in moving] for tree in (magnitudes, promises))
+    axes = axes_of(magnitudes)
+    layers = [() if (found := axes[i]) is None else tuple(sorted(found.layers)) for i in moving]
+    active = [leaves[i] for i in moving]
+    counts = [
+        jnp.round(share * jnp.sum(mask, [a for a in range(mask.ndim) if a not in own], jnp.int32)).astype(
+            jnp.int32
+        )
+        for mask, own in zip(active, layers, strict=True)
+    ]
+    dropped = lowest_of_each(small, counts, layers, among=active)
+    stays = [mask & ~gone for mask, gone in zip(active, dropped, strict=True)]
+    grown = highest_of_each(promised, counts, layers, among=[~mask for mask in stays])
+    for i, stay, new in zip(moving, stays, grown, strict=True):
+        leaves[i] = stay | new
+    return jax.tree.unflatten(structure, leaves)

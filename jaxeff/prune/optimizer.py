@@ -1,6 +1,6 @@
 """An optimizer that prunes as it goes, and keeps what it pruned at 0.
 
-Imports `allocation`, `masks`, `patterns`, `schedules`; of jaxeff `graph`, `leaves`.
+Imports `allocation`, `layouts`, `masks`, `patterns`, `schedules`; of jaxeff `graph`, `leaves`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jax import Array
 from jaxeff.graph.program import Value, flatten
 from jaxeff.leaves import leaves_by_path
 from jaxeff.prune.allocation import Measured
+from jaxeff.prune.layouts import unboxed
 from jaxeff.prune.masks import Limits, Prunable, after_pruned, check_alike, scored
 from jaxeff.prune.masks import masks as make_masks
 from jaxeff.prune.patterns import UNSTRUCTURED, Pattern
@@ -101,7 +102,7 @@ def sparsify(
         if schedule is None:
             kept, given = given, None
         else:
-            shapes = jax.eval_shape(score, weights, weights)
+            shapes = unboxed(jax.eval_shape(score, weights, weights))
             kept = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), shapes)
             kept = kept if given is None else jax.tree.map(jnp.logical_and, kept, given)
         check_copies(inside, params, kept)
@@ -118,7 +119,7 @@ def sparsify(
                 scores = score(trained(params), updates)
                 if state.given is None:
                     return make_masks(scores, target, **how)
-                scores = jax.tree.map(after_pruned, scores, state.given)
+                scores = jax.tree.map(after_pruned, state.given, scores)
                 return jax.tree.map(jnp.logical_and, make_masks(scores, target, **how), state.given)
 
             kept = jax.lax.cond(due, made, lambda: state.masks)

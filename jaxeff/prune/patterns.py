@@ -1,6 +1,6 @@
 """Which weights go together: alone, in blocks, as whole units, or so many of every few.
 
-Imports `weight_axes`.
+Imports `layouts`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxeff.prune.weight_axes import FLAX_KERNEL, Axes, AxesByPath, by_path
+from jaxeff.prune.layouts import Axes, AxesByPath, assumed, axes_by_path
+
+
+class _Anywhere:
+    """A pattern that goes by the axes of a weight as they are known."""
+
+    def located(self, path: str, scores: Array, known: Axes | None) -> Axes:
+        """What the axes of a leaf index: as is known, or else as its name and shape say."""
+        return assumed(path, scores.shape) if known is None else known
 
 
 @dataclasses.dataclass(frozen=True)
-class Unstructured:
+class Unstructured(_Anywhere):
     """Each weight by itself."""
 
-    def groups(self, scores: Array, path: str) -> Array:
-        """One score for each group of weights that goes as one."""
+    def groups(self, scores: Array, path: str, axes: Axes | None = None) -> Array:
+        """One score for each group of weights that goes as one.
+
+        Args:
+            scores: of one layer.
+            axes: what its axes index.
+        """
         return scores
 
     def expanded(self, kept: Array, shape: tuple[int, ...]) -> Array:
@@ -29,7 +42,7 @@ class Unstructured:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Block(_Anywhere):
     """Blocks of weights, scored by their sum.
 
     Attributes:
@@ -41,7 +54,7 @@ class Block:
 
     shape: tuple[int, ...]
 
-    def groups(self, scores: Array, path: str) -> Array:
+    def groups(self, scores: Array, path: str, axes: Axes | None = None) -> Array:
         block = self._full(scores.ndim)
         if len(block) != scores.ndim or any(n % b for n, b in zip(scores.shape, block, strict=True)):
             raise ValueError(
@@ -63,7 +76,7 @@ def _cut(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(part for n, b in zip(shape, block, strict=True) for part in (n // b, b))
 
 
-class _Along:
+class _Along(_Anywhere):
     """A pattern that goes along the inputs or the outputs of a weight.
 
     Which axes these are is a matter of the operation that consumes the weight: a Flax attention kernel is
@@ -80,41 +93,54 @@ class _Along:
             return
         if isinstance(self.axis, int):
             raise ValueError(f"`axes` say where inputs and outputs are, and `axis` is {self.axis}: pass one")
-        object.__setattr__(self, "axes", by_path(self.axes))
+        object.__setattr__(self, "axes", axes_by_path(self.axes))
 
-    def located(self, scores: Array, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The axes of this leaf along which the pattern goes, and those that it never crosses.
+    def located(self, path: str, scores: Array, known: Axes | None) -> Axes:
+        """What the axes of a leaf index: as `axes` say, or else as is known.
+
+        Raises:
+            ValueError: `axes` are given, and do not name the leaf.
+        """
+        if self.axes is None:
+            return super().located(path, scores, known)
+        found = next((axes for name, axes in axes_by_path(self.axes) if name == path), None)
+        if found is None:
+            raise ValueError(f"`pattern` {self} has `axes`, and they do not name {path!r}: {_ADVICE}")
+        return found
+
+    def along(self, scores: Array, path: str, axes: Axes | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes of a layer along which the pattern goes, and those that it never crosses.
 
         Raises:
             ValueError: nothing says which they are.
         """
         if isinstance(self.axis, int):
             return (self.axis % scores.ndim,), ()
-        known = self._known(scores, path)
-        found = known.inputs if self.axis == "input" else known.units
-        if found:
-            return found, known.layers
-        uses = "none" if found is not None else "different ones in different uses"
+        axes = self.located(path, scores, None) if axes is None else axes
+        own, others = axes.inputs, axes.units or ()
+        if self.axis == "output":
+            own, others = axes.units, axes.inputs or ()
+        apart = tuple(axis for axis in own or () if axis in others)
+        if found := tuple(axis for axis in own or () if axis not in others):
+            return found, apart
+        which = f"`pattern` {self} goes along {self.axis} axes"
+        if axes.inputs == axes.units == ():
+            raise ValueError(
+                f"{which}, and without a model nothing says which are those of {path!r}, shape "
+                f"{scores.shape}: {_ADVICE}"
+            )
+        uses = "none" if own is not None else "different ones in different uses"
         raise ValueError(
-            f"`pattern` {self} goes along {self.axis} axes, of which {path!r}, shape {scores.shape}, has "
-            f"{uses}: name them with `axes={{**axes, {path!r}: prune.Axes(inputs=..., units=...)}}`, or "
-            "leave the leaf out with `prunable`"
+            f"{which}, of which {path!r}, shape {scores.shape}, has {uses}: name them with "
+            f"`axes={{**layout, {path!r}: prune.Axes(inputs=..., units=...)}}`, or leave the leaf out with "
+            "`prunable`"
         )
 
-    def _known(self, scores: Array, path: str) -> Axes:
-        if self.axes is not None:
-            found = next((known for name, known in by_path(self.axes) if name == path), None)
-            why = "`axes` do not name"
-        else:
-            kernel = path.rsplit("/", 1)[-1] == "kernel" and scores.ndim == 2
-            found, why = FLAX_KERNEL if kernel else None, "without a model nothing says which are those of"
-        if found is None:
-            raise ValueError(
-                f"`pattern` {self} goes along {self.axis} axes, and {why} {path!r}, shape {scores.shape}: "
-                "pass `axes=prune.axes(params, apply_fn, batch)` or statistics, give `axis` as a number, or "
-                "leave the leaf out with `prunable`"
-            )
-        return found
+
+_ADVICE = (
+    "let `prune.scored` know, by statistics or by `prunable=prune.layout(params, apply_fn, batch)`, or give "
+    "the pattern that layout as `axes`, or `axis` as a number, or leave the leaf out with `prunable`"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +161,8 @@ class Units(_Along):
     axis: int | str = "output"
     axes: AxesByPath | None = dataclasses.field(default=None, repr=False, kw_only=True)
 
-    def groups(self, scores: Array, path: str) -> Array:
-        along, apart = self.located(scores, path)
+    def groups(self, scores: Array, path: str, axes: Axes | None = None) -> Array:
+        along, apart = self.along(scores, path, axes)
         summed = tuple(axis for axis in range(scores.ndim) if axis not in (*along, *apart))
         return jnp.sum(scores, summed, keepdims=True)
 
@@ -156,9 +182,10 @@ class NByM(_Along):
         m: in a row.
         axis: 'input', what the product sums over, which hardware asks for; 'output', the weight's units;
             or the number of one axis.
-        axes: the axes of each weight: what `prune.axes(params, apply_fn, batch)` gives, statistics of
-            `jaxeff.collect`, or `prune.Axes` by path. Without them a `kernel` of two axes is (inputs,
-            outputs), as in Flax, and anything else is refused.
+        axes: the axes of each weight, in place of those that its scores know: what
+            `prune.layout(params, apply_fn, batch)` gives, statistics of `jaxeff.collect`, or `prune.Axes` by
+            path. Where nothing says, a `kernel` of two axes is (inputs, outputs), as in Flax, and anything
+            else is refused.
 
     >>> NByM(1, 2).kept(jnp.array([[1.0], [2.0], [4.0], [3.0]]), "kernel")[:, 0]
     Array([False,  True,  True, False], dtype=bool)
@@ -178,9 +205,9 @@ class NByM(_Along):
     def sparsity(self) -> float:
         return 1 - self.n / self.m
 
-    def kept(self, scores: Array, path: str) -> Array:
-        """The mask; of equal scores the first go."""
-        along, _ = self.located(scores, path)
+    def kept(self, scores: Array, path: str, axes: Axes | None = None) -> Array:
+        """The mask of one layer; of equal scores the first go."""
+        along, _ = self.along(scores, path, axes)
         length = math.prod(scores.shape[axis] for axis in along)
         if length % self.m:
             names = f"axis {along[0]}" if len(along) == 1 else f"axes {along}"

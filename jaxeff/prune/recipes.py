@@ -161,7 +161,7 @@ def iterative_taylor(
 ) -> Pruned:
     """The weights go whose removal changes the loss least to first order, mean (g w)^2 over batches.
 
-    Molchanov et al. remove whole filters: `pattern=prune.Units(axes=prune.axes(params, apply_fn, batch))`.
+    Molchanov et al. remove whole filters: `pattern=prune.Units()`.
 
     Args:
         state: trained.

@@ -1,6 +1,6 @@
 """Prune and train, round by round.
 
-In: a training state and the user's functions of it. Out: `Pruned`. Imports `criteria`, `masks`,
+In: a training state and the user's functions of it. Out: `Pruned`. Imports `criteria`, `layouts`, `masks`,
 `patterns`, `training`; of jaxeff `progress`.
 """
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxeff.progress import progress_bar
 from jaxeff.prune.criteria import Importance
+from jaxeff.prune.layouts import unboxed
 from jaxeff.prune.masks import Limits, Prunable, after_pruned, masks, scored
 from jaxeff.prune.masks import sparsity as sparsity_of
 from jaxeff.prune.patterns import UNSTRUCTURED, NByM, Pattern
@@ -206,7 +207,7 @@ class Selection:
         """
         scores = self._scores(state)
         if kept is not None:
-            scores = jax.tree.map(after_pruned, scores, kept)
+            scores = jax.tree.map(after_pruned, kept, scores)
         allocation = self.allocation
         if isinstance(allocation, Mapping):
             allocation = {path: way(share) for path, share in allocation.items()}
@@ -224,7 +225,7 @@ class Selection:
         if self.importance is None:
             return scored(state.params, prunable=self.prunable)
         scores = self.importance(state)
-        structure, shapes = described(scores)
+        structure, shapes = described(unboxed(scores))
         of_params, shapes_of_params = described(state.params)
         alike = structure == of_params and all(
             shape in ((), other) for shape, other in zip(shapes, shapes_of_params, strict=True)
