@@ -208,7 +208,7 @@ def layout(
         ValueError: `prunable` names no leaf, or `batch` is missing.
 
     >>> def model(params, x):
-    ...     step = lambda x, layer: (jax.nn.relu(x * layer["norm"] @ layer["q"]), None)
+    ...     step = lambda x, layer: (jax.nn.relu(x * layer["norm"][None] @ layer["q"]), None)
     ...     return jax.lax.scan(step, x, params["blocks"])[0]
     >>> params = {"blocks": {"norm": jnp.ones((3, 4)), "q": jnp.ones((3, 4, 4))}}
     >>> found = layout(params, model, jnp.ones((2, 4)))
