@@ -86,6 +86,7 @@ POINTWISE: Mapping[str, Callable[..., Array]] = {
     "round": lambda x, **_: np.round(x),
     "rsqrt": lambda x, **_: 1 / np.sqrt(x),
     "select_n": _select,
+    "reshard": lambda x, **_: x,
     "sharding_constraint": lambda x, **_: x,
     "sign": lambda x: np.sign(x),
     "sin": lambda x, **_: np.sin(x),
@@ -101,7 +102,7 @@ POINTWISE: Mapping[str, Callable[..., Array]] = {
 
 _UNCHANGED = frozenset({
     "convert_element_type", "copy", "copy_p", "name", "optimization_barrier", "reduce_precision",
-    "sharding_constraint", "stop_gradient",
+    "reshard", "sharding_constraint", "stop_gradient",
 })  # fmt: skip
 # Of a scalar constant on its way into pointwise arithmetic.
 _SCALAR_MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})

@@ -33,7 +33,7 @@ from jax.extend.core import Literal
 
 from jaxeff.graph import axes, nonlinearities
 from jaxeff.graph.activations import Flow
-from jaxeff.graph.evaluation import Hooks, Read, Rule, apply, evaluate
+from jaxeff.graph.evaluation import Hooks, Read, Rule, apply, evaluate, on_mesh
 from jaxeff.graph.program import Operation, Program, Value, callee, flatten
 from jaxeff.graph.provenance import CONTRACTIONS, Provenance, is_carried, operands_of_bodies
 from jaxeff.graph.sites import Graph
@@ -308,7 +308,7 @@ def _scaled_operands(operation: Operation, which: Sequence[int], scale: jax.Arra
 
 
 def _scaled(array: Any, scale: jax.Array) -> jax.Array:
-    return array * scale.astype(jnp.result_type(array))
+    return array * on_mesh(jax.typeof(array).sharding.mesh, scale).astype(jnp.result_type(array))
 
 
 def _holding(operation: Operation, which: Sequence[int]) -> Rule:

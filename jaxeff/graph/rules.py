@@ -59,7 +59,7 @@ _POINTWISE = frozenset(POINTWISE) | {
 _ZERO_OF_ALL = frozenset({
     "abs", "add", "add_any", "asin", "asinh", "atan", "atanh", "cbrt", "ceil", "conj", "convert_element_type",
     "copy", "copy_p", "device_put", "erf", "erf_inv", "expm1", "floor", "imag", "log1p", "max", "min", "name",
-    "neg", "optimization_barrier", "or", "real", "reduce_precision", "round", "select_n",
+    "neg", "optimization_barrier", "or", "real", "reduce_precision", "reshard", "round", "select_n",
     "sharding_constraint", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh",
     "xor",
 })  # fmt: skip

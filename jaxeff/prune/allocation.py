@@ -1,4 +1,4 @@
-"""How much of each layer goes, where each is pruned by itself. Imports nothing of jaxeff."""
+"""How much of each layer goes, where each is pruned by itself. Imports, of jaxeff, `meshes`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from jaxeff.meshes import by_compiler
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -68,6 +70,10 @@ def lamp(scores: Array) -> Array:
     >>> lamp(jnp.array([1.0, 2.0])).round(2)
     Array([0.2, 1. ], dtype=float32)
     """
+    return by_compiler(_lamp, scores, like=scores)
+
+
+def _lamp(scores: Array) -> Array:
     squares = jnp.square(scores.astype(jnp.float32) / jnp.maximum(jnp.max(scores), 1e-30)).ravel()
     order = jnp.argsort(squares)
     remaining = jnp.cumsum(squares[order][::-1])[::-1]

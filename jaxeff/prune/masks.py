@@ -1,6 +1,6 @@
 """Importance -> which weights stay: a mask for each leaf, True = kept.
 
-Imports `allocation`, `patterns`, `selection`; of jaxeff `importance` and `leaves`.
+Imports `allocation`, `patterns`, `selection`; of jaxeff `importance`, `leaves` and `meshes`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jax.core import Tracer
 
 from jaxeff import importance as criteria
 from jaxeff.leaves import is_variables, named_leaves, split_variables
+from jaxeff.meshes import by_compiler, laid_like
 from jaxeff.prune.allocation import ALLOCATIONS, Measured, lamp
 from jaxeff.prune.patterns import UNSTRUCTURED, NByM, Pattern
 from jaxeff.prune.selection import lowest
@@ -149,7 +150,10 @@ def masks(
         groups = {path: pattern.groups(score, path) for path, score in scores.items()}
         select = _of_all if scope == "global" else _of_each
         chosen = select(groups, sparsity, allocation, _limits(max_sparsity, groups))
-        kept = {path: pattern.expanded(mask, scores[path].shape) for path, mask in chosen.items()}
+        kept = {
+            path: laid_like(pattern.expanded(mask, scores[path].shape), scores[path])
+            for path, mask in chosen.items()
+        }
     _warn_of_collapse(kept)
     leaves = [kept.get(path, jnp.asarray(True)) for path in named]
     return jax.tree.unflatten(jax.tree.structure(importance), leaves)
@@ -296,7 +300,11 @@ def apply(params: Any, masks: Any) -> Any:
     Array([1., 0.], dtype=float32)
     """
     check_alike(params, masks)
-    return jax.tree.map(lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf)), params, masks)
+    return jax.tree.map(_masked, params, masks)
+
+
+def _masked(leaf: Array, mask: Array) -> Array:
+    return jnp.where(laid_like(mask, leaf), leaf, jnp.zeros_like(leaf))
 
 
 def straight_through(params: Any, masks: Any) -> Any:
@@ -333,7 +341,7 @@ def straight_through(params: Any, masks: Any) -> Any:
 
 @jax.custom_jvp
 def _through(leaf: Array, mask: Array) -> Array:
-    return jnp.where(mask, leaf, jnp.zeros_like(leaf))
+    return _masked(leaf, mask)
 
 
 _through.defjvps(lambda tangent, value, leaf, mask: tangent, None)
@@ -374,7 +382,7 @@ def pack(masks: Any) -> Any:
     >>> pack({"w": jnp.ones((3, 5), bool)})["w"].bits.shape
     (2,)
     """
-    return jax.tree.map(lambda mask: Packed(jnp.packbits(mask), jnp.shape(mask)), masks)
+    return jax.tree.map(lambda mask: Packed(by_compiler(jnp.packbits, mask), jnp.shape(mask)), masks)
 
 
 def unpack(packed: Any) -> Any:

@@ -1,6 +1,6 @@
 """An optimizer that prunes as it goes, and keeps what it pruned at 0.
 
-Imports `allocation`, `masks`, `patterns`, `schedules`.
+Imports `allocation`, `masks`, `patterns`, `schedules`; of jaxeff `meshes`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxeff.meshes import laid_like
 from jaxeff.prune.allocation import Measured
 from jaxeff.prune.masks import Limits, Prunable, masks, scored
 from jaxeff.prune.patterns import UNSTRUCTURED, Pattern
@@ -74,14 +75,18 @@ def sparsify(
 
     def init(params: Any) -> SparseState:
         shapes = jax.eval_shape(score, params, params)
-        kept = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), shapes)
+        kept = jax.tree.map(lambda shape, leaf: jnp.ones_like(leaf, bool, shape.shape), shapes, params)
         return SparseState(jnp.zeros((), jnp.int32), kept, inside.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, SparseState]:
         check_given(params)
         sparsity, due = schedule(state.step)
         target = None if hasattr(pattern, "kept") else sparsity
-        kept = jax.lax.cond(due, lambda: masks(score(params, updates), target, **how), lambda: state.masks)
+
+        def anew() -> Any:
+            return jax.tree.map(laid_like, masks(score(params, updates), target, **how), state.masks)
+
+        kept = jax.lax.cond(due, anew, lambda: state.masks)
         found, inner = masked_update(inside, kept, updates, state.inner, params, **extra)
         return found, SparseState(state.step + 1, kept, inner)
 

@@ -1,6 +1,6 @@
 """Which weights go together: alone, in blocks, as whole units, or so many of every few.
 
-Imports nothing of jaxeff.
+Imports, of jaxeff, `meshes`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from jaxeff.meshes import by_compiler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +48,17 @@ class Block:
                 f"`pattern` Block({self.shape}) does not divide {path!r}, shape {scores.shape}: choose "
                 "divisors of its last axes, or leave the leaf out with `prunable`"
             )
-        return jnp.sum(scores.reshape(_cut(scores.shape, block)), tuple(range(1, 2 * scores.ndim, 2)))
+        cut, inside = _cut(scores.shape, block), tuple(range(1, 2 * scores.ndim, 2))
+        return by_compiler(lambda scores: jnp.sum(scores.reshape(cut), inside), scores, like=scores)
 
     def expanded(self, kept: Array, shape: tuple[int, ...]) -> Array:
         block = self._full(len(shape))
-        inside = jnp.expand_dims(kept, tuple(range(1, 2 * len(shape), 2)))
-        return jnp.broadcast_to(inside, _cut(shape, block)).reshape(shape)
+        cut, inside = _cut(shape, block), tuple(range(1, 2 * len(shape), 2))
+
+        def spread(kept: Array) -> Array:
+            return jnp.broadcast_to(jnp.expand_dims(kept, inside), cut).reshape(shape)
+
+        return by_compiler(spread, kept, like=kept)
 
     def _full(self, rank: int) -> tuple[int, ...]:
         return (1,) * (rank - len(self.shape)) + tuple(self.shape)
@@ -119,6 +126,9 @@ class NByM:
                 f"`pattern` {self.n} of {self.m} does not divide axis {axis} of {path!r}, shape "
                 f"{scores.shape}: choose another `m`, or leave the leaf out with `prunable`"
             )
+        return by_compiler(lambda scores: self._kept_along(scores, axis), scores, like=scores)
+
+    def _kept_along(self, scores: Array, axis: int) -> Array:
         rows = jnp.moveaxis(scores, axis, -1)
         rows = rows.reshape(*rows.shape[:-1], -1, self.m)
         one, other = rows[..., :, None], rows[..., None, :]

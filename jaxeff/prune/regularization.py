@@ -1,6 +1,6 @@
 """A gradient that draws magnitudes together, for any Optax chain.
 
-Imports `masks`; of jaxeff `leaves` and `metrics`.
+Imports `masks`; of jaxeff `leaves`, `meshes` and `metrics`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from jax import Array
 
 from jaxeff import metrics
 from jaxeff.leaves import named_leaves
+from jaxeff.meshes import by_compiler
 from jaxeff.prune.masks import Prunable, prunable_paths
 
 
@@ -55,7 +56,10 @@ def add_entropy_gradient(strength: float, prunable: Prunable = None) -> optax.Gr
     """
     if not math.isfinite(strength):
         raise ValueError(f"`strength` must be a number, got {strength}")
-    slope = jax.grad(lambda weight: metrics.normalized_entropy(jnp.abs(weight)))
+    by_weight = jax.grad(lambda weight: metrics.normalized_entropy(jnp.abs(weight)))
+
+    def slope(weight: Array) -> Array:
+        return by_compiler(by_weight, weight, like=weight)
 
     def init(params: Any) -> EntropyState:
         _ = prunable_paths(prunable, named_leaves(params))

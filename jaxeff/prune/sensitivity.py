@@ -1,7 +1,7 @@
 """What each layer costs when it alone is pruned: the loss, measured, not predicted.
 
 In: a model, a loss, sparsities. Out: a `Sensitivity`, which says how far each layer may go and how a total is
-best spread over the layers. Imports `masks`, `patterns`, `selection`; of jaxeff `leaves`, `models`,
+best spread over the layers. Imports `masks`, `patterns`, `selection`; of jaxeff `leaves`, `meshes`, `models`,
 `objectives`, `precision`, `problem`, `recommendations`, `table`.
 """
 
@@ -23,6 +23,7 @@ from jax.core import Tracer
 
 from jaxeff import models, objectives, table
 from jaxeff.leaves import described, named_leaves, split_variables, whole_numbers
+from jaxeff.meshes import laid_like
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.precision import widened
 from jaxeff.problem import Problem, floating
@@ -340,7 +341,8 @@ def _pruned(
     pattern: Unstructured | Block | Units, weight: Array, group: Array | None, found: Threshold
 ) -> Array:
     (removed,) = below([jnp.abs(weight) if group is None else group], found)
-    return jnp.where(pattern.expanded(removed, jnp.shape(weight)), jnp.zeros_like(weight), weight)
+    gone = laid_like(pattern.expanded(removed, jnp.shape(weight)), weight)
+    return jnp.where(gone, jnp.zeros_like(weight), weight)
 
 
 def _check_dense(dense: Array, given: Mapping[str, Any]) -> None:
