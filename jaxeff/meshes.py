@@ -1,8 +1,8 @@
 """Arrays on a mesh of explicit axes, where the type of an array says how it lies on the devices.
 
 JAX refuses an operation whose layout it cannot tell from the types of its operands: a sort along an axis
-that lies in parts, a reshape that cuts or merges one. Where no axis is explicit, the compiler lays arrays out,
-and the functions of this module do nothing. Imports nothing of jaxeff.
+that lies in parts, a reshape that cuts or merges one. Where no axis is explicit the compiler lays arrays
+out, and the functions of this module do nothing. Imports nothing of jaxeff.
 """
 
 from __future__ import annotations
