@@ -24,11 +24,10 @@ def gathered(array: Any) -> Any:
 
 def laid_like(array: jax.Array, other: Any) -> jax.Array:
     """The array, lying as another of its shape does; an array of another shape stays as it is."""
-    wanted, found = _explicit(other), _explicit(array)
-    if wanted is None and found is None or jnp.shape(array) != jnp.shape(other):
+    wanted = _explicit(other)
+    if jnp.shape(array) != jnp.shape(other):
         return array
-    wanted = wanted if wanted is not None else _whole(found)
-    return jax.sharding.reshard(array, wanted)
+    return gathered(array) if wanted is None else jax.sharding.reshard(array, wanted)
 
 
 def zeros_of(shapes: Any) -> Any:
