@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jaxeff import importance, layers, leaves, others, totals
 from jaxeff.collection import collect
 from jaxeff.importance import Criterion, Score
+from jaxeff.meshes import by_compiler
 from jaxeff.records import Activity, AttentionReport, ModuleReport
 from jaxeff.report import Report
 from jaxeff.statistics import Derivatives, Place, Statistics
@@ -149,7 +150,8 @@ def _report(
     statistics: Statistics,
 ) -> Report:
     in_parts = any(map(_may_lie_in_parts, leaves))
-    report, units, heads = _measured(criterion, curves, paths, in_parts, leaves, statistics)
+    measured = functools.partial(_measured, criterion, curves, paths, in_parts)
+    report, units, heads = by_compiler(measured, leaves, statistics)
     modules = tuple(
         ModuleReport(module.path, Activity(module.output.absolute_sum.shape, 1, module.output))
         for module in statistics.modules

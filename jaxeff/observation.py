@@ -2,7 +2,7 @@
 
 In: a `Model`'s function, its arrays and what is known of them. Out: the sites' and modules'
 statistics and a place for every leaf of `params`. The activations themselves are never kept.
-Imports `functions`, `graph`, `statistics`, `units`.
+Imports `functions`, `graph`, `meshes`, `statistics`, `units`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from jaxeff.functions import Function
 from jaxeff.graph import axes
 from jaxeff.graph.nonlinearities import BOUNDS
 from jaxeff.graph.program import Value
+from jaxeff.meshes import by_compiler
 from jaxeff.precision import widened
 from jaxeff.statistics import (
     AttentionStatistics,
@@ -195,7 +196,9 @@ def _last_axis(value: Value) -> _Reduction:
 
 def _count_rows(axis: int, shape: tuple[int, ...], indices: jax.Array) -> UnitStatistics:
     """An embedding's input, seen as one-hot rows: how often each row was looked up."""
-    rows = jnp.zeros(shape[axis], jnp.int32).at[indices.ravel()].add(1).astype(jnp.float32)
+    rows = by_compiler(
+        lambda indices: jnp.zeros(shape[axis], jnp.int32).at[indices.ravel()].add(1), indices
+    ).astype(jnp.float32)
     rows = rows.reshape([size if i == axis else 1 for i, size in enumerate(shape)])
     count = jnp.asarray(indices.size, jnp.float32)
     return UnitStatistics(rows, rows, (rows > 0).astype(jnp.float32), count - rows, count)
@@ -231,6 +234,9 @@ class _HeadEntropy:
     head_dims: tuple[int, ...]
 
     def __call__(self, array: jax.Array) -> jax.Array:
+        return by_compiler(self._summed, array)
+
+    def _summed(self, array: jax.Array) -> jax.Array:
         entropies = jnp.sum(jax.scipy.special.entr(widened(array)), self.over, keepdims=True)
         others = tuple(i for i in range(array.ndim) if i not in self.head_dims)
         sums = jnp.ravel(jnp.sum(entropies, others))

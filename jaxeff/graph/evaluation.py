@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal, jaxpr_as_fun
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, reshard
 
 from jaxeff.graph.program import Call, Operation, Program, Step, Value, operations_of, scan_operands
 
@@ -93,11 +94,11 @@ def evaluate(
 
     def write(value: Value, array: Any) -> None:
         if value in hooks.gates:
-            array = hooks.gates[value](array, gates[value])
+            array = _at_home(hooks.gates[value], array, gates[value])
         if value in hooks.reductions:
             # Made once: XLA would repeat a gelu in front of each of the reductions that look at it.
             array = jax.lax.optimization_barrier(array)
-            observed[value] = hooks.reductions[value](array)
+            observed[value] = _brought_out(_at_home(hooks.reductions[value], array))
         values[value] = array
 
     for value, array in zip(program.inputs, arguments, strict=True):
@@ -105,7 +106,8 @@ def evaluate(
     for operation in _chosen(program.steps, hooks):
         operands = [read(operand) for operand in operation.inputs]
         if operation in hooks.rules:
-            results = hooks.rules[operation](operands, read)
+            with operation.context.manager:
+                results = hooks.rules[operation](operands, read)
         elif any(map(hooks.touch, operation.bodies)):
             results, inside = _LOOPS[operation.name](operation, operands, hooks, gates)
             observed.update(inside)
@@ -136,6 +138,31 @@ def apply(operation: Operation, operands: Sequence[Any]) -> list[Any]:
     with operation.context.manager:
         results = operation.primitive.bind(*functions, *operands, **params)
     return list(results) if operation.primitive.multiple_results else [results]
+
+
+def _at_home(function: Callable[..., Any], array: Any, *others: Any) -> Any:
+    """function(array, *others) under the array's own mesh: parts of a program may run under `auto_axes`."""
+    mesh, around = jax.typeof(array).sharding.mesh, jax.sharding.get_abstract_mesh()
+    if mesh.empty or around.empty or mesh == around:
+        return function(array, *others)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return function(array, *on_mesh(mesh, others))
+
+
+def _brought_out(results: Any) -> Any:
+    """What was made under another mesh, as arrays of the mesh around it."""
+    return on_mesh(jax.sharding.get_abstract_mesh(), results)
+
+
+def on_mesh(mesh: AbstractMesh, tree: Any) -> Any:
+    """Arrays of another mesh, whole on every device of this one."""
+
+    def on(leaf: Any) -> Any:
+        own = jax.typeof(leaf).sharding.mesh
+        alike = mesh.empty or own.empty or own == mesh
+        return leaf if alike else reshard(leaf, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(on, tree)
 
 
 def _scan(

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from jaxeff.graph import axes, nonlinearities
-from jaxeff.graph.evaluation import Read, Rule, apply
+from jaxeff.graph.evaluation import Read, Rule, apply, on_mesh
 from jaxeff.graph.flow import Flow
 from jaxeff.graph.program import Operation, Program, Value
 from jaxeff.graph.provenance import CONTRACTIONS, Provenance, is_carried, operands_of_bodies
@@ -293,7 +293,7 @@ def _scaled_operands(operation: Operation, which: Sequence[int], scale: jax.Arra
 
 
 def _scaled(array: Any, scale: jax.Array) -> jax.Array:
-    return array * scale.astype(jnp.result_type(array))
+    return array * on_mesh(jax.typeof(array).sharding.mesh, scale).astype(jnp.result_type(array))
 
 
 def _holding(operation: Operation, which: Sequence[int]) -> Rule:

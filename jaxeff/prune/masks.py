@@ -1,6 +1,6 @@
 """Importance -> which weights stay: a mask for each leaf, True = kept.
 
-Imports `allocation`, `layouts`, `patterns`, `selection`; of jaxeff `importance` and `leaves`.
+Imports `allocation`, `layouts`, `patterns`, `selection`; of jaxeff `importance`, `leaves` and `meshes`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jax.core import Tracer
 
 from jaxeff import importance as criteria
 from jaxeff.leaves import is_variables, named_leaves, split_variables
+from jaxeff.meshes import by_compiler, laid_like
 from jaxeff.prune.allocation import ALLOCATIONS, Measured, lamp
 from jaxeff.prune.layouts import (
     Axes,
@@ -210,7 +211,10 @@ def masks(
     else:
         select = _of_all if scope == "global" else _of_each
         chosen = select(grouped, scope, sparsity, shares, _limits(max_sparsity, layers))
-        kept = {path: grouped[path].expanded(mask, pattern) for path, mask in chosen.items()}
+        kept = {
+            path: laid_like(grouped[path].expanded(mask, pattern), scores[path])
+            for path, mask in chosen.items()
+        }
     _warn_of_collapse(grouped, kept)
     leaves = [kept.get(path, jnp.asarray(True)) for path in named]
     return jax.tree.unflatten(jax.tree.structure(importance), leaves)
@@ -244,12 +248,14 @@ class _Grouped:
     def of(cls, path: str, score: Array, axes: Axes | None, pattern: Pattern) -> _Grouped:
         axes = pattern.located(path, score, axes)
         group = pattern.kept if isinstance(pattern, NByM) else pattern.groups
-        groups = in_layers(lambda layer: group(layer, path, axes.of_layer), axes.layers)(score)
+        grouped = in_layers(lambda layer: group(layer, path, axes.of_layer), axes.layers)
+        groups = by_compiler(grouped, score, like=score)
         return cls(path, groups, score.shape, axes, layer_names(path, score.shape, axes.layers))
 
     def expanded(self, kept: Array, pattern: Any) -> Array:
         shape = tuple(size for axis, size in enumerate(self.shape) if axis not in self.axes.layers)
-        return in_layers(lambda layer: pattern.expanded(layer, shape), self.axes.layers)(kept)
+        expanded = in_layers(lambda layer: pattern.expanded(layer, shape), self.axes.layers)
+        return by_compiler(expanded, kept, like=kept)
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
@@ -308,7 +314,10 @@ def _of_all(
 ) -> dict[str, Array]:
     scores = {path: group.scores for path, group in groups.items()}
     if allocation == "lamp":
-        scores = {path: in_layers(lamp, groups[path].axes.layers)(score) for path, score in scores.items()}
+        scores = {
+            path: by_compiler(in_layers(lamp, groups[path].axes.layers), score, like=score)
+            for path, score in scores.items()
+        }
     count = counted(sparsity, sum(score.size for score in scores.values()))
     free = sum(counted(limits[name], math.prod(g.layer_shape)) for g in groups.values() for name in g.layers)
     limited = {path: g for path, g in groups.items() if any(limits[name] < 1 for name in g.layers)}
@@ -472,7 +481,11 @@ def apply(params: Any, masks: Any) -> Any:
     Array([1., 0.], dtype=float32)
     """
     check_alike(params, masks)
-    return jax.tree.map(lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf)), params, masks)
+    return jax.tree.map(_masked, params, masks)
+
+
+def _masked(leaf: Array, mask: Array) -> Array:
+    return jnp.where(laid_like(mask, leaf), leaf, jnp.zeros_like(leaf))
 
 
 def straight_through(params: Any, masks: Any) -> Any:
@@ -509,7 +522,7 @@ def straight_through(params: Any, masks: Any) -> Any:
 
 @jax.custom_jvp
 def _through(leaf: Array, mask: Array) -> Array:
-    return jnp.where(mask, leaf, jnp.zeros_like(leaf))
+    return _masked(leaf, mask)
 
 
 _through.defjvps(lambda tangent, value, leaf, mask: tangent, None)
@@ -566,7 +579,7 @@ def pack(masks: Any) -> Any:
     >>> pack({"w": jnp.ones((3, 5), bool)})["w"].bits.shape
     (2,)
     """
-    return jax.tree.map(lambda mask: Packed(jnp.packbits(mask), jnp.shape(mask)), masks)
+    return jax.tree.map(lambda mask: Packed(by_compiler(jnp.packbits, mask), jnp.shape(mask)), masks)
 
 
 def unpack(packed: Any) -> Any:

@@ -1,6 +1,6 @@
 """An optimizer that prunes as it goes, and keeps what it pruned at 0.
 
-Imports `allocation`, `layouts`, `masks`, `patterns`, `schedules`; of jaxeff `graph`, `leaves`.
+Imports `allocation`, `layouts`, `masks`, `patterns`, `schedules`; of jaxeff `graph`, `leaves`, `meshes`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jax import Array
 
 from jaxeff.graph.program import Value, flatten
 from jaxeff.leaves import leaves_by_path
+from jaxeff.meshes import laid_like
 from jaxeff.prune.allocation import Measured
 from jaxeff.prune.layouts import unboxed
 from jaxeff.prune.masks import Limits, Prunable, after_pruned, check_alike, scored
@@ -103,7 +104,7 @@ def sparsify(
             kept, given = given, None
         else:
             shapes = unboxed(jax.eval_shape(score, weights, weights))
-            kept = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), shapes)
+            kept = jax.tree.map(lambda shape, leaf: jnp.ones_like(leaf, bool, shape.shape), shapes, weights)
             kept = kept if given is None else jax.tree.map(jnp.logical_and, kept, given)
         check_copies(inside, params, kept)
         return SparseState(jnp.zeros((), jnp.int32), kept, inside.init(params), given)
@@ -117,10 +118,10 @@ def sparsify(
 
             def made() -> Any:
                 scores = score(trained(params), updates)
-                if state.given is None:
-                    return make_masks(scores, target, **how)
-                scores = jax.tree.map(after_pruned, state.given, scores)
-                return jax.tree.map(jnp.logical_and, make_masks(scores, target, **how), state.given)
+                if state.given is not None:
+                    scores = jax.tree.map(after_pruned, state.given, scores)
+                found = jax.tree.map(laid_like, make_masks(scores, target, **how), state.masks)
+                return found if state.given is None else jax.tree.map(jnp.logical_and, found, state.given)
 
             kept = jax.lax.cond(due, made, lambda: state.masks)
         found, inner = masked_update(inside, kept, updates, state.inner, params, **extra)
@@ -162,7 +163,7 @@ def trained(params: Any) -> Any:
 
 def beside(mask: Array, leaf: Array) -> Array:
     """The mask, on the devices of the leaf."""
-    return mask & jnp.ones_like(leaf, bool) if mask.ndim else mask
+    return laid_like(mask, leaf) & jnp.ones_like(leaf, bool) if mask.ndim else mask
 
 
 def masked_update(
@@ -194,7 +195,7 @@ def _masked_state(inner: Any, kept: Any) -> Any:
         mask = _of_state(masks, keys)
         if mask is None or not mask.ndim or mask.shape != jnp.shape(leaf):
             return leaf
-        return jnp.where(mask, leaf, jnp.zeros_like(leaf))
+        return jnp.where(laid_like(mask, leaf), leaf, jnp.zeros_like(leaf))
 
     return jax.tree_util.tree_map_with_path(one, inner)
 

@@ -1,6 +1,6 @@
 """A gradient that draws magnitudes together, for any Optax chain.
 
-Imports `layouts`, `masks`; of jaxeff `leaves` and `metrics`.
+Imports `layouts`, `masks`; of jaxeff `leaves`, `meshes` and `metrics`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from jax import Array
 
 from jaxeff import metrics
 from jaxeff.leaves import named_leaves
+from jaxeff.meshes import by_compiler
 from jaxeff.prune.layouts import Layout, by_shape
 from jaxeff.prune.masks import Prunable, in_layers, prunable_paths
 
@@ -60,7 +61,7 @@ def add_entropy_gradient(strength: float, prunable: Prunable = None) -> optax.Gr
 
     def of_layers(path: str, layout: Layout, weight: Array) -> Array:
         axes = layout[path].axes
-        return in_layers(slope, axes.layers if axes else ())(weight)
+        return by_compiler(in_layers(slope, axes.layers if axes else ()), weight, like=weight)
 
     def init(params: Any) -> EntropyState:
         _ = prunable_paths(prunable, named_leaves(params))

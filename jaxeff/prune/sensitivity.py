@@ -2,7 +2,7 @@
 
 In: a model, a loss, sparsities. Out: a `Sensitivity`, which says how far each layer may go and how a total
 is best spread over the layers. Imports `layouts`, `masks`, `patterns`, `selection`; of jaxeff `leaves`,
-`models`, `objectives`, `precision`, `problem`, `recommendations`, `table`.
+`meshes`, `models`, `objectives`, `precision`, `problem`, `recommendations`, `table`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jax.core import Tracer
 
 from jaxeff import models, objectives, table
 from jaxeff.leaves import described, named_leaves, saved_by_flax, split_variables, whole_numbers
+from jaxeff.meshes import by_compiler, laid_like
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.precision import widened
 from jaxeff.problem import Problem, floating
@@ -316,7 +317,8 @@ def _grouped(
 ) -> tuple[Array, Threshold]:
     """What goes together, scored, and [layers, sparsities] up to where it goes."""
     grouped = pattern.kept if isinstance(pattern, NByM) else pattern.groups
-    group = in_layers(lambda layer: grouped(layer, path, axes.of_layer), axes.layers)(score)
+    of_layers = in_layers(lambda layer: grouped(layer, path, axes.of_layer), axes.layers)
+    group = by_compiler(of_layers, score, like=score)
     if isinstance(pattern, NByM):
         # Those that go are the lowest.
         group = group.astype(jnp.float32)
@@ -375,8 +377,9 @@ def _pruned(
 ) -> Array:
     shape = tuple(size for axis, size in enumerate(jnp.shape(weight)) if axis not in layers)
     removed = below(jnp.abs(weight) if group is None else group, found, layers, row)
-    removed = in_layers(lambda layer: pattern.expanded(layer, shape), layers)(removed)
-    return jnp.where(removed, jnp.zeros_like(weight), weight)
+    expanded = in_layers(lambda layer: pattern.expanded(layer, shape), layers)
+    gone = laid_like(by_compiler(expanded, removed, like=removed), weight)
+    return jnp.where(gone, jnp.zeros_like(weight), weight)
 
 
 def _check_dense(dense: Array, given: Mapping[str, Any]) -> None:

@@ -1,10 +1,11 @@
 """A plan carried out: smaller params, state and optimizer state.
 
-Imports `groups`, `plans`; of jaxeff `leaves`.
+Imports `groups`, `plans`; of jaxeff `leaves`, `meshes`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.leaves import leaves_by_path, own_arrays
+from jaxeff.meshes import by_compiler
 from jaxeff.prune.groups import map_named
 from jaxeff.prune.plans import Plan
 
@@ -60,8 +62,12 @@ def _taken(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
         shape = [len(axes[axis]) if axis in axes else size for axis, size in enumerate(leaf.shape)]
         return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
     for axis, indices in axes.items():
-        leaf = leaf.take(indices, axis=axis)
+        leaf = by_compiler(functools.partial(_along, indices, axis), leaf, like=leaf)
     return leaf
+
+
+def _along(indices: np.ndarray, axis: int, leaf: Any) -> Any:
+    return leaf.take(indices, axis=axis)
 
 
 def _shrunk_state(opt_state: Any, plan: Plan, kept: Mapping[str, Mapping[int, np.ndarray]]) -> Any:
