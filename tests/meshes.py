@@ -104,12 +104,12 @@ def transformer() -> Network:
     }
 
     def block(x: Any, w: Any) -> tuple[Any, None]:
-        w = {name: placed(one) for name, one in w.items()}
+        # Each is gathered where it is used, in the order of use that one device has.
         normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
-        q, k, v = (jnp.einsum("btd,dhk->bthk", normed, w[name]) for name in "qkv")
+        q, k, v = (jnp.einsum("btd,dhk->bthk", normed, placed(w[name])) for name in "qkv")
         weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k) / 2)
-        x = x + jnp.einsum("bhts,bshk,hkd->btd", weights, v, w["o"])
-        return x + jax.nn.gelu(x @ w["up"]) @ w["down"], None
+        x = x + jnp.einsum("bhts,bshk,hkd->btd", weights, v, placed(w["o"]))
+        return x + jax.nn.gelu(x @ placed(w["up"])) @ placed(w["down"]), None
 
     def apply_fn(params: Any, numbers: Any) -> Any:
         table = placed(params["embedding"])
