@@ -347,8 +347,8 @@ def axes_by_path(given: AxesByPath) -> tuple[tuple[str, Axes], ...]:
     if isinstance(given, Statistics):
         given = {path: _axes_of_uses(uses) for path, uses in _uses(given).items()}
     if isinstance(given, Mapping):
-        axes = {path: one.axes if isinstance(one, Leaf) else one for path, one in given.items()}
-        given = tuple(sorted((pair for pair in axes.items() if pair[1] is not None), key=lambda p: p[0]))
+        axes = [(path, one.axes if isinstance(one, Leaf) else one) for path, one in sorted(given.items())]
+        given = tuple((path, one) for path, one in axes if one is not None)
     if not isinstance(given, tuple) or not all(isinstance(one, Axes) for _, one in given):
         raise TypeError(
             "`axes` must be what `prune.layout(params, apply_fn, batch)` gives, `prune.Axes` by path, or "
