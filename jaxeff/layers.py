@@ -20,16 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxeff import granularity, importance, null
 from jaxeff.importance import Criterion
+from jaxeff.meshes import by_compiler
 from jaxeff.metrics import _order, sketch
 from jaxeff.metrics._curve import cells_of, unpacked
 from jaxeff.metrics._histogram import Histogram, histogram
 from jaxeff.metrics._records import Metrics
 from jaxeff.metrics._weighted import Spread, information, metrics_of, sums_of, surprises
-from jaxeff.numerics.placement import each_row, replicated, to_host
+from jaxeff.numerics.placement import each_row, to_host
 from jaxeff.numerics.precision import wide, widened
 from jaxeff.numerics.summation import namespace, total
 from jaxeff.records import Activity, LayerNumbers, LayerStructure, Null, none_of
@@ -234,7 +235,7 @@ def _sums_of_units(means: Any, size: int) -> Any:
 
 
 def _padded(scores: jax.Array, length: int) -> jax.Array:
-    flat = replicated(scores).ravel()
+    flat = scores.ravel()
     return jnp.pad(flat, (0, length - flat.size))
 
 
@@ -344,7 +345,10 @@ def _score_together(
         steps = _positions(arrays), seen
         return lax.map(lambda step: one(length, arrays, tuple(step[0]), step[1]), steps)
 
-    return [all_of(length, *layer) for length, layer in zip(lengths, layers, strict=True)]
+    def every(layers: tuple[tuple[Arrays, Any], ...]) -> list[tuple[jax.Array, Reduced]]:
+        return [all_of(length, *layer) for length, layer in zip(lengths, layers, strict=True)]
+
+    return by_compiler(every, layers)
 
 
 def _positions(arrays: Arrays) -> jax.Array:
@@ -386,7 +390,9 @@ def _reduce_alone(
     """Of a layer that is large, or lies in parts."""
     arrays, at = _nameless(layer.arrays), tuple(np.int32(i) for i in index)
     if not _is_sorted(layer) and (sharding := _sharding_of(arrays)) is not None:
-        return _count_in_place(criterion, sharding, arrays, at, seen)
+        # What is explicit is left to the compiler, which then counts in place by itself.
+        known = None if AxisType.Explicit in sharding.mesh.axis_types else sharding
+        return _count_in_place(criterion, known, arrays, at, seen)
     scores, reduced = _score_alone(criterion, _length(layer), arrays, at, seen)
     return _read_row(layer, scores, 0, curves), reduced
 
@@ -405,21 +411,30 @@ def _sharding_of(arrays: Arrays) -> NamedSharding | None:
 def _score_alone(
     criterion: Criterion, length: int, arrays: Arrays, index: Index, seen: Any
 ) -> tuple[jax.Array, Reduced]:
-    scores, reduced = _reduce(criterion, part_of(arrays, index), seen)
-    return _padded(scores, length)[None], reduced
+    def score(arrays: Arrays) -> tuple[jax.Array, Reduced]:
+        scores, reduced = _reduce(criterion, part_of(arrays, index), seen)
+        return _padded(scores, length)[None], reduced
+
+    return by_compiler(score, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _count_in_place(
-    criterion: Criterion, sharding: NamedSharding, arrays: Arrays, index: Index, seen: Any
+    criterion: Criterion, sharding: NamedSharding | None, arrays: Arrays, index: Index, seen: Any
 ) -> tuple[Histogram, Reduced]:
-    scores, reduced = _reduce(criterion, part_of(arrays, index), seen)
-    return histogram(scores, sharding=sharding), reduced
+    def count(arrays: Arrays) -> tuple[Histogram, Reduced]:
+        scores, reduced = _reduce(criterion, part_of(arrays, index), seen)
+        return histogram(scores, sharding=sharding), reduced
+
+    return by_compiler(count, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _squares(criterion: Criterion, arrays: Arrays, index: Index, seen: Any) -> jax.Array:
-    return sketch.squares_of(_reduce(criterion, part_of(arrays, index), seen)[0])
+    def squares(arrays: Arrays) -> jax.Array:
+        return sketch.squares_of(_reduce(criterion, part_of(arrays, index), seen)[0])
+
+    return by_compiler(squares, arrays)
 
 
 @jax.jit
@@ -513,7 +528,6 @@ def effective_units(units: Any, rank: int = 1) -> Any:
 def _measure_traced(
     criterion: Criterion, layers: Sequence[Layer], curves: bool
 ) -> tuple[LayerNumbers, tuple[Any, ...]]:
-    """Derivatives of counted layers are those of sorting."""
     places = [layer.place for layer in layers]
 
     def measured(in_order: bool, arrays: list[Arrays]) -> tuple[LayerNumbers, tuple[Any, ...]]:
@@ -521,7 +535,12 @@ def _measure_traced(
         return _inlined(criterion, own, curves, in_order)
 
     arrays = [layer.arrays for layer in layers]
-    if all(map(_is_sorted, layers)):
+    return by_compiler(functools.partial(_differentiable, measured, all(map(_is_sorted, layers))), arrays)
+
+
+def _differentiable(measured: Callable[[bool, Any], Any], in_order: bool, arrays: list[Arrays]) -> Any:
+    """Counted, where not all layers are sorted anyway; with the derivatives of sorting."""
+    if in_order:
         return measured(True, arrays)
     counted = jax.custom_jvp(functools.partial(measured, False))
 
@@ -622,7 +641,7 @@ def _row(criterion: Criterion, layer: Layer, arrays: Arrays, curves: bool, is_co
         return _Row(None, None, *rest)
     if _is_small(layer):
         return _Row(_padded(scores, SMALL), None, *rest)
-    return _Row(None, _read(_order.spread_of(replicated(scores).ravel(), layer.size), curves), *rest)
+    return _Row(None, _read(_order.spread_of(scores.ravel(), layer.size), curves), *rest)
 
 
 def _count_all(criterion: Criterion, groups: Sequence[Sequence[Layer]]) -> _Counted:

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.importance import Criterion, magnitude, over_uses
+from jaxeff.meshes import gathered
 from jaxeff.metrics._order import importances
 from jaxeff.metrics._records import COVERAGES
 from jaxeff.metrics._weighted import Weighted, information, surprises
-from jaxeff.numerics.placement import replicated
 from jaxeff.numerics.precision import wide
 from jaxeff.numerics.summation import float_of, namespace, total
 from jaxeff.records import Null
@@ -64,7 +64,7 @@ def factors_of(
     if sites or not criterion.reads_activations:
         # A weight of ones, of size 1 on every axis, leaves the factor alone, and as small as it is.
         factor = over_uses(criterion, one, sites, derivatives)
-    factors = jnp.ravel(replicated(jnp.where(usable, factor, 1).astype(wide(weight.dtype))))
+    factors = jnp.ravel(gathered(jnp.where(usable, factor, 1).astype(wide(weight.dtype))))
     return factors if factors.size <= _PROFILE else profile_of(factors)
 
 

@@ -1,8 +1,8 @@
 """The report: what was measured of every parameter, as a pytree.
 
 `Report` passes through jit, vmap over an ensemble and scan over training. Printing, JSON and
-recommendations read a report of one model whose numbers are concrete. Imports `records`, `table`,
-`serialization`, `recommendations`.
+recommendations read a report of one model whose numbers are concrete. Imports `leaves`, `records`,
+`table`, `serialization`, `recommendations`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxeff import files, notebook, page, recommendations, serialization, table
+from jaxeff.leaves import saved_by_flax
 from jaxeff.recommendations import Recommendation
 from jaxeff.records import (
     Activity,
@@ -33,6 +34,7 @@ from jaxeff.records import (
     OtherStructure,
     none_of,
 )
+from jaxeff.statistics import HeadlessAttention
 
 if TYPE_CHECKING:
     from jaxeff.prune.sensitivity import Sensitivity
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 _STATIC = {"static": True}
 
 
+@saved_by_flax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -59,6 +62,7 @@ class Report:
         modules: outputs that Flax captured.
         attentions: heads of every softmax attention.
         model: the model-level numbers.
+        headless: softmaxes that weigh data, and in which no heads were found, with the reason.
     """
 
     criterion: str = dataclasses.field(metadata=_STATIC)
@@ -71,6 +75,7 @@ class Report:
     modules: tuple[ModuleReport, ...]
     attentions: tuple[AttentionReport, ...]
     model: ModelReport
+    headless: tuple[HeadlessAttention, ...] = dataclasses.field(default=(), metadata=_STATIC)
 
     @property
     def rows(self) -> tuple[LayerReport, ...]:
@@ -93,6 +98,7 @@ class Report:
         modules: Sequence[ModuleReport],
         attentions: Sequence[AttentionReport],
         model: ModelReport,
+        headless: Sequence[HeadlessAttention] = (),
     ) -> Report:
         """A report from its parts, as `rows` and `others` give them."""
         return Report(
@@ -106,6 +112,7 @@ class Report:
             tuple(modules),
             tuple(attentions),
             model,
+            tuple(headless),
         )
 
     def _row(self, index: int) -> LayerReport:

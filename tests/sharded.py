@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import placed
 
 import jaxeff
 from jaxeff.sketch import refine, sketch, summarize
@@ -61,6 +62,9 @@ def main() -> None:
     assert program.memory_analysis().temp_size_in_bytes < 64e6
     assert not any(word in program.as_text() for word in COPYING)
     reports(automatic)
+    if jax.__version_info__ >= (0, 10):
+        with jax.set_mesh(explicit):
+            reports(explicit)
 
 
 def reports(mesh: jax.sharding.Mesh) -> None:
@@ -72,7 +76,7 @@ def reports(mesh: jax.sharding.Mesh) -> None:
 
     def apply_fn(params, x):
         for weight in params.values():
-            x = jax.nn.relu(x @ weight)
+            x = placed(jax.nn.relu(x @ weight), "a")
         return x
 
     lying = {name: jax.device_put(w, NamedSharding(mesh, P("a", "b"))) for name, w in params.items()}

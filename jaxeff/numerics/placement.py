@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def each_row(function: Callable[[Any], Any], rows: Any) -> Any:
@@ -21,14 +21,6 @@ def each_row(function: Callable[[Any], Any], rows: Any) -> Any:
     return lax.platform_dependent(
         rows, cpu=lambda rows: lax.map(function, rows), default=lambda rows: jax.vmap(function)(rows)
     )
-
-
-def replicated(x: Array) -> Array:
-    """x whole on every device, where its sharding is part of its type; x itself where XLA is to decide."""
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit not in getattr(sharding.mesh, "axis_types", ()) or not any(sharding.spec):
-        return x
-    return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim))
 
 
 def to_host(tree: Any) -> Any:
@@ -49,7 +41,8 @@ def _is_here(array: Array) -> bool:
 
 
 def on_host_if_concrete(tree: Any) -> Any:
-    """The tree on the host, and as it is where it is traced."""
+    """Copies of a tree's arrays on the host; the tree as it is where it is traced."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
         return tree
-    return to_host(tree)
+    # A CPU's arrays are otherwise the same memory, which a caller may donate.
+    return jax.tree.map(np.array, to_host(tree))
