@@ -181,7 +181,9 @@ def merged(net: Network) -> Any:
 
 
 def masked(net: Network, *args: Any, **options: Any) -> Any:
-    return prune.masks(prune.scored(net.params, prunable=lambda path, leaf: leaf.ndim > 1), *args, **options)
+    also = {"embedding": True} if "embedding" in net.params else {}
+    layout = prune.layout(net.params, net.apply_fn, net.batches[0], prunable=also)
+    return prune.masks(prune.scored(net.params, prunable=layout), *args, **options)
 
 
 def gradients(net: Network, params: Any) -> Any:
@@ -287,6 +289,7 @@ ROWS: dict[str, Row] = {
     "compare_criteria": functools.partial(compared, scope="global"),
     "compare_criteria by layer": functools.partial(compared, scope="layer"),
     "masks by layer": lambda net: masked(net, 0.5),
+    "masks of each unit": lambda net: masked(net, 0.5, scope="unit"),
     "masks of all": lambda net: masked(net, 0.5, scope="global"),
     "masks of all, at most": lambda net: masked(net, 0.5, scope="global", max_sparsity=0.6),
     "masks by ERK": lambda net: masked(net, 0.5, allocation="erk"),
@@ -331,8 +334,8 @@ ENGINE_ROWS: dict[str, Row] = {
 
 OF_BLOCKS = (
     "collect", *(name for name in ROWS if name.startswith("scores")), "calibrate", "merge",
-    "compare_criteria by layer", "masks by layer", "masks by LAMP", "masks of blocks", "masks of 2 in 4",
-    "sensitivity", "shrink", "cost.count", "sparsify", "rigl", "analyze",
+    "compare_criteria by layer", "masks by layer", "masks of each unit", "masks by LAMP", "masks of blocks",
+    "masks of 2 in 4", "sensitivity", "shrink", "cost.count", "sparsify", "rigl", "analyze",
 )  # fmt: skip
 """Rows of the transformer: those to which stacked blocks matter."""
 
