@@ -60,20 +60,20 @@ def test_no_metric_is_farther_off_than_its_bound(size: int) -> None:
 
 
 def test_bounds_are_small_where_no_bin_is_crowded() -> None:
-    for name in ("uniform", "normal", "heavy tail"):
-        for _, bounds in (summarize(counted(drawn.draw(name, 0, LARGE))),):
-            wide = {field: float(getattr(bounds, field)) for field in drawn.FIELDS}
-            # A share of the weights is in the bin that a threshold or a coverage falls in.
-            shares = [wide.pop(field) for field in (*drawn.COVERAGES, *drawn.THRESHOLDS)]
-            assert max(shares) < 5e-3 and max(wide.values()) < 5e-5, (name, shares, wide)
+    for name in ("uniform", "normal", "power"):
+        _, bounds = summarize(counted(drawn.draw(name, 0, LARGE)))
+        wide = {field: float(getattr(bounds, field)) for field in drawn.FIELDS}
+        # A share of the weights is in the bin that a threshold or a coverage falls in.
+        shares = [wide.pop(field) for field in (*drawn.COVERAGES, *drawn.THRESHOLDS)]
+        assert max(shares) < 5e-3 and max(wide.values()) < 5e-5, (name, shares, wide)
 
 
 def test_of_narrow_floats_every_weight_is_known() -> None:
-    for dtype in (jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2):
-        x = drawn.draw("normal", 0, 1000).astype(dtype)
-        values = on_host(fetched(counted(x)))[0]
-        for name, error in drawn.errors(values, drawn.exact(x)).items():
-            assert error <= 1e-6, (dtype, name, error)
+    for kind in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        x = drawn.draw(kind, 0, 1000)
+        found, _ = on_host(fetched(counted(x)))
+        for name, error in drawn.errors(found, drawn.exact(x)).items():
+            assert error <= 2e-7, (kind, name, error)
 
 
 def test_a_mean_of_few_units_in_the_last_place_is_not_its_floor() -> None:
@@ -234,7 +234,7 @@ def test_on_the_host_nothing_is_compiled(compilations) -> None:
     with compilations() as none:
         found, bounds = on_host(whole)
     assert none.count == 0
-    assert {type(leaf) for leaf in jax.tree.leaves((found, bounds))} <= {np.ndarray, np.float64, np.float32, np.int32}
+    assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((found, bounds)))
 
 
 # On several devices and in several processes.

@@ -123,7 +123,7 @@ def _added(a: Array, b: Array) -> Array:
     pairs = (*a.shape[:-1], -1, 2)
     a, b = a.reshape(pairs), b.reshape(pairs)
     low = a[..., 0] + b[..., 0]
-    high = a[..., 1] + b[..., 1] + (low < a[..., 0])
+    high = a[..., 1] + b[..., 1] + (low < a[..., 0]).astype(low.dtype)
     return namespace(a).stack([low, high], axis=-1).reshape(*a.shape[:-2], -1)
 
 
@@ -148,7 +148,8 @@ def summarize(sketch: Sketch) -> tuple[Metrics, Bounds]:
 
 def on_host(sketch: Sketch) -> tuple[Metrics, Bounds]:
     """The same of a sketch whose arrays are NumPy's: in float64, and compiling nothing."""
-    return _summary(sketch, np.float64)
+    with np.errstate(all="ignore"):
+        return _summary(sketch, np.float64)
 
 
 def _summary(sketch: Sketch, dtype: Any) -> tuple[Metrics, Bounds]:
