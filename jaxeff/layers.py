@@ -381,7 +381,7 @@ class _Read(NamedTuple):
 
 
 def _read(spread: Spread, curves: bool) -> _Read:
-    return _Read(sums_of(spread), cells_of(spread.distribution) if curves else None)
+    return _Read(sums_of(spread), cells_of(spread) if curves else None)
 
 
 def _reduce_alone(

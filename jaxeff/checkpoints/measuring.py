@@ -129,7 +129,7 @@ class Measuring:
                 units.astype(np.float32),
                 np.float32(effective_units(units / scale)),
                 self.largest,
-                cells_of(spread.distribution) if curves else None,
+                cells_of(spread) if curves else None,
             )
 
 

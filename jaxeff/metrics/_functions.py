@@ -233,6 +233,7 @@ def relative_sparsity(x: ArrayLike, threshold: float) -> Array:
     limit, x = checked_threshold(threshold), lax.stop_gradient(widened(checked(x)).ravel())
     values, invalid = _relative(x)
     mean = total(values) / x.size
+    limit = min(limit, 2.0 * x.size)  # the largest is at most N times the mean
     fraction = _fraction(values < limit * tie(x.dtype) * mean, invalid, x)
     return jnp.where(mean > 0, fraction, _valid(invalid, jnp.ones((), x.dtype)))
 

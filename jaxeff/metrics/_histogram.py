@@ -20,7 +20,8 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxeff.metrics._order import limits
+from jaxeff.metrics._order import importances, limits
+from jaxeff.numerics.placement import in_turn_or_at_once
 
 ROWS, COLUMNS = 256, 512  # one row an exponent
 BINS = ROWS * COLUMNS
@@ -46,7 +47,7 @@ class Histogram(NamedTuple):
     Attributes:
         table: [BINS, 2], of each bin its weights, and the sum of their places modulo 2^32.
         high: [BINS], the multiples of 2^32 in that sum; [] where there can be none.
-        largest: [], the largest bit pattern; 0 where all are subnormal, which XLA's CPU takes for 0.
+        largest: [], the largest bit pattern.
     """
 
     table: Array
@@ -131,12 +132,16 @@ def _in_pieces(x: Array, size: Any) -> Histogram:
 
 
 def _largest(x: Array) -> Array:
-    largest = jnp.max(jnp.where(jnp.isfinite(x) & (x > 0), x, 0))
-    return lax.bitcast_convert_type(largest.astype(jnp.float32), jnp.uint32)
+    # As integers, for XLA's CPU takes subnormals for 0.
+    return lax.bitcast_convert_type(jnp.max(importances(x.astype(jnp.float32))[0]), jnp.uint32)
 
 
 def _run(x: Array, size: Array) -> tuple[Array, Array]:
     """Of the first `size` of x [M], up to _RUN weights: the table and the high words of its places."""
+    return in_turn_or_at_once(_by_pieces, _by_one_scatter, x, size)
+
+
+def _by_pieces(x: Array, size: Array) -> tuple[Array, Array]:
     pieces = x.reshape(-1, _PIECE)
     last = (size + (_PIECE - 1)) >> _PIECE_BITS
 
@@ -157,6 +162,20 @@ def _run(x: Array, size: Array) -> tuple[Array, Array]:
     padding = (size - last * _PIECE).astype(jnp.uint32)
     table = over_pieces(jnp.zeros((BINS, 2), jnp.uint32).at[ZERO_BIN, 0].set(padding), count_and_place)
     return table, _high_words(x.size, table, digits)
+
+
+def _by_one_scatter(x: Array, size: Array) -> tuple[Array, Array]:
+    """The same of x [...] as it is, for a copy in another shape would be gathered first where x lies in parts."""
+    found = patterns(x)
+    at, none = bins_of(found), jnp.zeros(BINS, jnp.uint32)
+
+    def over_all(table: Array, update: Array) -> Array:
+        return table.at[at].add(update, mode="promise_in_bounds")
+
+    counts = over_all(none.at[ZERO_BIN].set((size - x.size).astype(jnp.uint32)), jnp.ones_like(found))
+    places = over_all(none, found & ((1 << PLACE_BITS) - 1))
+    table = jnp.stack([counts, places], axis=1)
+    return table, _high_words(x.size, table, lambda *digit: over_all(none, _digits(found, *digit)))
 
 
 def _high_words(size: int, table: Array, digits: Callable[[int, int], Array]) -> Array:
@@ -187,19 +206,8 @@ def _digits(found: Array, shift: int, width: int) -> Array:
 
 
 def _in_place(x: Array) -> Histogram:
-    """By scatters of the array as it is: XLA's partitioner counts each part on its device.
-
-    A copy in another shape would be gathered first.
-    """
-    found = patterns(x)
-    at, table = bins_of(found), jnp.zeros(BINS, jnp.uint32)
-    columns = jnp.ones_like(found), found & ((1 << PLACE_BITS) - 1)
-    whole = jnp.stack([table.at[at].add(each, mode="promise_in_bounds") for each in columns], axis=1)
-
-    def digits(shift: int, width: int) -> Array:
-        return table.at[at].add(_digits(found, shift, width), mode="promise_in_bounds")
-
-    return Histogram(whole, _high_words(x.size, whole, digits), _largest(x))
+    """XLA's partitioner counts each part on its device."""
+    return Histogram(*_by_one_scatter(x, jnp.asarray(x.size, jnp.int32)), _largest(x))
 
 
 def _in_parts(x: Array, mesh: Any, spec: tuple[Any, ...]) -> Histogram:

@@ -68,10 +68,11 @@ def surprises(values: Any, counts: Any) -> tuple[Any, Any]:
     return held, held * xp.log(xp.where(positive, values, 1))
 
 
-def reached(values: Any, counts: Any, through: Any, targets: Any, largest: Any = None) -> Any:
+def reached(values: Any, counts: Any, running: Any, through: Any, targets: Any, largest: Any = None) -> Any:
     """For each of the targets [T], how many of the largest weights sum to it, of descending values [K].
 
     Args:
+        running: [K], the running sum of n.
         through: [K], the running sum of n v.
         largest: [K], what to take the weights of the group for that reaches the target; their mean by default.
     """
@@ -80,8 +81,10 @@ def reached(values: Any, counts: Any, through: Any, targets: Any, largest: Any =
     short = through[None] < targets[:, None]  # groups that are needed whole, and are not enough
     whole, before = (total(xp.where(short, part[None], 0)) for part in (counts, held))
     value = xp.max(xp.where(short | (counts == 0)[None], 0, most[None]), axis=-1)
-    more = xp.ceil((targets - before) / xp.where(value > 0, value, 1) - 1e-3)
-    return whole + xp.maximum(more, 1)
+    more = xp.ceil((targets - before) / xp.where(value > 0, value, 1))
+    # No more than the group has, whatever the quotient is rounded to.
+    upto = xp.min(xp.where(short, running[-1], running[None]), axis=-1)
+    return xp.minimum(whole + xp.maximum(more, 1), upto)
 
 
 def sums_of(spread: Spread) -> Any:
@@ -99,7 +102,7 @@ def sums_of(spread: Spread) -> Any:
     terms = [held, surprise, counts * values * balance, counts * (values - mean) ** 2]
     sums = xp.stack([total(term) for term in (*terms, *(counts * part for part in below), *tallied)])
     targets = xp.asarray(SHARES, dtype=dtype) * (tie(dtype) * sum_)
-    found = reached(values, counts, through, targets)
+    found = reached(values, counts, running, through, targets)
     return xp.concatenate([xp.stack([size, sum_, largest]), sums[:6], found, sums[6:]])
 
 

@@ -123,7 +123,7 @@ def _added(a: Array, b: Array) -> Array:
     pairs = (*a.shape[:-1], -1, 2)
     a, b = a.reshape(pairs), b.reshape(pairs)
     low = a[..., 0] + b[..., 0]
-    high = a[..., 1] + b[..., 1] + (low < a[..., 0])
+    high = a[..., 1] + b[..., 1] + (low < a[..., 0]).astype(low.dtype)
     return namespace(a).stack([low, high], axis=-1).reshape(*a.shape[:-2], -1)
 
 
@@ -148,7 +148,8 @@ def summarize(sketch: Sketch) -> tuple[Metrics, Bounds]:
 
 def on_host(sketch: Sketch) -> tuple[Metrics, Bounds]:
     """The same of a sketch whose arrays are NumPy's: in float64, and compiling nothing."""
-    return _summary(sketch, np.float64)
+    with np.errstate(all="ignore"):
+        return _summary(sketch, np.float64)
 
 
 def _summary(sketch: Sketch, dtype: Any) -> tuple[Metrics, Bounds]:
@@ -213,7 +214,7 @@ def _float(words: Any, dtype: Any) -> Any:
 def weighted(sketch: Sketch, dtype: Any = np.float32) -> Weighted:
     """The distribution of a sketch: [16384] means of bins, the largest first, then zeros."""
     xp = namespace(sketch.bins)
-    largest = _largest_of(sketch)
+    largest = sketch.largest
     rows = _FINE + _COARSE
     last = (largest >> 23).astype(np.int32)
     exponent = last - (rows - 1) + xp.arange(rows, dtype=np.int32)  # of each octave that is read
@@ -261,14 +262,6 @@ def _octaves(sketch: Sketch, first: Any, rows: int, dtype: Any) -> list[Any]:
             part = part + xp.where(bin_ == limit >> PLACE_BITS, more, 0)
         parts.append(part)
     return parts
-
-
-def _largest_of(sketch: Sketch) -> Any:
-    """The largest bit pattern; of subnormals alone the last of the highest bin that has any."""
-    xp = namespace(sketch.bins)
-    used = (sketch.bins[:COLUMNS, 0] | sketch.bins[:COLUMNS, 1]) > 0
-    highest = xp.max(xp.where(used, xp.arange(1, COLUMNS + 1, dtype=np.uint32), 0)) << PLACE_BITS
-    return xp.where(sketch.largest > 0, sketch.largest, xp.maximum(highest, 1).astype(np.uint32) - 1)
 
 
 def _power_of_two(exponent: Any, dtype: Any, xp: Any) -> Any:
@@ -337,8 +330,8 @@ def _bounds(sketch: Sketch, distribution: Weighted, metrics: Metrics) -> Bounds:
     deviation = xp.sqrt(sums[3] / size)
     std = (xp.sqrt(deviation**2 + sums[2] / (4 * size)) - deviation + 1e-5 * deviation) / mean + 1e-6 + faint
     targets = xp.asarray(SHARES, dtype=dtype) * sum_
-    fewest = reached(values, counts, through, targets * (1 - slack), ends)
-    most = reached(values, counts, through, targets * (1 + slack))
+    fewest = reached(values, counts, running, through, targets * (1 - slack), ends)
+    most = reached(values, counts, running, through, targets * (1 + slack))
     exact = xp.asarray(rounding, dtype=dtype)
     found = [
         entropy,

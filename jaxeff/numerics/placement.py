@@ -12,15 +12,18 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 
-def each_row(function: Callable[[Any], Any], rows: Any) -> Any:
-    """The function of every row of a tree of arrays.
+def in_turn_or_at_once(in_turn: Callable[..., Any], at_once: Callable[..., Any], *operands: Any) -> Any:
+    """The one of two equal functions that suits the platform which the program is lowered for.
 
-    On a CPU one row after the other: rows stay in its cache, and a loop compiles to less. On an accelerator all
-    at once: there every step of a loop starts kernels of its own, which takes longer than to run them.
+    On a CPU part after part: parts stay in its cache, and a loop compiles to less. On an accelerator all at
+    once: there every step of a loop starts kernels of its own, which takes longer than to run them.
     """
-    return lax.platform_dependent(
-        rows, cpu=lambda rows: lax.map(function, rows), default=lambda rows: jax.vmap(function)(rows)
-    )
+    return lax.platform_dependent(*operands, cpu=in_turn, default=at_once)
+
+
+def each_row(function: Callable[[Any], Any], rows: Any) -> Any:
+    """The function of every row of a tree of arrays."""
+    return in_turn_or_at_once(lambda rows: lax.map(function, rows), jax.vmap(function), rows)
 
 
 def to_host(tree: Any) -> Any:
