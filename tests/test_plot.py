@@ -19,7 +19,7 @@ import jaxeff
 from jaxeff import importance, plot, prune
 from jaxeff.comparison import Comparison
 from jaxeff.distribution import CELLS, EDGES, Distribution
-from jaxeff.pathways import Pathways, Route, pathways
+from jaxeff._pathways import Pathways, Route, pathways
 
 matplotlib.use("agg")
 
