@@ -9,26 +9,61 @@
 ['kernel']
 """
 
-from importlib.metadata import version as _version
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from jaxeff import cost as cost
-from jaxeff import importance as importance
-from jaxeff import metrics as metrics
-from jaxeff import plot as plot
-from jaxeff import prune as prune
-from jaxeff.analysis import analyze as analyze
-from jaxeff.calibration import calibrate as calibrate
-from jaxeff.collection import collect as collect
-from jaxeff.comparison import Comparison as Comparison
-from jaxeff.comparison import compare_criteria as compare_criteria
-from jaxeff.metrics import sketch as sketch
-from jaxeff.models import from_nnx as from_nnx
-from jaxeff.monitoring import monitor as monitor
-from jaxeff.pathways import Pathways as Pathways
-from jaxeff.pathways import pathways as pathways
-from jaxeff.recommendations import Recommendation as Recommendation
-from jaxeff.report import Report as Report
-from jaxeff.statistics import Statistics as Statistics
-from jaxeff.statistics import merge as merge
+if TYPE_CHECKING:
+    from jaxeff import checkpoints as checkpoints
+    from jaxeff import cost as cost
+    from jaxeff import importance as importance
+    from jaxeff import metrics as metrics
+    from jaxeff import plot as plot
+    from jaxeff import prune as prune
+    from jaxeff._pathways import Pathways as Pathways
+    from jaxeff._pathways import pathways as pathways
+    from jaxeff.analysis import analyze as analyze
+    from jaxeff.calibration import calibrate as calibrate
+    from jaxeff.collection import collect as collect
+    from jaxeff.comparison import Comparison as Comparison
+    from jaxeff.comparison import compare_criteria as compare_criteria
+    from jaxeff.metrics import sketch as sketch
+    from jaxeff.models import from_nnx as from_nnx
+    from jaxeff.monitoring import monitor as monitor
+    from jaxeff.recommendations import Recommendation as Recommendation
+    from jaxeff.report import Report as Report
+    from jaxeff.statistics import Statistics as Statistics
+    from jaxeff.statistics import merge as merge
 
-__version__ = _version("jaxeff")
+    __version__: str
+
+# What is imported where it is first used: the command line reads checkpoints without Flax and Optax.
+_MODULES = ("checkpoints", "cost", "importance", "metrics", "plot", "prune")
+_PLACES = {
+    **{name: "_pathways" for name in ("Pathways", "pathways")},
+    "analyze": "analysis",
+    "calibrate": "calibration",
+    "collect": "collection",
+    **{name: "comparison" for name in ("Comparison", "compare_criteria")},
+    "sketch": "metrics",
+    "from_nnx": "models",
+    "monitor": "monitoring",
+    "Recommendation": "recommendations",
+    "Report": "report",
+    **{name: "statistics" for name in ("Statistics", "merge")},
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("jaxeff")
+    if name in _MODULES:
+        return importlib.import_module(f"jaxeff.{name}")
+    if name not in _PLACES:
+        raise AttributeError(f"module 'jaxeff' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"jaxeff.{_PLACES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted([*_MODULES, *_PLACES, "__version__"])

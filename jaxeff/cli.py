@@ -5,6 +5,7 @@ interrupted. 141: whoever read the output has left.
 """
 
 import argparse
+import gc
 import os
 import shutil
 import sys
@@ -36,6 +37,9 @@ _PATH = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; `argv` is `sys.argv[1:]` unless given."""
+    collects = gc.isenabled()
+    # Nothing here leaves cycles behind, and importing JAX takes an eighth less.
+    gc.disable()
     try:
         _run(argv)
     except KeyboardInterrupt:
@@ -47,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"jaxeff: {_told(error)}", file=sys.stderr)
         return 2
+    finally:
+        if collects:
+            gc.enable()
     return 0
 
 
@@ -83,6 +90,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     # Here and not above: --help and mistyped arguments need not wait for Flax and Optax.
     from jaxeff import demo
 
+    gc.enable()
     demo.run(
         seed=demo.SEED if arguments.seed is None else arguments.seed,
         epochs=demo.EPOCHS if arguments.epochs is None else arguments.epochs,
@@ -90,10 +98,11 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
-    from jaxeff import page
     from jaxeff.checkpoints import analysis, opening, output
 
     if arguments.html is not None:
+        from jaxeff import page
+
         try:
             page.check_available()
         except ImportError as error:
@@ -175,6 +184,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+class _Version(argparse.Action):
+    """Looks it up where it is asked for, and not before."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"jaxeff {jaxeff.__version__}")
+        parser.exit()
+
+
 def _examples(text: str) -> dict[str, Any]:
     return {
         "epilog": f"examples:\n{text}",
@@ -188,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Which weights of a JAX network earn their keep, and what can be removed.",
         **_examples(_DEMO + _ANALYZE + _COMPARE),
     )
-    _ = parser.add_argument("--version", action="version", version=f"jaxeff {jaxeff.__version__}")
+    _ = parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     help_ = "train a small network on scanned digits, analyse and prune it"
     demo = commands.add_parser("demo", help=help_, **_examples(_DEMO))

@@ -22,17 +22,17 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxeff import granularity, importance, null
+from jaxeff import granularity, half_normal, importance, null
 from jaxeff.importance import Criterion
 from jaxeff.meshes import by_compiler
 from jaxeff.metrics import _order, sketch
 from jaxeff.metrics._curve import cells_of, unpacked
 from jaxeff.metrics._histogram import Histogram, histogram
 from jaxeff.metrics._records import Metrics
-from jaxeff.metrics._weighted import Spread, information, metrics_of, sums_of, surprises
+from jaxeff.metrics._weighted import Spread, effective_units, metrics_of, sums_of
 from jaxeff.numerics.placement import each_row, to_host
 from jaxeff.numerics.precision import wide, widened
-from jaxeff.numerics.summation import namespace, total
+from jaxeff.numerics.summation import namespace
 from jaxeff.records import Activity, LayerNumbers, LayerStructure, Null, none_of
 from jaxeff.statistics import (
     AttentionStatistics,
@@ -495,7 +495,8 @@ def _numbers(
     """
     xp = namespace(metrics.utilization)
     if noise is None and criterion.null_power is not None:
-        noise = jax.tree.map(lambda value: xp.full_like(metrics.utilization, value), null.of_magnitude())
+        known = half_normal.null_of_magnitude()
+        noise = jax.tree.map(lambda value: xp.full_like(metrics.utilization, value), known)
     units = xp.where(effective_units > 0, effective_units, 1)
     return LayerNumbers(
         metrics,
@@ -507,19 +508,6 @@ def _numbers(
         reduced.usable,
         distribution=None if cells is None else unpacked(cells),
     )
-
-
-def effective_units(units: Any, rank: int = 1) -> Any:
-    """exp(entropy) of the importance of units, over the last `rank` axes; nan where one is no number."""
-    xp = namespace(units)
-    units = units.reshape(*units.shape[: units.ndim - rank], -1)
-    largest = xp.max(units, axis=-1)
-    valid = xp.isfinite(largest) & (xp.min(units, axis=-1) >= 0)
-    scale = xp.where(largest > 0, largest, 1)
-    relative = xp.where(valid[..., None], units / scale[..., None], 0)
-    held = [total(part) for part in surprises(relative, xp.ones_like(relative))]
-    found = information(xp.full_like(held[0], units.shape[-1]), *held)
-    return xp.where(valid, found.effective_params, math.nan)
 
 
 # In a trace

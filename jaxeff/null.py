@@ -8,20 +8,18 @@ sample of them.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxeff import half_normal
 from jaxeff.importance import Criterion, magnitude, over_uses
 from jaxeff.meshes import gathered
 from jaxeff.metrics._order import importances
-from jaxeff.metrics._records import COVERAGES
 from jaxeff.metrics._weighted import Weighted, information, surprises
 from jaxeff.numerics.precision import wide
 from jaxeff.numerics.summation import float_of, namespace, total
@@ -30,12 +28,6 @@ from jaxeff.statistics import Derivatives, SiteStatistics
 
 _PROFILE, _RUN, _CELLS = 1 << 12, 1 << 5, 1 << 5
 SIZE = _PROFILE // _RUN * _CELLS
-# exp(H) / N of |z| and of z^2: closed forms of the entropy of a half-normal and of a chi-squared variable.
-_EULER = 0.5772156649015329
-_UTILIZATION = {
-    1: math.sqrt(2 / math.pi) * math.exp(-(math.log(2) - _EULER) / 2),
-    2: math.exp(-(2 - math.log(2) - _EULER)),
-}
 
 
 def is_sampled(criterion: Criterion) -> bool:
@@ -84,7 +76,7 @@ def sample_of(criterion: Criterion, factors: Any, usable: Any) -> Weighted:
     """
     xp, factors = namespace(factors), profile_of(factors)
     runs = xp.mean(_in_order(_relative(factors)).reshape(-1, _RUN), axis=1)
-    nodes = xp.where(usable, _half_normal(_power(criterion)), _half_normal(1)).astype(factors.dtype)
+    nodes = xp.where(usable, *(half_normal.cell_means(power, _CELLS) for power in (_power(criterion), 1))).astype(factors.dtype)
     sample = _in_order(xp.ravel(runs[:, None] * nodes[None]))[::-1]
     sample = sample / xp.where(sample[0] > 0, sample[0], 1)
     return Weighted(sample, xp.ones_like(sample), sample, xp.zeros_like(sample), sample[0])
@@ -98,7 +90,7 @@ def null_of(criterion: Criterion, used: Any, usable: Any, sums: Any) -> Null:
         sums: [..., 16], of the samples, from `sums_of`.
     """
     xp = namespace(sums)
-    used = used * xp.where(usable, _UTILIZATION[_power(criterion)], _UTILIZATION[1])
+    used = used * xp.where(usable, half_normal.UTILIZATION[_power(criterion)], half_normal.UTILIZATION[1])
     alive = sums[..., 1] > 0
     gini = xp.where(alive, sums[..., 5] / xp.where(alive, sums[..., 1], 1), math.nan)
     coverages = [xp.where(alive, sums[..., i] / sums[..., 0], math.nan) for i in (9, 10, 11)]
@@ -130,28 +122,3 @@ def _in_order(x: Any) -> Any:
     # A constant, as the factors of a magnitude are, XLA would sort while compiling: in a second.
     bits, _ = importances(jax.lax.optimization_barrier(x))
     return float_of(jnp.sort(bits))
-
-
-@functools.cache
-def of_magnitude() -> Null:
-    """The null of magnitudes, the same for every layer: closed forms of a half-normal distribution.
-
-    Gini is sqrt(2) - 1; the largest |z| > t hold exp(-t^2 / 2) of the sum.
-    """
-    normal = NormalDist()
-    coverages = [2 * (1 - normal.cdf(math.sqrt(-2 * math.log(share)))) for share in COVERAGES.values()]
-    return Null(*(np.float32(value) for value in (_UTILIZATION[1], math.sqrt(2) - 1, *coverages)))
-
-
-@functools.cache
-def _half_normal(power: int) -> np.ndarray:
-    """The means of |z|^power (1 or 2), z normal, in equally likely cells."""
-    normal = NormalDist()
-    edges = np.array([normal.inv_cdf(0.5 + 0.5 * cell / _CELLS) for cell in range(_CELLS)])
-    density = np.array([*map(normal.pdf, edges), 0.0])
-    if power == 1:
-        means = 2 * _CELLS * (density[:-1] - density[1:])
-    else:
-        moment = np.append(edges * density[:-1], 0.0)
-        means = 1 + 2 * _CELLS * (moment[:-1] - moment[1:])
-    return means.astype(np.float32)

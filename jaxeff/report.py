@@ -8,6 +8,7 @@ recommendations read a report of one model whose numbers are concrete. Imports `
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxeff import files, notebook, page, recommendations, serialization, table
+from jaxeff import files, notebook, recommendations, serialization, table
 from jaxeff.leaves import saved_by_flax
 from jaxeff.recommendations import Recommendation
 from jaxeff.records import (
@@ -77,18 +78,18 @@ class Report:
     model: ModelReport
     headless: tuple[HeadlessAttention, ...] = dataclasses.field(default=(), metadata=_STATIC)
 
-    @property
+    @functools.cached_property
     def rows(self) -> tuple[LayerReport, ...]:
         """Every weight, in forward order."""
-        return tuple(self._row(i) for i in range(len(self.structure)))
+        numbers = _unstacked(self.numbers, len(self.structure))
+        return tuple(map(_row, self.structure, numbers, self.units, self.activities))
 
-    @property
+    @functools.cached_property
     def others(self) -> tuple[OtherReport, ...]:
         """Every leaf that is no weight."""
-        return tuple(
-            OtherReport(**_fields(structure), **_fields(_at(self.other_numbers, i)))
-            for i, structure in enumerate(self.other_structure)
-        )
+        numbers = _unstacked(self.other_numbers, len(self.other_structure))
+        pairs = zip(self.other_structure, numbers, strict=True)
+        return tuple(OtherReport(**vars(structure), **vars(each)) for structure, each in pairs)
 
     @staticmethod
     def assemble(
@@ -116,12 +117,8 @@ class Report:
         )
 
     def _row(self, index: int) -> LayerReport:
-        return LayerReport(
-            **_fields(self.structure[index]),
-            **_fields(_at(self.numbers, index)),
-            units=self.units[index],
-            activity=self.activities[index],
-        )
+        numbers = _at(self.numbers, index)
+        return _row(self.structure[index], numbers, self.units[index], self.activities[index])
 
     @property
     def layers(self) -> dict[str, LayerReport]:
@@ -165,7 +162,9 @@ class Report:
                 f"this report is of {math.prod(members)} models or steps: take one first, such as "
                 "jax.tree.map(lambda x: x[0], report)"
             )
-        return jax.device_get(self)
+        # As it is where its numbers are there already: its rows are made once.
+        here = all(isinstance(leaf, (np.ndarray, np.generic)) for leaf in jax.tree.leaves(self))
+        return self if here else jax.device_get(self)
 
     def __contains__(self, path: object) -> bool:
         return any(layer.path == path for layer in self.structure)
@@ -249,6 +248,8 @@ class Report:
             OSError: the file cannot be written.
             ValueError: the report is of several models or steps.
         """
+        from jaxeff import page
+
         files.write(path, page.render(self, title))
 
     @staticmethod
@@ -276,6 +277,18 @@ def _stacked(parts: Sequence[Any], kind: Any) -> Any:
 def _at(stacked: Any, index: int) -> Any:
     # The last axis: vmap and scan add theirs in front.
     return jax.tree.map(lambda numbers: numbers[..., index], stacked)
+
+
+def _unstacked(stacked: Any, count: int) -> list[Any]:
+    leaves, tree = jax.tree.flatten(stacked)
+    columns = [[numbers[..., index] for index in range(count)] for numbers in leaves]
+    return [tree.unflatten(row) for row in zip(*columns, strict=True)]
+
+
+def _row(
+    structure: LayerStructure, numbers: LayerNumbers, units: jax.Array, activity: Activity | None
+) -> LayerReport:
+    return LayerReport(**vars(structure), **vars(numbers), units=units, activity=activity)
 
 
 def _numbers(node: Any) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""A report as text, 100 columns wide or as wide as a terminal. Imports `leaves`, `records`."""
+"""A report as text, 100 columns wide or as wide as a terminal. Imports `records`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxeff import leaves
 from jaxeff.records import AttentionReport, LayerReport
 
 if TYPE_CHECKING:
@@ -57,6 +56,9 @@ def render(
 
 def no_weights(report: Report) -> str:
     """What is said in place of the rows of a report that has none."""
+    # Here and not above: it imports Flax, which a checkpoint's report need not wait for.
+    from jaxeff import leaves
+
     others = report.other_structure
     arrays = [(other.path, other.shape, other.role.removesuffix(" array")) for other in others]
     return f"No weights: no floating leaf of two axes or more multiplies data.{leaves.whole_numbers(arrays)}"

@@ -36,9 +36,9 @@ from jaxeff.checkpoints import (
     analyze_checkpoint,
     compare_checkpoints,
     comparing,
-    interruption,
     measuring,
     open_checkpoint,
+    reading,
     safetensors,
     stored,
 )
@@ -265,7 +265,7 @@ def test_pieces_end_anywhere() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_an_array_of_many_pieces(dtype: Any, tmp_path: Path) -> None:
-    # A large piece, small ones and a rest; the fifth power leaves float32 open to a second pass.
+    # Several pieces and a rest, none of which ends with a row.
     array = (normal(1001, 4500) ** 5).astype(dtype)
     report = analyze_checkpoint(save(tmp_path / "m.safetensors", {"w/kernel": array}))
     (row,), magnitudes = report.rows, np.abs(array.astype(np.float64))
@@ -292,6 +292,57 @@ def test_every_dtype_is_read(kind: str, tmp_path: Path) -> None:
             if kind == "BOOL"
             else float(other.mean_absolute) == pytest.approx(mean)
         )
+
+
+def hard_arrays() -> dict[str, np.ndarray]:
+    """What bins, sums of squares or thresholds may get wrong."""
+    x = normal(200, 300)
+    single = np.zeros((200, 300), np.float32)
+    single[17, 5] = -3
+    return {
+        "heavy tails": np.exp(4 * x),
+        "nearly equal": 1 + 1e-5 * x,
+        "equal": np.full((200, 300), 0.37, np.float32),
+        "two values": np.where(x > 0, 0.5, -2).astype(np.float32),
+        "half zeros": np.where(x > 0, x, 0),
+        "single": single,
+        "all zeros": np.zeros((200, 300), np.float32),
+        "at thresholds": np.resize(np.float32([0.01, 0.001, 1, 0.0099999, 0.00099999]), (200, 300)),
+        "large": x * np.float32(1e37),
+        "small": x * np.float32(1e-36),
+    }
+
+
+@pytest.mark.parametrize("name", hard_arrays())
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16, np.float16, jnp.float8_e4m3fn])
+def test_counted_weights_have_the_numbers_of_float64(name: str, dtype: Any, tmp_path: Path) -> None:
+    with np.errstate(over="ignore"):
+        array = hard_arrays()[name].astype(dtype)
+    assert array.size > measuring.SORTED
+    found = analyze_checkpoint(save(tmp_path / "m.safetensors", {"w": array}))["w"].metrics
+    magnitudes = np.abs(array.astype(np.float64))
+    if not np.isfinite(magnitudes).all():
+        assert np.isnan(found.gini) and int(found.nonfinite) == np.sum(~np.isfinite(magnitudes))
+        return
+    for metric, value in reference.metrics(magnitudes).items():
+        # Nearly all weights of one kind are in one bin.
+        absolute = 5e-4 if "coverage" in metric or metric == "gini" else 2e-5 if "relative" in metric else 2e-6
+        if metric == "std":
+            absolute = 2e-6 * float(magnitudes.mean())
+        near = pytest.approx(value, rel=5e-6, abs=absolute if metric != "max" else 0, nan_ok=True)
+        assert float(getattr(found, metric)) == near, metric
+
+
+def test_weights_of_one_shape_are_measured_as_each_alone(tmp_path: Path) -> None:
+    arrays = {f"{number}.weight": normal(30, 50, seed=number) ** number for number in range(1, 30)}
+    arrays["4.weight"][3, 4] = np.inf
+    arrays["5.weight"][:] = 0
+    together = analyze_checkpoint(save(tmp_path / "all.safetensors", arrays), curves=True)
+    for name, array in arrays.items():
+        alone = analyze_checkpoint(save(tmp_path / "one.safetensors", {name: array}), curves=True)
+        leaves = zip(jax.tree.leaves(together[name]), jax.tree.leaves(alone[name]), strict=True)
+        assert all(np.array_equal(one, two, equal_nan=True) for one, two in leaves), name
+    assert np.isnan(together["4.weight"].metrics.gini) and np.isnan(together["4.weight"].distribution.weights).all()
 
 
 def test_float64_beyond_float32_is_infinite(tmp_path: Path) -> None:
@@ -394,9 +445,9 @@ def test_listing_reads_no_array(tmp_path: Path) -> None:
 def test_an_array_is_read_in_pieces(tmp_path: Path) -> None:
     path = save(tmp_path / "m.safetensors", {"w": np.zeros((3, 2_000_000), jnp.bfloat16)})
     found = [
-        (piece.start, piece.elements.size) for piece in measuring.pieces(open_checkpoint(path).arrays["w"])
+        (piece.start, piece.elements.size) for piece in reading.pieces(open_checkpoint(path).arrays["w"])
     ]
-    assert max(size for _, size in found) == measuring.LARGE
+    assert max(size for _, size in found) == reading.PIECE
     assert sum(size for _, size in found) == 6_000_000
     assert found == sorted(found)
 
@@ -728,7 +779,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     with open(path, "r+b") as file:
         _ = file.truncate(1000)
     with pytest.raises(CheckpointError, match="ended while it was read"):
-        _ = list(measuring.pieces(array))
+        _ = list(reading.pieces(array))
 
 
 @settings(max_examples=300, deadline=None)
@@ -1002,21 +1053,22 @@ def test_a_table_fits_the_terminal(tmp_path: Path) -> None:
     assert max(map(len, printed.splitlines())) <= 40 and "left out for want of width" in printed
 
 
-def test_an_interruption_is_held_until_it_may_be_heard() -> None:
-    heard = []
-    with pytest.raises(KeyboardInterrupt), interruption.held() as hear:
-        signal.raise_signal(signal.SIGINT)
-        heard.append("held")
-        hear()
-        heard.append("passed over")
-    with pytest.raises(KeyboardInterrupt), interruption.held():
-        signal.raise_signal(signal.SIGINT)
-        heard.append("held to the end")
-        with pytest.raises(KeyboardInterrupt):
-            # A second one is not held.
-            signal.raise_signal(signal.SIGINT)
-    assert heard == ["held", "held to the end"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_the_commands_import_and_compile_nothing_that_they_do_not_need(tmp_path: Path) -> None:
+    arrays = {"small": normal(30, 40), "half": normal(300, 400, dtype=jnp.bfloat16), "wide": normal(300, 500)}
+    path = str(save(tmp_path / "m.safetensors", arrays))
+    code = f"""
+import sys
+from jaxeff import cli
+import jax
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+assert cli.main(["analyze", {path!r}, "--json", {path!r} + ".json"]) == 0
+assert cli.main(["compare", {path!r}, {path!r}]) == 0
+assert not compiled, compiled
+assert not {{"flax", "optax", "orbax", "rich", "matplotlib"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 # Comparison.

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxeff import importance, null, totals
-from jaxeff.checkpoints import interruption, measuring
-from jaxeff.checkpoints.measuring import Measured, Progress
+from jaxeff import half_normal, totals
+from jaxeff.checkpoints import measuring, reading
+from jaxeff.checkpoints.measuring import SORTED, Measured, Units
 from jaxeff.checkpoints.opening import Checkpoint, open_checkpoint
+from jaxeff.checkpoints.reading import Progress
 from jaxeff.checkpoints.stored import Stored
-from jaxeff.metrics import Distribution
-from jaxeff.progress import bytes_bar
+from jaxeff.metrics._curve import unpacked
 from jaxeff.records import LayerNumbers, LayerStructure, OtherNumbers, OtherStructure, none_of
 from jaxeff.report import Report
 
@@ -55,31 +55,21 @@ def analyze_checkpoint(path: str | os.PathLike, *, curves: bool = False, progres
 
 def analyze(checkpoint: Checkpoint, *, curves: bool = False, progress: bool = True) -> Report:
     """The same of a checkpoint that `open_checkpoint` opened."""
-    with interruption.held() as hear:
-        return _analyze(checkpoint, curves, progress, hear)
-
-
-def _analyze(checkpoint: Checkpoint, curves: bool, progress: bool, hear: Callable[[], None]) -> Report:
     arrays = checkpoint.arrays.values()
     weights = [array for array in arrays if array.role == "weight"]
     others = [array for array in arrays if array.role != "weight"]
     total = sum(array.nbytes for array in arrays)
-    with bytes_bar("Reading weights", total, progress) as show:
-
-        def advance(count: int) -> None:
-            show(count)
-            hear()
-
-        measured = [measure(array, checkpoint.unit_axis(array), advance, curves) for array in weights]
+    with reading.progress_bar("Reading weights", total, progress) as advance:
+        measured, units = _measured(weights, [checkpoint.unit_axis(array) for array in weights], advance, curves)
         other_numbers = [measuring.measure_other(array, advance) for array in others]
     structure = tuple(_structure(array, checkpoint.unit_axis(array)) for array in weights)
-    numbers = _numbers(structure, measured)
+    numbers = _numbers(measured, units)
     return Report(
         criterion="magnitude",
         structure=structure,
         other_structure=tuple(OtherStructure(array.name, array.role, array.shape) for array in others),
         numbers=numbers,
-        units=tuple(found.units for found in measured),
+        units=tuple(found.sums for found in units),
         activities=(None,) * len(weights),
         other_numbers=_stacked(other_numbers) if others else none_of(OtherNumbers),
         modules=(),
@@ -88,12 +78,25 @@ def _analyze(checkpoint: Checkpoint, curves: bool, progress: bool, hear: Callabl
     )
 
 
-def measure(stored: Stored, unit_axis: int, progress: Progress, curves: bool = False) -> Measured:
-    """What one weight's magnitudes are reduced to, in one pass over it, seldom two."""
-    with measuring.Measuring(stored, unit_axis) as weight:
-        for piece in measuring.pieces(stored, progress):
-            weight.add(piece)
-        return weight.found(curves)
+def _measured(
+    weights: Sequence[Stored], axes: Sequence[int], progress: Progress, curves: bool
+) -> tuple[list[Measured], list[Units]]:
+    found: dict[int, tuple[Measured, Units]] = {}
+
+    def small() -> Iterator[tuple[Hashable, int, tuple[int, np.ndarray]]]:
+        for index, (weight, axis) in enumerate(zip(weights, axes, strict=True)):
+            if weight.size > SORTED:
+                found[index] = measuring.measure(weight, axis, progress, curves)
+            else:
+                yield (weight.shape, weight.dtype), weight.size, (index, reading.whole(weight, progress))
+
+    for group in reading.batches(small()):
+        indices, arrays = zip(*group, strict=True)
+        first, rows = indices[0], measuring.magnitudes(np.stack(arrays))
+        units = measuring.units_of_rows(rows, weights[first].shape, axes[first])
+        found.update(zip(indices, zip(measuring.measured_rows(rows, curves), units, strict=True), strict=True))
+    in_order = [found[index] for index in range(len(weights))]
+    return [measured for measured, _ in in_order], [units for _, units in in_order]
 
 
 def _structure(stored: Stored, unit_axis: int) -> LayerStructure:
@@ -103,7 +106,7 @@ def _structure(stored: Stored, unit_axis: int) -> LayerStructure:
         shape=stored.shape,
         dtype=str(stored.dtype),
         nonlinearity=None,
-        scored=importance.named("magnitude").side,
+        scored="magnitude",
         reason=None,
         uses=0,
         unit_axes=(unit_axis,),
@@ -111,23 +114,21 @@ def _structure(stored: Stored, unit_axis: int) -> LayerStructure:
     )
 
 
-def _numbers(structure: Sequence[LayerStructure], measured: Sequence[Measured]) -> LayerNumbers:
+def _numbers(measured: Sequence[Measured], units: Sequence[Units]) -> LayerNumbers:
     if not measured:
         return none_of(LayerNumbers)
-    return _stacked([_layer(found) for found in measured])
-
-
-def _layer(found: Measured) -> LayerNumbers:
-    effective, units = found.metrics.effective_params, found.effective_units
+    metrics = measuring.metrics_of_all(measured)
+    effective = np.asarray([each.effective for each in units], np.float32)
+    cells = [each.cells for each in measured if each.cells is not None]
     return LayerNumbers(
-        metrics=found.metrics,
-        null=null.of_magnitude(),
-        effective_units=units,
-        effective_fan_in=effective / (units if units > 0 else np.float32(1)),
-        nonfinite_weights=found.metrics.nonfinite,
-        largest_weight=found.largest,
-        evidence_finite=np.asarray(True),
-        distribution=None if found.cells is None else Distribution(*found.cells.T.astype(np.float32)),
+        metrics=metrics,
+        null=jax.tree.map(lambda value: np.full(len(measured), value), half_normal.null_of_magnitude()),
+        effective_units=effective,
+        effective_fan_in=metrics.effective_params / np.where(effective > 0, effective, np.float32(1)),
+        nonfinite_weights=metrics.nonfinite,
+        largest_weight=np.asarray([each.largest for each in units]),
+        evidence_finite=np.ones(len(measured), bool),
+        distribution=unpacked(np.stack(cells).astype(np.float32)) if cells else None,
     )
 
 

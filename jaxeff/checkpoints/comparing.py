@@ -6,16 +6,17 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
 from jaxeff import table
-from jaxeff.checkpoints import interruption
-from jaxeff.checkpoints.measuring import Measuring, Piece, Progress, pieces
+from jaxeff.checkpoints import measuring, reading
+from jaxeff.checkpoints.counting import counts_of
+from jaxeff.checkpoints.measuring import SORTED, Measured
 from jaxeff.checkpoints.opening import Checkpoint, natural, open_checkpoint
+from jaxeff.checkpoints.reading import Progress, pieces
 from jaxeff.checkpoints.stored import Stored
-from jaxeff.progress import bytes_bar
 from jaxeff.serialization import encoded
 
 ORDERS = ("path", "change", "size")
@@ -103,46 +104,65 @@ def compare_checkpoints(
 def compare(a: Checkpoint, b: Checkpoint, *, progress: bool = True) -> CheckpointComparison:
     """The same of two checkpoints that `open_checkpoint` opened."""
     both = [name for name in a.arrays if name in b.arrays]
-    alike = [name for name in both if a.arrays[name].shape == b.arrays[name].shape]
+    alike = {name for name in both if a.arrays[name].shape == b.arrays[name].shape}
     total = sum(checkpoint.arrays[name].nbytes for checkpoint in (a, b) for name in alike)
-    weights: list[WeightChange] = []
-    others: list[OtherChange] = []
-    with bytes_bar("Comparing weights", total, progress) as show, interruption.held() as hear:
-
-        def advance(count: int) -> None:
-            show(count)
-            hear()
-
-        for name in alike:
-            if a.arrays[name].role == b.arrays[name].role == "weight":
-                weights.append(_weight_change(a, b, name, advance))
-            else:
-                others.append(_other_change(a.arrays[name], b.arrays[name], advance))
+    pairs = [(a.arrays[name], b.arrays[name]) for name in both if name in alike]
+    weights = [pair for pair in pairs if pair[0].role == pair[1].role == "weight"]
+    others = [pair for pair in pairs if not pair[0].role == pair[1].role == "weight"]
+    with reading.progress_bar("Comparing weights", total, progress) as advance:
+        weight_changes = _weight_changes(weights, advance)
+        other_changes = [_other_change(*pair, advance) for pair in others]
     return CheckpointComparison(
-        tuple(weights),
-        tuple(others),
+        tuple(weight_changes),
+        tuple(other_changes),
         tuple(name for name in a.arrays if name not in b.arrays),
         tuple(name for name in b.arrays if name not in a.arrays),
-        tuple((name, a.arrays[name].shape, b.arrays[name].shape) for name in both if name not in set(alike)),
+        tuple((name, a.arrays[name].shape, b.arrays[name].shape) for name in both if name not in alike),
     )
 
 
-def _weight_change(a: Checkpoint, b: Checkpoint, name: str, progress: Progress) -> WeightChange:
-    sides = [(side.arrays[name], side.unit_axis(side.arrays[name])) for side in (a, b)]
-    distance = _Distance()
-    with Measuring(*sides[0]) as one, Measuring(*sides[1]) as two:
-        for pair in zip(*(pieces(stored, progress) for stored, _ in sides), strict=True):
-            one.add(pair[0])
-            two.add(pair[1])
-            distance.add(*pair)
-        first, second = one.found().metrics, two.found().metrics
-    return WeightChange(
-        name,
-        sides[0][0].shape,
-        (float(first.utilization), float(second.utilization)),
-        (float(first.gini), float(second.gini)),
-        distance.relative(),
+def _weight_changes(pairs: Sequence[tuple[Stored, Stored]], progress: Progress) -> list[WeightChange]:
+    if not pairs:
+        return []
+    found: dict[int, tuple[Measured, Measured, float]] = {}
+
+    def small() -> Iterator[tuple[Hashable, int, tuple[int, np.ndarray, np.ndarray]]]:
+        for index, pair in enumerate(pairs):
+            if pair[0].size > SORTED:
+                found[index] = _measured(*pair, progress)
+            else:
+                key = pair[0].size, pair[0].dtype, pair[1].dtype
+                yield key, pair[0].size, (index, *(reading.whole(stored, progress) for stored in pair))
+
+    for group in reading.batches(small()):
+        indices, *sides = zip(*group, strict=True)
+        one, two = map(np.stack, sides)
+        distance = _Distance(len(indices))
+        distance.add(one, two)
+        measured = [measuring.measured_rows(measuring.magnitudes(side)) for side in (one, two)]
+        found.update(zip(indices, zip(*measured, distance.relative(), strict=True), strict=True))
+    first, second = (
+        measuring.metrics_of_all([found[index][side] for index in range(len(pairs))]) for side in range(2)
     )
+    utilization, gini = (
+        zip(getattr(first, name).tolist(), getattr(second, name).tolist(), strict=True)
+        for name in ("utilization", "gini")
+    )
+    changes = (found[index][2] for index in range(len(pairs)))
+    names, shapes = ([getattr(stored, name) for stored, _ in pairs] for name in ("name", "shape"))
+    return list(map(WeightChange, names, shapes, utilization, gini, changes))
+
+
+def _measured(a: Stored, b: Stored, progress: Progress) -> tuple[Measured, Measured, float]:
+    """A large weight, piece by piece of both."""
+    assert a.dtype is not None and b.dtype is not None
+    counts, distance = (counts_of(a.dtype), counts_of(b.dtype)), _Distance()
+    for one, two in zip(pieces(a, progress), pieces(b, progress), strict=True):
+        for side, piece in zip(counts, (one, two), strict=True):
+            side.add(piece.elements)
+        distance.add(one.elements[None], two.elements[None])
+    first, second = (measuring.measured(side.result()) for side in counts)
+    return first, second, distance.relative()[0]
 
 
 def _other_change(a: Stored, b: Stored, progress: Progress) -> OtherChange:
@@ -151,28 +171,38 @@ def _other_change(a: Stored, b: Stored, progress: Progress) -> OtherChange:
         return OtherChange(a.name, a.shape, math.nan)
     distance = _Distance()
     for pair in zip(pieces(a, progress), pieces(b, progress), strict=True):
-        distance.add(*pair)
-    return OtherChange(a.name, a.shape, distance.relative())
+        distance.add(*(piece.elements[None] for piece in pair))
+    return OtherChange(a.name, a.shape, distance.relative()[0])
 
 
 class _Distance:
-    """||a - b|| / ||a|| in float64, as the pieces come."""
+    """||a - b|| / ||a|| in float64 of several arrays, as their pieces come."""
 
-    def __init__(self) -> None:
-        self.apart, self.all = 0.0, 0.0
+    def __init__(self, arrays: int = 1) -> None:
+        self.apart, self.all = np.zeros(arrays), np.zeros(arrays)
 
-    def add(self, a: Piece, b: Piece) -> None:
-        wide = np.complex128 if "c" in (a.elements.dtype.kind, b.elements.dtype.kind) else np.float64
-        x, y = a.elements.astype(wide), b.elements.astype(wide)
+    def add(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Pieces [arrays, n]."""
+        wide = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
+        x, y = a.astype(wide), b.astype(wide)
         with np.errstate(invalid="ignore"):
-            difference = np.abs(np.subtract(x, y, out=y))
-        self.apart += float(np.dot(difference, difference))
-        self.all += float(np.vdot(x, x).real)
+            self.apart += _squares(np.subtract(x, y, out=y))
+        self.all += _squares(x)
 
-    def relative(self) -> float:
-        if not self.all:
-            return math.inf if self.apart else 0.0
-        return math.sqrt(self.apart / self.all) if math.isfinite(self.all) else math.nan
+    def relative(self) -> list[float]:
+        return list(map(_relative, self.apart.tolist(), self.all.tolist()))
+
+
+def _squares(x: np.ndarray) -> np.ndarray:
+    # Not by BLAS, whose threads wait for each other longer than they multiply.
+    parts = (x.real, x.imag) if x.dtype.kind == "c" else (x,)
+    return np.sum([np.einsum("ij,ij->i", part, part) for part in parts], axis=0)
+
+
+def _relative(apart: float, all_: float) -> float:
+    if not all_:
+        return math.inf if apart else 0.0
+    return math.sqrt(apart / all_) if math.isfinite(all_) else math.nan
 
 
 def render(

@@ -1,64 +1,27 @@
-"""Arrays that stream by in pieces -> their numbers, in memory for a few pieces.
+"""Arrays of a checkpoint -> their numbers, on the host.
 
-Large arrays are counted by bit pattern on the device, piece by piece, while the host sums the units of the same
-piece and reads the next; small ones are sorted on the host. Imports `stored`, `metrics`, `records`.
+Large arrays are counted piece by piece; small ones are read whole and sorted, those of one shape at once.
+Imports `counting`, `reading`, `stored`, `metrics`, `records`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Self
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
+from jaxeff.checkpoints.counting import Counted, counts_of
+from jaxeff.checkpoints.reading import Progress, pieces
 from jaxeff.checkpoints.stored import Stored
-from jaxeff.layers import effective_units
-from jaxeff.metrics import Metrics, sketch
-from jaxeff.metrics._curve import cells_of
-from jaxeff.metrics._records import THRESHOLDS
-from jaxeff.metrics._weighted import Spread, Weighted, metrics_of, sums_of
-from jaxeff.metrics.sketch import Sketch
-from jaxeff.numerics.placement import to_host
+from jaxeff.metrics import Metrics
+from jaxeff.metrics._curve import CELLS, cells_of
+from jaxeff.metrics._order import limits
+from jaxeff.metrics._weighted import SQUARES, Spread, Weighted, effective_units, metrics_of, sums_of
 from jaxeff.records import OtherNumbers
 
-LARGE, SMALL = 1 << 22, 1 << 18  # a piece: two lengths, so that two programs are compiled
-SORTED = 1 << 16  # up to here an array is sorted, on the host
-
-Progress = Callable[[int], None]  # bytes
-
-
-class Piece(NamedTuple):
-    """Elements of an array, in C order from one of them on."""
-
-    start: int
-    elements: np.ndarray
-
-
-def pieces(stored: Stored, progress: Progress = lambda count: None) -> Iterator[Piece]:
-    """The array from its first element to its last; calls `progress` with the bytes of each piece."""
-    with stored.open() as read:
-        start = 0
-        while start < stored.size:
-            left = stored.size - start
-            stop = start + (LARGE if left >= LARGE else min(SMALL, left))
-            elements = read(start, stop)
-            yield Piece(start, narrowed(elements))
-            progress(elements.nbytes)
-            start = stop
-
-
-def narrowed(elements: np.ndarray) -> np.ndarray:
-    """Floats as they are counted: float64 as float32, and 8 bits as bfloat16, which holds them exactly."""
-    if not jnp.issubdtype(elements.dtype, jnp.floating):
-        return elements
-    size = elements.dtype.itemsize
-    if size == 8:
-        with np.errstate(over="ignore"):
-            return elements.astype(np.float32)
-    return elements.astype(jnp.bfloat16) if size == 1 else elements
+SORTED = 1 << 14  # up to here an array is sorted
 
 
 def magnitudes(elements: np.ndarray) -> np.ndarray:
@@ -71,78 +34,114 @@ class Measured(NamedTuple):
     """What one weight's magnitudes are reduced to.
 
     Attributes:
-        metrics: of all weights.
-        units: [units], importance summed over the weights of each.
-        effective_units: exp(entropy) of these.
-        largest: max |w|, nan where one is.
+        sums: [16], that its metrics are formulas of.
+        integers: [3], as `metrics_of` takes them.
         cells: how the weights are spread, as `cells_of` has it, where that was asked for.
     """
 
-    metrics: Metrics
-    units: np.ndarray
-    effective_units: np.ndarray
-    largest: np.float32
+    sums: np.ndarray
+    integers: np.ndarray
     cells: np.ndarray | None = None
 
 
-class Measuring:
-    """One weight, as its pieces come.
+class Units(NamedTuple):
+    """The units of one weight.
 
-    A context: an interrupted interpreter must not end while the device still reads a piece.
+    Attributes:
+        sums: [units], importance summed over the weights of each.
+        effective: exp(entropy) of these.
+        largest: max |w|, nan where one is.
     """
 
-    def __init__(self, stored: Stored, unit_axis: int) -> None:
-        self.stored = stored
-        self.units = UnitSums(stored.shape, unit_axis)
-        self.largest = np.float32(0)
-        self.counts: Sketch | None = None
-        self.all: list[np.ndarray] = []
+    sums: np.ndarray
+    effective: float
+    largest: np.float32
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        _ = jax.block_until_ready(self.counts)
+def measured(counted: Counted, curves: bool = False) -> Measured:
+    """A weight that was counted."""
+    sums = sums_of(counted.spread)
+    if counted.squares is not None:
+        sums[SQUARES] = counted.squares
+    cells = _cells(counted.spread.distribution, counted.integers) if curves else None
+    return Measured(sums, counted.integers, cells)
 
-    def add(self, piece: Piece) -> None:
-        wide = magnitudes(piece.elements)
-        if self.stored.size > SORTED:
-            # Wait for the piece before: else pieces pile up where the device is slower than the disk.
-            self.counts = counted_on(jax.block_until_ready(self.counts), wide)
-        else:
-            self.all.append(wide)
-        self.units.add(piece.start, wide)
-        self.largest = np.maximum(self.largest, wide.max())
 
-    def found(self, curves: bool = False) -> Measured:
-        integers = None
-        if self.counts is None:
-            spread = sorted_spread(np.concatenate(self.all))
-        else:
-            counts = to_host(self.counts)
-            spread, integers = sketch.spread_of(counts, np.float64), sketch.integers_of(counts)
-        units = self.units.sums
-        scale = self.largest if 0 < self.largest < np.inf else 1
-        with np.errstate(over="ignore", invalid="ignore"):
-            return Measured(
-                jax.tree.map(_narrowed, metrics_of(sums_of(spread), integers)),
-                units.astype(np.float32),
-                np.float32(effective_units(units / scale)),
-                self.largest,
-                cells_of(spread) if curves else None,
-            )
+def measured_rows(x: np.ndarray, curves: bool = False) -> list[Measured]:
+    """The weights in the rows of x [weights, n], magnitudes in float32."""
+    bits = np.sort(x.view(np.uint32), axis=1)  # in half the time of floats
+    ends = [1, *limits(np.float32), np.uint32(0x7F800000)]
+    zeros, *below, finite = (np.count_nonzero(bits < end, axis=1) for end in ends)
+    if (finite < bits.shape[1]).any():
+        bits = np.sort(np.where(bits < ends[-1], bits, 0), axis=1)
+    values = bits.view(np.float32)[:, ::-1].astype(np.float64)
+    largest = values[:, 0].copy()
+    values /= np.where(largest > 0, largest, 1)[:, None]
+    count = np.full(len(x), x.shape[1])
+    integers = np.stack([zeros, count - finite, count], axis=1)
+    tallied = tuple(tally[:, None].astype(np.float64) for tally in (zeros, count - finite, *below))
+    distribution = Weighted(values, np.ones(values.shape), None, None, largest)
+    sums = sums_of(Spread(distribution, tallied))
+    cells: Iterable[np.ndarray | None] = [None] * len(x)
+    if curves:
+        one = np.ones(x.shape[1])
+        rows = [Weighted(row, one, None, None, most) for row, most in zip(values, largest, strict=True)]
+        cells = map(_cells, rows, integers)
+    return list(map(Measured, sums, integers, cells))
+
+
+def _cells(distribution: Weighted, integers: np.ndarray) -> np.ndarray:
+    return cells_of(distribution) if not integers[1] else np.full((CELLS, 2), np.nan)
+
+
+def units_of_rows(x: np.ndarray, shape: tuple[int, ...], axis: int) -> list[Units]:
+    """The units of the weights in the rows of x [weights, n], each of this shape."""
+    x = x.reshape(len(x), *shape)
+    others = tuple(1 + other for other in range(len(shape)) if other != axis)
+    return units_of(x.sum(axis=others, dtype=np.float64), x.reshape(len(x), -1).max(axis=1))
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def units_of(sums: np.ndarray, largest: np.ndarray) -> list[Units]:
+    """Of several weights, [weights, units] and [weights]."""
+    scale = np.where((largest > 0) & (largest < np.inf), largest, 1)[:, None]
+    return list(map(Units, sums.astype(np.float32), effective_units(sums / scale), largest))
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def metrics_of_all(found: Sequence[Measured]) -> Metrics:
+    """Of all weights, stacked: [weights]."""
+    most = np.iinfo(np.int32).max
+    integers = np.minimum([each.integers for each in found], most).astype(np.int32)
+    metrics = metrics_of(np.stack([each.sums for each in found]), integers)
+    return jax.tree.map(_narrowed, metrics)
+
+
+def _narrowed(numbers: np.ndarray) -> np.ndarray:
+    return numbers.astype(np.float32) if numbers.dtype.kind == "f" else numbers
+
+
+def measure(stored: Stored, unit_axis: int, progress: Progress, curves: bool) -> tuple[Measured, Units]:
+    """A large weight, in one pass over it."""
+    assert stored.dtype is not None
+    counts, units = counts_of(stored.dtype), UnitSums(stored.shape, unit_axis)
+    for piece in pieces(stored, progress):
+        counts.add(piece.elements)
+        units.add(piece.start, magnitudes(piece.elements))
+    return measured(counts.result(), curves), units_of(units.sums[None], units.largest[None])[0]
 
 
 class UnitSums:
     """Importance of each unit, [units] float64, summed as the weights come in C order."""
 
     def __init__(self, shape: tuple[int, ...], axis: int) -> None:
-        self.sums = np.zeros(shape[axis])
+        self.sums, self.largest = np.zeros(shape[axis]), np.float32(0)
         self.last = axis > 0
         self.row = shape[axis] if self.last else int(np.prod(shape[1:], dtype=np.int64))
 
     def add(self, start: int, x: np.ndarray) -> None:
         """Of the rows that a piece begins and ends in, it may have a part only."""
+        self.largest = np.maximum(self.largest, x.max())
         row, column = divmod(start, self.row)
         head = min(-column % self.row, x.size)
         whole = (x.size - head) // self.row
@@ -160,48 +159,6 @@ class UnitSums:
                 if part.size:
                     self.sums[index] += part.sum(dtype=np.float64)
             self.sums[row_after : row_after + whole] += middle.sum(axis=1, dtype=np.float64)
-
-
-def counted_on(counts: Sketch | None, magnitudes: np.ndarray) -> Sketch:
-    """The counts with those of one more piece [n], n up to LARGE."""
-    length = SMALL if magnitudes.size <= SMALL else LARGE
-    if magnitudes.size < length:
-        magnitudes, given = np.zeros(length, np.float32), magnitudes
-        magnitudes[: given.size] = given
-        return counted_on_padded(counts, magnitudes, given.size)
-    return counted_on_padded(counts, magnitudes, length)
-
-
-def counted_on_padded(counts: Sketch | None, magnitudes: np.ndarray, size: int) -> Sketch:
-    return _counted_on(_nothing() if counts is None else counts, magnitudes, np.int32(size))
-
-
-@jax.jit
-def _counted_on(counts: Sketch, magnitudes: Array, size: Array) -> Sketch:
-    return sketch.merge(counts, sketch.count(magnitudes, size))
-
-
-def _nothing() -> Sketch:
-    return Sketch(*(np.zeros(shape, np.uint32) for shape in ((sketch.BINS, 4), (2,), ())))
-
-
-def sorted_spread(x: np.ndarray) -> Spread:
-    """Of [n] importances, float32."""
-    invalid = ~((x >= 0) & np.isfinite(x))
-    values = np.sort(np.where(invalid, np.float32(0), x))[::-1].astype(np.float64)
-    largest = values[0]
-    relative = values / (largest if largest > 0 else 1)
-    hits = [values == 0, *(values < threshold for threshold in THRESHOLDS.values())]
-    zeros, *below = (part.astype(np.float64) for part in hits)
-    bad = np.zeros(x.size)
-    bad[0] = np.count_nonzero(invalid)
-    tallied = zeros - bad, bad, below[0], below[1]
-    return Spread(Weighted(relative, np.ones(x.size), relative, np.zeros(x.size), largest), tallied)
-
-
-def _narrowed(number: np.ndarray) -> np.ndarray:
-    number = np.asarray(number)
-    return number.astype(np.float32) if number.dtype.kind == "f" else number
 
 
 # Arrays that are no weights.

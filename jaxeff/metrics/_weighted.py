@@ -24,17 +24,19 @@ from jaxeff.metrics._records import COVERAGES, RELATIVE_THRESHOLDS, Metrics
 from jaxeff.numerics.summation import namespace, running_total, total
 
 SHARES = tuple(COVERAGES.values())
+SQUARES = 6
+"""Which of the sums is sum n (v - mean)^2."""
 
 
 class Weighted(NamedTuple):
     """A distribution of importances, relative to the largest.
 
     Attributes:
-        values: [K], descending, 1 the largest; of a bin with several weights their mean.
-        counts: [K], floats; 0 where there is nothing.
-        low: [K], where the bin of each value begins; None where values are those of single weights.
-        width: [K], of the bin; None likewise.
-        largest: [], what the values are relative to.
+        values: [..., K], descending, 1 the largest; of a bin with several weights their mean.
+        counts: [..., K], floats; 0 where there is nothing.
+        low: [..., K], where the bin of each value begins; None where values are those of single weights.
+        width: [..., K], of the bin; None likewise.
+        largest: [...], what the values are relative to.
     """
 
     values: Any
@@ -48,7 +50,8 @@ class Spread(NamedTuple):
     """How the weights of a layer are spread.
 
     Attributes:
-        tallied: four arrays [K], of each entry how many weights are 0, no importance, below 1e-2, below 1e-3.
+        tallied: four arrays [..., K] or [..., 1], of each entry, or of all, how many weights are 0, no importance,
+            below 1e-2, below 1e-3.
     """
 
     distribution: Weighted
@@ -69,41 +72,41 @@ def surprises(values: Any, counts: Any) -> tuple[Any, Any]:
 
 
 def reached(values: Any, counts: Any, running: Any, through: Any, targets: Any, largest: Any = None) -> Any:
-    """For each of the targets [T], how many of the largest weights sum to it, of descending values [K].
+    """For each of the targets [..., T], how many of the largest weights sum to it, of descending values [..., K].
 
     Args:
-        running: [K], the running sum of n.
-        through: [K], the running sum of n v.
-        largest: [K], what to take the weights of the group for that reaches the target; their mean by default.
+        running: [..., K], the running sum of n.
+        through: [..., K], the running sum of n v.
+        largest: [..., K], what to take the weights of the group for that reaches the target; their mean by default.
     """
     xp = namespace(values)
     held, most = counts * values, values if largest is None else largest
-    short = through[None] < targets[:, None]  # groups that are needed whole, and are not enough
-    whole, before = (total(xp.where(short, part[None], 0)) for part in (counts, held))
-    value = xp.max(xp.where(short | (counts == 0)[None], 0, most[None]), axis=-1)
+    short = through[..., None, :] < targets[..., :, None]  # groups that are needed whole, and are not enough
+    whole, before = (total(xp.where(short, part[..., None, :], 0)) for part in (counts, held))
+    value = xp.max(xp.where(short | (counts == 0)[..., None, :], 0, most[..., None, :]), axis=-1)
     more = xp.ceil((targets - before) / xp.where(value > 0, value, 1))
     # No more than the group has, whatever the quotient is rounded to.
-    upto = xp.min(xp.where(short, running[-1], running[None]), axis=-1)
+    upto = xp.min(xp.where(short, running[..., -1:, None], running[..., None, :]), axis=-1)
     return xp.minimum(whole + xp.maximum(more, 1), upto)
 
 
 def sums_of(spread: Spread) -> Any:
-    """The sums that every metric is a formula of, [16]: see `metrics_of`."""
+    """The sums that every metric is a formula of, [..., 16]: see `metrics_of`."""
     (values, counts, _, _, largest), tallied = spread
     xp, dtype = namespace(values), values.dtype
     held, surprise = surprises(values, counts)
     # Of the values as they are, for Gini and mean have slopes at 0.
     running, through = running_total(counts), running_total(counts * values)
-    size, sum_ = running[-1], through[-1]
-    mean = sum_ / size
+    size, sum_ = running[..., -1], through[..., -1]
+    mean = (sum_ / size)[..., None]
     below = [_below(spread.distribution, mean, threshold) for threshold in RELATIVE_THRESHOLDS.values()]
     # Of each group, the fraction of weights after it less that before it.
-    balance = 1 - (2 * running - counts) / size
+    balance = 1 - (2 * running - counts) / size[..., None]
     terms = [held, surprise, counts * values * balance, counts * (values - mean) ** 2]
-    sums = xp.stack([total(term) for term in (*terms, *(counts * part for part in below), *tallied)])
-    targets = xp.asarray(SHARES, dtype=dtype) * (tie(dtype) * sum_)
+    sums = xp.stack([total(term) for term in (*terms, *(counts * part for part in below), *tallied)], axis=-1)
+    targets = xp.asarray(SHARES, dtype=dtype) * (tie(dtype) * sum_[..., None])
     found = reached(values, counts, running, through, targets)
-    return xp.concatenate([xp.stack([size, sum_, largest]), sums[:6], found, sums[6:]])
+    return xp.concatenate([xp.stack([size, sum_, largest], axis=-1), sums[..., :6], found, sums[..., 6:]], axis=-1)
 
 
 def _below(distribution: Weighted, mean: Any, threshold: float) -> Any:
@@ -179,3 +182,16 @@ def information(size: Any, sum_: Any, surprise: Any) -> Information:
         xp.where(alive, used, 0),
         xp.where(alive, 1 - normalized, 1),
     )
+
+
+def effective_units(units: Any, rank: int = 1) -> Any:
+    """exp(entropy) of the importance of units, over the last `rank` axes; nan where one is no number."""
+    xp = namespace(units)
+    units = units.reshape(*units.shape[: units.ndim - rank], -1)
+    largest = xp.max(units, axis=-1)
+    valid = xp.isfinite(largest) & (xp.min(units, axis=-1) >= 0)
+    scale = xp.where(largest > 0, largest, 1)
+    relative = xp.where(valid[..., None], units / scale[..., None], 0)
+    held = [total(part) for part in surprises(relative, xp.ones_like(relative))]
+    found = information(xp.full_like(held[0], units.shape[-1]), *held)
+    return xp.where(valid, found.effective_params, math.nan)
