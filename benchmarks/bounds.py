@@ -51,7 +51,8 @@ def main() -> None:
                 ratio[case] = max(ratio[case], (share, name))
                 if size == LARGE:
                     bound[case] = max(bound[case], (most, name))
-    print(f"{chosen.arrays} arrays of {len(drawn.DRAWS)} kinds, 1 to {LARGE} weights: {exceeded} exceed a bound")
+    arrays = f"{chosen.arrays} arrays of {len(drawn.DRAWS)} kinds, 1 to {LARGE} weights"
+    print(f"{arrays}: {exceeded} bounds exceeded")
     columns = [*(f"worst error / bound, {kind}" for kind in kinds), f"worst bound of {LARGE:,}"]
     print(f"\n| | {' | '.join(columns)} |")
     print("|---|" + "---|" * (len(kinds) + 1))

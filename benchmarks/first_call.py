@@ -4,8 +4,8 @@
     python benchmarks/first_call.py --programs analyze-lenet
 
 Every measurement is a process of its own, without JAX's persistent cache, since a first call is first only
-once. `--programs` tells one measurement apart by what JAX traced, lowered and compiled. What a checkpoint costs
-is measured by `checkpoint.py`.
+once. `--programs` shows where the time of one goes: what JAX traced, lowered and compiled. Checkpoints are
+measured by `checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -233,9 +233,9 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "lenet": Row("first `analyze`, LeNet-300-100 / training step", "analyze-lenet", "training-lenet", "", 2.0),
+    "lenet": Row("first `analyze`, LeNet-300-100 / training", "analyze-lenet", "training-lenet", "", 2.0),
     "lenet-collect": Row("of which `collect`", "collect-lenet", "training-lenet", "", None),
-    "cnn": Row("first `analyze`, a small CNN / training step", "analyze-cnn", "training-cnn", "", 1.2),
+    "cnn": Row("first `analyze`, a small CNN / training", "analyze-cnn", "training-cnn", "", 1.2),
     "cnn-collect": Row("of which `collect`", "collect-cnn", "training-cnn", "", None),
     "second": Row("second model, beyond its own forward: an MLP", "second-deeper", None, " s", 0.5),
     "second-cnn": Row("the same: a small CNN", "second-cnn", None, " s", 0.5),

@@ -3,8 +3,8 @@
 python benchmarks/monitor.py [--network lenet-300-100] [--every 100] [--repeats 15]
 python benchmarks/monitor.py --network transformer --every 20 --repeats 5
 
-LeNet-300-100 on 512 images; a transformer of 4 layers of width 256 on 16 x 128 tokens. What is added is measured
-by analysing in each of a few steps: the share at `every` is less than what runs differ by. Those are printed, too.
+LeNet-300-100 on 512 images; a transformer of 4 layers of width 256 on 16 x 128 tokens. What is added is
+measured by analysing in each of a few steps: at `every`, it is less than what runs differ by.
 """
 
 from __future__ import annotations

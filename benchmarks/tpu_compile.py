@@ -4,8 +4,8 @@
     python benchmarks/tpu_compile.py [--kinds v5e v6e] [--chips 1 4x4] [--programs forward collect ...]
 
 PyPI's libtpu compiles ahead of time for chips that nobody has to own, on the CPU of any Linux machine. Each
-program is compiled in a process of its own, for one chip and for 4 x 4 of them, where weights are sharded over
-both axes of the mesh and the batch over the first. Fails where a program does not compile, or gathers a weight.
+program is compiled in a process of its own, for one chip and for 4 x 4 of them, where weights are sharded
+over both axes of the mesh and the batch over the first. Fails where one does not compile or gathers weights.
 """
 
 from __future__ import annotations
@@ -223,7 +223,8 @@ def main() -> None:
 
 def _error(text: str) -> str:
     """The last line that names an exception."""
-    return next((line for line in reversed(text.splitlines()) if re.match(r"[\w.]+(Error|Exception): ", line)), "")
+    found = [line for line in text.splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return found[-1] if found else ""
 
 
 def _row(name: str, kind: str, chips: str) -> bool:
@@ -238,8 +239,8 @@ def _row(name: str, kind: str, chips: str) -> bool:
     wall, cpu = found["seconds"]
     sent = ", ".join(f"{number} {kind}" for kind, number in found["collectives"].items() if number) or "none"
     gathered = f"{found['gathered']:,}" + (" GATHERED" if found["gathered"] >= GATHERED else "")
-    shown = name, f"{kind} {chips}", f"{wall:.1f} ({cpu:.1f})", f"{found['scratch'] / 1e6:.1f} MB", sent, gathered
-    print(f"| {' | '.join(shown)} |", flush=True)
+    cost = f"{wall:.1f} ({cpu:.1f}) | {found['scratch'] / 1e6:.1f} MB"
+    print(f"| {name} | {kind} {chips} | {cost} | {sent} | {gathered} |", flush=True)
     return found["gathered"] < GATHERED
 
 
