@@ -86,8 +86,14 @@ def histogram(x: Array, size: Any = None, sharding: NamedSharding | None = None)
     mesh, spec = _layout(x, sharding)
     if any(spec):
         return _in_parts(x, mesh, spec)
-    if sharding is None and size is None and may_lie_in_parts(x):
-        return _in_place(x)
+    if size is not None or sharding is not None or jax.sharding.get_abstract_mesh().manual_axes:
+        return _flat(x, size)
+    # The devices that it is compiled for may be others than those of this process.
+    on_cpu = _in_place if may_lie_in_parts(x) else _flat
+    return lax.platform_dependent(x, cpu=on_cpu, default=_in_place)
+
+
+def _flat(x: Array, size: Any = None) -> Histogram:
     x = x.reshape(-1)
     return _in_pieces(x, x.size if size is None else size)
 
