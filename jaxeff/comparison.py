@@ -20,10 +20,10 @@ import numpy as np
 
 from jaxeff import granularity, importance, leaves, objectives, table
 from jaxeff.collection import Criteria, named, prepare
-from jaxeff.leaves import saved_by_flax
 from jaxeff.meshes import by_compiler
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.problem import Problem
+from jaxeff.saving import saved_by_flax
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 CONTROLS = 5

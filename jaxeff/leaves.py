@@ -6,15 +6,14 @@ Imports nothing of jaxeff.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, serialization
+from flax import nnx
 from flax.core.meta import AxisMetadata
 
-Kind = TypeVar("Kind")
 Path = str
 _BOXES = (nnx.Variable, AxisMetadata)  # wrap one value, as nn.Partitioned and nnx.Param do
 _NAMED = 3  # arrays that a message names
@@ -151,32 +150,6 @@ def own_arrays(tree: Any) -> Any:
     3
     """
     return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, (jax.Array, np.ndarray)) else leaf, tree)
-
-
-def saved_by_flax(kind: type[Kind]) -> type[Kind]:
-    """Has `flax.serialization` save the arrays of a registered dataclass, by their keys.
-
-    As with `flax.struct`, what is static is not saved: it comes from the target of `from_bytes`.
-    """
-
-    def to_state(tree: Any) -> dict[str, Any]:
-        return {jax.tree_util.keystr(keys): leaf for keys, leaf in _with_keys(tree)}
-
-    def from_state(target: Any, state: Mapping[str, Any]) -> Any:
-        names = [jax.tree_util.keystr(keys) for keys, _ in _with_keys(target)]
-        if different := sorted(state.keys() ^ set(names)):
-            raise ValueError(
-                f"the saved {kind.__name__} and the target differ: {different[0]!r} is in one of them alone. "
-                "Pass a target of the model that was saved"
-            )
-        return jax.tree.unflatten(jax.tree.structure(target), [state[name] for name in names])
-
-    serialization.register_serialization_state(kind, to_state, from_state)
-    return kind
-
-
-def _with_keys(tree: Any) -> list[tuple[tuple, Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
 def key_name(key: Any) -> str:

@@ -16,8 +16,9 @@ import numpy as np
 
 from jaxeff.analysis import analyze
 from jaxeff.importance import Criterion, named
-from jaxeff.leaves import own_arrays, saved_by_flax
+from jaxeff.leaves import own_arrays
 from jaxeff.report import Report
+from jaxeff.saving import saved_by_flax
 
 
 @jax.tree_util.register_dataclass

@@ -14,15 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.leaves import saved_by_flax
-from jaxeff.metrics import Distribution, Metrics, sketch
+from jaxeff.metrics import Distribution, Metrics
 from jaxeff.numerics.summation import namespace
 from jaxeff.statistics import UnitStatistics
 
 _STATIC = {"static": True}
-
-# Here, since `metrics` knows nothing of Flax.
-_SAVED = saved_by_flax(Metrics), saved_by_flax(sketch.Sketch)
 
 
 @jax.tree_util.register_dataclass

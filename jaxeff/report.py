@@ -1,8 +1,7 @@
 """The report: what was measured of every parameter, as a pytree.
 
 `Report` passes through jit, vmap over an ensemble and scan over training. Printing, JSON and
-recommendations read a report of one model whose numbers are concrete. Imports `leaves`, `records`,
-`table`, `serialization`, `recommendations`.
+recommendations read a report of one model whose numbers are concrete. Imports `records`, `table`, `serialization`, `recommendations`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxeff import files, notebook, recommendations, serialization, table
-from jaxeff.leaves import saved_by_flax
 from jaxeff.recommendations import Recommendation
 from jaxeff.records import (
     Activity,
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
 _STATIC = {"static": True}
 
 
-@saved_by_flax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Report:

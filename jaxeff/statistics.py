@@ -1,6 +1,6 @@
 """What is kept of a model's run: sums over what its units emit, and over derivatives of the loss.
 
-Everything is a sum with its count, so that two batches' statistics add. Imports `leaves`, `numerics`.
+Everything is a sum with its count, so that two batches' statistics add. Imports `numerics`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxeff.leaves import saved_by_flax
 from jaxeff.numerics.summation import namespace
 
 _STATIC = {"static": True}
@@ -302,7 +301,6 @@ class Stability:
     correlation: jax.Array
 
 
-@saved_by_flax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Statistics:

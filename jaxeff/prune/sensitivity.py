@@ -22,7 +22,7 @@ from jax import Array
 from jax.core import Tracer
 
 from jaxeff import models, objectives, table
-from jaxeff.leaves import described, named_leaves, saved_by_flax, split_variables, whole_numbers
+from jaxeff.leaves import described, named_leaves, split_variables, whole_numbers
 from jaxeff.meshes import by_compiler, laid_like
 from jaxeff.numerics.precision import widened
 from jaxeff.objectives import Arrays, Objective
@@ -40,6 +40,7 @@ from jaxeff.prune.masks import (
 from jaxeff.prune.patterns import UNSTRUCTURED, Block, NByM, Pattern, Units, Unstructured
 from jaxeff.prune.selection import Threshold, below, thresholds
 from jaxeff.recommendations import LIMITS
+from jaxeff.saving import saved_by_flax
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
