@@ -2,8 +2,8 @@
 
 Scores are proportional to a power of |w|, and what they are multiplied by is what was seen of the layer: its
 factors. Noise is independent of them, so that its scores are the products of the factors and of |z|^power, z
-normal. The utilization of such products is the product of both utilizations; Gini and coverages are those of a
-sample of them.
+normal. The utilization of such products is the product of both utilizations; Gini and coverages are those of
+a sample of them.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def profile_of(factors: Any) -> Any:
 def sample_of(criterion: Criterion, factors: Any, usable: Any) -> Weighted:
     """Scores of noise under the factors of one layer, [4096] and descending.
 
-    Factors are sorted and averaged 32 at a time, and the noise is cut into 32 equally likely cells, each at its
-    mean: Gini and coverages are those of infinitely many weights to 2e-3.
+    Factors are sorted and averaged 32 at a time, and the noise is cut into 32 equally likely cells, each at
+    its mean: Gini and coverages are those of infinitely many weights to 2e-3, and to 4e-3 where a hundredth
+    of the factors holds nearly all.
 
     Args:
         factors: from `factors_of`; on the host where they are NumPy's.

@@ -26,7 +26,8 @@ FACTORS = {
 
 def found_for(criterion: importance.Criterion, factors: np.ndarray, usable: bool = True) -> Null:
     sample = null.sample_of(criterion, factors, usable)
-    return null.null_of(criterion, factors, usable, sums_of(Spread(sample, (np.zeros(null.SIZE),) * 4)))
+    sums = sums_of(Spread(sample, (np.zeros(null.SIZE),) * 4))
+    return null.null_of(criterion, null.utilization_of(factors), usable, sums)
 
 
 @pytest.mark.parametrize("power", [1, 2])

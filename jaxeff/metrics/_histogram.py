@@ -108,7 +108,7 @@ def _layout(x: Array, sharding: NamedSharding | None) -> tuple[Any, tuple[Any, .
 
 
 def may_lie_in_parts(x: Array) -> bool:
-    """Whether x is sharded by its type, or XLA may be to decide, as of an array in a trace on several devices."""
+    """Whether x is sharded by its type, or XLA may decide, as of an array in a trace on several devices."""
     if jax.sharding.get_abstract_mesh().manual_axes:
         return False
     return any(jax.typeof(x).sharding.spec) or (isinstance(x, jax.core.Tracer) and jax.device_count() > 1)
@@ -171,7 +171,7 @@ def _by_pieces(x: Array, size: Array) -> tuple[Array, Array]:
 
 
 def _by_one_scatter(x: Array, size: Array) -> tuple[Array, Array]:
-    """The same of x [...] as it is, for a copy in another shape would be gathered first where x lies in parts."""
+    """The same of x [...] as it is: where it lies in parts, a copy in another shape would be gathered."""
     found = patterns(x)
     at, none = bins_of(found), jnp.zeros(BINS, jnp.uint32)
 
@@ -189,7 +189,7 @@ def _high_words(size: int, table: Array, digits: Callable[[int, int], Array]) ->
 
     Args:
         size: how many weights there are at most.
-        digits: digits(shift, width) gives the sum over each bin of the `width` bits of a place from `shift` on.
+        digits: digits(shift, width) sums over each bin the `width` bits of a place from `shift` on.
     """
     if size <= _UNCROWDED:
         return jnp.zeros((), jnp.uint32)
@@ -220,7 +220,11 @@ def _in_parts(x: Array, mesh: Any, spec: tuple[Any, ...]) -> Histogram:
     """Each part by its device, and the sum of all by all-reduces of tables."""
     axes = tuple(axis for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis)
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec(*spec), out_specs=PartitionSpec(), check_vma=False)
+    by_device = partial(
+        jax.shard_map, mesh=mesh, in_specs=PartitionSpec(*spec), out_specs=PartitionSpec(), check_vma=False
+    )
+
+    @by_device
     def count(part: Array) -> Histogram:
         found = _in_pieces(part.reshape(-1), part.size)
         # Halves of words, whose sums over devices have no carries.

@@ -74,7 +74,7 @@ def limits(dtype: Any) -> list[np.ndarray]:
 
 
 def first_not_below(threshold: float, dtype: Any) -> np.ndarray:
-    """The pattern of the smallest float that is not below the threshold: float32(0.01), for one, is below 0.01."""
+    """The pattern of the smallest float that is not below the threshold; float32(0.01) is below 0.01."""
     kind, integer = (np.float64, np.int64) if np.dtype(dtype).itemsize == 8 else (np.float32, np.int32)
     with np.errstate(over="ignore"):
         nearest = np.asarray(threshold, kind)
@@ -99,7 +99,7 @@ def relative(values: Array, largest: Array, bits: Array, largest_bits: Array) ->
 
 
 def _within_range(values: Array, bits: Array, largest: Array) -> Array:
-    """Float32 values times a power of two, so that neither they nor 1 over the largest leave the normal floats.
+    """Float32 values times a power of two: neither they nor 1 over the largest leave the normal floats.
 
     XLA divides by multiplying with the reciprocal, and its CPU takes subnormals for 0, hence their integers.
     """

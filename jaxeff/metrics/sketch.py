@@ -45,13 +45,13 @@ ENTRIES = _FINE * COLUMNS + _COARSE * COLUMNS // _POOLED
 class Sketch:
     """Counts of an array's bit patterns: unsigned integers, exact for up to 2^40 weights, 2 MB.
 
-    Bins are the first 17 bits of a float32's pattern. Adding two sketches (`merge`) gives that of both arrays.
-    Of the last 512 bins, which no number has, the first holds the entries that are no importance, the second
-    zeros, and the next two those that share a bin with 1e-2 and 1e-3 and are below.
+    Bins are the first 17 bits of a float32's pattern. Adding two sketches (`merge`) gives that of both
+    arrays. Of the last 512 bins, which no number has, the first holds the entries that are no importance, the
+    second zeros, and the next two those that share a bin with 1e-2 and 1e-3 and are below.
     """
 
     bins: Array
-    """[131072, 4], of each bin its weights, and the sum of their patterns' last 14 bits: low and high words."""
+    """[131072, 4], of each bin its weights and the sum of their last 14 bits: low and high words."""
     size: Array
     """[2], entries: low and high word."""
     largest: Array
@@ -91,7 +91,8 @@ def count(x: ArrayLike, size: ArrayLike | None = None) -> Sketch:
 def of_histogram(found: Histogram, size: Any) -> Sketch:
     xp = namespace(found.table)
     counts, places = found.table[:, 0], found.table[:, 1]
-    bins = xp.stack([counts, xp.zeros_like(counts), places, xp.broadcast_to(found.high, counts.shape)], axis=1)
+    high = xp.broadcast_to(found.high, counts.shape)
+    bins = xp.stack([counts, xp.zeros_like(counts), places, high], axis=1)
     return Sketch(bins, xp.stack([xp.asarray(size).astype(np.uint32), np.uint32(0)]), found.largest)
 
 
@@ -243,12 +244,13 @@ def weighted(sketch: Sketch, dtype: Any = np.float32) -> Weighted:
 
 
 def _octaves(sketch: Sketch, first: Any, rows: int, dtype: Any) -> list[Any]:
-    """Counts and sums of places of all bins of `rows` exponents from `first` on, [rows, 512]; 0 below the first."""
+    """Counts and sums of places of all bins of `rows` exponents from `first` on, [rows, 512]; 0 below 0."""
     xp = namespace(sketch.bins)
     table = sketch.bins.reshape(ROWS, COLUMNS, 4)
     if xp is np:
         read = table[max(int(first), 0) : int(first) + rows]
-        read = np.concatenate([np.zeros((rows - len(read), COLUMNS, 4), np.uint32), read]) if first < 0 else read
+        missing = np.zeros((rows - len(read), COLUMNS, 4), np.uint32)
+        read = np.concatenate([missing, read]) if len(missing) else read
     else:
         table = jnp.concatenate([jnp.zeros((rows, COLUMNS, 4), jnp.uint32), table])
         read = lax.dynamic_slice(table, (first + rows, np.int32(0), np.int32(0)), (rows, COLUMNS, 4))
@@ -298,10 +300,9 @@ def _pooled(mean: Any, counts: Any, start: Any, width: Any) -> tuple[Any, Any, A
 def _bounds(sketch: Sketch, distribution: Weighted, metrics: Metrics) -> Bounds:
     """How far each metric may be off: what lies in a bin is known by its number and mean alone.
 
-    With n weights between a and a + w, m their mean: v ln v sums to at most n w^2 / (8 a) more than n m ln m, and
-    to n w / e more;
-    differences of pairs to at most n^2 w / 2; squares to at most n w^2 / 4 more than n m^2; and the k largest
-    to k (a + w) at most, and k m at least.
+    With n weights between a and a + w, m their mean: v ln v sums to at most n w^2 / (8 a), and at most
+    n w / e, more than n m ln m; differences of pairs to at most n^2 w / 2; squares to at most n w^2 / 4 more
+    than n m^2; and the k largest to at most k (a + w) and at least k m.
     """
     values, counts, low, width, _ = distribution
     xp, dtype = namespace(values), values.dtype
@@ -321,7 +322,8 @@ def _bounds(sketch: Sketch, distribution: Weighted, metrics: Metrics) -> Bounds:
     limits = [threshold * mean for threshold in RELATIVE_THRESHOLDS.values()]
     within = [(starts <= limit * (1 + slack)) & (ends >= limit * (1 - slack)) for limit in limits]
     # From 0 on v ln v hangs at most w / e below its chord.
-    spread = several * xp.where(low > 0, xp.minimum(width / (8 * xp.where(low > 0, low, 1)), 0.37), 0.37) * width
+    bend = xp.where(low > 0, xp.minimum(width / (8 * xp.where(low > 0, low, 1)), 0.37), 0.37)
+    spread = several * bend * width
     squares = counts * (values - mean) ** 2
     parts = [spread, several * several * width, several * width * width, squares]
     sums = total(xp.stack(parts + [xp.where(inside, counts, 0) for inside in within]))
