@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,8 @@ def null_of_magnitude() -> Null:
     """
     normal = NormalDist()
     coverages = [2 * (1 - normal.cdf(math.sqrt(-2 * math.log(share)))) for share in COVERAGES.values()]
-    return Null(*(np.float32(value) for value in (UTILIZATION[1], math.sqrt(2) - 1, *coverages)))
+    values: list[Any] = [np.float32(value) for value in (UTILIZATION[1], math.sqrt(2) - 1, *coverages)]
+    return Null(*values)
 
 
 @functools.cache

@@ -77,7 +77,9 @@ def sample_of(criterion: Criterion, factors: Any, usable: Any) -> Weighted:
     """
     xp, factors = namespace(factors), profile_of(factors)
     runs = xp.mean(_in_order(_relative(factors)).reshape(-1, _RUN), axis=1)
-    nodes = xp.where(usable, *(half_normal.cell_means(power, _CELLS) for power in (_power(criterion), 1))).astype(factors.dtype)
+    nodes = xp.where(
+        usable, *(half_normal.cell_means(power, _CELLS) for power in (_power(criterion), 1))
+    ).astype(factors.dtype)
     sample = _in_order(xp.ravel(runs[:, None] * nodes[None]))[::-1]
     sample = sample / xp.where(sample[0] > 0, sample[0], 1)
     return Weighted(sample, xp.ones_like(sample), sample, xp.zeros_like(sample), sample[0])

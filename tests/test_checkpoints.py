@@ -326,7 +326,9 @@ def test_counted_weights_have_the_numbers_of_float64(name: str, dtype: Any, tmp_
         return
     for metric, value in reference.metrics(magnitudes).items():
         # Nearly all weights of one kind are in one bin.
-        absolute = 5e-4 if "coverage" in metric or metric == "gini" else 2e-5 if "relative" in metric else 2e-6
+        absolute = (
+            5e-4 if "coverage" in metric or metric == "gini" else 2e-5 if "relative" in metric else 2e-6
+        )
         if metric == "std":
             absolute = 2e-6 * float(magnitudes.mean())
         near = pytest.approx(value, rel=5e-6, abs=absolute if metric != "max" else 0, nan_ok=True)
@@ -342,7 +344,10 @@ def test_weights_of_one_shape_are_measured_as_each_alone(tmp_path: Path) -> None
         alone = analyze_checkpoint(save(tmp_path / "one.safetensors", {name: array}), curves=True)
         leaves = zip(jax.tree.leaves(together[name]), jax.tree.leaves(alone[name]), strict=True)
         assert all(np.array_equal(one, two, equal_nan=True) for one, two in leaves), name
-    assert np.isnan(together["4.weight"].metrics.gini) and np.isnan(together["4.weight"].distribution.weights).all()
+    assert (
+        np.isnan(together["4.weight"].metrics.gini)
+        and np.isnan(together["4.weight"].distribution.weights).all()
+    )
 
 
 def test_float64_beyond_float32_is_infinite(tmp_path: Path) -> None:

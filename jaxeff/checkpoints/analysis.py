@@ -25,7 +25,7 @@ def analyze_checkpoint(path: str | os.PathLike, *, curves: bool = False, progres
 
     Reads one array at a time and a piece of it at a time, so that a checkpoint larger than the memory can be
     analysed. A weight is a floating array of two axes or more that is not called bias or scale; its numbers
-    are those of `jaxeff.analyze(params)` to 1e-5.
+    are those of `jaxeff.analyze(params)` to 2e-5.
 
     Args:
         path: of a .safetensors file, a directory of shards with their index, an Orbax checkpoint, or a Flax
@@ -60,7 +60,9 @@ def analyze(checkpoint: Checkpoint, *, curves: bool = False, progress: bool = Tr
     others = [array for array in arrays if array.role != "weight"]
     total = sum(array.nbytes for array in arrays)
     with reading.progress_bar("Reading weights", total, progress) as advance:
-        measured, units = _measured(weights, [checkpoint.unit_axis(array) for array in weights], advance, curves)
+        measured, units = _measured(
+            weights, [checkpoint.unit_axis(array) for array in weights], advance, curves
+        )
         other_numbers = [measuring.measure_other(array, advance) for array in others]
     structure = tuple(_structure(array, checkpoint.unit_axis(array)) for array in weights)
     numbers = _numbers(measured, units)
@@ -94,7 +96,9 @@ def _measured(
         indices, arrays = zip(*group, strict=True)
         first, rows = indices[0], measuring.magnitudes(np.stack(arrays))
         units = measuring.units_of_rows(rows, weights[first].shape, axes[first])
-        found.update(zip(indices, zip(measuring.measured_rows(rows, curves), units, strict=True), strict=True))
+        found.update(
+            zip(indices, zip(measuring.measured_rows(rows, curves), units, strict=True), strict=True)
+        )
     in_order = [found[index] for index in range(len(weights))]
     return [measured for measured, _ in in_order], [units for _, units in in_order]
 
@@ -118,7 +122,9 @@ def _numbers(measured: Sequence[Measured], units: Sequence[Units]) -> LayerNumbe
     if not measured:
         return none_of(LayerNumbers)
     metrics = measuring.metrics_of_all(measured)
-    effective = np.asarray([each.effective for each in units], np.float32)
+    effective: Any = np.asarray([each.effective for each in units], np.float32)
+    largest: Any = np.asarray([each.largest for each in units])
+    finite: Any = np.ones(len(measured), bool)
     cells = [each.cells for each in measured if each.cells is not None]
     return LayerNumbers(
         metrics=metrics,
@@ -126,8 +132,8 @@ def _numbers(measured: Sequence[Measured], units: Sequence[Units]) -> LayerNumbe
         effective_units=effective,
         effective_fan_in=metrics.effective_params / np.where(effective > 0, effective, np.float32(1)),
         nonfinite_weights=metrics.nonfinite,
-        largest_weight=np.asarray([each.largest for each in units]),
-        evidence_finite=np.ones(len(measured), bool),
+        largest_weight=largest,
+        evidence_finite=finite,
         distribution=unpacked(np.stack(cells).astype(np.float32)) if cells else None,
     )
 

@@ -132,7 +132,8 @@ def _weight_changes(pairs: Sequence[tuple[Stored, Stored]], progress: Progress) 
                 found[index] = _measured(*pair, progress)
             else:
                 key = pair[0].size, pair[0].dtype, pair[1].dtype
-                yield key, pair[0].size, (index, *(reading.whole(stored, progress) for stored in pair))
+                one, two = (reading.whole(stored, progress) for stored in pair)
+                yield key, pair[0].size, (index, one, two)
 
     for group in reading.batches(small()):
         indices, *sides = zip(*group, strict=True)
@@ -141,14 +142,12 @@ def _weight_changes(pairs: Sequence[tuple[Stored, Stored]], progress: Progress) 
         distance.add(one, two)
         measured = [measuring.measured_rows(measuring.magnitudes(side)) for side in (one, two)]
         found.update(zip(indices, zip(*measured, distance.relative(), strict=True), strict=True))
-    first, second = (
-        measuring.metrics_of_all([found[index][side] for index in range(len(pairs))]) for side in range(2)
-    )
+    ones, twos, changes = zip(*(found[index] for index in range(len(pairs))), strict=True)
+    first, second = measuring.metrics_of_all(ones), measuring.metrics_of_all(twos)
     utilization, gini = (
         zip(getattr(first, name).tolist(), getattr(second, name).tolist(), strict=True)
         for name in ("utilization", "gini")
     )
-    changes = (found[index][2] for index in range(len(pairs)))
     names, shapes = ([getattr(stored, name) for stored, _ in pairs] for name in ("name", "shape"))
     return list(map(WeightChange, names, shapes, utilization, gini, changes))
 
@@ -195,7 +194,7 @@ class _Distance:
 
 def _squares(x: np.ndarray) -> np.ndarray:
     # Not by BLAS, whose threads wait for each other longer than they multiply.
-    parts = (x.real, x.imag) if x.dtype.kind == "c" else (x,)
+    parts = (np.real(x), np.imag(x)) if x.dtype.kind == "c" else (x,)
     return np.sum([np.einsum("ij,ij->i", part, part) for part in parts], axis=0)
 
 

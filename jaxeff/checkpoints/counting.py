@@ -77,7 +77,7 @@ class BinCounts:
     def __init__(self) -> None:
         self.packed, self.size = np.zeros(BINS, np.int64), 0  # of what was added since counts and places
         self.counts, self.places = np.zeros((2, BINS), np.int64)
-        self.below = [0, 0, 0]  # 1, the smallest pattern of any number but 0, and the limits
+        self.below: list[int] = [0, 0, 0]  # 1, the smallest pattern of any number but 0, and the limits
         self.largest = np.uint32(0)
         self.pivot, self.off, self.square = None, 0.0, 0.0
 
@@ -94,7 +94,7 @@ class BinCounts:
             self.size += block.size
             if self.size >= _RUN:
                 self._unpack()
-            hits = [np.count_nonzero(block < limit) for limit in (1, *LIMITS)]
+            hits = [int(np.count_nonzero(block < limit)) for limit in (1, *LIMITS)]
             self.below = [below + more for below, more in zip(self.below, hits, strict=True)]
             self.largest = np.maximum(self.largest, block.max())
             self._add_squares(block.view(np.float32), place)
@@ -149,5 +149,5 @@ def _counted(found: Weighted, invalid: int, below: list[int]) -> Counted:
         part if part is None else part / scale for part in (found.values, found.low, found.width)
     )
     weighted = Weighted(values, found.counts.astype(np.float64), low, width, np.float64(found.largest))
-    tallies = [np.full(1, count, np.float64) for count in (zeros, invalid, *tallied)]
-    return Counted(Spread(weighted, tuple(tallies)), np.asarray([zeros, invalid, size]))
+    first, second, third, fourth = (np.full(1, count, np.float64) for count in (zeros, invalid, *tallied))
+    return Counted(Spread(weighted, (first, second, third, fourth)), np.asarray([zeros, invalid, size]))

@@ -7,7 +7,7 @@ Imports `counting`, `reading`, `stored`, `metrics`, `records`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -53,7 +53,7 @@ class Units(NamedTuple):
         largest: max |w|, nan where one is.
     """
 
-    sums: np.ndarray
+    sums: Any
     effective: float
     largest: np.float32
 
@@ -128,7 +128,7 @@ def measure(stored: Stored, unit_axis: int, progress: Progress, curves: bool) ->
     for piece in pieces(stored, progress):
         counts.add(piece.elements)
         units.add(piece.start, magnitudes(piece.elements))
-    return measured(counts.result(), curves), units_of(units.sums[None], units.largest[None])[0]
+    return measured(counts.result(), curves), units_of(units.sums[None], np.asarray([units.largest]))[0]
 
 
 class UnitSums:
@@ -181,6 +181,7 @@ def measure_other(stored: Stored, progress: Progress) -> OtherNumbers:
 
 def _other(mean: float, rms: float, maximum: float, zeros: int, nonfinite: int) -> OtherNumbers:
     with np.errstate(over="ignore"):
-        floats = [np.asarray(value, np.float32) for value in (mean, rms, maximum)]
+        floats: list[Any] = [np.asarray(value, np.float32) for value in (mean, rms, maximum)]
     most = np.iinfo(np.int32).max
-    return OtherNumbers(*floats, *(np.asarray(min(count, most), np.int32) for count in (zeros, nonfinite)))
+    counts: list[Any] = [np.asarray(min(count, most), np.int32) for count in (zeros, nonfinite)]
+    return OtherNumbers(*floats, *counts)
