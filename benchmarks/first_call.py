@@ -276,6 +276,7 @@ def _report(rows: Sequence[Row], repeats: int) -> None:
         for name, values in found.items():
             if at == 0 or name != "lines":
                 values.append(_in_process(name))
+                print(f"{name}: {values[-1]:.3g}", file=sys.stderr, flush=True)
     print("| | CPU seconds | found | budget | |\n|---|---|---|---|---|")
     for row in rows:
         seconds = ""

@@ -5,12 +5,15 @@
 
 PyPI's libtpu compiles ahead of time for chips that nobody has to own, on the CPU of any Linux machine. Each
 program is compiled in a process of its own, for one chip and for 4 x 4 of them, where weights are sharded
-over both axes of the mesh and the batch over the first. Fails where one does not compile or gathers weights.
+over both axes of the mesh and the batch over the first. Fails where one does not compile, or gathers more
+than the plain program that it contains, if any: that would be weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import os
@@ -41,8 +44,8 @@ from jaxeff import metrics, prune, sketch  # noqa: E402
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 KINDS = {"v5e": "v5e:4x4", "v6e": "v6e:4x4"}
-GATHERED = 1 << 16
-"""A gather of so many numbers is one of weights: those of units are fewer."""
+UNITS = 1 << 14
+"""A gather of up to so many numbers is one of units; weights are more."""
 
 Place = Callable[[Any, bool], Any]
 """place(tree, batch): shapes that say where they lie, of a batch or of weights."""
@@ -91,6 +94,11 @@ def forward(place: Place) -> Case:
     return model.apply, tuple(arguments)
 
 
+def forward_lenet(place: Place) -> Case:
+    model, *arguments = lenet(place)
+    return model.apply, tuple(arguments)
+
+
 def collect(place: Place) -> Case:
     model, *arguments = transformer(place)
     return lambda variables, batch: jaxeff.collect(variables, model.apply, batch), tuple(arguments)
@@ -127,12 +135,13 @@ def masks(place: Place) -> Case:
     return lambda scores: prune.masks(scores, 0.9), (kernels,)
 
 
-def monitored_step(place: Place) -> Case:
+def training_step(place: Place, monitor: Any = None) -> Case:
     model, variables, batch = lenet(place)
-    optimizer, monitor = optax.adamw(1e-3), jaxeff.monitor(every=100)
+    optimizer = optax.adamw(1e-3)
 
     def start(variables: Any, batch: Any) -> tuple[Any, Any]:
-        return optimizer.init(variables), monitor.init(variables, model.apply, batch)
+        watched = monitor.init(variables, model.apply, batch) if monitor else None
+        return optimizer.init(variables), watched
 
     def step(variables: Any, state: Any, watched: Any, batch: Any) -> tuple[Any, Any, Any]:
         def loss(variables: Any) -> jax.Array:
@@ -140,10 +149,16 @@ def monitored_step(place: Place) -> Case:
 
         updates, state = optimizer.update(jax.grad(loss)(variables), state, variables)
         variables = optax.apply_updates(variables, updates)
-        return variables, state, monitor.update(watched, variables, model.apply, batch)
+        if monitor:
+            watched = monitor.update(watched, variables, model.apply, batch)
+        return variables, state, watched
 
     state, watched = jax.eval_shape(start, variables, batch)
     return step, (variables, place(state, False), _everywhere(place, watched), batch)
+
+
+def monitored_step(place: Place) -> Case:
+    return training_step(place, jaxeff.monitor(every=100))
 
 
 def _weight(place: Place) -> Any:
@@ -161,16 +176,25 @@ def _everywhere(place: Place, tree: Any) -> Any:
 
 
 PROGRAMS: dict[str, Callable[[Place], Case]] = {
-    "forward": forward,
-    "collect": collect,
+    "forward LeNet-300-100": forward_lenet,
     "analyze LeNet-300-100": analyze_lenet,
-    "analyze transformer": analyze_transformer,
+    "training step": training_step,
+    "training step with monitor": monitored_step,
     "metrics.summarize": summarize,
     "sketch.count": count,
     "sketch.summarize": summarize_sketch,
     "prune.masks": masks,
-    "training step with monitor": monitored_step,
+    "forward transformer": forward,
+    "collect transformer": collect,
+    "analyze transformer": analyze_transformer,
 }
+PLAIN = {
+    "analyze LeNet-300-100": "forward LeNet-300-100",
+    "training step with monitor": "training step",
+    "collect transformer": "forward transformer",
+    "analyze transformer": "forward transformer",
+}
+"""The program that each of some contains."""
 
 
 def compiled(name: str, kind: str, sharded: bool) -> dict[str, Any]:
@@ -179,10 +203,11 @@ def compiled(name: str, kind: str, sharded: bool) -> dict[str, Any]:
     start = time.perf_counter(), time.process_time()
     program = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - start[0], time.process_time() - start[1]
-    text = program.as_text()
+    memory, text = program.memory_analysis(), program.as_text()
     return {
         "seconds": seconds,
-        "scratch": program.memory_analysis().temp_size_in_bytes,
+        "scratch": memory.temp_size_in_bytes,
+        "output": memory.output_size_in_bytes,
         "collectives": {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES},
         "gathered": max((_size(shape) for shape in _gathers(text)), default=0),
     }
@@ -211,14 +236,11 @@ def main() -> None:
         print(json.dumps(compiled(name, kind, chips == "4x4")))
         return
     print(timing.machine(), flush=True)
-    print("| program | chips | seconds (CPU) | scratch a chip | collectives | largest gather |")
-    print("|---|---|---|---|---|---|")
-    failed = False
-    for kind in chosen.kinds:
-        for chips in chosen.chips:
-            for name in chosen.programs:
-                failed |= not _row(name, kind, chips)
-    sys.exit(int(failed))
+    print("| program | chips | seconds (CPU) | scratch a chip | outputs | collectives | largest gather |")
+    print("|---|---|---|---|---|---|---|")
+    rows = itertools.product(chosen.kinds, chosen.chips, chosen.programs)
+    fine = [_row(name, kind, chips) for kind, chips, name in rows]
+    sys.exit(int(not all(fine)))
 
 
 def _error(text: str) -> str:
@@ -227,21 +249,34 @@ def _error(text: str) -> str:
     return found[-1] if found else ""
 
 
-def _row(name: str, kind: str, chips: str) -> bool:
-    """Prints one; whether it compiles, and gathers no weight."""
+@functools.cache
+def _in_process(name: str, kind: str, chips: str) -> dict[str, Any] | str:
+    """What was compiled, or why it was not."""
     command = [sys.executable, __file__, "--only", name, kind, chips]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        why = _error(done.stderr) or f"exit status {done.returncode}"
-        print(f"| {name} | {kind} {chips} | DOES NOT COMPILE: {why[:300]} |", flush=True)
+        return _error(done.stderr) or f"exit status {done.returncode}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _row(name: str, kind: str, chips: str) -> bool:
+    """Prints one; whether it compiles, and gathers no weight."""
+    found = _in_process(name, kind, chips)
+    plain = _in_process(PLAIN[name], kind, chips) if name in PLAIN else None
+    if isinstance(found, str) or isinstance(plain, str):
+        why = found if isinstance(found, str) else plain
+        print(f"| {name} | {kind} {chips} | DOES NOT COMPILE: {why} |", flush=True)
         return False
-    found = json.loads(done.stdout.splitlines()[-1])
     wall, cpu = found["seconds"]
+    scratch = f"{found['scratch'] / 1e6:.1f} MB"
+    if plain is not None:
+        scratch += f", {found['scratch'] / max(plain['scratch'], 1):.2f} times the plain one's"
     sent = ", ".join(f"{number} {kind}" for kind, number in found["collectives"].items() if number) or "none"
-    gathered = f"{found['gathered']:,}" + (" GATHERED" if found["gathered"] >= GATHERED else "")
-    cost = f"{wall:.1f} ({cpu:.1f}) | {found['scratch'] / 1e6:.1f} MB"
+    fine = found["gathered"] <= max(UNITS, plain["gathered"] if plain else 0)
+    gathered = f"{found['gathered']:,}{'' if fine else ' TOO MANY'}"
+    cost = f"{wall:.1f} ({cpu:.1f}) | {scratch} | {found['output'] / 1e6:.1f} MB"
     print(f"| {name} | {kind} {chips} | {cost} | {sent} | {gathered} |", flush=True)
-    return found["gathered"] < GATHERED
+    return fine
 
 
 if __name__ == "__main__":
