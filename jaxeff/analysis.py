@@ -162,7 +162,7 @@ def _report(
     heads = layers.heads(criterion, weights, statistics.attentions)
     rest = [place for place in statistics.places if place.role != "weight"]
     other_numbers = others.measure([named[place.path] for place in rest])
-    # Sums are few: a report of concrete arrays has all its numbers on the host, where reading compiles nothing.
+    # Sums are few: a report of concrete arrays has its numbers on the host, where reading compiles nothing.
     seen = placement.on_host_if_concrete((statistics.sites, statistics.modules, statistics.attentions))
     sites, modules, attentions = seen
     return Report(

@@ -1,8 +1,9 @@
 """The weights of a model -> the numbers of each layer.
 
 A layer's scores are reduced where they lie: up to SMALL of them are sorted, more are counted by bit pattern.
-Eagerly by a program for each kind of weight and two that all models share, whose few numbers are made metrics on
-the host, where nothing is compiled. In a trace all of it is inlined, with one loop over the layers.
+Eagerly, a program for each kind of weight scores it and two that all models share reduce the scores; the few
+numbers that come out become metrics on the host, which compiles nothing. In a trace all of it is inlined, with
+one loop over the large layers and one over the small.
 """
 
 from __future__ import annotations
@@ -253,7 +254,9 @@ def _length(layer: Layer) -> int:
     return next((length for length in (SMALL, _TOGETHER, 1 << 20) if layer.size <= length), 1 << bits)
 
 
-def measure(criterion: Criterion, layers: Sequence[Layer], curves: bool) -> tuple[LayerNumbers, tuple[Any, ...]]:
+def measure(
+    criterion: Criterion, layers: Sequence[Layer], curves: bool
+) -> tuple[LayerNumbers, tuple[Any, ...]]:
     """The numbers of all layers, stacked, and the importance of the units of each.
 
     Args:
@@ -289,7 +292,9 @@ def _measure_eagerly(
             found.append((read, reduced))
         else:
             alone = zip(layer.indices, seen[at], strict=True)
-            found.append((None, [_reduce_alone(criterion, layer, index, one, curves) for index, one in alone]))
+            found.append(
+                (None, [_reduce_alone(criterion, layer, index, one, curves) for index, one in alone])
+            )
     # All programs are started before the first result is waited for.
     finished = [
         _finish(criterion, layer, index, *part, curves)
@@ -333,7 +338,7 @@ _TOGETHER = 1 << 18
 def _score_together(
     criterion: Criterion, lengths: tuple[int, ...], layers: tuple[tuple[Arrays, Any], ...]
 ) -> list[tuple[jax.Array, Reduced]]:
-    """The scores of each layer as rows of its length, [stacked layers, length], and what else is read of it."""
+    """The scores of each layer as rows [stacked layers, its length], and what else is read of it."""
 
     def one(length: int, arrays: Arrays, index: Index, seen: Any) -> tuple[jax.Array, Reduced]:
         scores, reduced = _reduce(criterion, part_of(arrays, index), seen)
@@ -461,14 +466,16 @@ def _finish(
     noise = None
     if null.is_sampled(criterion):
         factors = reduced.factors.astype(np.float64)
-        sample = Spread(null.sample_of(criterion, factors, reduced.usable), (np.zeros(null.SIZE),) * 4)
+        sample = Spread(null.sample_of(criterion, factors, reduced.usable), _untallied(np.zeros(null.SIZE)))
         noise = null.null_of(criterion, null.utilization_of(factors), reduced.usable, sums_of(sample))
     effective = effective_units(reduced.units.astype(np.float64), reduced.units.ndim)
     # The largest tells whether there are any.
     nonfinite = np.int32(0) if np.isfinite(reduced.largest) else to_host(_nonfinite_of(arrays, at))
     numbers = _numbers(criterion, metrics, noise, effective, reduced, nonfinite, cells)
     dtype = reduced.units.dtype
-    return jax.tree.map(lambda part: _narrowed(part, dtype), numbers), _sums_of_units(reduced.units, layer.size)
+    return jax.tree.map(lambda part: _narrowed(part, dtype), numbers), _sums_of_units(
+        reduced.units, layer.size
+    )
 
 
 _NEARLY_EQUAL = 0.2
@@ -568,11 +575,15 @@ def _inlined(
     for group in [*counted, *(group for group in groups if group not in counted)]:
         rows.append(_rows_alike(criterion, [layers[index] for index in group], curves, group in counted))
         positions += [(index, part) for index in group for part in range(len(layers[index].indices))]
-    counts = _count_all(criterion, [[layers[index] for index in group] for group in counted]) if counted else None
+    counts = (
+        _count_all(criterion, [[layers[index] for index in group] for group in counted]) if counted else None
+    )
     numbers = _joined(criterion, rows, counts, [layers[index].size for index, _ in positions], curves)
     in_layers_order = np.asarray(sorted(range(len(positions)), key=positions.__getitem__))
     means = [row.reduced.units[at] for row in rows for at in range(len(row.effective_units))]
-    units = [_sums_of_units(mean, layers[index].size) for (index, _), mean in zip(positions, means, strict=True)]
+    units = [
+        _sums_of_units(mean, layers[index].size) for (index, _), mean in zip(positions, means, strict=True)
+    ]
     ordered = jax.tree.map(lambda numbers: numbers[..., in_layers_order], numbers)
     return ordered, tuple(units[at] for at in in_layers_order)
 
@@ -589,12 +600,13 @@ def _groups(layers: Sequence[Layer]) -> list[list[int]]:
 def _rows_alike(criterion: Criterion, layers: Sequence[Layer], curves: bool, is_counted: bool) -> _Row:
     """Equal layers, stacked."""
     return _over_parts(
-        [layer.arrays for layer in layers], lambda arrays: _row(criterion, layers[0], arrays, curves, is_counted)
+        [layer.arrays for layer in layers],
+        lambda arrays: _row(criterion, layers[0], arrays, curves, is_counted),
     )
 
 
 def _over_parts(members: Sequence[Arrays], function: Callable[[Arrays], Any]) -> Any:
-    """The function of each of the layers that equal weights stack, stacked; in a loop where there are several."""
+    """The function of each layer of equal weights, stacked; in a loop where there are several layers."""
     members = [_nameless(arrays) for arrays in members]
     first, steps = members[0], _steps(members)
     if len(steps) == 1:
@@ -643,7 +655,9 @@ def _count_all(criterion: Criterion, groups: Sequence[Sequence[Layer]]) -> _Coun
             part = _picked(arrays, step[: 1 + axes])
             scores, _ = _reduce(criterion, part, _seen(criterion, part.sites))
             found = histogram(scores)
-            return found._replace(high=jnp.broadcast_to(found.high, len(found.table))), sketch.squares_of(scores)
+            return found._replace(high=jnp.broadcast_to(found.high, len(found.table))), sketch.squares_of(
+                scores
+            )
 
         return count
 
@@ -668,8 +682,9 @@ def _count_all(criterion: Criterion, groups: Sequence[Sequence[Layer]]) -> _Coun
 def _joined(
     criterion: Criterion, rows: Sequence[_Row], counted: _Counted | None, sizes: Sequence[int], curves: bool
 ) -> LayerNumbers:
-    """The numbers of all rows, those of counted layers first: through one kernel for what is sorted, and one that
-    reads the spread of all.
+    """The numbers of all rows, those of counted layers first.
+
+    One kernel sorts, and one reads the spread of all.
     """
     lengths = [len(row.effective_units) for row in rows]
     by_row = np.split(np.asarray(sizes, np.int32), np.cumsum(lengths)[:-1])
@@ -682,7 +697,9 @@ def _joined(
     reads: list[_Read] = []
     if waiting or noise:
         parts = [len(spread.distribution.largest) for spread in [*waiting, *noise]]
-        reads = _split(each_row(lambda spread: _read(spread, curves), _concatenated([*waiting, *noise])), parts)
+        reads = _split(
+            each_row(lambda spread: _read(spread, curves), _concatenated([*waiting, *noise])), parts
+        )
     # Counted, then small, then large ones that were sorted, in the order of the rows.
     found = [*reads[: len(waiting)], *(row.read for row in rows if row.read is not None)]
     kind = [0 if row.scores is None and row.read is None else 1 if row.read is None else 2 for row in rows]
@@ -715,8 +732,12 @@ def _exactly(counted: _Counted | None, sums: jax.Array) -> tuple[Any, Any]:
 def _noise(criterion: Criterion, reduced: Reduced) -> Spread:
     """A sample of noise with as many entries as other rows have."""
     sample = null.sample_of(criterion, reduced.factors, reduced.usable)
-    spread = Spread(sample, (jnp.zeros_like(sample.values),) * 4)
+    spread = Spread(sample, _untallied(jnp.zeros_like(sample.values)))
     return jax.tree.map(lambda part: jnp.pad(part, (0, SMALL - null.SIZE)) if part.ndim else part, spread)
+
+
+def _untallied(zeros: Any) -> tuple[Any, Any, Any, Any]:
+    return zeros, zeros, zeros, zeros
 
 
 def _concatenated(trees: Sequence[Any]) -> Any:
@@ -734,12 +755,14 @@ def _split(tree: Any, counts: Sequence[int]) -> list[Any]:
 # Heads
 
 
-def heads(criterion: Criterion, layers: Mapping[str, Layer], attentions: Sequence[AttentionStatistics]) -> list[Any]:
+def heads(
+    criterion: Criterion, layers: Mapping[str, Layer], attentions: Sequence[AttentionStatistics]
+) -> list[Any]:
     """The importance of the heads of each attention, [units]; nan where no weight of it was read.
 
     Equal attentions share a program, or a loop.
     """
-    alike: dict[Hashable, list[int]] = {}
+    alike: dict[tuple[Any, ...], list[int]] = {}
     members: list[tuple[Arrays, ...]] = []
     for index, attention in enumerate(attentions):
         members.append(tuple(_nameless(layers[piece.path].arrays) for piece in attention.slices))
@@ -752,7 +775,9 @@ def heads(criterion: Criterion, layers: Mapping[str, Layer], attentions: Sequenc
         if not slices:
             found |= {index: np.full(attentions[index].units, np.nan, np.float32) for index in group}
         elif _is_traced(own):
-            found |= zip(group, _over_alike(lambda arrays, s=slices: _heads(criterion, s, arrays), own), strict=True)
+            found |= zip(
+                group, _over_alike(lambda arrays, s=slices: _heads(criterion, s, arrays), own), strict=True
+            )
         else:
             found |= {index: _heads(criterion, slices, members[index]) for index in group}
     ordered = [found[index] for index in range(len(attentions))]
@@ -769,7 +794,9 @@ def _over_alike(function: Callable[[Any], Any], members: Sequence[Any]) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _heads(criterion: Criterion, slices: tuple[HeadSlices, ...], arrays: tuple[Arrays, ...]) -> jax.Array:
-    scores = {piece.path: importance.score(criterion, *each) for piece, each in zip(slices, arrays, strict=True)}
+    scores = {
+        piece.path: importance.score(criterion, *each) for piece, each in zip(slices, arrays, strict=True)
+    }
     stacking = {piece.path: _layer_axes(each) for piece, each in zip(slices, arrays, strict=True)}
     return granularity.heads_of(slices, scores, stacking, granularity.REDUCTIONS["sum"])
 

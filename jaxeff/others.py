@@ -30,8 +30,8 @@ def structure(place: Place) -> OtherStructure:
 def measure(leaves: Sequence[Any]) -> OtherNumbers:
     """The numbers of each leaf, stacked in the order of the leaves.
 
-    On the host, where concrete leaves are small. In a trace all short ones are rows of one array, so that a kernel
-    serves them whatever their number and shapes.
+    Small concrete leaves are measured on the host. In a trace all short ones are rows of one array, so that a
+    kernel serves them whatever their number and shapes.
     """
     if not leaves:
         return none_of(OtherNumbers)
@@ -56,7 +56,8 @@ def _kind(leaf: Any) -> Hashable:
 def _measure(leaves: Sequence[Any]) -> OtherNumbers:
     """Of leaves of one kind."""
     if _kind(leaves[0]) == "unknown":
-        nan, none = np.full(len(leaves), np.nan, np.float32), np.zeros(len(leaves), np.int32)
+        nan: Any = np.full(len(leaves), np.nan, np.float32)
+        none: Any = np.zeros(len(leaves), np.int32)
         return OtherNumbers(nan, nan, nan, none, none)
     if isinstance(leaves[0], jax.Array) and not isinstance(leaves[0], Tracer):
         return _measure_on_device(leaves)

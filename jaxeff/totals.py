@@ -18,7 +18,7 @@ _SPARSITIES = ("sparsity_1e2", "sparsity_1e3", "relative_sparsity_1e2", "relativ
 
 @np.errstate(all="ignore")
 def model(structure: Sequence[LayerStructure], numbers: LayerNumbers, total_params: int) -> ModelReport:
-    """Sums over the layers, each weighed by its size, and the pooled distribution; on the host where these are."""
+    """Sums over the layers, each weighed by its size, and the pooled distribution."""
     found = numbers.metrics
     xp = namespace(found.effective_params)
     sizes = np.asarray([layer.size for layer in structure], np.float32)
@@ -28,9 +28,7 @@ def model(structure: Sequence[LayerStructure], numbers: LayerNumbers, total_para
     over = xp.where(weights > 0, weights, math.nan)
     null = xp.full_like(sizes, math.nan) if numbers.null is None else numbers.null.utilization
     averaged = {"null_utilization": null, **{name: getattr(found, name) for name in _SPARSITIES}}
-    weighted = {
-        name: xp.sum(xp.where(included, sizes * value, 0)) / over for name, value in averaged.items()
-    }
+    weighted = {name: xp.sum(xp.where(included, sizes * value, 0)) / over for name, value in averaged.items()}
     effective = xp.sum(xp.where(included, found.effective_params, 0))
     pooled = _pooled_effective_params(found, sizes, included)
     layers = xp.sum(included)
@@ -40,7 +38,8 @@ def model(structure: Sequence[LayerStructure], numbers: LayerNumbers, total_para
         effective_params=effective,
         utilization=effective / over,
         compression_potential=1 - effective / over,
-        average_redundancy=xp.sum(xp.where(included, found.redundancy, 0)) / xp.where(layers > 0, layers, math.nan),
+        average_redundancy=xp.sum(xp.where(included, found.redundancy, 0))
+        / xp.where(layers > 0, layers, math.nan),
         pooled_effective_params=pooled,
         pooled_utilization=pooled / over,
         **weighted,

@@ -13,8 +13,8 @@ import pytest
 
 import jaxeff
 from jaxeff import table, totals
-from jaxeff.metrics._curve import Distribution
 from jaxeff.metrics import Metrics
+from jaxeff.metrics._curve import Distribution
 from jaxeff.recommendations import (
     LIMITS,
     interpret_gini,

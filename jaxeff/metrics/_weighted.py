@@ -50,7 +50,7 @@ class Spread(NamedTuple):
     """How the weights of a layer are spread.
 
     Attributes:
-        tallied: four arrays [..., K] or [..., 1], of each entry, or of all, how many weights are 0, no importance,
+        tallied: four arrays [..., K] or [..., 1], how many weights of each entry, or of all, are 0, no importance,
             below 1e-2, below 1e-3.
     """
 
@@ -72,7 +72,7 @@ def surprises(values: Any, counts: Any) -> tuple[Any, Any]:
 
 
 def reached(values: Any, counts: Any, running: Any, through: Any, targets: Any, largest: Any = None) -> Any:
-    """For each of the targets [..., T], how many of the largest weights sum to it, of descending values [..., K].
+    """How many of the largest weights sum to each of the targets [..., T], of descending values [..., K].
 
     Args:
         running: [..., K], the running sum of n.
@@ -106,7 +106,9 @@ def sums_of(spread: Spread) -> Any:
     sums = xp.stack([total(term) for term in (*terms, *(counts * part for part in below), *tallied)], axis=-1)
     targets = xp.asarray(SHARES, dtype=dtype) * (tie(dtype) * sum_[..., None])
     found = reached(values, counts, running, through, targets)
-    return xp.concatenate([xp.stack([size, sum_, largest], axis=-1), sums[..., :6], found, sums[..., 6:]], axis=-1)
+    return xp.concatenate(
+        [xp.stack([size, sum_, largest], axis=-1), sums[..., :6], found, sums[..., 6:]], axis=-1
+    )
 
 
 def _below(distribution: Weighted, mean: Any, threshold: float) -> Any:
