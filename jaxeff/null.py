@@ -141,7 +141,8 @@ def of_magnitude() -> Null:
     """
     normal = NormalDist()
     coverages = [2 * (1 - normal.cdf(math.sqrt(-2 * math.log(share)))) for share in COVERAGES.values()]
-    return Null(*(np.float32(value) for value in (_UTILIZATION[1], math.sqrt(2) - 1, *coverages)))
+    known: list[Any] = [np.float32(value) for value in (_UTILIZATION[1], math.sqrt(2) - 1, *coverages)]
+    return Null(*known)
 
 
 @functools.cache

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxeff.metrics._order import importances, limits
@@ -105,7 +106,7 @@ def may_lie_in_parts(x: Array) -> bool:
     """Whether x is sharded by its type, or XLA may decide, as of an array in a trace on several devices."""
     if jax.sharding.get_abstract_mesh().manual_axes:
         return False
-    return any(jax.typeof(x).sharding.spec) or (isinstance(x, jax.core.Tracer) and jax.device_count() > 1)
+    return any(jax.typeof(x).sharding.spec) or (isinstance(x, Tracer) and jax.device_count() > 1)
 
 
 def _in_pieces(x: Array, size: Any) -> Histogram:

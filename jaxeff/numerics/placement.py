@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 
@@ -45,7 +46,7 @@ def _is_here(array: Array) -> bool:
 
 def on_host_if_concrete(tree: Any) -> Any:
     """Copies of a tree's arrays on the host; the tree as it is where it is traced."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
         return tree
     # A CPU's arrays are otherwise the same memory, which a caller may donate.
     return jax.tree.map(np.array, to_host(tree))
