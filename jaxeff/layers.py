@@ -1,8 +1,8 @@
 """The weights of a model -> the numbers of each layer.
 
 A layer's scores are reduced where they lie: up to SMALL of them are sorted, more are counted by bit pattern.
-Eagerly, a program for each kind of weight scores it and two that all models share reduce the scores; the few
-numbers that come out become metrics on the host, which compiles nothing. In a trace all of it is inlined, with
+Eagerly, a program for each kind of weight scores it and two that all models share reduce the scores; what
+comes out becomes metrics on the host, which compiles nothing. In a trace all of it is inlined, with
 one loop over the large layers and one over the small.
 """
 

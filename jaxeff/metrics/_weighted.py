@@ -50,8 +50,8 @@ class Spread(NamedTuple):
     """How the weights of a layer are spread.
 
     Attributes:
-        tallied: four arrays [..., K] or [..., 1], how many weights of each entry, or of all, are 0, no importance,
-            below 1e-2, below 1e-3.
+        tallied: four arrays [..., K] or [..., 1], how many weights of each entry, or of all, are 0, are no
+            importance, are below 1e-2, and below 1e-3.
     """
 
     distribution: Weighted

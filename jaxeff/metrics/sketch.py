@@ -76,7 +76,7 @@ def count(x: ArrayLike, size: ArrayLike | None = None) -> Sketch:
         TypeError: x is no array, or one of booleans or complex numbers.
 
     >>> metrics, bounds = summarize(count(jnp.array([4.0, 3.0, 2.0, 1.0])))
-    >>> metrics.coverage_90, bounds.coverage_90 < 1e-5
+    >>> metrics.coverage_80, bounds.coverage_80 < 1e-5
     (Array(0.75, dtype=float32), Array(True, dtype=bool))
     """
     x = checked(x)
