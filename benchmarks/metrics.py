@@ -1,4 +1,4 @@
-"""What the metrics of an array cost, and how far off they are: sketch and sort beside NumPy and jax.numpy.
+"""What the metrics of an array cost, and how far off they are, beside NumPy and jax.numpy.
 
     python benchmarks/metrics.py [--weights 10000000] [--repeats 7] [--curves]
 
@@ -57,9 +57,8 @@ def one_array(size: int, repeats: int) -> None:
     x = jnp.asarray(host)
     read = jax.jit(jnp.max)
     programs = {
-        "sketch, one pass": jax.jit(lambda x: sketch.summarize(sketch.sketch(x))[0]),
-        "sketch, both passes": jax.jit(functools.partial(metrics.summarize, method="sketch")),
-        "exact (sorts)": jax.jit(functools.partial(metrics.summarize, method="exact")),
+        "sketch": jax.jit(lambda x: sketch.summarize(sketch.count(x))[0]),
+        "metrics.summarize": jax.jit(metrics.summarize),
         "jax.numpy": jax.jit(functools.partial(plain, jnp)),
     }
     compiled, scratch, spent = {}, {}, {}
@@ -91,29 +90,39 @@ def _errors(found, truth) -> list[str]:
     return [f"{abs(float(v) / truth[name] - 1):.0e}" for name, v in zip(SHOWN, values, strict=True)]
 
 
-def gpt2(repeats: int, curves: bool) -> None:
+def gpt2_leaves() -> dict[str, jax.Array]:
+    """Normal weights in the shapes of GPT-2 small's 148 leaves."""
     shapes = [(50257, 768), (1024, 768)]
     block = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,), (768, 3072), (3072,)]
     shapes += 12 * [*block, (3072, 768), (768,)] + [(768,), (768,)]
     draw = np.random.default_rng(0).standard_normal
-    params = {f"{i:03}": jnp.asarray(draw(shape, np.float32)) for i, shape in enumerate(shapes)}
+    return {f"{i:03}": jnp.asarray(draw(shape, np.float32)) for i, shape in enumerate(shapes)}
+
+
+def gpt2(repeats: int, curves: bool) -> None:
+    params = gpt2_leaves()
     host = [np.abs(np.asarray(leaf)).ravel() for leaf in params.values()]
     size = sum(leaf.size for leaf in host)
+
+    def analyze() -> jaxeff.Report:
+        return jaxeff.analyze(params, curves=curves)
 
     def numpy_run():
         return [plain(np, leaf) for leaf in host]
 
-    start = time.perf_counter()
+    start = time.process_time()
     _ = numpy_run()
-    plain_seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    _ = jax.block_until_ready(jaxeff.analyze(params, curves=curves))
-    first = time.perf_counter() - start
-    seconds = timing.interleaved(
-        {"NumPy": numpy_run, "analyze": lambda: jaxeff.analyze(params, curves=curves)}, max(repeats // 3, 2)
-    )
+    plain_seconds = time.process_time() - start
+    start = time.process_time()
+    _ = jax.block_until_ready(analyze())
+    first = time.process_time() - start
+    functions = {"NumPy": numpy_run, "analyze": analyze}
+    seconds = timing.interleaved(functions, max(repeats // 2, 3), time.process_time)
+    each = [1e9 * spent / size for spent in seconds["analyze"]]
     print(f"\nGPT-2 small: {len(params)} leaves, {size / 1e6:.1f} M weights, `jaxeff.analyze(params)`\n")
+    print("CPU seconds of all threads")
     print(f"first call, compiling included: {first:.2f} s, NumPy {plain_seconds / first:.1f} times as long")
+    print(f"warm, a weight: {timing.spread(each, ' ns')}; the budget is 2.5")
     print(f"warm: {timing.spread(seconds['analyze'], ' s')}, NumPy {timing.spread(seconds['NumPy'], ' s')}")
     print(f"time, NumPy / analyze, warm: {timing.spread(timing.ratios(seconds, 'NumPy', 'analyze'))}")
 

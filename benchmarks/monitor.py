@@ -1,14 +1,19 @@
-"""What `jaxeff.monitor` adds to a training step of AdamW, analysing the training batch.
+"""What `jaxeff.monitor` adds to a training step of AdamW, analysing the training batch, in CPU seconds.
 
 python benchmarks/monitor.py [--network lenet-300-100] [--every 100] [--repeats 15]
-python benchmarks/monitor.py --network transformer --repeats 5
+python benchmarks/monitor.py --network transformer --every 20 --repeats 5
 
-LeNet-300-100 on 512 images; a transformer of 4 layers of width 256 on 16 x 128 tokens.
+LeNet-300-100 on 512 images; a transformer of 4 layers of width 256 on 16 x 128 tokens. What is added is
+measured by analysing in each of a few steps: at `every`, it is less than what runs differ by.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -32,45 +37,91 @@ def transformer():
 NETWORKS = {"lenet-300-100": lenet, "transformer": transformer}
 
 
+class Prepared(NamedTuple):
+    """A network to train.
+
+    Attributes:
+        step: step(monitored) takes one training step, compiled.
+        steps: steps(monitored, every, count) gives a function that takes `count` of them, as one program.
+        analysis: one report, outside of any step.
+    """
+
+    every: int
+    step: Callable[[bool], Any]
+    steps: Callable[[bool, int, int], Callable[[], Any]]
+    analysis: Callable[[], Any]
+
+
+def prepare(network: str, every: int) -> Prepared:
+    model, inputs, labels = NETWORKS[network]()
+    optimizer = optax.adamw(1e-3)
+    params = jax.jit(model.init)(jax.random.key(2), inputs)
+
+    def loss(params):
+        outputs = model.apply(params, inputs)
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
+
+    def start(monitored: bool, every: int):
+        state = jaxeff.monitor(every=every).init(params, model.apply, inputs) if monitored else None
+        return params, jax.jit(optimizer.init)(params), state
+
+    def step(carry, every: int):
+        params, state, monitor = carry
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+        if monitor is not None:
+            monitor = jaxeff.monitor(every=every).update(monitor, params, model.apply, inputs)
+        return params, state, monitor
+
+    def steps(monitored: bool, every: int, count: int) -> Callable[[], Any]:
+        run = jax.jit(lambda carry: jax.lax.fori_loop(0, count, lambda _, carry: step(carry, every), carry))
+        carry = start(monitored, every)
+        return lambda: run(carry)
+
+    def first(monitored: bool) -> Any:
+        return jax.jit(lambda carry: step(carry, every))(start(monitored, every))
+
+    return Prepared(every, first, steps, lambda: jaxeff.analyze(params, model.apply, inputs))
+
+
+def share(prepared: Prepared, repeats: int) -> float:
+    """What a report every `every` steps adds to a step, as a fraction of it."""
+    found = analysed(prepared, repeats)
+    return (statistics.median(timing.ratios(found, "analysed", "plain")) - 1) / prepared.every
+
+
+def analysed(prepared: Prepared, repeats: int) -> dict[str, list[float]]:
+    """CPU seconds of ten steps, of ten each of which analyses, and of one report outside of any."""
+    functions = {
+        "plain": prepared.steps(False, 1, 10),
+        "analysed": prepared.steps(True, 1, 10),
+        "report": prepared.analysis,
+    }
+    return timing.interleaved(functions, repeats, time.process_time)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     _ = parser.add_argument("--network", choices=NETWORKS, default="lenet-300-100")
     _ = parser.add_argument("--every", type=int, default=100)
     _ = parser.add_argument("--repeats", type=int, default=15)
     chosen = parser.parse_args()
-    model, inputs, labels = NETWORKS[chosen.network]()
-    optimizer, watch = optax.adamw(1e-3), jaxeff.monitor(every=chosen.every)
-    params = jax.jit(model.init)(jax.random.key(2), inputs)
-    start = (params, optimizer.init(params), watch.init(params, model.apply, inputs))
-
-    def loss(params):
-        outputs = model.apply(params, inputs)
-        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
-
-    def steps(monitored: bool):
-        def step(carry, _):
-            params, state, monitor = carry
-            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-            params = optax.apply_updates(params, updates)
-            if monitored:
-                monitor = watch.update(monitor, params, model.apply, inputs)
-            return (params, state, monitor), None
-
-        run = jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=chosen.every)[0])
-        return lambda: run(start)
-
-    functions = {
-        "plain": steps(False),
-        "monitored": steps(True),
-        "analysis": lambda: jaxeff.analyze(params, model.apply, inputs),
-    }
-    found = timing.interleaved(functions, chosen.repeats)
+    prepared = prepare(chosen.network, chosen.every)
     print(timing.machine())
-    for name in ("plain", "monitored"):
-        each = [1e3 * seconds / chosen.every for seconds in found[name]]
-        print(f"{name}: {timing.spread(each, ' ms')} a step")
-    print(f"one analysis: {timing.spread([1e3 * seconds for seconds in found['analysis']], ' ms')}")
-    print(f"time, monitored / plain: {timing.spread(timing.ratios(found, 'monitored', 'plain'))}")
+    found = analysed(prepared, chosen.repeats)
+    for name in ("plain", "analysed"):
+        print(f"{name}: {timing.spread([100 * seconds for seconds in found[name]], ' ms')} a step")
+    alone = [1e3 * seconds for seconds in found["report"]]
+    print(f"one report, outside a step: {timing.spread(alone, ' ms')}")
+    added = [100 * (ratio - 1) / chosen.every for ratio in timing.ratios(found, "analysed", "plain")]
+    print(f"a report every {chosen.every} steps adds {timing.spread(added, ' %')}")
+    directly = {
+        "plain": prepared.steps(False, chosen.every, chosen.every),
+        "monitored": prepared.steps(True, chosen.every, chosen.every),
+    }
+    runs = timing.interleaved(directly, chosen.repeats, time.process_time)
+    ratios = timing.ratios(runs, "monitored", "plain")
+    print(f"{chosen.every} steps with a monitor / without: {timing.spread(ratios)}")
 
 
 if __name__ == "__main__":

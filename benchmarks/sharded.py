@@ -32,7 +32,7 @@ def measure(devices: int, rows: int, repeats: int) -> None:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from jaxeff.sketch import sketch, summarize
+    from jaxeff.metrics.sketch import count, summarize
 
     mesh = jax.make_mesh((devices // 2, 2), ("a", "b"))
     x = np.abs(np.random.default_rng(0).standard_normal((rows, 4096))).astype(np.float32)
@@ -42,7 +42,7 @@ def measure(devices: int, rows: int, repeats: int) -> None:
     for name, spec in specs.items():
         where = jax.devices()[0] if spec is None else NamedSharding(mesh, spec)
         arrays[name] = jax.device_put(x, where)
-        programs[name] = sketch.lower(arrays[name]).compile()
+        programs[name] = count.lower(arrays[name]).compile()
     seconds = timing.interleaved(
         {name: lambda name=name: programs[name](arrays[name]) for name in specs}, repeats
     )
@@ -52,7 +52,7 @@ def measure(devices: int, rows: int, repeats: int) -> None:
     for name, program in programs.items():
         text = program.as_text()
         sent = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES}
-        shown = ", ".join(f"{count} {kind}" for kind, count in sent.items() if count) or "none"
+        shown = ", ".join(f"{number} {kind}" for kind, number in sent.items() if number) or "none"
         found = jax.device_get(summarize(program(arrays[name])))
         same = all(map(np.array_equal, jax.tree.leaves(jax.device_get(alone)), jax.tree.leaves(found)))
         ratio = timing.spread(timing.ratios(seconds, "one device", name))

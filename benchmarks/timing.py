@@ -21,16 +21,25 @@ def machine() -> str:
     )
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run; all functions once in turn, `repeats` times over, so that drift hits all alike."""
+def interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each run; all functions once in turn, `repeats` times over, so that drift hits all alike.
+
+    Args:
+        clock: `time.process_time` for CPU seconds of all threads, which other work on the machine lengthens
+            less.
+    """
     for function in functions.values():
         _ = jax.block_until_ready(function())
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             _ = jax.block_until_ready(function())
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

@@ -56,10 +56,13 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("jaxeff")
+    if name not in (*_MODULES, *_PLACES):
+        raise AttributeError(f"module 'jaxeff' has no attribute {name!r}")
+    if name != "checkpoints":
+        # Before anything is returned that a caller may save.
+        _ = importlib.import_module("jaxeff.saving")
     if name in _MODULES:
         return importlib.import_module(f"jaxeff.{name}")
-    if name not in _PLACES:
-        raise AttributeError(f"module 'jaxeff' has no attribute {name!r}")
     found = getattr(importlib.import_module(f"jaxeff.{_PLACES[name]}"), name)
     globals()[name] = found
     return found

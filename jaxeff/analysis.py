@@ -69,7 +69,8 @@ def analyze(
     """
     chosen = importance.named(criterion, with_loss=loss_fn is not None)
     named = leaves.named_leaves(leaves.split_variables(params)[0])
-    if statistics is not None and (apply_fn is not None or batch is not None):
+    collected = statistics is None
+    if not collected and (apply_fn is not None or batch is not None):
         raise ValueError("pass `statistics`, or `apply_fn` and `batch`, not both")
     if apply_fn is not None and batch is not None:
         loss = {"criterion": chosen, "loss_fn": loss_fn, "targets": targets}
@@ -79,7 +80,7 @@ def analyze(
         raise ValueError(
             f"`{missing}` is missing: pass both `apply_fn` and `batch`, or neither to score magnitudes"
         )
-    elif statistics is None:
+    elif collected:
         chosen = _without_model(chosen)
         statistics = Statistics((), (), (), {}, _places_by_shape(named))
     _check_statistics(named, statistics, chosen)
@@ -186,6 +187,7 @@ def _report(
             totals.model(structure, numbers, sum(math.prod(place.shape) for place in statistics.places)),
             relevance_residual=_residual(criterion, statistics),
         ),
+        headless=statistics.headless,
     )
 
 

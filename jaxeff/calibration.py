@@ -1,7 +1,7 @@
 """Statistics of many batches, and whether they were enough.
 
 In: any iterable of batches. Out: one `Statistics`, as of one large batch, with the stability of the
-scores. One batch is held at a time. Imports `collection`, `importance`, `progress`, `statistics`.
+scores. One batch is held at a time. Imports `collection`, `importance`, `meshes`, `progress`, `statistics`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxeff import importance
 from jaxeff.collection import Criteria, Run, named, prepare
 from jaxeff.importance import Criterion
+from jaxeff.meshes import by_compiler
 from jaxeff.numerics.summation import two_sum
 from jaxeff.progress import progress_bar
 from jaxeff.statistics import Stability, Statistics, check_alike
@@ -186,8 +187,11 @@ _SAMPLE = 4096
 def _sampled_ranks(criterion: Criterion, params: Any, statistics: Statistics) -> list[jax.Array]:
     """The ranks of evenly spread weights of each layer among themselves."""
     scores = importance.scores(params, statistics, criterion)
-    sampled = [jnp.ravel(score)[:: math.ceil(score.size / _SAMPLE)] for score in scores.values()]
-    return [importance.ranks(sample) for sample in sampled]
+    return [by_compiler(_sample_ranks, score) for score in scores.values()]
+
+
+def _sample_ranks(score: jax.Array) -> jax.Array:
+    return importance.ranks(jnp.ravel(score)[:: math.ceil(score.size / _SAMPLE)])
 
 
 def _stability(name: str, statistics: Statistics, ranks: list[tuple[int, list[jax.Array]]]) -> Stability:

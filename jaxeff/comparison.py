@@ -1,7 +1,7 @@
 """Which criterion to trust: the loss as weights are removed in the order of each one's scores.
 
 In: a model, a loss and criteria. Out: a `Comparison`, whose curves are measured, not predicted.
-Imports `collection`, `importance`, `leaves`, `problem`, `table`.
+Imports `collection`, `importance`, `leaves`, `meshes`, `problem`, `table`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import numpy as np
 
 from jaxeff import granularity, importance, leaves, objectives, table
 from jaxeff.collection import Criteria, named, prepare
+from jaxeff.meshes import by_compiler
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.problem import Problem
+from jaxeff.saving import saved_by_flax
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 CONTROLS = 5
@@ -29,6 +31,7 @@ CONTROLS = 5
 _STATIC = {"static": True}
 
 
+@saved_by_flax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -154,6 +157,10 @@ Stacks = tuple[tuple[int, ...], ...] | None
 @functools.partial(jax.jit, static_argnums=0)
 def _orders(stacks: Stacks, scores: list[jax.Array]) -> list[jax.Array]:
     """For each weight when it goes, from 0: in the whole model, or in its layer where `stacks` is given."""
+    return by_compiler(lambda *scores: _ordered(stacks, scores), *scores, like=scores)
+
+
+def _ordered(stacks: Stacks, scores: Sequence[jax.Array]) -> list[jax.Array]:
     if stacks is None:
         order = _places(jnp.concatenate([jnp.ravel(score) for score in scores]))
         ends = np.cumsum([score.size for score in scores])
@@ -222,11 +229,11 @@ _SAMPLE = 1 << 16
 
 @jax.jit
 def _rank_correlation(scores: list[list[jax.Array]]) -> jax.Array:
-    sampled = [importance.ranks(_sampled(found)) for found in scores]
+    sampled = [by_compiler(lambda *found: importance.ranks(_sampled(found)), *found) for found in scores]
     return jnp.stack([jnp.stack([importance.correlation(a, b) for b in sampled]) for a in sampled])
 
 
-def _sampled(scores: list[jax.Array]) -> jax.Array:
+def _sampled(scores: Sequence[jax.Array]) -> jax.Array:
     """Every k-th score of each weight, so that all weights together give at most 65,536."""
     stride = math.ceil(sum(score.size for score in scores) / _SAMPLE)
     return jnp.concatenate([jnp.ravel(score)[::stride] for score in scores])[:_SAMPLE]

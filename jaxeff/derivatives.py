@@ -2,7 +2,7 @@
 
 In: an `Objective`, the arrays that it reads, and what to collect. Out: `Derivatives` by path. Each
 quantity is one function of a `Problem` that gives terms shaped like the weights. Imports
-`examples`, `problem`.
+`examples`, `meshes`, `problem`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxeff.examples import example_gradient
+from jaxeff.meshes import laid_like
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.problem import Problem, Wanted, Weights, added, floating, moments
 from jaxeff.statistics import Derivatives, Moments
@@ -93,7 +94,7 @@ def _sampled(
     def of_key(key: jax.Array) -> list[Moments]:
         keys = jax.random.split(key, len(problem.weights))
         signs = tuple(
-            jax.random.rademacher(key, weight.shape, weight.dtype)
+            laid_like(jax.random.rademacher(key, weight.shape, weight.dtype), weight)
             for key, weight in zip(keys, problem.weights, strict=True)
         )
         terms = [sign * found for sign, found in zip(signs, product(signs), strict=True)]

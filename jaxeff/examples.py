@@ -4,7 +4,7 @@ In: a `Problem` with an example. Out: moments of every weight. A weight that an 
 position alone, as in a network of dense layers, has the gradient x d^T: input times the slope by the
 output. Its squares sum to a product of two thin matrices, x^2 and d^2 of all examples, tapped from
 the traced program; the gradients themselves, one of the weight's size an example, are never made. All
-other weights take a backward pass an example. Imports `graph`, `observation`, `problem`, `units`.
+other weights take a backward pass an example. Imports `graph`, `meshes`, `observation`, `problem`, `units`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxeff import graph
 from jaxeff.graph import Site
+from jaxeff.meshes import laid_like
 from jaxeff.numerics.precision import widened
 from jaxeff.observation import trace
 from jaxeff.problem import Problem, Wanted, added, moments
@@ -98,6 +99,7 @@ def _tapped(problem: Problem, traced: _Traced) -> dict[int, Moments]:
     for (position, site), x, d in zip(traced.sites.items(), inputs, slopes, strict=True):
         squares = _outer(site, problem.weights[position].ndim, jnp.square(x), jnp.square(d))
         count = jnp.asarray(examples, squares.dtype)
+        squares = laid_like(squares, problem.weights[position])
         found[position] = Moments(None, None, squares, count, count)
     return found
 

@@ -6,9 +6,10 @@ model of equal structure, or any function whose traced program is the same. Impo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol
 
 import flax.errors
@@ -36,8 +37,46 @@ class Function(Protocol):
 MISFITS = (TypeError, ValueError, KeyError, IndexError, AttributeError, flax.errors.FlaxError)
 
 
-@dataclasses.dataclass(frozen=True)
-class LinenFunction:
+def content(value: Any) -> Hashable:
+    """Something hashable that is equal for equal values: the value itself, or its parts.
+
+    Lists, dicts and most dataclasses cannot be hashed, and neither can a module with a field of that kind.
+
+    Raises:
+        TypeError: part of the value is of another kind that cannot be hashed.
+
+    >>> hash(content(nn.Sequential([nn.Dense(4)]))) == hash(content(nn.Sequential([nn.Dense(4)])))
+    True
+    """
+    with contextlib.suppress(TypeError):
+        _ = hash(value)
+        return value
+    if isinstance(value, (list, tuple)):
+        return type(value), *map(content, value)
+    if isinstance(value, Mapping):
+        return type(value), *((key, content(part)) for key, part in value.items())
+    if isinstance(value, nn.Module):
+        names = [field.name for field in dataclasses.fields(value) if field.name != "parent"]
+        return type(value), *((name, content(getattr(value, name))) for name in names)
+    if dataclasses.is_dataclass(value):
+        return type(value), *((name, content(part)) for name, part in vars(value).items())
+    raise TypeError(f"a {type(value).__name__} cannot be hashed")
+
+
+class _Identified:
+    """Equal to another of its kind with an equal identity."""
+
+    identity: Any
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinenFunction(_Identified):
     """`module.apply`: equal for equal modules and equal static arguments.
 
     Its inputs are (state, batch, keyword arrays). The updates of mutable collections are left out.
@@ -45,10 +84,11 @@ class LinenFunction:
 
     module: nn.Module
     statics: tuple[tuple[str, Any], ...]
+    identity: Any
     capture: bool = True
 
     def without_capture(self) -> Function:
-        return dataclasses.replace(self, capture=False)
+        return dataclasses.replace(self, capture=False, identity=(self.identity, "without capture"))
 
     def __call__(self, params: Any, inputs: Any) -> tuple[Any, dict[Path, jax.Array]]:
         state, batch, arrays = inputs
@@ -76,8 +116,8 @@ def merged(structure: Any, params: Any, state: Any) -> nnx.Module:
     return nnx.merge(structure, params, state)
 
 
-@dataclasses.dataclass(frozen=True)
-class NNXFunction:
+@dataclasses.dataclass(frozen=True, eq=False)
+class NNXFunction(_Identified):
     """An NNX model split into structure and state: equal for equal structures.
 
     Its inputs are (state, batch, keyword arrays). Changes of the state are left out.
@@ -85,6 +125,7 @@ class NNXFunction:
 
     structure: Any
     statics: tuple[tuple[str, Any], ...]
+    identity: Any
 
     def without_capture(self) -> Function:
         return self
@@ -100,7 +141,7 @@ class NNXFunction:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TracedFunction:
+class TracedFunction(_Identified):
     """A function as the program it was traced to; its arrays are inputs, its text is its identity.
 
     Its inputs are (inputs of the function, arrays that it closed over).
@@ -118,12 +159,6 @@ class TracedFunction:
         closed = ClosedJaxpr(self.closed.jaxpr, constants)
         outputs = jaxpr_as_fun(closed)(*jax.tree.leaves((params, arguments)))
         return jax.tree.unflatten(self.outputs, outputs), {}
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TracedFunction) and self.identity == other.identity
-
-    def __hash__(self) -> int:
-        return hash(self.identity)
 
 
 def traced(function: Callable, params: Any, inputs: Any) -> tuple[TracedFunction, list[Any]]:

@@ -1,4 +1,4 @@
-"""From one score a weight to one a unit, an attention head or a layer. Imports `statistics`."""
+"""From one score a weight to one a unit, an attention head or a layer. Imports `meshes`, `statistics`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxeff.meshes import gathered
 from jaxeff.statistics import HeadSlices, Statistics
 
 Scores = Mapping[str, jax.Array]
@@ -81,7 +82,7 @@ def heads_of(
         stacked, score = stacking[piece.path], scores[piece.path]
         along = _over(score, (*stacked, piece.axis), reduction)
         # Layers in front, whatever their order in the weight.
-        along = jnp.moveaxis(along, _rank(piece.axis, stacked), -1)
+        along = jnp.moveaxis(gathered(along), _rank(piece.axis, stacked), -1)
         indices = np.asarray(piece.indices)
         parts.append(reduction.over(along[..., indices], axis=-1))
         counts.append(

@@ -20,19 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxeff import granularity, half_normal, importance, null
 from jaxeff.importance import Criterion
+from jaxeff.meshes import by_compiler
 from jaxeff.metrics import _order, sketch
 from jaxeff.metrics._curve import cells_of, unpacked
 from jaxeff.metrics._histogram import Histogram, histogram
 from jaxeff.metrics._records import Metrics
 from jaxeff.metrics._weighted import Spread, effective_units, metrics_of, sums_of
-from jaxeff.numerics.placement import each_row, replicated, to_host
+from jaxeff.numerics.placement import each_row, to_host
 from jaxeff.numerics.precision import wide, widened
-from jaxeff.numerics.summation import namespace, total
-from jaxeff.records import Activity, LayerNumbers, LayerStructure, none_of
+from jaxeff.numerics.summation import namespace
+from jaxeff.records import Activity, LayerNumbers, LayerStructure, Null, none_of
 from jaxeff.statistics import (
     AttentionStatistics,
     Derivatives,
@@ -228,13 +229,13 @@ def _nonfinite(weight: Any) -> jax.Array:
     return jnp.sum(~jnp.isfinite(weight), dtype=jnp.int32)
 
 
-def _units_of(reduced: Reduced, size: int) -> Any:
-    """The importance of each unit: the sum over its weights."""
-    return reduced.units * np.asarray(size // max(reduced.units.size, 1), reduced.units.dtype)
+def _sums_of_units(means: Any, size: int) -> Any:
+    """The importance of each unit: the sum over its weights, of `size` in all."""
+    return means * np.asarray(size // max(means.size, 1), means.dtype)
 
 
 def _padded(scores: jax.Array, length: int) -> jax.Array:
-    flat = replicated(scores).ravel()
+    flat = scores.ravel()
     return jnp.pad(flat, (0, length - flat.size))
 
 
@@ -344,7 +345,10 @@ def _score_together(
         steps = _positions(arrays), seen
         return lax.map(lambda step: one(length, arrays, tuple(step[0]), step[1]), steps)
 
-    return [all_of(length, *layer) for length, layer in zip(lengths, layers, strict=True)]
+    def every(layers: tuple[tuple[Arrays, Any], ...]) -> list[tuple[jax.Array, Reduced]]:
+        return [all_of(length, *layer) for length, layer in zip(lengths, layers, strict=True)]
+
+    return by_compiler(every, layers)
 
 
 def _positions(arrays: Arrays) -> jax.Array:
@@ -377,7 +381,7 @@ class _Read(NamedTuple):
 
 
 def _read(spread: Spread, curves: bool) -> _Read:
-    return _Read(sums_of(spread), cells_of(spread.distribution) if curves else None)
+    return _Read(sums_of(spread), cells_of(spread) if curves else None)
 
 
 def _reduce_alone(
@@ -386,7 +390,9 @@ def _reduce_alone(
     """Of a layer that is large, or lies in parts."""
     arrays, at = _nameless(layer.arrays), tuple(np.int32(i) for i in index)
     if not _is_sorted(layer) and (sharding := _sharding_of(arrays)) is not None:
-        return _count_in_place(criterion, sharding, arrays, at, seen)
+        # What is explicit is left to the compiler, which then counts in place by itself.
+        known = None if AxisType.Explicit in sharding.mesh.axis_types else sharding
+        return _count_in_place(criterion, known, arrays, at, seen)
     scores, reduced = _score_alone(criterion, _length(layer), arrays, at, seen)
     return _read_row(layer, scores, 0, curves), reduced
 
@@ -405,21 +411,30 @@ def _sharding_of(arrays: Arrays) -> NamedSharding | None:
 def _score_alone(
     criterion: Criterion, length: int, arrays: Arrays, index: Index, seen: Any
 ) -> tuple[jax.Array, Reduced]:
-    scores, reduced = _reduce(criterion, part_of(arrays, index), seen)
-    return _padded(scores, length)[None], reduced
+    def score(arrays: Arrays) -> tuple[jax.Array, Reduced]:
+        scores, reduced = _reduce(criterion, part_of(arrays, index), seen)
+        return _padded(scores, length)[None], reduced
+
+    return by_compiler(score, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _count_in_place(
-    criterion: Criterion, sharding: NamedSharding, arrays: Arrays, index: Index, seen: Any
+    criterion: Criterion, sharding: NamedSharding | None, arrays: Arrays, index: Index, seen: Any
 ) -> tuple[Histogram, Reduced]:
-    scores, reduced = _reduce(criterion, part_of(arrays, index), seen)
-    return histogram(scores, sharding=sharding), reduced
+    def count(arrays: Arrays) -> tuple[Histogram, Reduced]:
+        scores, reduced = _reduce(criterion, part_of(arrays, index), seen)
+        return histogram(scores, sharding=sharding), reduced
+
+    return by_compiler(count, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _squares(criterion: Criterion, arrays: Arrays, index: Index, seen: Any) -> jax.Array:
-    return sketch.squares_of(_reduce(criterion, part_of(arrays, index), seen)[0])
+    def squares(arrays: Arrays) -> jax.Array:
+        return sketch.squares_of(_reduce(criterion, part_of(arrays, index), seen)[0])
+
+    return by_compiler(squares, arrays)
 
 
 @jax.jit
@@ -443,16 +458,17 @@ def _finish(
         if metrics.std < _NEARLY_EQUAL * metrics.mean:
             # Bins are too wide to tell the deviation of weights that are nearly equal.
             metrics = metrics_of(sums, integers, to_host(_squares(criterion, arrays, at, reduced.usable)))
-    sample = None
+    noise = None
     if null.is_sampled(criterion):
-        noise = null.sample_of(criterion, reduced.factors.astype(np.float64), reduced.usable)
-        sample = sums_of(Spread(noise, (np.zeros(null.SIZE),) * 4))
+        factors = reduced.factors.astype(np.float64)
+        sample = Spread(null.sample_of(criterion, factors, reduced.usable), (np.zeros(null.SIZE),) * 4)
+        noise = null.null_of(criterion, null.utilization_of(factors), reduced.usable, sums_of(sample))
     effective = effective_units(reduced.units.astype(np.float64), reduced.units.ndim)
     # The largest tells whether there are any.
     nonfinite = np.int32(0) if np.isfinite(reduced.largest) else to_host(_nonfinite_of(arrays, at))
-    numbers = _numbers(criterion, metrics, sample, effective, reduced, nonfinite, cells)
+    numbers = _numbers(criterion, metrics, noise, effective, reduced, nonfinite, cells)
     dtype = reduced.units.dtype
-    return jax.tree.map(lambda part: _narrowed(part, dtype), numbers), _units_of(reduced, layer.size)
+    return jax.tree.map(lambda part: _narrowed(part, dtype), numbers), _sums_of_units(reduced.units, layer.size)
 
 
 _NEARLY_EQUAL = 0.2
@@ -466,7 +482,7 @@ def _narrowed(number: Any, dtype: Any) -> np.ndarray:
 def _numbers(
     criterion: Criterion,
     metrics: Metrics,
-    sample: Any,
+    noise: Null | None,
     effective_units: Any,
     reduced: Reduced,
     nonfinite: Any,
@@ -475,14 +491,12 @@ def _numbers(
     """The numbers of one layer, or of several stacked.
 
     Args:
-        sample: the sums of the samples of noise; None where the null is not sampled.
+        noise: the null where it is sampled.
     """
     xp = namespace(metrics.utilization)
-    noise = None
-    if sample is not None:
-        noise = null.null_of(criterion, reduced.factors, reduced.usable, sample)
-    elif criterion.null_power is not None:
-        noise = jax.tree.map(lambda value: xp.full_like(metrics.utilization, value), half_normal.null_of_magnitude())
+    if noise is None and criterion.null_power is not None:
+        known = half_normal.null_of_magnitude()
+        noise = jax.tree.map(lambda value: xp.full_like(metrics.utilization, value), known)
     units = xp.where(effective_units > 0, effective_units, 1)
     return LayerNumbers(
         metrics,
@@ -502,7 +516,6 @@ def _numbers(
 def _measure_traced(
     criterion: Criterion, layers: Sequence[Layer], curves: bool
 ) -> tuple[LayerNumbers, tuple[Any, ...]]:
-    """Derivatives of counted layers are those of sorting."""
     places = [layer.place for layer in layers]
 
     def measured(in_order: bool, arrays: list[Arrays]) -> tuple[LayerNumbers, tuple[Any, ...]]:
@@ -510,7 +523,12 @@ def _measure_traced(
         return _inlined(criterion, own, curves, in_order)
 
     arrays = [layer.arrays for layer in layers]
-    if all(map(_is_sorted, layers)):
+    return by_compiler(functools.partial(_differentiable, measured, all(map(_is_sorted, layers))), arrays)
+
+
+def _differentiable(measured: Callable[[bool, Any], Any], in_order: bool, arrays: list[Arrays]) -> Any:
+    """Counted, where not all layers are sorted anyway; with the derivatives of sorting."""
+    if in_order:
         return measured(True, arrays)
     counted = jax.custom_jvp(functools.partial(measured, False))
 
@@ -522,37 +540,41 @@ def _measure_traced(
 
 
 class _Row(NamedTuple):
-    """One layer in a trace, or several stacked."""
+    """What one layer is reduced to in a trace, or several stacked."""
 
     scores: Any  # [SMALL], of a small layer, to be sorted with the others
-    spread: Spread | None  # of a counted layer, to be read with the others
     read: _Read | None  # of a large layer that was sorted
-    squares: Any  # of a counted layer
-    integers: Any  # of a counted layer
     reduced: Reduced
+    noise: Spread | None  # a sample of it, to be read with the others
+    factors_used: Any
     effective_units: Any
     nonfinite: Any
+
+
+class _Counted(NamedTuple):
+    spread: Spread
+    integers: Any
+    squares: Any
 
 
 def _inlined(
     criterion: Criterion, layers: Sequence[Layer], curves: bool, in_order: bool
 ) -> tuple[LayerNumbers, tuple[Any, ...]]:
+    groups = _groups(layers)
+    counted = [group for group in groups if not (in_order or _is_sorted(layers[group[0]]))]
     positions: list[tuple[int, int]] = []
     rows: list[_Row] = []
-    units: dict[tuple[int, int], Any] = {}
-    sizes: list[int] = []
-    for group in _groups(layers):
-        row = _rows_alike(criterion, [layers[index] for index in group], curves, in_order)
-        own = [(index, part) for index in group for part in range(len(layers[index].indices))]
-        for at, position in enumerate(own):
-            units[position] = _units_of(_unstacked(row.reduced, len(own))[at], layers[position[0]].size)
-        positions += own
-        sizes += [layers[index].size for index, _ in own]
-        rows.append(row._replace(reduced=row.reduced._replace(units=None)))
-    numbers = _joined(criterion, rows, sizes, curves)
+    # Counted layers first.
+    for group in [*counted, *(group for group in groups if group not in counted)]:
+        rows.append(_rows_alike(criterion, [layers[index] for index in group], curves, group in counted))
+        positions += [(index, part) for index in group for part in range(len(layers[index].indices))]
+    counts = _count_all(criterion, [[layers[index] for index in group] for group in counted]) if counted else None
+    numbers = _joined(criterion, rows, counts, [layers[index].size for index, _ in positions], curves)
     in_layers_order = np.asarray(sorted(range(len(positions)), key=positions.__getitem__))
+    means = [row.reduced.units[at] for row in rows for at in range(len(row.effective_units))]
+    units = [_sums_of_units(mean, layers[index].size) for (index, _), mean in zip(positions, means, strict=True)]
     ordered = jax.tree.map(lambda numbers: numbers[..., in_layers_order], numbers)
-    return ordered, tuple(units[position] for position in sorted(positions))
+    return ordered, tuple(units[at] for at in in_layers_order)
 
 
 def _groups(layers: Sequence[Layer]) -> list[list[int]]:
@@ -564,70 +586,135 @@ def _groups(layers: Sequence[Layer]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _rows_alike(criterion: Criterion, layers: Sequence[Layer], curves: bool, in_order: bool) -> _Row:
-    """Equal layers, stacked; in a loop, so that the scores of large ones never exist together."""
-    first, members = layers[0], [_nameless(layer.arrays) for layer in layers]
-
-    def one(member: jax.Array, index: Index) -> _Row:
-        arrays = members[0]
-        if len(members) > 1:
-            arrays = lax.switch(member, [lambda arrays=arrays: arrays for arrays in members])
-        return _row(criterion, first, part_of(arrays, index), curves, in_order)
-
-    if len(members) * len(first.indices) == 1:
-        return jax.tree.map(lambda array: array[None], one(jnp.int32(0), (0,) * len(first.indices[0])))
-    at = jnp.arange(len(members), dtype=jnp.int32)
-    if not first.indices[0]:
-        return lax.map(lambda member: one(member, ()), at)
-    positions = _positions(first.arrays)
-    steps = jnp.repeat(at, len(positions)), jnp.tile(positions, (len(members), 1))
-    return lax.map(lambda step: one(step[0], tuple(step[1])), steps)
+def _rows_alike(criterion: Criterion, layers: Sequence[Layer], curves: bool, is_counted: bool) -> _Row:
+    """Equal layers, stacked."""
+    return _over_parts(
+        [layer.arrays for layer in layers], lambda arrays: _row(criterion, layers[0], arrays, curves, is_counted)
+    )
 
 
-def _row(criterion: Criterion, layer: Layer, arrays: Arrays, curves: bool, in_order: bool) -> _Row:
+def _over_parts(members: Sequence[Arrays], function: Callable[[Arrays], Any]) -> Any:
+    """The function of each of the layers that equal weights stack, stacked; in a loop where there are several."""
+    members = [_nameless(arrays) for arrays in members]
+    first, steps = members[0], _steps(members)
+    if len(steps) == 1:
+        return jax.tree.map(lambda array: array[None], function(part_of(first, tuple(steps[0, 1:]))))
+    return lax.map(lambda step: function(_picked(members, step)), steps)
+
+
+def _steps(members: Sequence[Arrays]) -> jax.Array:
+    """[members x stacked layers, 1 + axes], the number of each member and the index of each of its layers."""
+    at = np.arange(len(members), dtype=np.int32)
+    if not _layer_axes(members[0]):
+        return jnp.asarray(at[:, None])
+    positions = np.asarray(_positions(members[0]))
+    return jnp.asarray(np.column_stack([np.repeat(at, len(positions)), np.tile(positions, (len(at), 1))]))
+
+
+def _picked(members: Sequence[Arrays], step: jax.Array) -> Arrays:
+    arrays = members[0]
+    if len(members) > 1:
+        arrays = lax.switch(step[0], [lambda arrays=arrays: arrays for arrays in members])
+    return part_of(arrays, tuple(step[1:]))
+
+
+def _row(criterion: Criterion, layer: Layer, arrays: Arrays, curves: bool, is_counted: bool) -> _Row:
     scores, reduced = _reduce(criterion, arrays, _seen(criterion, arrays.sites))
-    rest = reduced, effective_units(reduced.units, reduced.units.ndim), _nonfinite(arrays.weight)
+    noise, used = None, None
+    if null.is_sampled(criterion):
+        noise, used = _noise(criterion, reduced), null.utilization_of(reduced.factors)
+    units = effective_units(reduced.units, reduced.units.ndim)
+    rest = reduced._replace(factors=None), noise, used, units, _nonfinite(arrays.weight)
+    if is_counted:
+        return _Row(None, None, *rest)
     if _is_small(layer):
-        return _Row(_padded(scores, SMALL), None, None, None, None, *rest)
-    if in_order or _is_sorted(layer):
-        read = _read(_order.spread_of(replicated(scores).ravel(), layer.size), curves)
-        return _Row(None, None, read, None, None, *rest)
-    counts = sketch.of_histogram(histogram(scores), layer.size)
-    spread, integers = sketch.spread_of(counts), sketch.integers_of(counts)
-    return _Row(None, spread, None, sketch.squares_of(scores), integers, *rest)
+        return _Row(_padded(scores, SMALL), None, *rest)
+    return _Row(None, _read(_order.spread_of(scores.ravel(), layer.size), curves), *rest)
 
 
-def _joined(criterion: Criterion, rows: Sequence[_Row], sizes: Sequence[int], curves: bool) -> LayerNumbers:
-    """The numbers of all rows, through one kernel for what is sorted and one for what is read."""
-    reduced = _concatenated([row.reduced for row in rows])
-    ends = np.cumsum([len(row.effective_units) for row in rows])
-    lengths = [np.asarray(part, np.int32) for part in np.split(np.asarray(sizes), ends[:-1])]
-    spreads: dict[int, Spread] = {at: row.spread for at, row in enumerate(rows) if row.spread is not None}
+def _count_all(criterion: Criterion, groups: Sequence[Sequence[Layer]]) -> _Counted:
+    """All layers of some groups in one loop, so that their scores never exist together."""
+    members = [[_nameless(layer.arrays) for layer in group] for group in groups]
+
+    def branch(arrays: list[Arrays]) -> Callable[[jax.Array], tuple[Histogram, jax.Array]]:
+        axes = len(_layer_axes(arrays[0]))
+
+        def count(step: jax.Array) -> tuple[Histogram, jax.Array]:
+            part = _picked(arrays, step[: 1 + axes])
+            scores, _ = _reduce(criterion, part, _seen(criterion, part.sites))
+            found = histogram(scores)
+            return found._replace(high=jnp.broadcast_to(found.high, len(found.table))), sketch.squares_of(scores)
+
+        return count
+
+    branches = [branch(arrays) for arrays in members]
+    steps = [_steps(arrays) for arrays in members]
+    width = max(step.shape[1] for step in steps)
+    every = jnp.concatenate([jnp.pad(step, ((0, 0), (0, width - step.shape[1]))) for step in steps])
+    at = np.repeat(np.arange(len(groups), dtype=np.int32), [len(step) for step in steps])
+    size = np.repeat([group[0].size for group in groups], [len(step) for step in steps]).astype(np.int32)
+
+    def one(row: tuple[jax.Array, jax.Array, jax.Array]) -> _Counted:
+        group, step, size = row
+        found, squares = lax.switch(group, branches, step) if len(branches) > 1 else branches[0](step)
+        counts = sketch.of_histogram(found, size)
+        return _Counted(sketch.spread_of(counts), sketch.integers_of(counts), squares)
+
+    if len(at) == 1:
+        return jax.tree.map(lambda array: array[None], one((at[0], every[0], size[0])))
+    return lax.map(one, (at, every, size))
+
+
+def _joined(
+    criterion: Criterion, rows: Sequence[_Row], counted: _Counted | None, sizes: Sequence[int], curves: bool
+) -> LayerNumbers:
+    """The numbers of all rows, those of counted layers first: through one kernel for what is sorted, and one that
+    reads the spread of all.
+    """
+    lengths = [len(row.effective_units) for row in rows]
+    by_row = np.split(np.asarray(sizes, np.int32), np.cumsum(lengths)[:-1])
+    waiting = [] if counted is None else [counted.spread]
     short = [at for at, row in enumerate(rows) if row.scores is not None]
     if short:
-        scores = jnp.concatenate([rows[at].scores for at in short])
-        found = each_row(lambda row: _order.spread_of(*row), (scores, np.concatenate([lengths[at] for at in short])))
-        spreads |= zip(short, _split(found, [len(lengths[at]) for at in short]), strict=True)
-    waiting = [*spreads.values()]
-    if null.is_sampled(criterion):
-        waiting.append(each_row(lambda row: _noise(criterion, row), (reduced.factors, reduced.usable)))
-    parts = [len(spread.distribution.largest) for spread in waiting]
-    joint = each_row(lambda spread: _read(spread, curves), _concatenated(waiting)) if waiting else None
-    read_parts = _split(joint, parts)
-    reads = {at: row.read for at, row in enumerate(rows) if row.read is not None}
-    reads |= zip(spreads, read_parts)
-    metrics = [
-        metrics_of(reads[at].sums, row.integers, row.squares) for at, row in enumerate(rows)
-    ]
-    cells = jnp.concatenate([reads[at].cells for at in range(len(rows))]) if curves else None
-    sample = read_parts[-1].sums if null.is_sampled(criterion) else None
-    effective, nonfinite = _concatenated([(row.effective_units, row.nonfinite) for row in rows])
-    return _numbers(criterion, _concatenated(metrics), sample, effective, reduced, nonfinite, cells)
+        given = _concatenated([rows[at].scores for at in short]), np.concatenate([by_row[at] for at in short])
+        waiting.append(each_row(lambda row: _order.spread_of(*row), given))
+    noise = [row.noise for row in rows if row.noise is not None]
+    reads: list[_Read] = []
+    if waiting or noise:
+        parts = [len(spread.distribution.largest) for spread in [*waiting, *noise]]
+        reads = _split(each_row(lambda spread: _read(spread, curves), _concatenated([*waiting, *noise])), parts)
+    # Counted, then small, then large ones that were sorted, in the order of the rows.
+    found = [*reads[: len(waiting)], *(row.read for row in rows if row.read is not None)]
+    kind = [0 if row.scores is None and row.read is None else 1 if row.read is None else 2 for row in rows]
+    source = np.split(np.arange(len(sizes)), np.cumsum(lengths)[:-1])
+    order = np.concatenate([source[at] for at in sorted(range(len(rows)), key=kind.__getitem__)])
+    back = np.argsort(order)
+    read: _Read = jax.tree.map(lambda array: array[back], _concatenated(found))
+    metrics = metrics_of(read.sums, *_exactly(counted, read.sums))
+    reduced, effective, nonfinite = _concatenated(
+        [(row.reduced._replace(units=None), row.effective_units, row.nonfinite) for row in rows]
+    )
+    null_metrics = None
+    if noise:
+        used = jnp.concatenate([row.factors_used for row in rows])
+        sums = jnp.concatenate([read.sums for read in reads[len(waiting) :]])
+        null_metrics = null.null_of(criterion, used, reduced.usable, sums)
+    return _numbers(criterion, metrics, null_metrics, effective, reduced, nonfinite, read.cells)
 
 
-def _noise(criterion: Criterion, factors_and_usable: tuple[jax.Array, jax.Array]) -> Spread:
+def _exactly(counted: _Counted | None, sums: jax.Array) -> tuple[Any, Any]:
+    """What `metrics_of` takes beside sums [R, 16], of which the first rows are those of counted layers."""
+    if counted is None:
+        return None, None
+    count = len(counted.squares)
+    integers = sums[count:, np.asarray([12, 13, 0])].astype(jnp.int32)
+    squares = jnp.concatenate([counted.squares.astype(sums.dtype), sums[count:, 6]])
+    return jnp.concatenate([counted.integers, integers]), squares
+
+
+def _noise(criterion: Criterion, reduced: Reduced) -> Spread:
     """A sample of noise with as many entries as other rows have."""
-    sample = null.sample_of(criterion, *factors_and_usable)
+    sample = null.sample_of(criterion, reduced.factors, reduced.usable)
     spread = Spread(sample, (jnp.zeros_like(sample.values),) * 4)
     return jax.tree.map(lambda part: jnp.pad(part, (0, SMALL - null.SIZE)) if part.ndim else part, spread)
 

@@ -5,15 +5,17 @@ Imports nothing of jaxeff.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.core.meta import AxisMetadata
 
 Path = str
+_BOXES = (nnx.Variable, AxisMetadata)  # wrap one value, as nn.Partitioned and nnx.Param do
 _NAMED = 3  # arrays that a message names
 _INTEGERS = ("int", "uint")
 
@@ -54,8 +56,7 @@ def named_leaves(params: Any, *, abstract: bool = False) -> dict[Path, Any]:
             "`params, apply_fn = jaxeff.from_nnx(model)` gives"
         )
     named: dict[Path, Any] = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path = path_of(keys)
+    for path, leaf in leaves_by_path(params):
         if not is_array(leaf, abstract=abstract):
             where = f"holds a {type(leaf).__name__} at {path!r}" if path else f"is a {type(leaf).__name__}"
             raise TypeError(f"`params` {where}: every leaf must be an array of numbers")
@@ -128,9 +129,27 @@ def is_array(leaf: Any, *, abstract: bool = False) -> bool:
     return isinstance(leaf, (jax.Array, np.number, np.bool_, bool, int, float))
 
 
-def path_of(keys: tuple) -> Path:
-    """A pytree path as a name: its keys joined by '/'."""
-    return "/".join(key_name(key) for key in _unboxed(keys))
+def leaves_by_path(tree: Any) -> list[tuple[Path, Any]]:
+    """Every leaf with its path, in the order of `jax.tree.leaves`.
+
+    A path is the keys of a leaf, joined by '/'. A box (`nn.Partitioned`, `nnx.Param`) adds no key of its own;
+    a field that is called `value` does.
+
+    >>> leaves_by_path({"kernel": nnx.Param(1.0), "attn": {"value": 2.0}})
+    [('attn/value', 2.0), ('kernel', 1.0)]
+    """
+    return [("/".join(map(key_name, keys)), leaf) for keys, leaf in _unboxed(tree)]
+
+
+def own_arrays(tree: Any) -> Any:
+    """The tree with each array copied, so that a step may donate it: none occurs twice or elsewhere.
+
+    >>> array = jnp.ones(2)
+    >>> one, other = own_arrays((array, array))
+    >>> len({leaf.unsafe_buffer_pointer() for leaf in (array, one, other)})
+    3
+    """
+    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, (jax.Array, np.ndarray)) else leaf, tree)
 
 
 def key_name(key: Any) -> str:
@@ -141,7 +160,16 @@ def key_name(key: Any) -> str:
     return str(key)
 
 
-def _unboxed(keys: tuple) -> tuple:
-    # A boxed parameter (nn.Partitioned, nnx.Param) adds a last key `.value`.
-    boxed = len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value"
-    return keys[:-1] if boxed else keys
+def _unboxed(node: Any) -> Iterator[tuple[tuple, Any]]:
+    """Leaves with their keys, but for the keys of boxes."""
+
+    def is_inner_box(child: Any) -> bool:
+        return child is not node and isinstance(child, _BOXES)
+
+    children = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_inner_box)[0]
+    # A box of several parts keeps their names, which tell them apart.
+    one_part = isinstance(node, _BOXES) and len({keys[:1] for keys, _ in children}) == 1
+    for keys, child in children:
+        outer = keys[1:] if one_part else keys
+        inner = _unboxed(child) if is_inner_box(child) else [((), child)]
+        yield from ((outer + below, leaf) for below, leaf in inner)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +17,16 @@ import numpy as np
 from flax import nnx
 
 from jaxeff import leaves
-from jaxeff.functions import Function, LinenFunction, NNXFunction, bound_module, merged, named_misfit, traced
+from jaxeff.functions import (
+    Function,
+    LinenFunction,
+    NNXFunction,
+    bound_module,
+    content,
+    merged,
+    named_misfit,
+    traced,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,8 +65,9 @@ class NNXApply:
 def from_nnx(model: nnx.Module) -> tuple[Any, NNXApply]:
     """An NNX model as `(params, apply_fn)`, for `jaxeff.analyze` and everything that takes the two.
 
-    The model itself is left as it is. Its mode counts: call `model.eval()` first to analyse it as it
-    serves (dropout off, BatchNorm on running averages).
+    The model itself is left as it is. Its arrays are shared, as `nnx.split` shares them: where the model is
+    used afterwards, copy `params` before a step donates them. Its mode counts: call `model.eval()` first to
+    analyse it as it serves (dropout off, BatchNorm on running averages).
 
     Returns:
         The model's `nnx.Param` variables as an `nnx.State` (`nnx.update(model, params)` puts them
@@ -85,12 +95,14 @@ class Bound:
     """A user's apply function and its arguments: `call(params, inputs)`.
 
     Attributes:
-        function: the same as a `Function`, where it is hashable by content without a trace.
+        function: the same as a `Function`, of a Linen module or an NNX model.
+        hashable: whether that function is, by content and without a trace.
         origins: as those of `Model`.
     """
 
     call: Callable[[Any, Any], Any]
     function: Function | None
+    hashable: bool
     params: Any
     inputs: Any
     origins: tuple[str, ...]
@@ -106,9 +118,9 @@ class Bound:
 def from_apply(params: Any, apply_fn: Callable, batch: Any, rngs: Any, keywords: Mapping[str, Any]) -> Model:
     """Bind a user's apply function to its arguments, each checked and named when it does not fit."""
     bound = bind(params, apply_fn, batch, rngs, keywords)
-    if bound.function is not None:
+    if bound.function is not None and bound.hashable:
         return Model(bound.function, bound.params, bound.inputs, bound.origins, bound.batch_size)
-    function, constants = traced(bound.call, bound.params, bound.inputs)
+    function, constants = traced(bound.plain, bound.params, bound.inputs)
     origins = (*bound.origins, *("constant",) * len(constants))
     return Model(function, bound.params, (bound.inputs, constants), origins, bound.batch_size)
 
@@ -138,10 +150,13 @@ def bind(
     arrays = {name: value for name, value in keywords.items() if _has_array(value)}
     statics = tuple(sorted((name, value) for name, value in keywords.items() if name not in arrays))
     function: Function | None = None
+    identity = None
     if module is not None:
-        function = LinenFunction(module, statics)
+        identity = _content((module, statics))
+        function = LinenFunction(module, statics, identity)
     elif isinstance(apply_fn, NNXApply):
-        function, state = NNXFunction(apply_fn.structure, statics), apply_fn.state
+        identity = _content((apply_fn.structure, statics))
+        function, state = NNXFunction(apply_fn.structure, statics, identity), apply_fn.state
     inputs = (state, batch, arrays)
     origins = tuple(
         origin
@@ -149,8 +164,7 @@ def bind(
         for _ in jax.tree.leaves(part)
     )
     call = functools.partial(_call, apply_fn, leaves.is_variables(params), statics)
-    known = function if function is not None and _hashable(function) else None
-    return Bound(call, known, core, inputs, origins, batch_size)
+    return Bound(call, function, identity is not None, core, inputs, origins, batch_size)
 
 
 def _check_apply(apply_fn: Any) -> None:
@@ -181,9 +195,9 @@ def _has_array(value: Any) -> bool:
     return any(isinstance(leaf, kinds) for leaf in jax.tree.leaves(value))
 
 
-def _hashable(value: Any) -> bool:
+def _content(value: Any) -> Hashable:
+    """None of what cannot be hashed."""
     try:
-        _ = hash(value)
+        return content(value)
     except TypeError:
-        return False
-    return True
+        return None

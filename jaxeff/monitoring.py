@@ -1,7 +1,7 @@
 """Analysis every so many training steps, inside the compiled step: `jaxeff.monitor`.
 
 The state is a pytree that lives in the train state. Between two analyses a step costs a comparison.
-Imports `analysis`, `importance`, `report`.
+Imports `analysis`, `importance`, `leaves`, `report`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import numpy as np
 
 from jaxeff.analysis import analyze
 from jaxeff.importance import Criterion, named
+from jaxeff.leaves import own_arrays
 from jaxeff.report import Report
+from jaxeff.saving import saved_by_flax
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +44,7 @@ class Vitals:
         return Vitals(effective, jnp.stack([jnp.asarray(count, jnp.float32) for count in dead], axis=-1))
 
 
+@saved_by_flax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MonitorState:
@@ -109,7 +112,7 @@ class Monitor:
     collapse: float
 
     def init(self, params: Any, apply_fn: Any, batch: Any, **analysis: Any) -> MonitorState:
-        """The state before the first step, with a report of it.
+        """The state before the first step, with a report of it; a step may donate it.
 
         Args:
             params: as for `jaxeff.analyze`.
@@ -119,7 +122,7 @@ class Monitor:
         """
         report = self._analyze(params, apply_fn, batch, analysis)
         start, vitals = jnp.zeros((), jnp.int32), Vitals.of(report)
-        return MonitorState(start, start, report, vitals, vitals)
+        return own_arrays(MonitorState(start, start, report, vitals, vitals))
 
     def update(
         self, state: MonitorState, params: Any, apply_fn: Any, batch: Any, **analysis: Any

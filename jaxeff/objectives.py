@@ -1,7 +1,8 @@
 """A loss over a model: what is static of it, the arrays that it reads, and the same for one example.
 
 In: a `Model`, `loss_fn` and `targets`, each checked and named when it does not fit. Out: an
-`Objective`, equal to another that computes the same, and its `Arrays`. Imports `functions`, `models`.
+`Objective`, equal to another that computes the same, and its `Arrays`. Imports `functions`, `meshes`,
+`models`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.functions import MISFITS, Function, TracedFunction, first_line, traced
+from jaxeff.meshes import gathered
 from jaxeff.models import Model
 
 
@@ -98,7 +100,7 @@ def first_example(batch: Any, batch_size: int | None) -> Any:
     """A batch of one. Arrays without one row an example, such as a mask, stay whole."""
 
     def first(leaf: Any) -> Any:
-        return leaf[:1] if np.ndim(leaf) and np.shape(leaf)[0] == batch_size else leaf
+        return gathered(leaf)[:1] if np.ndim(leaf) and np.shape(leaf)[0] == batch_size else leaf
 
     return jax.tree.map(first, batch)
 

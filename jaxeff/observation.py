@@ -2,7 +2,7 @@
 
 In: a `Model`'s function, its arrays and what is known of them. Out: the sites' and modules'
 statistics and a place for every leaf of `params`. The activations themselves are never kept.
-Imports `functions`, `graph`, `statistics`, `units`.
+Imports `functions`, `graph`, `meshes`, `statistics`, `units`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from jaxeff.functions import Function
 from jaxeff.graph import axes
 from jaxeff.graph.nonlinearities import BOUNDS
 from jaxeff.graph.program import Value
+from jaxeff.meshes import by_compiler
 from jaxeff.numerics.precision import widened
 from jaxeff.statistics import (
     AttentionStatistics,
+    HeadlessAttention,
     HeadSlices,
     ModuleStatistics,
     Place,
@@ -56,7 +58,7 @@ def observe(
     roles = [_watch_site(watch, site, found.leaves[site.leaf].shape) for site in found.sites]
     outputs = [(path, watch.add(value, _last_axis(value))) for path, value in modules]
     shapes = [leaf.shape for leaf in found.leaves]
-    attentions = graph.attentions(found.program, found.sites, shapes, found.provenance)
+    attentions, headless = graph.attentions(found.program, found.sites, shapes, found.provenance)
     heads = [watch.add(a.probabilities, _HeadEntropy(a.over, a.head_dims)) for a in attentions]
     _, observed = graph.evaluate(found.program, jax.tree.leaves((params, inputs)), watch.hooks())
 
@@ -76,6 +78,7 @@ def observe(
         ),
         {},
         _places(found),
+        tuple(_headless(one, found.leaves) for one in headless),
     )
 
 
@@ -94,10 +97,11 @@ def trace(
         graph.Leaf(path, tuple(jnp.shape(leaf)), jnp.result_type(leaf))
         for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
     ]
-    values = program.outputs[len(jax.tree.leaves(outputs)) :]
+    returned = len(jax.tree.leaves(outputs))
+    values = program.outputs[returned:]
     given = list(zip(program.inputs[len(leaves) :], origins, strict=True))
     constants, batch = ([v for v, origin in given if origin == kind] for kind in ("constant", "batch"))
-    found = graph.build(program, leaves, constants, batch)
+    found = graph.build(program, leaves, constants, batch, returned)
     # What holds no data is no activation: OptimizedLSTMCell's submodules return their kernels.
     modules = [
         (path, value)
@@ -192,7 +196,9 @@ def _last_axis(value: Value) -> _Reduction:
 
 def _count_rows(axis: int, shape: tuple[int, ...], indices: jax.Array) -> UnitStatistics:
     """An embedding's input, seen as one-hot rows: how often each row was looked up."""
-    rows = jnp.zeros(shape[axis], jnp.int32).at[indices.ravel()].add(1).astype(jnp.float32)
+    rows = by_compiler(
+        lambda indices: jnp.zeros(shape[axis], jnp.int32).at[indices.ravel()].add(1), indices
+    ).astype(jnp.float32)
     rows = rows.reshape([size if i == axis else 1 for i, size in enumerate(shape)])
     count = jnp.asarray(indices.size, jnp.float32)
     return UnitStatistics(rows, rows, (rows > 0).astype(jnp.float32), count - rows, count)
@@ -228,6 +234,9 @@ class _HeadEntropy:
     head_dims: tuple[int, ...]
 
     def __call__(self, array: jax.Array) -> jax.Array:
+        return by_compiler(self._summed, array)
+
+    def _summed(self, array: jax.Array) -> jax.Array:
         entropies = jnp.sum(jax.scipy.special.entr(widened(array)), self.over, keepdims=True)
         others = tuple(i for i in range(array.ndim) if i not in self.head_dims)
         sums = jnp.ravel(jnp.sum(entropies, others))
@@ -246,6 +255,11 @@ def _attention_statistics(
     summed = jnp.sum(sums, in_time)
     path, heads = _common([part.path for part in slices]), attention.heads
     return AttentionStatistics(path, heads, attention.units, slices, summed[..., :-1], summed[..., -1:])
+
+
+def _headless(attention: graph.Headless, leaves: Sequence[graph.Leaf]) -> HeadlessAttention:
+    path = _common([leaves[leaf].path for leaf in sorted(attention.leaves)])
+    return HeadlessAttention(path, attention.reason)
 
 
 def _common(paths: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxeff.meshes import gathered
 from jaxeff.numerics import placement
 from jaxeff.numerics.precision import wide
 from jaxeff.numerics.summation import namespace
@@ -67,7 +68,7 @@ def _measure_rows(leaves: Sequence[Any]) -> OtherNumbers:
     xp = namespace(leaves[0])
     sizes = np.asarray([leaf.size for leaf in leaves], np.int32)
     longest = int(sizes.max())
-    flat = [replicated_or_host(leaf).astype(wide(leaf.dtype)).reshape(-1) for leaf in leaves]
+    flat = [_whole(leaf).astype(wide(leaf.dtype)).reshape(-1) for leaf in leaves]
     rows = xp.stack([xp.pad(row, (0, longest - row.size)) for row in flat])
     magnitude = xp.abs(rows)
     count = sizes.astype(rows.dtype)
@@ -83,5 +84,5 @@ def _measure_rows(leaves: Sequence[Any]) -> OtherNumbers:
 _measure_on_device = jax.jit(_measure_rows)
 
 
-def replicated_or_host(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, np.ndarray) else placement.replicated(leaf)
+def _whole(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, np.ndarray) else gathered(leaf)

@@ -1,6 +1,6 @@
 """A loss as a function of the weights alone, and sums over its terms.
 
-Imports `objectives`, `statistics`.
+Imports `meshes`, `objectives`, `statistics`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxeff.meshes import gathered, zeros_of
 from jaxeff.numerics.precision import widened
 from jaxeff.objectives import Arrays, Objective, batch_leaves, with_batch
 from jaxeff.statistics import Moments
@@ -92,7 +93,7 @@ def _example_of(whole: jax.Array, example: jax.Array, *, index: jax.Array) -> ja
     """One row of an array that has one an example; any other array, such as a mask, as it is."""
     if jnp.shape(whole) == jnp.shape(example):
         return whole
-    return jax.lax.dynamic_slice_in_dim(whole, index, 1)
+    return jax.lax.dynamic_slice_in_dim(gathered(whole), index, 1)
 
 
 def moments(terms: Iterable[jax.Array], wanted: Wanted, weight: int, count: int) -> list[Moments]:
@@ -117,5 +118,4 @@ def added(function: Callable[[jax.Array], Any], arguments: jax.Array) -> Any:
         return jax.tree.map(jnp.add, total, function(argument)), None
 
     shapes = jax.eval_shape(function, arguments[0])
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(step, zeros, arguments)[0]
+    return jax.lax.scan(step, zeros_of(shapes), arguments)[0]

@@ -1,8 +1,7 @@
 """The report: what was measured of every parameter, as a pytree.
 
 `Report` passes through jit, vmap over an ensemble and scan over training. Printing, JSON and
-recommendations read a report of one model whose numbers are concrete. Imports `records`, `table`,
-`serialization`, `recommendations`.
+recommendations read a report of one model whose numbers are concrete. Imports `records`, `table`, `serialization`, `recommendations`.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from jaxeff.records import (
     OtherStructure,
     none_of,
 )
+from jaxeff.statistics import HeadlessAttention
 
 if TYPE_CHECKING:
     from jaxeff.prune.sensitivity import Sensitivity
@@ -60,6 +60,7 @@ class Report:
         modules: outputs that Flax captured.
         attentions: heads of every softmax attention.
         model: the model-level numbers.
+        headless: softmaxes that weigh data, and in which no heads were found, with the reason.
     """
 
     criterion: str = dataclasses.field(metadata=_STATIC)
@@ -72,6 +73,7 @@ class Report:
     modules: tuple[ModuleReport, ...]
     attentions: tuple[AttentionReport, ...]
     model: ModelReport
+    headless: tuple[HeadlessAttention, ...] = dataclasses.field(default=(), metadata=_STATIC)
 
     @functools.cached_property
     def rows(self) -> tuple[LayerReport, ...]:
@@ -94,6 +96,7 @@ class Report:
         modules: Sequence[ModuleReport],
         attentions: Sequence[AttentionReport],
         model: ModelReport,
+        headless: Sequence[HeadlessAttention] = (),
     ) -> Report:
         """A report from its parts, as `rows` and `others` give them."""
         return Report(
@@ -107,6 +110,7 @@ class Report:
             tuple(modules),
             tuple(attentions),
             model,
+            tuple(headless),
         )
 
     def _row(self, index: int) -> LayerReport:

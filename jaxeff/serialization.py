@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.records import AttentionReport, LayerReport, ModelReport, ModuleReport, Null, OtherReport
+from jaxeff.statistics import HeadlessAttention
 
 if TYPE_CHECKING:
     from jaxeff.report import Report
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 # A reader opens any minor version: it leaves out fields it does not know, and takes those that are missing
 # for unknown. Whatever it would read wrongly needs a new major version.
 SCHEMA = 3
-MINOR = 0
+MINOR = 1
 
 
 def to_dict(report: Report) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def to_dict(report: Report) -> dict[str, Any]:
         "others": encoded(concrete.others),
         "modules": encoded(concrete.modules),
         "attentions": encoded(concrete.attentions),
+        "headless": encoded(concrete.headless),
         "recommendations": encoded(concrete.recommendations()),
     }
 
@@ -106,6 +108,8 @@ def from_json(text: str) -> dict[str, Any]:
             "modules": _decoded(tuple[ModuleReport, ...], data["modules"]),
             "attentions": _decoded(tuple[AttentionReport, ...], data["attentions"]),
             "model": _decoded(ModelReport, data["model"]),
+            # Reports of schema 3.0 have none.
+            "headless": _decoded(tuple[HeadlessAttention, ...], data.get("headless", ())),
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a jaxeff report: {type(error).__name__} at {error}") from error

@@ -254,6 +254,19 @@ class AttentionStatistics:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadlessAttention:
+    """A softmax that weighs data, and in which no heads were found.
+
+    Attributes:
+        path: what the paths of the weights before it have in common; empty where there are none.
+        reason: why there are none.
+    """
+
+    path: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Place:
     """What one leaf of `params` is.
 
@@ -299,6 +312,7 @@ class Statistics:
         attentions: softmax attentions, in execution order.
         derivatives: of the loss by each weight, by path; empty where none were asked for.
         places: every leaf of `params` once, in the order of first use.
+        headless: softmax attentions without heads, and why.
         conservation: of relevance, by quantity ('relevance', 'relevance_alpha_beta').
         stability: of the scores, where `jaxeff.calibrate` collected them.
     """
@@ -308,6 +322,7 @@ class Statistics:
     attentions: tuple[AttentionStatistics, ...]
     derivatives: Mapping[str, Derivatives]
     places: tuple[Place, ...] = dataclasses.field(metadata=_STATIC)
+    headless: tuple[HeadlessAttention, ...] = dataclasses.field(default=(), metadata=_STATIC)
     conservation: Mapping[str, Conservation] = dataclasses.field(default_factory=dict)
     stability: Stability | None = None
 
@@ -329,6 +344,7 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
         tuple(a + b for a, b in zip(first.attentions, second.attentions, strict=True)),
         {path: first.derivatives[path] + second.derivatives[path] for path in first.derivatives},
         first.places,
+        first.headless,
         {name: first.conservation[name] + second.conservation[name] for name in first.conservation},
     )
 

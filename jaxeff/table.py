@@ -182,7 +182,15 @@ def shares(report: Report) -> str:
 
 
 def _attentions(report: Report, width: int) -> list[str]:
-    return section(width, "Attention:", [attention(found) for found in report.attentions])
+    return section(width, "Attention:", attentions(report))
+
+
+def attentions(report: Report) -> list[str]:
+    """A line for every softmax that weighs data: its heads, or why none were found."""
+    return [
+        *(attention(found) for found in report.attentions),
+        *(f"{each.path or 'model'}: no heads found: {each.reason}" for each in report.headless),
+    ]
 
 
 def attention(found: AttentionReport) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxeff.metrics import Metrics
@@ -33,7 +34,7 @@ def model(structure: Sequence[LayerStructure], numbers: LayerNumbers, total_para
     effective = xp.sum(xp.where(included, found.effective_params, 0))
     pooled = _pooled_effective_params(found, sizes, included)
     layers = xp.sum(included)
-    return ModelReport(
+    found_model = ModelReport(
         total_params=total_params,
         weights=sum(layer.size for layer in structure),
         effective_params=effective,
@@ -45,6 +46,12 @@ def model(structure: Sequence[LayerStructure], numbers: LayerNumbers, total_para
         **weighted,
         excluded=xp.sum(~included, dtype=np.int32),
     )
+    return jax.tree.map(lambda number: _narrowed(number, found.mean.dtype), found_model)
+
+
+def _narrowed(number: Any, dtype: Any) -> Any:
+    """A float in the precision of the layers' numbers; a count as it is."""
+    return number if number.dtype == np.int32 else namespace(number).asarray(number, dtype=dtype)
 
 
 def _pooled_effective_params(found: Metrics, sizes: Any, included: Any) -> Any:

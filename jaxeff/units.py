@@ -1,7 +1,7 @@
 """From an array inside a program to one number a unit, laid out like the weight.
 
 What is reduced has the weight's rank, with size 1 for each axis that it does not keep, so that it
-broadcasts against the weight. Imports `graph`.
+broadcasts against the weight. Imports `graph`, `meshes`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxeff import graph
 from jaxeff.graph import axes
 from jaxeff.graph.axes import Dims
+from jaxeff.meshes import by_compiler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,9 @@ class OverAxes:
 
     def reduce(self, array: jax.Array, reduction: Callable[..., Any] = jnp.sum) -> Any:
         """`reduction(array, axis=tuple)` may return a tree of arrays."""
-        return axes.reduce_to_axes(self.dims, self.kept, self.shape, array, reduction)
+        return by_compiler(
+            lambda array: axes.reduce_to_axes(self.dims, self.kept, self.shape, array, reduction), array
+        )
 
     @property
     def count(self) -> int:

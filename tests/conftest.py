@@ -1,11 +1,24 @@
 """What every test runs under, and the fixtures shared between them."""
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-import jax
-import pytest
+# Most of the suite's time is compiling. Workers, the processes that tests start and later runs share what was
+# compiled, in a directory that no other user can write to, since what is found there is run.
+_CACHE = Path(tempfile.gettempdir()) / f"jaxeff-tests-{os.getuid()}"
+_CACHE.mkdir(mode=0o700, exist_ok=True)
+if _CACHE.stat().st_uid != os.getuid() or _CACHE.stat().st_mode & 0o077:
+    raise RuntimeError(f"{_CACHE} belongs to, or is open to, others: remove it")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax  # noqa: E402  the settings above are read when it is imported
+import pytest  # noqa: E402
 
 # Flax's layers and Optax's optimizers run under this. A test whose model does not (a bare
 # `x + positions`) relaxes it for itself, with `jax.numpy_rank_promotion("allow")`.
@@ -51,14 +64,19 @@ def compilations() -> Callable[[], AbstractContextManager[Compilations]]:
     return _compilations
 
 
+_MAPPINGS = 40_000
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forgotten_programs() -> Iterator[None]:
-    """Compiled programs of one file are unloaded before the next.
+    """Compiled programs are unloaded where there are many.
 
     Each takes several memory mappings, and Linux aborts a process that asks for more than 65,530.
     """
     yield
-    jax.clear_caches()
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and len(mappings.read_bytes().splitlines()) > _MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -2,10 +2,11 @@
 
     python distributed.py PORT PROCESSES PROCESS
 
-The last line printed is JSON: the bytes of a sketch's metrics and bounds, and the metrics of a report.
+The last line printed is JSON: digests of a sketch, and the metrics of a report.
 """
 
 import dataclasses
+import hashlib
 import json
 import sys
 
@@ -15,14 +16,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxeff
+from jaxeff.metrics import sketch
 
 
 def main(port: int, processes: int, process: int) -> None:
-    if processes > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"localhost:{port}", processes, process)
-    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", processes, process)
     assert len(jax.devices()) == processes
+    print(f"\n{json.dumps(found_by(jax.devices()))}")
+
+
+def found_by(devices: list[jax.Device]) -> dict[str, list]:
+    mesh = Mesh(np.array(devices), ("devices",))
 
     def placed(x: np.ndarray, spec: P) -> jax.Array:
         x = x.astype(np.float32)
@@ -36,12 +41,11 @@ def main(port: int, processes: int, process: int) -> None:
     def analyzed(params, batch):
         return jaxeff.analyze(params, lambda p, x: jax.nn.relu(x @ p["w"]), batch).numbers.metrics
 
-    sketched = jaxeff.sketch.summarize(jaxeff.sketch.sketch(placed(np.abs(draw((4096, 16))), P("devices"))))
-    found = {
-        "sketch": [np.asarray(leaf).tobytes().hex() for leaf in jax.tree.leaves(sketched)],
+    whole = sketch.count(placed(np.abs(draw((4096, 16))), P("devices")))
+    return {
+        "sketch": [hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(whole)],
         "report": [np.asarray(field).tolist() for field in dataclasses.astuple(analyzed(params, batch))],
     }
-    print(f"\n{json.dumps(found)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Arrays of importances of every kind, each from a seed, and how far metrics of them are from exact ones."""
+"""Arrays of importances of every kind, each from a seed, and how good their metrics have to be."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import numpy as np
 import reference
 from numpy.random import Generator
 
-from jaxeff.sketch import Bounds
+from jaxeff.metrics import Bounds, Metrics
 
 FIELDS = [field.name for field in dataclasses.fields(Bounds)]
-RELATIVE = ("effective_params", "mean", "std", "max")
 COVERAGES = {"coverage_50": 0.5, "coverage_80": 0.8, "coverage_90": 0.9}
 THRESHOLDS = {"relative_sparsity_1e2": 1e-2, "relative_sparsity_1e3": 1e-3}
 _ORACLE = 1e-13  # rounding of the float64 truth
-_HALF_SUBNORMAL = 2.0**-150
+_SMALLEST_NORMAL = 2.0**-126  # results below it may be 0: XLA's CPU flushes them
 
 
 def _magnitude(generator: Generator, size: int) -> np.ndarray:
@@ -88,7 +87,10 @@ DRAWS: dict[str, Callable[[Generator, int], np.ndarray]] = {
     "on an edge": lambda g, n: np.full(n, np.float32(1 + 7 * 2.0**-9)),
     "about edges": _edges,
     "one ulp more": lambda g, n: _with_one(np.ones(n, np.float32), n // 2, np.nextafter(np.float32(1), 2)),
+    "one ulp less": lambda g, n: _with_one(np.ones(n, np.float32), n // 2, np.nextafter(np.float32(1), 0)),
+    "one zero": lambda g, n: _with_one(np.full(n, 0.1), n // 2, 0),
     "one-hot": lambda g, n: _with_one(np.zeros(n), int(g.integers(n)), _scale(g)),
+    "one holds half": lambda g, n: _with_one(np.full(n, 0.1), n // 2, 0.1 * n),
     "one holds much": lambda g, n: _with_one(_magnitude(g, n), 3, n * 10.0 ** g.uniform(-2, 20)),
     "half zero": lambda g, n: (g.random(n) < 0.5) * _magnitude(g, n),
     "few": lambda g, n: (g.random(n) < 1e-3) * _magnitude(g, n),
@@ -130,16 +132,58 @@ def exact(x: np.ndarray) -> dict[str, float]:
     return metrics
 
 
-def errors(found, want: dict[str, float]) -> dict[str, float]:
-    """By field of `Bounds`: relative or absolute as these are, less what the truth itself may be off by."""
+def errors(found: Metrics, want: dict[str, float]) -> dict[str, float]:
+    """By field of `Bounds`, in its unit, less what the truth itself may be off by."""
+    relative_to = {name: want[name] for name in ("effective_params", "mean", "max")} | {"std": want["mean"]}
     off = {}
     for name in FIELDS:
-        value, expected = float(getattr(found, name)), want[name]
+        value, expected, unit = float(getattr(found, name)), want[name], relative_to.get(name, 1.0)
         if np.isnan(value) or np.isnan(expected):
             off[name] = 0.0 if np.isnan(value) and np.isnan(expected) else np.inf
             continue
-        unit = abs(expected) or 1.0 if name in RELATIVE else 1.0
-        error = abs(value - expected) - _ORACLE * max(abs(expected), 1.0 if name not in RELATIVE else 0.0)
-        error -= _HALF_SUBNORMAL * (name in ("mean", "std"))
-        off[name] = max(0.0, error) / unit
+        error = abs(value - expected) - _ORACLE * (abs(expected) if name in relative_to else max(1, expected))
+        error -= _SMALLEST_NORMAL * (name in ("mean", "std", "max"))
+        off[name] = max(0.0, error) / (unit or 1.0)
     return off
+
+
+def assert_as_promised(found: Metrics, x: np.ndarray, label: object = "", counted: bool = False) -> None:
+    """As docs/metrics.md says: what float32 sums in levels reach.
+
+    Args:
+        counted: by bit pattern, so that bins of at most 1/512 of what they hold are known by their mean.
+    """
+    x, want = x.astype(np.float64).ravel(), exact(x.ravel())
+    allowed = dict.fromkeys(FIELDS, 2e-6) | dict.fromkeys(("mean", "max", "effective_params"), 5e-6)
+    allowed["entropy"] = 2e-6 * max(1, want["entropy"])
+    allowed["std"] = max(1e-6, 1e-5 * want["std"] / (want["mean"] or 1))
+    # Of the weights of one bin only the mean is known: their pairs differ by 1/4 of its width in the mean.
+    crowd = _fullest_bin(x) * 5e-4 + 1 / x.size if counted else 0.0
+    allowed["gini"] += crowd
+    off = errors(found, want)
+    if x.max() > 0:
+        fallen = np.sort(x)[::-1]
+        held = np.cumsum(fallen.astype(np.longdouble)) / fallen.sum(dtype=np.longdouble)
+        for name, share in COVERAGES.items():
+            fewest, most = (int(np.sum(held < share + by)) + 1 for by in (-2e-6, 2e-6))
+            off[name] = _outside(float(getattr(found, name)), fewest / x.size, min(most, x.size) / x.size)
+            allowed[name] = 2e-7 + crowd
+        for name, threshold in THRESHOLDS.items():
+            near = 2.0**-8 if counted else 2e-6
+            low, high = (float(np.mean(x < threshold * x.mean() * (1 + by))) for by in (-near, near))
+            off[name] = _outside(float(getattr(found, name)), low, high)
+            allowed[name] = 2e-7
+    for name in FIELDS:
+        assert off[name] <= allowed[name], f"{label}: {name} off by {off[name]}, {allowed[name]} allowed"
+    for name in ("zeros", "nonfinite", "size"):
+        assert int(getattr(found, name)) == want[name], f"{label}: {name}"
+
+
+def _fullest_bin(x: np.ndarray) -> float:
+    """The share of the weights that the fullest bin has."""
+    bins = x[x > 0].astype(np.float32).view(np.uint32) >> 14
+    return np.unique(bins, return_counts=True)[1].max() / x.size if bins.size else 0.0
+
+
+def _outside(value: float, low: float, high: float) -> float:
+    return max(low - value, value - high, 0.0)

@@ -10,7 +10,7 @@ import pytest
 from networks import NETWORKS, drawn, normal
 
 import jaxeff
-from jaxeff import importance
+from jaxeff import cost, importance
 
 LENGTH, WIDTH, HEADS, GROUPS, SIZE = 5, 24, 6, 2, 4
 BATCH = 3
@@ -24,6 +24,14 @@ def _rotate(x):
     cos, sin = (np.tile(f(angle), 2)[None, :, None].astype(np.float32) for f in (np.cos, np.sin))
     first, second = jnp.split(x, 2, -1)
     return x * cos + jnp.concatenate([-second, first], -1) * sin
+
+
+def _rotate_pairs(x):
+    """Rotary positions on neighbours, as LLaMA has them: taken apart and put together again."""
+    even, odd = jnp.unstack(x.reshape(*x.shape[:-1], -1, 2), axis=-1)
+    angle = np.arange(x.shape[1])[:, None] * np.arange(1, x.shape[-1] // 2 + 1) / 10.0
+    cos, sin = (f(angle)[None, :, None].astype(np.float32) for f in (np.cos, np.sin))
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape)
 
 
 def _attend(query, key, value, seen=None):
@@ -41,6 +49,11 @@ def _split(x, heads=HEADS):
 def _plain(p, x, seen=None):
     query, key, value = (_split(x @ p[name]) for name in ("query", "key", "value"))
     return _attend(_rotate(query), _rotate(key), value, seen) @ p["out"]
+
+
+def _rotary(p, x, seen=None):
+    query, key, value = (_split(x @ p[name]) for name in ("query", "key", "value"))
+    return _attend(_rotate_pairs(query), _rotate_pairs(key), value, seen) @ p["out"]
 
 
 def _fused(p, x, seen=None):
@@ -103,6 +116,12 @@ OF_GROUPS = {"query": (1, GROUP), "key": (1, KEY), "value": (1, KEY), "out": (0,
 # name -> the network, the shapes of its weights, its units, and each weight's axis and indices by unit.
 ATTENTIONS = {
     "plain": (_plain, FULL, HEADS, {**dict.fromkeys(("query", "key", "value"), (1, HEAD)), "out": (0, HEAD)}),
+    "rotary pairs": (
+        _rotary,
+        FULL,
+        HEADS,
+        {**dict.fromkeys(("query", "key", "value"), (1, HEAD)), "out": (0, HEAD)},
+    ),
     "fused": (
         _fused,
         FUSED,
@@ -164,6 +183,58 @@ def test_importance_of_a_unit_is_the_sum_over_its_slices(network, shapes, units,
         np.testing.assert_allclose(largest[unit], max(part.max() for part in parts), rtol=1e-6)
 
 
+def test_rotary_positions_put_together_by_a_stack_cost_their_arithmetic():
+    found = cost.count(_drawn(FULL), _rotary, normal(BATCH, LENGTH, WIDTH))
+    assert found.complete
+    assert found.macs == BATCH * (4 * LENGTH * WIDTH**2 + 2 * LENGTH**2 * WIDTH)
+
+
+def _transformed(p, x):
+    """Queries and keys pass an operation without a rule."""
+    query, key, value = (_split(x @ p[name]) for name in ("query", "key", "value"))
+    return _attend(jnp.fft.fft(query).real, jnp.fft.fft(key).real, value) @ p["out"]
+
+
+def _pooled(p, x):
+    """One softmax over positions, which weighs the rows of what a weight makes."""
+    weights = nn.softmax(jnp.tanh(x @ p["key"]) @ p["query"][0])
+    return jnp.einsum("bt,btd->bd", weights, x @ p["value"]) @ p["out"]
+
+
+def _over_inputs(p, x):
+    return jnp.einsum("bqk,bkd->bqd", nn.softmax((x @ p["query"]) @ (x @ p["key"]).mT), x) @ p["out"]
+
+
+def _of_inputs_alone(p, x):
+    return jnp.einsum("bqk,bkd->bqd", nn.softmax(x @ x.mT), x @ p["value"]) @ p["out"]
+
+
+HEADLESS = {
+    "unknown operation": (
+        _transformed,
+        "units are not followed through fft, on the way to its logits",
+    ),
+    "one head": (_pooled, "one head: no dimension of its probabilities is made of a weight's units"),
+    "inputs are weighed": (_over_inputs, "its values come from no weight that could be followed"),
+    "inputs weigh": (_of_inputs_alone, "its logits come from no weight that could be followed"),
+}
+
+
+@pytest.mark.parametrize(("network", "expected"), HEADLESS.values(), ids=HEADLESS)
+def test_a_softmax_that_weighs_data_without_heads_says_why(network, expected):
+    report = jaxeff.analyze(_drawn(FULL), network, normal(BATCH, LENGTH, WIDTH))
+    assert report.attentions == ()
+    ((path, reason),) = [(found.path, found.reason) for found in report.headless]
+    assert reason == expected
+    assert f"{path or 'model'}: no heads found: {reason}" in " ".join(str(report).split())
+    assert jaxeff.Report.from_json(report.to_json()).headless == report.headless
+
+
+@CASES
+def test_attentions_with_heads_are_not_listed_without(network, shapes, units, slices):
+    assert jaxeff.collect(_drawn(shapes), network, normal(BATCH, LENGTH, WIDTH)).headless == ()
+
+
 def test_flax_attention_with_dropout():
     module = nn.MultiHeadDotProductAttention(num_heads=4, dropout_rate=0.5, deterministic=False)
     x = normal(2, 7, 8)
@@ -202,8 +273,11 @@ def test_layers_that_a_scan_stacks_have_heads_of_their_own():
 
 def test_a_softmax_over_classes_is_no_attention():
     network = lambda p, x: nn.softmax(x @ p["w"])  # noqa: E731
-    assert jaxeff.collect({"w": normal(4, 3)}, network, normal(5, 4)).attentions == ()
-    assert jaxeff.collect(*NETWORKS["cnn"]().arguments).attentions == ()
+    for statistics in (
+        jaxeff.collect({"w": normal(4, 3)}, network, normal(5, 4)),
+        jaxeff.collect(*NETWORKS["cnn"]().arguments),
+    ):
+        assert statistics.attentions == statistics.headless == ()
 
 
 # Levels

@@ -143,6 +143,31 @@ def saved_msgpack(path: Path) -> Path:
     return file
 
 
+def save_msgpack_shards(directory: Path, shards: dict[str, Any]) -> Path:
+    """As `FlaxPreTrainedModel.save_pretrained` writes them: names in the index are keys, joined by '/'."""
+    directory.mkdir()
+    weight_map = {}
+    for shard, tree in shards.items():
+        _ = (directory / shard).write_bytes(flax.serialization.to_bytes(tree))
+        weight_map |= dict.fromkeys(flax.traverse_util.flatten_dict(tree, sep="/"), shard)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    _ = (directory / "flax_model.msgpack.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def saved_msgpack_shards(path: Path) -> Path:
+    arrays = {f"params/{name}": array for name, array in flax_arrays().items()}
+    names = sorted(arrays)
+    # Neighbours are in different shards.
+    parts = [{name: arrays[name] for name in names[first::2]} for first in range(2)]
+    files = [f"flax_model-0000{number}-of-00002.msgpack" for number in (1, 2)]
+    return save_msgpack_shards(path / "shards", dict(zip(files, map(tree_of, parts), strict=True)))
+
+
+def saved_index(path: Path) -> Path:
+    return saved_msgpack_shards(path) / "flax_model.msgpack.index.json"
+
+
 def saved_orbax(path: Path) -> Path:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "orbax", tree_of(flax_arrays()))
@@ -181,6 +206,7 @@ def saved_item(path: Path) -> Path:
     "saved",
     [
         *(saved_safetensors, saved_shards, saved_directory, saved_msgpack),
+        *(saved_msgpack_shards, saved_index),
         *(saved_orbax, saved_zarr3, saved_files, saved_step, saved_item),
     ],
 )
@@ -390,6 +416,17 @@ def test_a_boxed_parameter_has_no_key_of_its_own(tmp_path: Path) -> None:
     assert list(analyze_checkpoint(file).layers) == ["w/kernel"]
 
 
+def test_an_array_called_value_keeps_its_name_where_it_has_siblings(tmp_path: Path) -> None:
+    file = tmp_path / "attention.msgpack"
+    attention = {name: normal(3, 4) for name in ("query", "key", "value")}
+    tree = {"attn": attention, "gate": {"value": normal(3, 4), "inner": {"kernel": normal(3, 4)}}}
+    _ = file.write_bytes(flax.serialization.to_bytes({**tree, "value": normal(3, 4)}))
+    assert sorted(analyze_checkpoint(file).layers) == [
+        *("attn/key", "attn/query", "attn/value"),
+        *("gate/inner/kernel", "gate/value", "value"),
+    ]
+
+
 # Memory and what is read.
 
 
@@ -539,6 +576,50 @@ def test_an_index_that_is_not_right(
         tmp_path / "shards", {"1.safetensors": GOOD, "2.safetensors": {"c": normal(2), **GOOD}}
     )
     assert said in refused(["analyze", str(index_of(path, weight_map))], capsys)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "said"),
+    [
+        ({"a": "1.msgpack", "b/c": "2.msgpack"}, "'a' is in two shards"),
+        ({"a": "1.msgpack", "b": "1.msgpack"}, "'b' should be in '1.msgpack', and is not there"),
+        ({"a": "missing.msgpack"}, "which is missing"),
+        ({"a": "../1.msgpack"}, "which is not beside it"),
+        ({"a": "cut.msgpack"}, "cut off"),
+        ({"a": ["1.msgpack"]}, "no weight_map"),
+    ],
+)
+def test_an_index_of_msgpacks_that_is_not_right(
+    weight_map: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tree = {"a": normal(3, 4), "b": {"c": normal(2)}}
+    path = save_msgpack_shards(tmp_path / "shards", {"1.msgpack": tree, "2.msgpack": tree})
+    _ = (path / "cut.msgpack").write_bytes((path / "1.msgpack").read_bytes()[:-1])
+    index = path / "flax_model.msgpack.index.json"
+    _ = index.write_text(json.dumps({"weight_map": weight_map}))
+    assert said in refused(["analyze", str(path)], capsys)
+
+
+def test_a_chunked_and_a_boxed_array_may_lie_in_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 1000)
+    large = normal(30, 40)
+    attention = {name: {"value": normal(3, 4)} for name in ("query", "value")}
+    shards = {"1.msgpack": {"large": large}, "2.msgpack": {"attn": attention}}
+    path = save_msgpack_shards(tmp_path / "shards", shards)
+    assert len((path / "1.msgpack").read_bytes()) > large.nbytes
+    report = analyze_checkpoint(path)
+    assert list(report.layers) == ["attn/query", "attn/value", "large"]
+    units = np.abs(large).sum(axis=0, dtype=np.float64)
+    np.testing.assert_allclose(report["large"].units, units, rtol=1e-6)
+
+
+def test_a_whole_file_of_one_format_goes_before_shards_of_the_next(tmp_path: Path) -> None:
+    path = save_msgpack_shards(tmp_path / "both", {"1.msgpack": {"flax": normal(3, 4)}})
+    assert list(open_checkpoint(path).arrays) == ["flax"]
+    _ = save(path / "model.safetensors", {"torch.weight": normal(4, 3)})
+    assert list(open_checkpoint(path).arrays) == ["torch.weight"]
 
 
 def test_two_indices(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

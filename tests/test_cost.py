@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -81,8 +82,14 @@ LAYERS = {
     "conv, depthwise": (nn.Conv(6, (3, 3), feature_group_count=6), shape(B, 9, 7, 6), B * 9 * 7 * 9 * 6),
     "conv, 1-d": (nn.Conv(4, (5,)), shape(B, 9, 6), B * 9 * 5 * 6 * 4),
     "conv, 3-d": (nn.Conv(4, (3, 3, 3)), shape(B, 5, 4, 3, 2), B * 60 * 27 * 2 * 4),
-    # Every input meets every tap once; the zeros between the inputs are no work.
+    # Every input meets every tap once; the zeros between and around the inputs are no work.
     "conv, transposed": (nn.ConvTranspose(4, (2, 2), (2, 2)), shape(B, 5, 4, 6), B * 20 * 4 * 6 * 4),
+    "conv, transposed to a first map": (
+        nn.ConvTranspose(64, (4, 4), padding="VALID"), shape(B, 1, 1, 100), B * 16 * 100 * 64
+    ),
+    "conv, transposed and overlapping": (
+        nn.ConvTranspose(4, (4, 3), (2, 1), padding="VALID"), shape(B, 5, 4, 6), B * 20 * 12 * 6 * 4
+    ),
     # Four projections, and each query with each key and each value.
     "attention": (nn.MultiHeadDotProductAttention(2), shape(B, T, D), B * (4 * T * D * D + 2 * T * T * D)),
     "lstm": (nn.RNN(nn.LSTMCell(7)), shape(B, T, D), B * T * 4 * 7 * (D + 7)),
@@ -169,35 +176,33 @@ def test_every_primitive_is_in_one_table():
 
 
 def _taps(size, window, stride, low, high, input_dilation, window_dilation):
-    """Outputs and taps of one dimension that meet an element, and those that meet an element of the input."""
+    """Outputs of one dimension, and the pairs of an output and a tap that meet an element of the input."""
     dilated = (size - 1) * input_dilation + 1
     outputs = (low + dilated + high - (window - 1) * window_dilation - 1) // stride + 1
-    every = real = 0
-    for y, t in itertools.product(range(outputs), range(window)):
-        position = y * stride - low + t * window_dilation
-        every += position % input_dilation == 0
-        real += position % input_dilation == 0 and 0 <= position < dilated
-    return outputs, every, real
+    positions = (
+        y * stride - low + t * window_dilation for y, t in itertools.product(range(outputs), range(window))
+    )
+    return outputs, sum(p % input_dilation == 0 and 0 <= p < dilated for p in positions)
 
 
 dimension = st.tuples(
-    st.integers(3, 6), st.integers(1, 3), st.integers(1, 3), st.integers(0, 3), st.integers(0, 3),
-    st.integers(1, 3), st.integers(1, 2),
+    st.integers(3, 6), st.integers(1, 3), st.integers(1, 3), st.integers(-1, 3), st.integers(-1, 3),
+    st.sampled_from([1, 1, 1, 2, 3]), st.integers(1, 2),
 )  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     dimension, dimension, st.sampled_from([("feature", 1), ("feature", 2), ("batch", 2)]), st.integers(1, 2)
 )
 def test_taps_of_any_convolution_are_those_of_brute_force_and_of_xla(first, second, grouped, features):
     axes = list(zip(first, second, strict=True))
     sizes, windows, strides, lows, highs, input_dilation, window_dilation = axes
-    (outputs_0, every_0, real_0), (outputs_1, every_1, real_1) = _taps(*first), _taps(*second)
-    if outputs_0 < 1 or outputs_1 < 1:
+    outputs, real = zip(_taps(*first), _taps(*second), strict=True)
+    if min(outputs) < 1:
         return
     kind, groups = grouped
-    inputs, outputs = 2 * groups, features * groups
+    channels, made = 2 * groups, features * groups
     batch = 2 * groups
 
     def convolve(x, kernel):
@@ -207,14 +212,75 @@ def test_taps_of_any_convolution_are_those_of_brute_force_and_of_xla(first, seco
             batch_group_count=groups if kind == "batch" else 1,
         )  # fmt: skip
 
-    each = inputs // groups if kind == "feature" else inputs
-    x, kernel = jnp.ones((batch, inputs, *sizes)), jnp.ones((outputs, each, *windows))
+    each = channels // groups if kind == "feature" else channels
+    x, kernel = jnp.ones((batch, channels, *sizes)), jnp.ones((made, each, *windows))
     found = cost.count_function(convolve, x, kernel).total
-    made = (batch // groups if kind == "batch" else batch) * outputs * each
-    assert found.macs == made * every_0 * every_1
-    assert found.padding_macs == made * (every_0 * every_1 - real_0 * real_1)
+    pairs = (batch // groups if kind == "batch" else batch) * made * each
+    # A transposed convolution has gaps in its input, or makes more than it is given.
+    transposed = max(input_dilation) > 1 or any(y > n for y, n in zip(outputs, sizes, strict=True))
+    assert found.macs - found.padding_macs == pairs * math.prod(real)
+    assert found.macs == pairs * math.prod(real if transposed else (*outputs, *windows))
     flops = jax.jit(convolve).lower(x, kernel).cost_analysis().get("flops", 0)
     assert 2 * (found.macs - found.padding_macs) == flops
+
+
+def _gradients(convolve, x, kernel):
+    """The counts of a convolution, of its gradient by its input, and of its gradient by its kernel."""
+    y = jax.eval_shape(convolve, x, kernel)
+    # Each is linear in one of the two, so that its gradient does not need its value.
+    pulls = (lambda x, kernel, y, i=i: jax.vjp(convolve, x, kernel)[1](y)[i] for i in (0, 1))
+    counts = (cost.count_function(pull, x, kernel, y) for pull in pulls)
+    return [cost.count_function(convolve, x, kernel).macs, *(found.macs for found in counts)]
+
+
+WITHOUT_PADDING = [
+    (size, window, stride, dilation, groups)
+    for size, window, stride, dilation, groups in itertools.product((7, 9), (2, 3), (1, 2), (1, 2), (1, 2))
+]
+
+
+@pytest.mark.parametrize(("size", "window", "stride", "dilation", "groups"), WITHOUT_PADDING)
+def test_the_gradients_of_a_convolution_without_padding_do_its_work_again(
+    size, window, stride, dilation, groups
+):
+    x, kernel = shape(B, size, size, 4), shape(window, window, 4 // groups, 6)
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), "VALID", None, (dilation, dilation), ("NHWC", "HWIO", "NHWC"), groups
+        )
+
+    made = (size - (window - 1) * dilation - 1) // stride + 1
+    macs = B * made**2 * window**2 * (4 // groups) * 6
+    assert _gradients(convolve, x, kernel) == [macs, macs, macs]
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "stride", "groups"), [*itertools.product((1, 3), (1, 2, 4), (1, 2, 3), (1, 2))]
+)
+def test_a_transposed_convolution_and_its_gradients_meet_each_input_with_each_tap(
+    size, window, stride, groups
+):
+    x, kernel = shape(B, size, size, 4), shape(window, window, 4 // groups, 6)
+
+    def transposed(x, kernel):
+        padding = window - 1, stride - 1 + max(window - stride, 0)
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), 2 * [padding], (stride, stride), None, ("NHWC", "HWIO", "NHWC"), groups
+        )
+
+    macs = B * size**2 * window**2 * (4 // groups) * 6
+    assert _gradients(transposed, x, kernel) == [macs, macs, macs]
+    assert cost.count_function(transposed, x, kernel).total.padding_macs == 0
+    assert _xla(transposed, x, kernel)["flops"] == 2 * macs
+
+
+def test_a_padded_convolution_counts_every_tap_forward_and_in_both_gradients():
+    x, kernel = shape(B, 5, 5, 4), shape(3, 3, 4, 6)
+    convolve = lambda x, kernel: jax.lax.conv_general_dilated(  # noqa: E731
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert _gradients(convolve, x, kernel) == 3 * [B * 25 * 9 * 4 * 6]
 
 
 # XLA's count: where it is right, and where it is not
@@ -519,7 +585,7 @@ def test_a_pallas_kernel_is_a_program_that_is_not_seen_into():
 
 
 def test_a_shard_map_costs_its_body_on_each_device():
-    mesh = AbstractMesh((4,), ("data",))
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
     def forward(w, x):
@@ -546,7 +612,7 @@ def test_explicit_shardings_say_what_each_device_does():
 
 
 def test_under_automatic_sharding_the_work_of_one_device_is_unknown():
-    mesh = AbstractMesh((4,), ("data",))
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
     x = jax.ShapeDtypeStruct((12, D), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     found = cost.count({"w": shape(D, 7)}, lambda params, x: x @ params["w"], x)
     assert (found.devices, found.per_device, found.macs) == (4, None, 12 * D * 7)

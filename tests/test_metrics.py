@@ -1,4 +1,7 @@
-"""Metrics against float64 oracles, closed forms, and the laws a measure of concentration obeys."""
+"""Metrics against float64 oracles, closed forms, and the laws a measure of concentration obeys.
+
+How good they have to be is said in one place, `drawn.assert_as_promised`.
+"""
 
 import dataclasses
 import math
@@ -6,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from statistics import NormalDist
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,17 +18,17 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxeff import exact, metrics, sketch
-from jaxeff.metrics import summarize
+from jaxeff import metrics
+from jaxeff.metrics import _order, sketch, summarize
+from jaxeff.metrics._weighted import metrics_of, sums_of
+from jaxeff.numerics.summation import running_total
 
 FIELDS = [field.name for field in dataclasses.fields(metrics.Metrics)]
 COUNTS = ["zeros", "nonfinite", "size"]
-SCALE_FREE = [
-    *["entropy", "normalized_entropy", "effective_params", "utilization", "redundancy", "gini"],
-    *["coverage_50", "coverage_80", "coverage_90", "relative_sparsity_1e2", "relative_sparsity_1e3"],
-]
-SMOOTH = SCALE_FREE[:6]
+FLOATS = [name for name in FIELDS if name not in COUNTS]
+SMOOTH = ["entropy", "normalized_entropy", "effective_params", "utilization", "redundancy", "gini"]
 SLOPED = [*SMOOTH, "mean", "std", "max"]
+SCALE_FREE = [*SMOOTH, *drawn.COVERAGES, *drawn.THRESHOLDS]
 # Each field by its own function, as a user would ask for it alone.
 ALONE: dict[str, Callable] = {
     **{name: getattr(metrics, name) for name in SMOOTH},
@@ -36,120 +40,86 @@ ALONE: dict[str, Callable] = {
     "relative_sparsity_1e2": lambda x: metrics.relative_sparsity(x, 1e-2),
     "relative_sparsity_1e3": lambda x: metrics.relative_sparsity(x, 1e-3),
 }
-HALF_SUBNORMAL = 2.0**-150  # rounding of a result below the normal floats
+SORTED, LARGE = 16_384, 100_003
 
 
-def assert_close(got: metrics.Metrics, want: dict[str, float], rtol: float = 1e-6) -> None:
-    """Relative to each expected value; an expected 0 is 0."""
-    for name, expected in want.items():
-        value = float(getattr(got, name))
-        np.testing.assert_allclose(value, expected, rtol=rtol, atol=HALF_SUBNORMAL, err_msg=name)
+def of_padded(x: jax.Array, size) -> metrics.Metrics:
+    return metrics_of(sums_of(_order.spread_of(x, size)))
 
 
-def vector_of(fields: list[str]) -> Callable[[jax.Array], jax.Array]:
+# As layers are summarized, of many sizes by one program: every size compiles anew in `summarize`.
+by_row = jax.jit(jax.vmap(of_padded))
+small = jax.jit(of_padded)
+
+
+def rows_of(found: metrics.Metrics) -> list[metrics.Metrics]:
+    found = jax.tree.map(np.asarray, found)
+    return [jax.tree.map(lambda leaf, at=at: leaf[at], found) for at in range(len(found.size))]
+
+
+def values(x: np.ndarray, fields: list[str]) -> np.ndarray:
+    found = small(np.pad(x.astype(np.float32), (0, 20 - x.size)), x.size)
+    return np.array([float(getattr(found, name)) for name in fields])
+
+
+def vector_of(fields: list[str], function: Callable = summarize) -> Callable[[jax.Array], jax.Array]:
     """The fields as one vector function, for its Jacobian."""
-    return lambda x: jnp.stack([getattr(summarize(x), name) for name in fields])
 
+    def vector(x: jax.Array) -> jax.Array:
+        found = function(x)
+        return jnp.stack([getattr(found, name) for name in fields])
 
-def equal_but_one(n: int, common: float, other: float) -> np.ndarray:
-    x = np.full(n, common, np.float32)
-    x[n // 2] = other
-    return x
-
-
-def next_up(value: float) -> np.float32:
-    return np.nextafter(np.float32(value), np.float32(np.inf))
-
-
-def next_down(value: float) -> np.float32:
-    return np.nextafter(np.float32(value), np.float32(0))
+    return vector
 
 
 def normal(n: int, dtype=np.float32) -> np.ndarray:
     return np.abs(np.random.default_rng(n).standard_normal(n)).astype(dtype)
 
 
-def uniform(n: int) -> np.ndarray:
-    return np.random.default_rng(n).random(n)
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000, SORTED - 1, SORTED])
+def test_sorted_arrays_have_the_metrics_of_float64(size: int) -> None:
+    arrays = {name: drawn.draw(name, 0, size).astype(np.float32) for name in drawn.DRAWS}
+    stack = np.stack([np.pad(x, (0, SORTED - size)) for x in arrays.values()])
+    found = rows_of(by_row(stack, np.full(len(stack), size, np.int32)))
+    for (name, x), ours in zip(arrays.items(), found, strict=True):
+        drawn.assert_as_promised(ours, x, f"{name}, {size}")
 
 
-def lognormal(n: int, sigma: float) -> np.ndarray:
-    return np.exp(sigma * np.random.default_rng(n).standard_normal(n)).astype(np.float32)
+def test_counted_arrays_have_the_metrics_of_float64() -> None:
+    # Bins of subnormals are wide: what is known of them the bounds of a sketch say.
+    coarse = {"subnormal", "smallest", "about the smallest normal", "subnormal and normal"}
+    for name in drawn.DRAWS.keys() - coarse:
+        x = drawn.draw(name, 0, LARGE).astype(np.float32)
+        drawn.assert_as_promised(summarize(x), x, name, counted=True)
 
 
-ARRAYS: dict[str, Callable[[int], np.ndarray]] = {
-    "uniform": lambda n: uniform(n).astype(np.float32),
-    "normal": normal,
-    "lognormal 1": partial(lognormal, sigma=1),
-    "lognormal 2": partial(lognormal, sigma=2),
-    "lognormal 4": partial(lognormal, sigma=4),
-    "one-hot": lambda n: equal_but_one(n, 0, 3.7),
-    "constant 0.1": lambda n: np.full(n, 0.1, np.float32),
-    "constant 1/3": lambda n: np.full(n, 1 / 3, np.float32),
-    "constant subnormal": lambda n: np.full(n, 1e-40, np.float32),
-    "constant 3e38": lambda n: np.full(n, 3e38, np.float32),
-    "one ulp more": lambda n: equal_but_one(n, 0.1, next_up(0.1)),
-    "one ulp less": lambda n: equal_but_one(n, 1 / 3, next_down(1 / 3)),
-    "one ulp below a power of 2": lambda n: equal_but_one(n, 1, next_down(1)),
-    "one ulp above a power of 2": lambda n: equal_but_one(n, 1, next_up(1)),
-    "half an ulp more": lambda n: np.where(np.arange(n) % 2, np.float32(0.1), next_up(0.1)),
-    "one zero": lambda n: equal_but_one(n, 0.1, 0),
-    "one holds half": lambda n: equal_but_one(n, 0.1, 0.1 * n),
-    "one holds nearly all": lambda n: equal_but_one(n, 0.1, 1e12),
-    "one holds all but 1e-30": lambda n: equal_but_one(n, 0.1, 1e30),
-    "nearly constant": lambda n: (0.7 + 1e-4 * normal(n)).astype(np.float32),
-    "ternary": lambda n: np.random.default_rng(n).integers(0, 3, n).astype(np.float32),
-    "subnormal": lambda n: (1e-40 * uniform(n)).astype(np.float32),
-    "about the smallest normal": lambda n: (3e-38 * uniform(n)).astype(np.float32),
-    "about 1e30": lambda n: (1e30 * normal(n, np.float64)).astype(np.float32),
-    "up to the largest": lambda n: (3.4e38 * uniform(n)).astype(np.float32),
-    "bfloat16": partial(normal, dtype=jnp.bfloat16),
-    "bfloat16 subnormal": lambda n: (1e-39 * uniform(n)).astype(jnp.bfloat16),
-    "float16": partial(normal, dtype=jnp.float16),
-    "float16 subnormal": lambda n: (1e-5 * uniform(n)).astype(jnp.float16),
-    "float8_e4m3fn": partial(normal, dtype=jnp.float8_e4m3fn),
-    "float8_e5m2": partial(normal, dtype=jnp.float8_e5m2),
-    "int32": lambda n: np.random.default_rng(n).integers(0, 1000, n).astype(np.int32),
-}
-FLOAT32 = [name for name, make in ARRAYS.items() if make(2).dtype == np.float32]
+def test_ten_million_weights_spread_evenly_have_the_closed_forms() -> None:
+    found = summarize((np.arange(10**7, dtype=np.float32) + 0.5) / 10**7)
+    close = partial(pytest.approx, abs=2e-6)
+    assert float(found.utilization) == close(math.sqrt(math.e) / 2) and float(found.gini) == close(1 / 3)
+    assert float(found.coverage_80) == close(1 - math.sqrt(0.2))
+    assert float(found.mean) == close(0.5) and float(found.std) == close(1 / math.sqrt(12))
+    assert float(found.relative_sparsity_1e2) == pytest.approx(0.005, abs=2e-5)
 
 
-# 8192 is the width of a row of sums.
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000, 8191, 8192, 8193])
-@pytest.mark.parametrize("name", FLOAT32)
-def test_metrics_agree_with_float64(name: str, size: int) -> None:
-    x = ARRAYS[name](size)
-    assert_close(summarize(x), reference.metrics(x))
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e5m2, jnp.int32])
+def test_metrics_of_other_dtypes_are_those_of_float32(dtype) -> None:
+    x = np.random.default_rng(0).integers(0, 1000, 1000).astype(dtype)
+    found = summarize(x)
+    drawn.assert_as_promised(found, np.asarray(x, np.float32))
+    assert {getattr(found, field).dtype for field in FIELDS} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
-@pytest.mark.parametrize("name", sorted(ARRAYS.keys() - FLOAT32))
-def test_metrics_of_small_and_integer_dtypes_agree_with_float64(name: str) -> None:
-    x = ARRAYS[name](1000)
-    got = summarize(x)
-    assert_close(got, reference.metrics(x))
-    assert {getattr(got, field).dtype for field in FIELDS} == {jnp.dtype("float32"), jnp.dtype("int32")}
+alone_of = jax.jit(lambda x: {name: alone(x) for name, alone in ALONE.items()})
 
 
-@pytest.mark.parametrize(
-    "name", ["uniform", "lognormal 4", "one-hot", "constant 0.1", "one ulp less", "one holds half"]
-)
-def test_metrics_of_a_million_weights_agree_with_float64(name: str) -> None:
-    x = ARRAYS[name](10**6)
-    assert_close(summarize(x), reference.metrics(x))
-
-
-@pytest.mark.parametrize("name", ["lognormal 4", "one ulp more"])
-def test_metrics_of_ten_million_weights_agree_with_float64(name: str) -> None:
-    x = ARRAYS[name](10**7)
-    assert_close(exact.summarize(x), reference.metrics(x))
-
-
-@pytest.mark.parametrize("field", ALONE)
-def test_a_metric_alone_is_the_one_in_the_summary(field: str) -> None:
-    for name in ("lognormal 2", "one-hot", "one ulp more", "subnormal"):
-        x = ARRAYS[name](1000)
-        want = float(getattr(summarize(x), field))
-        np.testing.assert_allclose(float(ALONE[field](x)), want, rtol=1e-6, err_msg=name)
+def test_a_metric_alone_is_the_one_in_the_summary() -> None:
+    for draw in ("lognormal", "one-hot", "one ulp more", "subnormal", "half zero"):
+        x = drawn.draw(draw, 0, 20)
+        found, together = alone_of(x), small(x, 20)
+        for name in ALONE:
+            close = pytest.approx(float(getattr(together, name)), rel=2e-6, abs=1e-6, nan_ok=True)
+            assert float(found[name]) == close, (draw, name)
 
 
 def test_the_reference_gini_is_the_definition() -> None:
@@ -159,25 +129,18 @@ def test_the_reference_gini_is_the_definition() -> None:
 
 def test_float64_is_computed_in_float64(x64: None) -> None:
     even, uneven = normal(1000, np.float64), np.exp(3 * normal(1000, np.float64))
-    for x in (even, uneven, 0.1 + 1e-9 * even, 1e-300 * even):
-        got = summarize(x)
-        assert_close(got, reference.metrics(x), rtol=1e-11)
-        assert {got.entropy.dtype, got.gini.dtype, got.std.dtype} == {jnp.dtype("float64")}
-
-
-def test_float64_keeps_what_float32_cannot_tell_apart(x64: None) -> None:
-    x = np.full(1000, 0.1)
-    x[3] += 1e-12
-    d = (x - x.mean()) / x.mean()
-    np.testing.assert_allclose(metrics.redundancy(x), np.mean(d * d) / 2 / math.log(1000), rtol=1e-3)
-    assert metrics.redundancy(x.astype(np.float32)) == 0
+    for x in (even, uneven, 0.1 + 1e-9 * even, 1e-150 * even):
+        found, want = summarize(x), reference.metrics(x)
+        for name in FIELDS:
+            scale = max(1, want[name]) if name in SCALE_FREE else x.mean()
+            assert abs(float(getattr(found, name)) - want[name]) <= 1e-11 * scale, name
+        assert {found.entropy.dtype, found.gini.dtype, found.std.dtype} == {jnp.dtype("float64")}
 
 
 def test_float32_stays_float32_with_x64_on(x64: None) -> None:
-    x = normal(1000)
-    got = summarize(x)
-    assert_close(got, reference.metrics(x))
-    assert got.entropy.dtype == jnp.float32 and got.zeros.dtype == jnp.int32
+    found = summarize(normal(LARGE))
+    drawn.assert_as_promised(found, normal(LARGE), counted=True)
+    assert found.entropy.dtype == jnp.float32 and found.zeros.dtype == jnp.int32
 
 
 @pytest.mark.usefixtures("strict_promotion")
@@ -187,24 +150,25 @@ def test_no_implicit_promotion(dtype) -> None:
     for function in (summarize, *ALONE.values()):
         jax.eval_shape(function, layer)
     if dtype != jnp.int32:
-        jax.eval_shape(jax.hessian(vector_of(SLOPED)), jax.ShapeDtypeStruct((7,), dtype))
+        jax.eval_shape(jax.hessian(vector_of(SLOPED)), jax.ShapeDtypeStruct((8,), dtype))
+
+
+def test_running_sums_go_on_where_those_of_single_floats_stop() -> None:
+    # Adding 1 to 2^24 changes no float32.
+    through = jax.jit(running_total)(np.ones(2**25, np.float32))
+    assert through[-1] == 2**25 and through[2**24 + 2**20] == pytest.approx(2**24 + 2**20 + 1, abs=2)
 
 
 # Closed forms.
 
 
-def test_uniform_weights_have_utilization_half_root_e_and_gini_a_third() -> None:
-    got = summarize((np.arange(10**6, dtype=np.float32) + 0.5) / 10**6)
-    assert float(got.utilization) == pytest.approx(math.sqrt(math.e) / 2, rel=1e-5)
-    assert float(got.gini) == pytest.approx(1 / 3, rel=1e-5)
-    assert float(got.coverage_80) == pytest.approx(1 - math.sqrt(0.2), rel=1e-5)
-
-
 def test_normal_weights_have_gini_root_2_less_1() -> None:
     quantile = NormalDist().inv_cdf
-    x = np.array([quantile(0.5 + (i + 0.5) / 40_000) for i in range(20_000)], np.float32)
-    assert float(metrics.gini(x)) == pytest.approx(math.sqrt(2) - 1, rel=1e-4)
-    assert float(metrics.utilization(x)) == pytest.approx(0.7529, rel=1e-3)
+    x = np.array([quantile(0.5 + (i + 0.5) / (2 * SORTED)) for i in range(SORTED)], np.float32)
+    rows = len(drawn.DRAWS)
+    found = rows_of(by_row(np.broadcast_to(x, (rows, SORTED)), np.full(rows, SORTED, np.int32)))[0]
+    assert float(found.gini) == pytest.approx(math.sqrt(2) - 1, abs=1e-4)
+    assert float(found.utilization) == pytest.approx(0.7529, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -223,11 +187,9 @@ def test_coverage_counts_the_weights_that_reach_the_share(x: list, share: float,
     assert float(metrics.coverage(jnp.array(x, jnp.float32), share)) == pytest.approx(want, rel=1e-7)
 
 
-@pytest.mark.parametrize("n", [1000, 40_000_000])
-def test_equal_weights_reach_a_share_at_exactly_that_fraction(n: int) -> None:
-    # float32 cumulative sums stop at 2^24: 40 million ones once had 21 % of them hold half.
-    x = np.full(n, 0.3, np.float32)
-    assert float(metrics.coverage(x, 0.8)) == pytest.approx(0.8, rel=1e-7)
+def test_of_ten_million_equal_weights_a_share_is_held_by_that_fraction() -> None:
+    found = summarize(np.full(10**7, 0.3, np.float32))
+    assert [float(found.coverage_50), float(found.coverage_80)] == pytest.approx([0.5, 0.8], abs=2e-6)
 
 
 def test_a_numpy_share_is_the_same_share() -> None:
@@ -236,7 +198,7 @@ def test_a_numpy_share_is_the_same_share() -> None:
 
 
 def test_shares_other_than_the_usual_agree_with_float64() -> None:
-    x = ARRAYS["lognormal 2"](1000)
+    x = drawn.draw("lognormal", 0, 1000)
     for share in (1e-9, 0.33, 1):
         assert float(metrics.coverage(x, share)) == pytest.approx(reference.coverage(x, share), rel=1e-6)
 
@@ -262,10 +224,10 @@ def test_sparsity_sees_subnormals() -> None:
 def test_relative_sparsity_is_measured_against_the_mean() -> None:
     equal = np.full(1000, 0.1, np.float32)
     assert metrics.relative_sparsity(equal, 1) == 0
-    assert metrics.relative_sparsity(equal, 1.0000001) == 1
+    assert metrics.relative_sparsity(equal, 1.00001) == 1
     assert metrics.relative_sparsity(equal, 1e300) == 1
     assert metrics.relative_sparsity(jnp.zeros(3), 0.5) == 1
-    x = ARRAYS["lognormal 2"](1000)
+    x = drawn.draw("lognormal", 0, 1000)
     for threshold in (0, 0.1, 0.5, 3):
         got = float(metrics.relative_sparsity(x, threshold))
         assert got == pytest.approx(reference.relative_sparsity(x, threshold), rel=1e-6)
@@ -274,16 +236,16 @@ def test_relative_sparsity_is_measured_against_the_mean() -> None:
 # Degenerate and invalid layers.
 
 
-@pytest.mark.parametrize("shape", [(4,), (3, 3), (1,), ()])
-def test_an_all_zero_layer_is_dead_rather_than_even(shape: tuple[int, ...]) -> None:
-    got = summarize(jnp.zeros(shape))
+@pytest.mark.parametrize("size", [1, 9])
+def test_an_all_zero_layer_is_dead_rather_than_even(size: int) -> None:
+    got = small(jnp.zeros(20), size)
     nan = ["entropy", "normalized_entropy", "gini", "coverage_50", "coverage_80", "coverage_90"]
     assert all(jnp.isnan(getattr(got, name)) for name in nan)
     assert got.effective_params == got.utilization == 0
     assert got.redundancy == got.relative_sparsity_1e2 == got.relative_sparsity_1e3 == 1
     assert got.sparsity_1e2 == got.sparsity_1e3 == 1
     assert got.mean == got.std == got.max == got.nonfinite == 0
-    assert got.zeros == got.size == math.prod(shape)
+    assert got.zeros == got.size == size
 
 
 def test_a_single_weight_is_even() -> None:
@@ -292,34 +254,32 @@ def test_a_single_weight_is_even() -> None:
     assert got.normalized_entropy == got.effective_params == got.utilization == got.coverage_50 == 1
 
 
-@pytest.mark.parametrize("n", [2, 3, 1000, 8193])
+@pytest.mark.parametrize("n", [2, 3, 7, 20])
 def test_equal_weights_are_perfectly_even(n: int) -> None:
-    got = summarize(np.full(n, 0.1, np.float32))
-    assert got.utilization == got.normalized_entropy == 1
-    assert got.redundancy == got.gini == got.std == 0
-    assert got.mean == got.max == np.float32(0.1)
+    x = np.full(n, 0.1, np.float32)
+    even = values(x, ["utilization", "normalized_entropy", "redundancy", "gini", "std"])
+    np.testing.assert_allclose(even, [1, 1, 0, 0, 0], atol=5e-7)
+    np.testing.assert_allclose(values(x, ["mean", "max"]), np.float32(0.1), rtol=3e-7)
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf, -1.0, -1e-45])
 def test_an_invalid_importance_makes_every_metric_nan(bad: float) -> None:
-    x = np.float32([1, 0, bad, 2, bad, -0.0])
-    got = summarize(x)
+    got = small(np.pad(np.float32([1, 0, bad, 2, bad, -0.0]), (0, 14)), 6)
     assert {name for name in FIELDS if jnp.isnan(getattr(got, name))} == set(FIELDS) - set(COUNTS)
     assert (got.zeros, got.nonfinite, got.size) == (2, 2, 6)
 
 
 def test_an_invalid_importance_makes_a_metric_alone_nan() -> None:
-    x = equal_but_one(1000, 1, math.nan)
-    assert all(jnp.isnan(alone(x)) for alone in ALONE.values())
+    x = np.where(np.arange(20) == 7, math.nan, 1).astype(np.float32)
+    assert all(jnp.isnan(found) for found in alone_of(x).values())
 
 
 def test_negative_zero_is_zero() -> None:
-    got = summarize(np.float32([-0.0, 1, 1]))
-    assert (got.zeros, got.nonfinite) == (1, 0)
-    assert_close(got, reference.metrics(np.array([0.0, 1, 1])))
+    negative, positive = (values(np.float32([zero, 1, 1]), FIELDS) for zero in (-0.0, 0.0))
+    np.testing.assert_array_equal(negative, positive)
 
 
-@pytest.mark.parametrize("function", [summarize, sketch.sketch, sketch.summarize_array, *ALONE.values()])
+@pytest.mark.parametrize("function", [summarize, sketch.count, *ALONE.values()])
 def test_what_is_no_layer_is_refused(function: Callable) -> None:
     with pytest.raises(ValueError, match="`x` is empty"):
         function(jnp.zeros((0, 3)))
@@ -343,13 +303,8 @@ def test_shares_and_thresholds_out_of_range_are_refused() -> None:
 
 # Laws. Hurley and Rickard's names; weights are whole numbers, so that every change is exact.
 
-LAYER = st.lists(st.integers(0, 50), min_size=6, max_size=6).filter(any).map(np.float32)
+LAYER = st.lists(st.integers(0, 50), min_size=8, max_size=8).filter(any).map(np.float32)
 laws = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-def values(x: np.ndarray, fields: list[str]) -> np.ndarray:
-    got = summarize(x)
-    return np.array([float(getattr(got, name)) for name in fields])
 
 
 def assert_more_even(x: np.ndarray, than: np.ndarray) -> None:
@@ -359,26 +314,18 @@ def assert_more_even(x: np.ndarray, than: np.ndarray) -> None:
 
 
 @laws
-@given(LAYER, st.permutations(range(6)))
+@given(LAYER, st.permutations(range(8)))
 def test_order_changes_nothing(x: np.ndarray, order: list[int]) -> None:
-    fields = [name for name in FIELDS if name not in COUNTS]
-    np.testing.assert_allclose(values(x[order], fields), values(x, fields), rtol=1e-6)
-
-
-@laws
-@given(LAYER, st.integers(-120, 120))
-def test_a_power_of_two_changes_no_bit(x: np.ndarray, power: int) -> None:
-    scaled = np.ldexp(x, power)
-    np.testing.assert_array_equal(values(scaled, SCALE_FREE), values(x, SCALE_FREE))
-    moments = ["mean", "std", "max"]
-    np.testing.assert_allclose(values(scaled, moments), np.ldexp(values(x, moments), power), rtol=1e-6)
+    np.testing.assert_array_equal(values(x[order], FIELDS), values(x, FIELDS))
 
 
 @laws
 @given(LAYER, st.floats(1e-30, 1e30))
 def test_scaling_changes_nothing(x: np.ndarray, factor: float) -> None:
     scaled = (x * factor).astype(np.float32)
-    np.testing.assert_allclose(values(scaled, SMOOTH), values(x, SMOOTH), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(values(scaled, SMOOTH), values(x, SMOOTH), rtol=2e-6, atol=1e-6)
+    moments = ["mean", "std", "max"]
+    np.testing.assert_allclose(values(scaled, moments), factor * values(x, moments), rtol=5e-6)
 
 
 @laws
@@ -386,9 +333,9 @@ def test_scaling_changes_nothing(x: np.ndarray, factor: float) -> None:
 def test_cloning_changes_only_the_entropy(x: np.ndarray) -> None:
     clones = np.concatenate([x, x])
     same, count = ["gini", "utilization"], ["effective_params"]
-    np.testing.assert_allclose(values(clones, same), values(x, same), rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(values(clones, count), 2 * values(x, count), rtol=1e-6)
-    covered = ["coverage_50", "coverage_80", "coverage_90"]
+    np.testing.assert_allclose(values(clones, same), values(x, same), rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(values(clones, count), 2 * values(x, count), rtol=5e-6)
+    covered = [*drawn.COVERAGES]
     gain = values(x, covered) - values(clones, covered)
     # Where the last whole weight was more than needed, one of its two halves can do.
     assert np.all(-1e-6 < gain) and np.all(gain < 1 / x.size)
@@ -428,59 +375,44 @@ def test_bill_gates_concentrates(x: np.ndarray, more: int) -> None:
 @given(LAYER)
 def test_babies_concentrate(x: np.ndarray) -> None:
     baby = np.concatenate([x, np.zeros(1, np.float32)])
-    assert metrics.gini(baby) > metrics.gini(x)
+    assert values(baby, ["gini"]) > values(x, ["gini"])
     count = ["effective_params"]
-    np.testing.assert_allclose(values(baby, count), values(x, count), rtol=1e-6)
+    np.testing.assert_allclose(values(baby, count), values(x, count), rtol=5e-6)
 
 
 # Transformations.
 
-STACK = np.stack([ARRAYS[name](300) for name in ("uniform", "lognormal 4", "one-hot", "constant 1/3")])
-
-
-def by_layer(stack: np.ndarray) -> metrics.Metrics:
-    layers = [summarize(x) for x in stack]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-
 
 @pytest.mark.parametrize(
-    "together",
+    ("together", "size"),
     [
-        jax.vmap(summarize),
-        lambda stack: jax.lax.map(summarize, stack),
-        lambda stack: jax.lax.scan(lambda carry, x: (carry, summarize(x)), 0, stack)[1],
+        (jax.vmap(summarize), LARGE),
+        (lambda stack: jax.lax.scan(lambda carry, x: (carry, summarize(x)), 0, stack)[1], 1000),
     ],
-    ids=["vmap", "map", "scan"],
+    ids=["vmap", "scan"],
 )
-def test_a_stack_of_layers_is_its_layers(together: Callable) -> None:
-    close = partial(np.testing.assert_allclose, rtol=1e-6)
-    jax.tree.map(close, together(jnp.asarray(STACK)), by_layer(STACK))
+def test_a_stack_of_layers_is_its_layers(together: Callable, size: int) -> None:
+    stack = np.stack([drawn.draw(name, 1, size) for name in ("lognormal", "one-hot", "normal")])
+    for x, found in zip(stack, rows_of(together(jnp.asarray(stack))), strict=True):
+        drawn.assert_as_promised(found, x, counted=size == LARGE)
 
 
-def test_vmap_of_rows_wider_than_a_stretch_of_sums() -> None:
-    stack = np.stack([ARRAYS[name](20_000) for name in ("lognormal 2", "one ulp more", "normal")])
-    got = jax.vmap(summarize)(stack)
-    for index, x in enumerate(stack):
-        assert_close(jax.tree.map(lambda leaf, i=index: leaf[i], got), reference.metrics(x))
-
-
-@pytest.mark.parametrize("name", ["utilization", "gini"])
-def test_vmap_of_grad_is_grad_of_each(name: str) -> None:
-    slope = jax.grad(getattr(metrics, name))
-    stack = jnp.asarray(STACK[:2])
-    want = np.stack([slope(x) for x in stack])
-    np.testing.assert_allclose(jax.vmap(slope)(stack), want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
+def test_vmap_of_grad_is_grad_of_each() -> None:
+    slopes = jax.jit(jax.vmap(jax.grad(lambda x: metrics.utilization(x) + metrics.gini(x))))
+    stack = np.stack([POINT, POINT[::-1] ** 2]).astype(np.float32)
+    at = [FLOATS.index("utilization"), FLOATS.index("gini")]
+    want = np.stack([np.asarray(slopes_of(x))[at].sum(axis=0) for x in stack])
+    np.testing.assert_allclose(slopes(stack), want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
 
 
 def test_shape_is_ignored() -> None:
     x = normal(1000)
-    flat, cube = summarize(x), summarize(x.reshape(10, 20, 5))
-    jax.tree.map(np.testing.assert_array_equal, flat, cube)
+    jax.tree.map(np.testing.assert_array_equal, summarize(x), summarize(x.reshape(10, 20, 5)))
 
 
 def test_a_second_call_of_the_same_shape_compiles_nothing(compilations) -> None:
-    functions = [summarize, *ALONE.values()]
-    first, second, other = normal(1000), uniform(1000).astype(np.float32), normal(1001)
+    functions = [summarize, metrics.entropy, metrics.gini, ALONE["coverage_80"], ALONE["sparsity_1e2"]]
+    first, second, other = normal(1000), normal(1000)[::-1].copy(), normal(1001)
     jax.block_until_ready([function(first) for function in functions])
     with compilations() as warm:
         jax.block_until_ready([function(second) for function in functions])
@@ -492,36 +424,32 @@ def test_a_second_call_of_the_same_shape_compiles_nothing(compilations) -> None:
 def test_only_what_needs_an_order_sorts() -> None:
     x = normal(1000)
     sorting = {name for name, alone in ALONE.items() if " sort[" in str(jax.make_jaxpr(alone)(x))}
-    assert sorting == {"gini", "coverage_50", "coverage_80", "coverage_90"}
+    assert sorting == {"gini", *drawn.COVERAGES}
 
 
-@pytest.mark.parametrize(("function", "copies"), [(exact.summarize, 8), (metrics.entropy, 3.5)])
-def test_scratch_memory_is_a_few_times_the_input(function: Callable, copies: float) -> None:
-    size = 2**22
+@pytest.mark.parametrize(("size", "sorts"), [(SORTED, True), (SORTED + 1, False)])
+def test_large_arrays_are_counted(size: int, sorts: bool) -> None:
+    program = str(jax.make_jaxpr(summarize)(jax.ShapeDtypeStruct((size,), jnp.float32)))
+    assert (" sort[" in program, "scatter-add[" in program) == (sorts, not sorts)
+
+
+@pytest.mark.parametrize("function", [sketch.count, metrics.entropy])
+def test_scratch_memory_is_a_few_copies_at_most(function: Callable) -> None:
+    size = 10**7
     program = function.lower(jax.ShapeDtypeStruct((size,), jnp.float32)).compile()
-    assert program.memory_analysis().temp_size_in_bytes < copies * 4 * size
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 1000, 8193])
-@pytest.mark.parametrize("make", [normal, lambda n: np.full(n, 0.1, np.float32), lambda n: np.eye(1, n)[0]])
-def test_padding_with_zeros_changes_nothing(size: int, make: Callable) -> None:
-    x = jnp.asarray(make(size), jnp.float32)
-    padded = exact.summarize_padded(jnp.pad(x, (0, 10_000 - size)), size)
-    # Two roundings: N is a constant in the one and an argument in the other.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), summarize(x), padded)
-
-
-@pytest.mark.parametrize("field", ["utilization", "entropy", "gini", "std", "mean", "max"])
-def test_padding_with_zeros_changes_no_slope(field: str) -> None:
-    x = jnp.asarray(normal(100))
-    plain = jax.grad(lambda x: getattr(summarize(x), field))(x)
-    padded = jax.grad(lambda x: getattr(exact.summarize_padded(jnp.pad(x, (0, 60)), 100), field))(x)
-    np.testing.assert_allclose(padded, plain, rtol=1e-5, atol=1e-9)
+    assert program.memory_analysis().temp_size_in_bytes < 3.5 * 4 * size
 
 
 # Derivatives.
 
-POINT = np.array([0.5, 2.0, 1.25, 0.9, 7.0, 0.01, 3.0])
+POINT = np.array([0.5, 2.0, 1.25, 0.9, 7.0, 0.01, 3.0, 0.2])
+# One program for every point of eight weights.
+slopes_of = jax.jit(jax.jacrev(vector_of(FLOATS)))
+
+
+@jax.jit
+def padded_slopes_of(x: jax.Array, size=8) -> jax.Array:
+    return jax.jacfwd(vector_of(FLOATS, lambda x: of_padded(jnp.pad(x, (0, 12)), size)))(x)
 
 
 def finite_difference(field: str, x: np.ndarray) -> np.ndarray:
@@ -533,26 +461,27 @@ def finite_difference(field: str, x: np.ndarray) -> np.ndarray:
     return np.array([(at(i, 1e-6) - at(i, -1e-6)) / 2e-6 for i in range(x.size)])
 
 
-@pytest.mark.parametrize("derivative", [jax.jacrev, jax.jacfwd])
+@pytest.mark.parametrize("derivative", [slopes_of, padded_slopes_of], ids=["reverse", "forward, padded"])
 def test_gradients_are_the_slopes_of_the_float64_oracle(derivative: Callable) -> None:
-    got = derivative(vector_of(SLOPED))(jnp.asarray(POINT, jnp.float32))
-    for field, slope in zip(SLOPED, got, strict=True):
-        want = finite_difference(field, POINT)
-        np.testing.assert_allclose(slope, want, rtol=1e-5, atol=1e-6 * np.abs(want).max(), err_msg=field)
+    for field, slope in zip(FLOATS, derivative(POINT.astype(np.float32)), strict=True):
+        # Counts have none.
+        want = finite_difference(field, POINT) if field in SLOPED else np.zeros(8)
+        np.testing.assert_allclose(slope, want, rtol=1e-5, atol=1e-5 * np.abs(want).max(), err_msg=field)
 
 
 @pytest.mark.parametrize("name", ["entropy", "redundancy"])
 def test_a_gradient_alone_is_the_one_through_the_summary(name: str) -> None:
-    x = jnp.asarray(POINT, jnp.float32)
-    want = jax.jacrev(vector_of(SMOOTH))(x)[SMOOTH.index(name)]
+    x = POINT.astype(np.float32)
+    want = slopes_of(x)[FLOATS.index(name)]
     np.testing.assert_allclose(jax.grad(getattr(metrics, name))(x), want, rtol=1e-5, atol=1e-8)
 
 
 def test_zeros_have_the_slope_of_the_float64_oracle_from_the_right() -> None:
-    x, fields = np.array([0.0, 2.0, 1.0, 3.5]), ["mean", "std", "gini"]
-    before, after = reference.metrics(x), reference.metrics(x + [1e-7, 0, 0, 0])
-    got = jax.jacrev(vector_of(fields))(jnp.asarray(x, jnp.float32))[:, 0]
-    np.testing.assert_allclose(got, [(after[name] - before[name]) / 1e-7 for name in fields], rtol=1e-4)
+    x = np.array([0.0, 2.0, 1.0, 3.5, 4.0, 5.0, 6.0, 0.5])
+    before, after = reference.metrics(x), reference.metrics(x + 1e-7 * np.eye(8)[0])
+    for name in ("mean", "std", "gini"):
+        slope = float(slopes_of(x.astype(np.float32))[FLOATS.index(name), 0])
+        assert slope == pytest.approx((after[name] - before[name]) / 1e-7, rel=1e-4)
 
 
 def naive_entropy(x: jax.Array) -> jax.Array:
@@ -580,57 +509,50 @@ def naive(x: jax.Array) -> jax.Array:
     return jnp.stack([metric(x) for metric in NAIVE.values()])
 
 
-@pytest.mark.parametrize("derivative", [jax.jacrev, jax.hessian])
-def test_derivatives_of_both_orders_are_those_of_the_naive_formulas(derivative: Callable) -> None:
-    x = jnp.asarray(POINT, jnp.float32)
-    for field, got, want in zip(
-        NAIVE, derivative(vector_of([*NAIVE]))(x), np.asarray(derivative(naive)(x)), strict=True
-    ):
+def test_second_derivatives_are_those_of_the_naive_formulas() -> None:
+    found, wanted = (
+        jax.jit(jax.hessian(function))(POINT.astype(np.float32)) for function in (vector_of([*NAIVE]), naive)
+    )
+    for field, got, want in zip(NAIVE, found, np.asarray(wanted), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max(), err_msg=field)
 
 
-def test_gradients_of_a_large_layer_are_those_of_the_naive_formulas() -> None:
-    x = jnp.asarray(normal(20_000)) + 0.01
-    for field, got, want in zip(
-        NAIVE, jax.jacrev(vector_of([*NAIVE]))(x), np.asarray(jax.jacrev(naive)(x)), strict=True
-    ):
-        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * np.abs(want).max(), err_msg=field)
-
-
-def test_equal_weights_have_equal_gini_slopes() -> None:
-    slopes = jax.grad(metrics.gini)(jnp.array([2.0, 1.0, 2.0, 1.0, 2.0, 0.0, 0.0]))
-    assert len(set(slopes.tolist())) == 3
-    np.testing.assert_allclose(jax.grad(metrics.gini)(jnp.full(5, 0.1)), np.zeros(5), atol=1e-6)
+def test_gradients_of_a_counted_layer_are_those_of_the_naive_formulas() -> None:
+    x = normal(20_000) + np.float32(0.01)
+    found, wanted = (
+        jax.jit(jax.grad(lambda x, function=function: function(x) @ np.float32([0.1, 1, 1])))(x)
+        for function in (
+            vector_of(["entropy", "gini", "std"]),
+            lambda x: jnp.stack([naive_entropy(x), naive_gini(x), jnp.std(x)]),
+        )
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize(
-    "x", [[0, 0, 2], [0, 0, 0], [5], [3, 3, 3], [1e-45, 0, 0], [1, math.nan, 0], [1, math.inf, 0], [1, -1, 0]]
+    "x", [[0, 0, 2], [0], [3] * 8, [1e-45], [1, math.nan, 0], [1, math.inf, 0], [1, -1, 0]], ids=str
 )
 def test_gradients_are_finite(x: list[float]) -> None:
-    fields = [name for name in FIELDS if name not in COUNTS]
-    slopes = jax.jacrev(vector_of(fields))(np.float32(x))
-    assert jnp.all(jnp.isfinite(slopes)), dict(zip(fields, slopes.tolist(), strict=True))
+    slopes = slopes_of(np.pad(np.float32(x), (0, 8 - len(x))))
+    assert jnp.all(jnp.isfinite(slopes)), dict(zip(FLOATS, slopes.tolist(), strict=True))
+
+
+def test_the_gradient_of_a_single_weight_is_zero_but_for_its_size() -> None:
+    slopes = padded_slopes_of(np.float32([5, 0, 0, 0, 0, 0, 0, 0]), 1)[:, 0]
+    np.testing.assert_array_equal(slopes, [float(name in ("mean", "max")) for name in FLOATS])
 
 
 def test_entropy_takes_the_slope_at_zero_as_zero() -> None:
-    x = jnp.array([0.0, 1.0, 3.0])
-    slope = jax.grad(metrics.entropy)(x)
-    assert slope[0] == 0
-    np.testing.assert_allclose(slope[1:], jax.grad(naive_entropy)(x[1:]), rtol=1e-5)
+    x = np.where(np.arange(8) < 2, 0, POINT).astype(np.float32)
+    slope = slopes_of(x)[FLOATS.index("entropy")]
+    assert slope[0] == slope[1] == 0
+    np.testing.assert_allclose(slope[2:], jax.grad(naive_entropy)(x[2:]), rtol=1e-5, atol=1e-7)
 
 
-def test_counts_have_no_slope() -> None:
-    fields = sorted(set(ALONE) - set(SMOOTH))
-    slopes = jax.jacrev(vector_of(fields))(jnp.asarray(POINT, jnp.float32))
-    np.testing.assert_array_equal(slopes, np.zeros((len(fields), POINT.size)))
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_gradients_come_in_the_dtype_of_the_weights(dtype) -> None:
-    x = jnp.asarray(POINT, dtype)
-    slope = jax.grad(metrics.gini)(x)
-    assert slope.dtype == dtype
-    want = jax.grad(metrics.gini)(x.astype(jnp.float32))
+def test_gradients_come_in_the_dtype_of_the_weights() -> None:
+    slope = jax.grad(metrics.gini)(jnp.asarray(POINT, jnp.bfloat16))
+    want = slopes_of(jnp.asarray(POINT, jnp.bfloat16).astype(jnp.float32))[FLOATS.index("gini")]
+    assert slope.dtype == jnp.bfloat16
     np.testing.assert_allclose(slope.astype(jnp.float32), want, rtol=1e-2)
 
 
@@ -641,37 +563,3 @@ def test_descending_the_entropy_concentrates_a_layer() -> None:
 
     _, losses = jax.lax.scan(step, jnp.asarray(normal(64)), length=20)
     assert losses[-1] < 0.9 * losses[0]
-
-
-# Methods
-
-
-def test_the_two_methods_agree() -> None:
-    x = np.abs(np.random.default_rng(0).standard_normal(100_003)).astype(np.float32)
-    by_order, by_counts = metrics.summarize(x, method="exact"), metrics.summarize(x, method="sketch")
-    for field in dataclasses.fields(by_order):
-        close = pytest.approx(float(getattr(by_order, field.name)), rel=6e-6, abs=6e-6)
-        assert float(getattr(by_counts, field.name)) == close, field.name
-
-
-def test_without_a_method_large_arrays_are_sketched() -> None:
-    shapes = {size: jax.ShapeDtypeStruct((size,), jnp.float32) for size in (1 << 16, 1 << 22)}
-    primitives = {
-        size: {equation.params.get("name") for equation in jax.make_jaxpr(metrics.summarize)(shape).eqns}
-        for size, shape in shapes.items()
-    }
-    assert primitives[1 << 16] == {"summarize"} and "summarize" not in primitives[1 << 22]
-
-
-def test_a_sketch_has_the_derivative_of_sorting() -> None:
-    x = np.abs(np.random.default_rng(0).standard_normal(1000)).astype(np.float32)
-    ours, theirs = (
-        jax.grad(lambda x, method=method: metrics.summarize(x, method=method).gini)(x)
-        for method in ("sketch", "exact")
-    )
-    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
-
-
-def test_an_unknown_method_is_named() -> None:
-    with pytest.raises(ValueError, match="`method` must be 'exact', 'sketch' or None, got 'fast'"):
-        metrics.summarize(jnp.ones(3), method="fast")

@@ -1,5 +1,9 @@
 """Models of any make are one function: the same network gives the same report however it is written."""
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,7 @@ from flax import nnx
 from networks import drawn, normal
 
 import jaxeff
+from jaxeff import prune
 
 ROWS = ("nonlinearity", "kind", "unit_axes", "macs")
 
@@ -155,3 +160,116 @@ def test_what_is_no_nnx_model_is_named():
         jaxeff.analyze(nnx.state(model, nnx.Param), model, np.ones((2, 3)))
     with pytest.raises(TypeError, match="`params` is the module Linear itself.*from_nnx"):
         jaxeff.analyze(model)
+
+
+# Linen modules that cannot be hashed: what holds their sizes can change.
+
+
+@dataclasses.dataclass
+class Config:
+    features: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    features: Any
+
+
+class Opaque:
+    """Equal to what has the same sizes, and so without a hash; of no kind that can be looked into."""
+
+    def __init__(self, features):
+        self.features = features
+
+    def __eq__(self, other):
+        return self.features == other.features
+
+
+class Sized(nn.Module):
+    config: Any
+
+    @nn.compact
+    def __call__(self, x, skipped=()):
+        sizes = self.config["features"] if isinstance(self.config, Mapping) else self.config
+        for index, size in enumerate(getattr(sizes, "features", sizes)):
+            if index not in skipped:
+                x = nn.relu(nn.Dense(size, name=f"layer_{index}")(x))
+        return x
+
+
+CONFIGS = {
+    "a list": lambda *sizes: Sized([*sizes]),
+    "a list in a frozen dataclass": lambda *sizes: Sized(Frozen([*sizes])),
+    "a dataclass": lambda *sizes: Sized(Config([*sizes])),
+    "a map": lambda *sizes: Sized({"features": [*sizes]}),
+    "an object": lambda *sizes: Sized(Opaque(sizes)),
+}
+SIZES = (6, 4)
+
+
+def _of_sizes():
+    """The same network with a hash, its variables and a batch."""
+    x, model = normal(8, 5), Sized(SIZES)
+    return model, drawn(model, x), x
+
+
+@pytest.mark.parametrize("make", CONFIGS.values(), ids=CONFIGS)
+def test_a_module_without_a_hash_is_analysed_as_the_same_with_one(make):
+    model, variables, x = _of_sizes()
+    with pytest.raises(TypeError, match="unhashable"):
+        _ = hash(make(*SIZES))
+    expected = jaxeff.analyze(variables, model.apply, x)
+    for params in (variables, variables["params"]):
+        report = jaxeff.analyze(params, make(*SIZES).apply, x)
+        assert report.structure == expected.structure
+        for one, other in zip(report.units, expected.units, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6)
+        if make is not CONFIGS["an object"]:
+            assert [module.path for module in report.modules] == [module.path for module in expected.modules]
+
+
+@pytest.mark.parametrize("make", CONFIGS.values(), ids=CONFIGS)
+def test_every_part_of_jaxeff_takes_bare_params_of_a_module_without_a_hash(make):
+    model, variables, x = _of_sizes()
+    params, apply_fn = variables["params"], make(*SIZES).apply
+    for apply in (apply_fn, jax.jit(apply_fn)):
+        assert len(jaxeff.collect(params, apply, x).sites) == 2
+    cost = jaxeff.cost.count(params, apply_fn, x)
+    assert str(cost) == str(jaxeff.cost.count(params, model.apply, x))
+    # 8 examples of 5 inputs, 6 hidden units and 4 outputs.
+    assert cost.macs == 8 * (5 * 6 + 6 * 4)
+    groups = prune.groups(params, apply_fn, x)
+    assert {group.name: group.size for group in groups if group.locked is None} == {"layer_0/kernel:1": 6}
+
+
+def test_a_sequence_in_a_list_takes_bare_params():
+    model, x = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(4)]), normal(8, 5)
+    variables = drawn(model, x)
+    report = jaxeff.analyze(variables["params"], model.apply, x)
+    assert [row.nonlinearity for row in report.rows] == ["relu", "identity"]
+    assert {"layers_0", "layers_2"} <= {module.path for module in report.modules}
+
+
+def test_a_list_among_keywords_takes_bare_params():
+    model, variables, x = _of_sizes()
+    report = jaxeff.analyze({"layer_0": variables["params"]["layer_0"]}, model.apply, x, skipped=[1])
+    assert list(report.layers) == ["layer_0/kernel"]
+
+
+def test_equal_modules_without_a_hash_share_their_programs(compilations):
+    _, variables, x = _of_sizes()
+    _ = jaxeff.analyze(variables, Sized([*SIZES]).apply, x)
+    with compilations() as compiled:
+        _ = jaxeff.analyze(variables, Sized([*SIZES]).apply, x)
+    assert compiled.count == 0
+
+
+def test_a_list_that_changes_changes_the_model():
+    _, variables, x = _of_sizes()
+    model = Sized([*SIZES])
+    assert len(jaxeff.collect(variables, model.apply, x).sites) == 2
+    model.config.pop()
+    first = {"layer_0": variables["params"]["layer_0"]}
+    assert [site.path for site in jaxeff.collect(first, model.apply, x).sites] == ["layer_0/kernel"]
+    # The same parameters, of which one layer is read no more.
+    assert [site.path for site in jaxeff.collect(variables, model.apply, x).sites] == ["layer_0/kernel"]

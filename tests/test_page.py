@@ -15,7 +15,7 @@ from selenium.webdriver.common.by import By
 from test_report import layer, report_of
 
 import jaxeff
-from jaxeff.distribution import CELLS, Distribution
+from jaxeff.metrics._curve import CELLS, Distribution
 
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 in_chromium = pytest.mark.skipif(

@@ -18,8 +18,8 @@ from test_report import layer, report_of
 import jaxeff
 from jaxeff import importance, plot, prune
 from jaxeff.comparison import Comparison
-from jaxeff.distribution import CELLS, EDGES, Distribution
 from jaxeff._pathways import Pathways, Route, pathways
+from jaxeff.metrics._curve import CELLS, EDGES, Distribution
 
 matplotlib.use("agg")
 

@@ -5,11 +5,13 @@ import re
 import sys
 
 import flax.serialization
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxeff import cli, demo
-from jaxeff.progress import bytes_bar, progress_bar
+from jaxeff import cli, demo, progress
+from jaxeff.progress import Pace, bytes_bar, progress_bar
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -83,3 +85,88 @@ def test_the_command_line_keeps_its_output_plain(no_color, tmp_path, capsys, mon
 def test_what_is_no_terminal_has_no_bar(monkeypatch):
     assert _shown(monkeypatch, io.StringIO()) == ""
     assert _shown(monkeypatch, Terminal(), lambda: progress_bar("Calibrating", 12, False)) == ""
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """`clock(seconds)` lets them pass for every bar."""
+    now = [0.0]
+
+    def wait(seconds):
+        now[0] += seconds
+        return now[0]
+
+    monkeypatch.setattr(progress, "Pace", lambda: Pace(lambda: now[0]))
+    return wait
+
+
+def _frames(stderr):
+    return [frame for frame in re.split(r"[\r\n]", ESCAPE.sub("", stderr.getvalue())) if frame.strip()]
+
+
+def _compile():
+    """A program of its own, which is compiled or read from a cache."""
+    _ = jax.jit(lambda x: x + 1)(jnp.zeros(3))
+
+
+def test_what_is_left_is_told_from_steps_that_compiled_nothing(clock, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with bytes_bar("Reading", 1000, True) as advance:
+        for seconds in (90, 40):
+            _compile()
+            _ = clock(seconds)
+            advance(100)
+        drawn = _frames(terminal)
+        _ = clock(2)
+        advance(100)
+    # 200 bytes in 130 seconds tell nothing.
+    assert not any(re.search(r"\d:\d\d", frame) for frame in drawn)
+    # 100 bytes in the 2 seconds of the third step, and 700 are left.
+    assert re.search(r"0:00:14", _frames(terminal)[-1])
+
+
+def test_a_pace_is_that_of_all_steps_that_compiled_nothing(clock):
+    pace = progress.Pace()
+    _ = clock(50)
+    pace.compiled = True
+    pace.advance(1)
+    assert pace.remaining(10) is None
+    _ = clock(3)
+    pace.advance(1)
+    assert pace.remaining(10) == 30
+    _ = clock(600)
+    pace.compiled = True
+    pace.advance(5)
+    assert pace.remaining(5) == 15
+    _ = clock(1)
+    pace.advance(1)
+    # 2 steps in 4 seconds.
+    assert pace.remaining(4) == 8
+
+
+def test_no_time_is_told_from_less_than_a_second_of_steps(clock):
+    pace = progress.Pace()
+    # One byte in a millisecond would make 11 days of a gigabyte.
+    _ = clock(0.001)
+    pace.advance(1)
+    assert pace.remaining(10**9) is None
+    _ = clock(1.999)
+    pace.advance(2 * 10**8 - 1)
+    assert pace.remaining(10**9) == pytest.approx(10)
+    assert progress.Pace().remaining(1) is None
+
+
+def test_hours_are_told_as_hours(clock, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with bytes_bar("Reading", 10**6, True) as advance:
+        _ = clock(60)
+        advance(555)
+    # 999,445 bytes at 9.25 a second: 108,048.1 seconds.
+    assert "30:00:49" in _frames(terminal)[-1]
+
+
+def test_a_finished_bar_has_nothing_left(clock, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with bytes_bar("Reading", 10, True) as advance:
+        advance(10)
+    assert "0:00:00" in _frames(terminal)[-1]

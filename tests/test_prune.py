@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import flax.linen as nn
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax.training.train_state import TrainState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from network import normal
@@ -77,7 +79,7 @@ def test_masks_over_all(sparsity):
 
 
 def test_units_go_whole():
-    masks = prune.masks(SCORES, 0.5, pattern=prune.Units())
+    masks = prune.masks(SCORES, 0.5, pattern=prune.Units(axis=-1))
     for name in NAMES:
         sums = SCORES[name].reshape(-1, SCORES[name].shape[-1]).sum(0)
         (removed,) = oracle([sums], round(0.5 * sums.size))
@@ -92,9 +94,14 @@ def test_blocks_go_whole():
     assert prune.sparsity(masks) == 0.5
 
 
-@pytest.mark.parametrize(("axis", "number"), [("input", -2), ("output", -1), (-2, -2)])
-def test_n_of_m_stay_along_the_axis(axis, number):
-    masks = prune.masks(SCORES, pattern=prune.NByM(2, 4, axis=axis))
+LAST_TWO = {"a": prune.Axes((0,), (1,)), "b": prune.Axes((2,), (3,))}
+
+
+@pytest.mark.parametrize(
+    ("axis", "axes", "number"), [("input", LAST_TWO, -2), ("output", LAST_TWO, -1), (-2, None, -2)]
+)
+def test_n_of_m_stay_along_the_axis(axis, axes, number):
+    masks = prune.masks(SCORES, pattern=prune.NByM(2, 4, axis=axis, axes=axes))
     for name in NAMES:
         rows = np.moveaxis(SCORES[name], number, -1)
         fours = rows.reshape(-1, 4)
@@ -158,6 +165,35 @@ def test_packed_masks_come_back():
     jax.tree.map(np.testing.assert_array_equal, prune.unpack(packed), masks)
 
 
+def test_packed_masks_go_through_the_msgpack_of_flax():
+    masks = {
+        "w": normal(3, 5) > 0,
+        "deep": [normal(17) > 0, jnp.asarray(True)],
+        "none": jnp.zeros((0, 3), bool),
+    }
+    packed = prune.pack(masks)
+    data = flax.serialization.to_bytes(packed)
+    # 15, 17 and 1 weights, and none, in whole bytes.
+    stored = flax.serialization.msgpack_restore(data)
+    assert [stored["w"]["bits"].nbytes, stored["deep"]["0"]["bits"].nbytes] == [2, 3]
+    everything = prune.pack(jax.tree.map(jnp.ones_like, masks))
+    restored = flax.serialization.from_bytes(everything, data)
+    assert jax.tree.structure(restored) == jax.tree.structure(packed)
+    jax.tree.map(np.testing.assert_array_equal, prune.unpack(restored), masks)
+    state = TrainState.create(apply_fn=None, params={}, tx=optax.set_to_zero()).replace(params=packed)
+    saved = flax.serialization.to_bytes(state)
+    state = flax.serialization.from_bytes(state.replace(params=everything), saved)
+    jax.tree.map(np.testing.assert_array_equal, prune.unpack(state.params), masks)
+
+
+def test_packed_masks_of_another_shape_are_refused():
+    saved = flax.serialization.to_bytes(prune.pack({"w": jnp.ones((3, 5), bool)}))
+    # As many bytes, and so not told apart by them.
+    target = prune.pack({"w": jnp.ones((5, 3), bool)})
+    with pytest.raises(ValueError, match=r"the saved mask has shape \(3, 5\), and the target \(5, 3\)"):
+        _ = flax.serialization.from_bytes(target, saved)
+
+
 WRONG = {
     "sparsity 1": (lambda: prune.masks(SCORES, 1.0), "`sparsity` must be in"),
     "no sparsity": (lambda: prune.masks(SCORES), "`sparsity` must be in"),
@@ -166,7 +202,10 @@ WRONG = {
     "allocation by path": (lambda: prune.masks(SCORES, 0.5, allocation={"a": 0.5}), "'b'"),
     "limit": (lambda: prune.masks(SCORES, 0.5, max_sparsity={"c": 0.5}), "'c', which is not pruned"),
     "block": (lambda: prune.masks(SCORES, 0.5, pattern=prune.Block((5, 1))), "does not divide 'a'"),
-    "n of m": (lambda: prune.masks(SCORES, pattern=prune.NByM(2, 3)), "does not divide axis 0 of 'a'"),
+    "n of m": (
+        lambda: prune.masks(SCORES, pattern=prune.NByM(2, 3, axis=-2)),
+        "does not divide axis 0 of 'a'",
+    ),
     "n": (lambda: prune.NByM(5, 4), "`n` must be"),
     "nan": (lambda: prune.masks({"a": jnp.array([1.0, jnp.nan])}, 0.5), "`importance` of 'a' holds nan"),
     "negative": (lambda: prune.masks({"a": jnp.array([1.0, -1.0])}, 0.5), "`importance` of 'a' holds nan"),

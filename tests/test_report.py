@@ -13,7 +13,7 @@ import pytest
 
 import jaxeff
 from jaxeff import table, totals
-from jaxeff.distribution import Distribution
+from jaxeff.metrics._curve import Distribution
 from jaxeff.metrics import Metrics
 from jaxeff.recommendations import (
     LIMITS,

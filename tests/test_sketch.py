@@ -1,7 +1,6 @@
-"""Sketches: certified bounds against float64, and the laws of merging, cutting, padding and sharding."""
+"""Sketches: bounds that hold, and the laws of merging, cutting, padding and sharding, to the bit."""
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -11,89 +10,84 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import distributed
 import drawn
 import jax
-import jax.export  # not an attribute of jax before it is imported
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxeff import bins, sketch
-from jaxeff.sketch import merge, refine, summarize, summarize_array
+from jaxeff.metrics import sketch
+from jaxeff.metrics.sketch import count, merge, on_host, summarize
 
 LARGE = 100_003  # prime: no piece divides it
-CERTIFIED = 3e-6
-FLOATS = [name for name in drawn.DRAWS if drawn.draw(name, 0, 2).dtype == np.float32]
-NARROW = [name for name in drawn.DRAWS if name not in FLOATS]
-WHOLE = sketch.sketch  # the module has the name of its function
 
 
-def padded(x: np.ndarray) -> jax.Array:
-    """[LARGE], so that arrays of all sizes share one program."""
-    return jnp.asarray(np.pad(x, (0, LARGE - x.size)))
+def counted(x: np.ndarray) -> sketch.Sketch:
+    """Padded to LARGE float32s, so that arrays of all sizes share one program."""
+    return count(jnp.asarray(np.pad(x.astype(np.float32), (0, LARGE - x.size))), x.size)
+
+
+def fetched(whole: sketch.Sketch) -> sketch.Sketch:
+    return jax.tree.map(np.asarray, whole)
 
 
 def assert_same(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def assert_certified(found, want: dict[str, float], label: str) -> None:
-    found, bounds = found
-    for name, error in drawn.errors(found, want).items():
-        bound = float(getattr(bounds, name))
-        assert error <= bound, f"{label}: {name} is off by {error}, certified to {bound}"
-    for name in ("zeros", "nonfinite", "size"):
-        assert int(getattr(found, name)) == want[name], f"{label}: {name}"
+def assert_within_bounds(whole: sketch.Sketch, want: dict[str, float], label: str) -> None:
+    """On the device, and on the host in float64."""
+    for where, (found, bounds) in {"device": summarize(whole), "host": on_host(fetched(whole))}.items():
+        for name, error in drawn.errors(found, want).items():
+            bound = float(getattr(bounds, name))
+            assert error <= bound, f"{label}, {where}: {name} is off by {error}, at most {bound} was promised"
+        for name in ("zeros", "nonfinite", "size"):
+            assert int(getattr(found, name)) == want[name], f"{label}, {where}: {name}"
 
 
 # Bounds.
 
 
-@pytest.mark.parametrize("name", FLOATS)
-def test_bounds_hold_and_a_second_pass_makes_them_small(name: str) -> None:
-    for size, seeds in {1: 2, 2: 2, 7: 2, 1000: 2, LARGE: 1}.items():
-        for seed in range(seeds):
-            x, label = drawn.draw(name, seed, size), f"{name} {seed} of {size}"
-            want, layer = drawn.exact(x), padded(x)
-            counts = WHOLE(layer, size)
-            assert_certified(summarize(counts), want, label)
-            fine = summarize(counts, refine(counts, layer))
-            assert_certified(fine, want, f"{label}, refined")
-            if size == LARGE:
-                assert max(dataclasses.astuple(fine[1])) < CERTIFIED, label
+@pytest.mark.parametrize("size", [1, 2, 7, 1000, LARGE])
+def test_no_metric_is_farther_off_than_its_bound(size: int) -> None:
+    for name in drawn.DRAWS:
+        for seed in range(1 if size == LARGE else 2):
+            x = drawn.draw(name, seed, size)
+            assert_within_bounds(counted(x), drawn.exact(x), f"{name} {seed} of {size}")
 
 
-@pytest.mark.parametrize("name", NARROW)
-def test_narrow_dtypes_are_exact_but_for_rounding(name: str) -> None:
-    x = drawn.draw(name, 0, 1000)
-    want, found = drawn.exact(x), summarize(WHOLE(x))
-    assert_certified(found, want, name)
-    assert max(dataclasses.astuple(found[1])) < CERTIFIED
+def test_bounds_are_small_where_no_bin_is_crowded() -> None:
+    for name in ("uniform", "normal", "power"):
+        _, bounds = summarize(counted(drawn.draw(name, 0, LARGE)))
+        wide = {field: float(getattr(bounds, field)) for field in drawn.FIELDS}
+        # A share of the weights is in the bin that a threshold or a coverage falls in.
+        shares = [wide.pop(field) for field in (*drawn.COVERAGES, *drawn.THRESHOLDS)]
+        assert max(shares) < 5e-3 and max(wide.values()) < 5e-5, (name, shares, wide)
+
+
+def test_of_narrow_floats_every_weight_is_known() -> None:
+    for kind in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        x = drawn.draw(kind, 0, 1000)
+        found, _ = on_host(fetched(counted(x)))
+        for name, error in drawn.errors(found, drawn.exact(x)).items():
+            assert error <= 2e-7, (kind, name, error)
 
 
 def test_a_mean_of_few_units_in_the_last_place_is_not_its_floor() -> None:
     x = np.repeat(np.arange(4, dtype=np.uint32), [5, 6, 8, 1]).view(np.float32)
-    counts = WHOLE(padded(x), 20)
-    assert_certified(summarize(counts), drawn.exact(x), "subnormals")
+    counts = counted(x)
+    assert_within_bounds(counts, drawn.exact(x), "subnormals")
     for _ in range(28):  # more than 2^31 in one bin, and then more than 2^32
         counts = merge(counts, counts)
-    assert_certified(summarize(counts), exact_copies(x, 2**28), "more subnormals")
+    assert_within_bounds(counts, exact_copies(x, 2**28), "more subnormals")
 
 
 def test_half_of_the_sum_is_reached_also_where_the_mean_is_no_float() -> None:
     x = np.repeat(np.arange(3, dtype=np.uint32), [2, 2, 1]).view(np.float32)
-    assert_certified(summarize(WHOLE(padded(x), 5)), drawn.exact(x), "a tie")
-
-
-def test_both_passes_at_once_are_the_two_in_turn() -> None:
-    x = drawn.draw("lognormal", 1, LARGE)
-    counts = WHOLE(x)
-    apart, at_once = summarize(counts, refine(counts, x)), summarize_array(x)
-    for (found, bounds), label in ((apart, "in turn"), (at_once, "at once")):
-        assert_certified((found, bounds), drawn.exact(x), label)
-        assert max(dataclasses.astuple(bounds)) < CERTIFIED
+    assert_within_bounds(counted(x), drawn.exact(x), "a tie")
 
 
 # Merging.
@@ -102,8 +96,8 @@ def test_both_passes_at_once_are_the_two_in_turn() -> None:
 @pytest.mark.parametrize("name", ["normal", "one bin", "bits", "subnormal and normal", "half zero"])
 def test_merging_the_parts_gives_the_sketch_of_the_whole(name: str) -> None:
     x = drawn.draw(name, 0, LARGE)
-    a, b, c = (WHOLE(part) for part in np.split(x, [1000, 50_000]))
-    whole = WHOLE(x)
+    a, b, c = (counted(part) for part in np.split(x, [1000, 50_000]))
+    whole = counted(x)
     assert_same(merge(merge(a, b), c), whole)
     assert_same(merge(a, merge(b, c)), whole)
     assert_same(merge(merge(c, a), b), whole)
@@ -113,49 +107,56 @@ def test_merging_the_parts_gives_the_sketch_of_the_whole(name: str) -> None:
 @given(st.integers(1, LARGE - 1), st.sampled_from(["wide", "clusters", "few"]))
 def test_a_cut_anywhere_changes_no_bit(cut: int, name: str) -> None:
     x = drawn.draw(name, 0, LARGE)
-    parts = WHOLE(padded(x[:cut]), cut), WHOLE(padded(x[cut:]), LARGE - cut)
-    assert_same(merge(*parts), WHOLE(x))
-
-
-@pytest.mark.parametrize("name", ["clusters", "one bin", "beside a limit"])
-def test_merging_refinements_by_the_parts_gives_that_by_the_whole(name: str) -> None:
-    x = drawn.draw(name, 0, LARGE)
-    whole = WHOLE(x)
-    parts = [refine(whole, padded(part)) for part in np.split(x, [1000, 50_000])]
-    assert_same(functools.reduce(merge, parts), refine(whole, x))
+    parts = counted(x[:cut]), counted(x[cut:])
+    assert_same(merge(*parts), counted(x))
 
 
 def test_merging_unlike_things_is_refused() -> None:
-    whole = WHOLE(np.ones(1000, np.float32))
-    with pytest.raises(TypeError, match="`a` and `b` must be two sketches.*got Sketch and Refinement"):
-        merge(whole, refine(whole, padded(np.ones(1, np.float32))))
+    whole = counted(np.ones(1))
+    with pytest.raises(TypeError, match="`a` and `b` must be two sketches.*got Sketch and Metrics"):
+        merge(whole, summarize(whole)[0])
+    with pytest.raises(TypeError, match="`sketch` must be a Sketch.*got tuple"):
+        summarize(summarize(whole))
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 1000, 4096, 16_385])
-def test_padding_changes_no_bit(size: int) -> None:
-    x = drawn.draw("half zero", 0, size)
-    assert_same(WHOLE(padded(x), size), WHOLE(x))
+def test_shape_order_and_padding_change_no_bit() -> None:
+    x = drawn.draw("half zero", 0, LARGE)
+    whole = counted(x)
+    assert_same(count(x.reshape(1, LARGE)), whole)
+    assert_same(counted(x[::-1]), whole)
 
 
-def test_shape_and_order_change_no_bit() -> None:
-    x = drawn.draw("lognormal", 0, 1000)
-    assert_same(WHOLE(x.reshape(10, 4, 25)), WHOLE(x[::-1].copy()))
-    assert_same(WHOLE(jnp.float32(0.3)), WHOLE(np.float32([0.3])))
+def test_a_run_of_many_pieces_is_their_sum() -> None:
+    # More than 2^24 weights, of which more than 2^18 in one bin: sums of places have two words.
+    part = drawn.draw("one bin", 0, 2**14)
+    whole = count(np.tile(part, 2**10 + 3))
+    doubled = counted(part)
+    thrice = merge(merge(doubled, doubled), doubled)
+    for _ in range(10):
+        doubled = merge(doubled, doubled)
+    assert_same(whole, merge(doubled, thrice))
 
 
-def test_merging_dtypes_keeps_what_all_of_them_know() -> None:
-    narrow, wide = drawn.draw("bfloat16", 0, 1000), drawn.draw("normal", 0, 1000)
-    both = np.concatenate([narrow.astype(np.float32), wide])
-    assert_same(merge(WHOLE(narrow), WHOLE(wide)), WHOLE(both))
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
+def test_other_dtypes_count_as_the_nearest_float32(dtype) -> None:
+    x = np.random.default_rng(0).integers(0, 2**25, 1000).astype(dtype)
+    assert_same(count(x), counted(x))
 
 
-def test_a_sketch_through_a_loop_is_the_sketch_of_all() -> None:
+def test_float64_counts_as_the_nearest_float32(x64: None) -> None:
+    x = np.random.default_rng(0).random(1000)
+    whole = count(x)
+    assert_same(whole, counted(x))
+    assert_within_bounds(whole, drawn.exact(x.astype(np.float32)), "uniform")
+    assert int(summarize(count(np.full(1000, 1e300)))[0].nonfinite) == 1000
+
+
+def test_rows_of_a_loop_add_up_to_the_whole() -> None:
     x = jnp.asarray(drawn.draw("normal", 0, 1000)).reshape(10, 100)
-    each = jax.vmap(WHOLE)(x)
-    first = jax.tree.map(lambda leaf: leaf[0], each)
-    others = jax.tree.map(lambda leaf: leaf[1:], each)
+    each = jax.jit(jax.vmap(count))(x, jnp.full(10, 100))
+    first, others = (jax.tree.map(lambda leaf, at=at: leaf[at], each) for at in (0, slice(1, None)))
     total, _ = jax.lax.scan(lambda sum, part: (merge(sum, part), None), first, others)
-    assert_same(total, WHOLE(x))
+    assert_same(total, counted(np.ravel(x)))
 
 
 # Of many copies.
@@ -182,42 +183,15 @@ def exact_copies(x: np.ndarray, copies: int) -> dict[str, float]:
     return want
 
 
-@pytest.mark.parametrize("doublings", [10, 22, 24, 29])
-@pytest.mark.parametrize(
-    "name", ["normal", "constant", "one bin", "ternary", "half zero", "bits", "smallest", "float16"]
-)
-def test_copies_of_an_array_have_its_metrics_in_closed_form(name: str, doublings: int) -> None:
-    # Up to 2^39 weights, all of them in one bin for the constant.
-    x = drawn.draw(name, 0, 1000)
-    whole = WHOLE(x)
-    for _ in range(doublings):
-        whole = merge(whole, whole)
-    assert_certified(summarize(whole), exact_copies(x, 2**doublings), f"{name} 2^{doublings} times")
-
-
-def test_a_refinement_bounds_more_than_two_to_the_24_weights_of_one_bin() -> None:
-    x = drawn.draw("one bin", 0, 1000)
-    whole = WHOLE(np.tile(x, 20_000))
-    merged = functools.reduce(merge, [WHOLE(np.tile(x, 5_000))] * 4)
-    assert_same(merged, whole)
-    found = summarize(whole, refine(whole, np.tile(x, 20_000)))
-    assert_certified(found, exact_copies(x, 20_000), "one bin")
-    assert max(dataclasses.astuple(found[1])) < CERTIFIED
-
-
-@pytest.mark.parametrize("share", [0.5, 0.7])
-def test_places_in_a_cell_cannot_sum_to_more_than_a_word(share: float) -> None:
-    # A crowded bin among many: its weights decide how finely it is cut.
-    generator = np.random.default_rng(0)
-    x = np.where(generator.random(LARGE) < share, 1, generator.uniform(20, 80, LARGE)).astype(np.float32)
-    whole = WHOLE(x)
-    for _ in range(14):
-        whole = merge(whole, whole)
-    layout = np.unique(np.asarray(refine(whole, x).layout))
-    assert layout.size > 1000
-    crowded, depths = layout >> 4, layout & 15
-    weights = np.asarray(whole.sums)[..., 0].reshape(-1)[crowded].astype(np.uint64)
-    assert np.all((weights * ((1 << 14 - depths) - 1))[depths > 0] < 2**32)
+@pytest.mark.parametrize("doublings", [10, 22, 24, 30])
+def test_copies_of_an_array_have_its_metrics_in_closed_form(doublings: int) -> None:
+    # Up to 2^40 weights, all of them in one bin for the constant.
+    for name in ("normal", "constant", "one bin", "ternary", "half zero", "bits", "smallest", "float16"):
+        x = drawn.draw(name, 0, 1000)
+        whole = counted(x)
+        for _ in range(doublings):
+            whole = merge(whole, whole)
+        assert_within_bounds(whole, exact_copies(x, 2**doublings), f"{name} 2^{doublings} times")
 
 
 # What is no importance, and what is no layer.
@@ -225,96 +199,45 @@ def test_places_in_a_cell_cannot_sum_to_more_than_a_word(share: float) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf, -1.0, -1e-45])
 def test_an_invalid_importance_makes_every_metric_nan(bad: float) -> None:
-    x = np.float32([1, 0, bad, 2, bad, -0.0, 3])
-    counts = WHOLE(padded(x), 7)
-    for found, bounds in (summarize(counts), summarize(counts, refine(counts, padded(x)))):
-        assert all(math.isnan(getattr(found, name)) for name in drawn.FIELDS)
-        assert (found.zeros, found.nonfinite, found.size) == (2, 2, 7)
-        assert not any(dataclasses.astuple(bounds))
+    found, bounds = summarize(counted(np.float32([1, 0, bad, 2, bad, -0.0, 3])))
+    assert all(math.isnan(getattr(found, name)) for name in drawn.FIELDS)
+    assert (found.zeros, found.nonfinite, found.size) == (2, 2, 7)
+    assert not any(dataclasses.astuple(bounds))
 
 
 def test_an_array_of_zeros_stands_by_convention() -> None:
-    x = np.zeros(7, np.float32)
-    found, bounds = summarize(WHOLE(padded(x), 7))
-    assert_certified((found, bounds), drawn.exact(x), "zeros")
-    assert not any(dataclasses.astuple(bounds))
+    whole = counted(np.zeros(7))
+    assert_within_bounds(whole, drawn.exact(np.zeros(7)), "zeros")
+    assert not any(dataclasses.astuple(summarize(whole)[1]))
 
 
 def test_more_weights_than_one_pass_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="`x`.*merge"):
-        jax.eval_shape(WHOLE, jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32))
-
-
-@pytest.mark.parametrize("value", [3, 2**24 + 1, 0])
-def test_integers_count_as_the_nearest_float32(value: int) -> None:
-    x = np.array([value, 7, 1], np.int32)
-    assert_same(WHOLE(x), WHOLE(x.astype(np.float32)))
-
-
-def test_float64_counts_as_the_nearest_float32(x64: None) -> None:
-    x = np.random.default_rng(0).random(7)
-    counts = WHOLE(x)
-    assert_same(counts, WHOLE(x.astype(np.float32)))
-    assert_certified(summarize(counts), drawn.exact(x.astype(np.float32)), "uniform")
-    assert int(summarize(WHOLE(np.full(7, 1e300)))[0].nonfinite) == 7
+        jax.eval_shape(count, jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32))
 
 
 @pytest.mark.usefixtures("strict_promotion")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
 def test_no_implicit_promotion(dtype) -> None:
-    layer = jax.ShapeDtypeStruct((20_000,), dtype)
-    jax.eval_shape(summarize_array, layer)
-    jax.eval_shape(WHOLE, layer, jax.ShapeDtypeStruct((), jnp.int32))
-
-
-# Transformations.
-
-
-def test_vmap_counts_row_by_row() -> None:
-    stack = jnp.asarray(np.stack([drawn.draw(name, 0, 1000) for name in ("normal", "few", "one bin")]))
-    sizes = jnp.array([1000, 1000, 1000])
-    together = jax.jit(jax.vmap(WHOLE))(stack, sizes)
-    for index, x in enumerate(stack):
-        assert_same(jax.tree.map(lambda leaf, i=index: leaf[i], together), WHOLE(x))
-
-
-def test_jit_and_eager_count_alike() -> None:
-    x = drawn.draw("normal", 0, 1000)
-    with jax.disable_jit():
-        eager = WHOLE(x)
-    assert_same(jax.jit(WHOLE)(x), eager)
+    layer, size = jax.ShapeDtypeStruct((20_000,), dtype), jax.ShapeDtypeStruct((), jnp.int32)
+    jax.eval_shape(lambda x, size: summarize(merge(count(x, size), count(x))), layer, size)
 
 
 def test_a_sketch_has_no_slope() -> None:
     x = jnp.asarray(drawn.draw("normal", 0, 1000))
-    slope = jax.grad(lambda x: summarize(WHOLE(x))[0].entropy + x.sum())(x)
+    slope = jax.grad(lambda x: summarize(count(x))[0].entropy + x.sum())(x)
     np.testing.assert_array_equal(slope, np.ones_like(x))
 
 
-def test_a_second_call_of_the_same_shape_compiles_nothing(compilations) -> None:
-    first, second = (drawn.draw("normal", seed, 1000) for seed in (0, 1))
-    jax.block_until_ready(summarize(WHOLE(first)))
-    with compilations() as warm:
-        jax.block_until_ready(summarize(WHOLE(second)))
-    assert warm.count == 0
+def test_on_the_host_nothing_is_compiled(compilations) -> None:
+    whole = fetched(counted(drawn.draw("normal", 0, 1000)))
+    with compilations() as none:
+        found, bounds = on_host(whole)
+    assert none.count == 0
+    assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((found, bounds)))
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("function", [WHOLE, summarize_array])
-def test_it_lowers_for_accelerators(function, platform: str) -> None:
-    layer = jax.ShapeDtypeStruct((1000, 7), jnp.float32)
-    assert jax.export.export(jax.jit(function), platforms=[platform])(layer).mlir_module_serialized
-
-
-def test_what_an_accelerator_runs_counts_alike() -> None:
-    sort, scatter = jax.jit(bins._sorted), jax.jit(bins._scattered)
-    sort_again, scatter_again = jax.jit(bins._filled_by_sort), jax.jit(bins._filled)
-    for name in ("normal", "bits", "one bin", "half zero", "clusters", "beside a limit", "smallest"):
-        x = jnp.asarray(drawn.draw(name, 0, LARGE))
-        assert_same(sort(x), scatter(x))
-        fine, limits = refine(WHOLE(x), x), jnp.array([1 << 29, 1 << 30], jnp.uint32)
-        plan = fine.table, fine.base, fine.layout, limits, jnp.array([1, 1])
-        assert_same(sort_again(x, *plan), scatter_again(x, *plan))
+# On several devices and in several processes.
 
 
 def test_an_array_on_eight_devices_is_counted_where_it_lies() -> None:
@@ -322,7 +245,7 @@ def test_an_array_on_eight_devices_is_counted_where_it_lies() -> None:
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": os.pathsep.join(
-            [str(Path(sketch.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+            [str(Path(sketch.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         ),
     }
     script = Path(__file__).with_name("sharded.py")
@@ -331,8 +254,8 @@ def test_an_array_on_eight_devices_is_counted_where_it_lies() -> None:
 
 
 def test_several_processes_find_what_one_does() -> None:
-    alone, *others = [found for count in (1, 2, 4) for found in _of_processes(count)]
-    for found in others:
+    alone = distributed.found_by(jax.devices()[:1])
+    for found in _of_processes(2):
         assert found["sketch"] == alone["sketch"]
         for ours, theirs in zip(found["report"], alone["report"], strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6)
@@ -357,8 +280,3 @@ def _of_processes(count: int) -> list[dict]:
     done = [process.communicate(timeout=300) for process in running]
     assert all(process.returncode == 0 for process in running), done
     return [json.loads(output.splitlines()[-1]) for output, _ in done]
-
-
-def test_a_second_pass_runs_in_64_bit(x64: None) -> None:
-    x = np.float32(1) + np.arange(1000, dtype=np.float32) * np.float32(2**-20)
-    assert_certified(summarize_array(x), drawn.exact(x), "uniform")

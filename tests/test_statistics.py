@@ -289,6 +289,15 @@ REASONS = {
     "returned": (lambda w, x: (x, w), "returned as an output"),
     "a slice": (lambda w, x: x[..., :3] @ w[:3], "slice"),
     "sorted": (lambda w, x: x @ jnp.sort(w, axis=0), "sort"),
+    # Which of the two rows of units is the weight's own is not followed.
+    "stacked with another": (
+        lambda w, x: jnp.einsum("bti,nio->btno", x, jnp.stack([w, jnp.ones((5, 5))])),
+        "its axes were lost at",
+    ),
+    "joined to another along a new axis": (
+        lambda w, x: jnp.einsum("bti,nio->btno", x, jnp.concatenate([w[None], jnp.ones((1, 5, 5))])),
+        "its axes were lost at concatenate",
+    ),
 }
 
 

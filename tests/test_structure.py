@@ -114,6 +114,16 @@ def two_layers(between):
     return params, lambda params, x: between(x @ params["a"], params["c"]) @ params["b"]
 
 
+@jax.custom_batching.custom_vmap
+def _batched_by_hand(y, c):
+    return jnp.tanh(y) * c
+
+
+@_batched_by_hand.def_vmap
+def _batch_by_hand(size, batched, y, c):
+    return jnp.tanh(y) * c, True
+
+
 # Of each operation whether units go through it one by one.
 PASSES = {
     "bias": lambda y, c: jnp.tanh(y + c),
@@ -134,6 +144,14 @@ PASSES = {
     "normalised over examples": lambda y, c: (y - y.mean(0)[None]) / jnp.sqrt(y.var(0)[None] + 1),
     "updated": lambda y, c: jax.lax.dynamic_update_slice(y, y[:1] * c, (1, 0)),
     "a mask of all": lambda y, c: jnp.where(np.ones(y.shape[1], bool), y, 0),
+    "stacked and unstacked": lambda y, c: sum(jnp.unstack(jnp.stack([y * c, y], axis=-1), axis=-1)),
+    "stacked with examples": lambda y, c: jnp.unstack(jnp.stack([y, jnp.tanh(y) * c]))[1],
+    "tiled": lambda y, c: jnp.tile(y, (1, 2)).reshape(len(y), 2, -1).sum(1) * c,
+    "rows added to": lambda y, c: jnp.asarray(y).at[np.array([0, 2])].add(c),
+    "rows replaced": lambda y, c: jnp.asarray(y).at[np.array([1, 3])].set(jnp.tanh(y[:2])),
+    "rows summed by segments": lambda y, c: jax.ops.segment_sum(y * c, np.arange(8) // 2, 4),
+    "a composite": lambda y, c: jax.lax.composite(lambda z: jnp.tanh(z) * 2, "own.tanh")(y) * c,
+    "a batching rule of its own": lambda y, c: _batched_by_hand(y, c),
     "unit weights": lambda y, c: y * jnp.exp(c),
 }
 LOCKS = {
@@ -151,6 +169,8 @@ LOCKS = {
     "norm": lambda y, c: y / jnp.linalg.norm(y, axis=1, keepdims=True),
     "largest": lambda y, c: y - y.max(1, keepdims=True),
     "noise": lambda y, c: y + jax.random.normal(jax.random.key(0), y.shape),
+    "unstacked": lambda y, c: y * jnp.unstack(y, axis=1)[2][:, None],
+    "columns added to": lambda y, c: jnp.asarray(y).at[:, np.array([0, 2])].add(1.0),
     "matrix of constants": lambda y, c: y @ np.eye(6, dtype=np.float32),
 }
 

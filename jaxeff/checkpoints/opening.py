@@ -1,6 +1,6 @@
 """A path -> the arrays of the checkpoint that lies there, whatever its format.
 
-Imports `stored` and the formats.
+Imports `shards`, `stored` and the formats.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ import dataclasses
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from jaxeff.checkpoints import msgpack, orbax, safetensors
+from jaxeff.checkpoints.shards import INDEX, list_shards
 from jaxeff.checkpoints.stored import CheckpointError, Stored, printable, quoted
 
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+_SHARDED = {suffix: f"{suffix}{INDEX}" for suffix in (".safetensors", ".msgpack")}
 _FORMATS = (
-    "a .safetensors file, a directory of shards with a *.safetensors.index.json, an Orbax checkpoint, or a "
-    "Flax .msgpack file"
+    "a .safetensors file, a Flax .msgpack file, a directory of shards of either with their index (such as "
+    "*.safetensors.index.json), or an Orbax checkpoint"
 )
 
 
@@ -59,8 +62,13 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def _of_file(path: Path) -> Checkpoint:
-    if path.name.endswith(safetensors.INDEX):
-        return _of_safetensors(path, safetensors.list_shards(path))
+    if path.name.endswith(_SHARDED[".safetensors"]):
+        arrays = list_shards(
+            path, lambda shard: {array.name: array for array in safetensors.list_file(shard)}
+        )
+        return _of_safetensors(path, list(arrays.values()))
+    if path.name.endswith(_SHARDED[".msgpack"]):
+        return _of_tree(path, list_shards(path, msgpack.list_tree))
     if path.suffix == ".safetensors":
         return _of_safetensors(path, safetensors.list_file(path))
     with open(path, "rb") as file:
@@ -87,10 +95,12 @@ def _pickled(path: Path) -> str:
 
 def _of_directory(path: Path) -> Checkpoint:
     names = sorted(child.name for child in path.iterdir())
-    indices = [name for name in names if name.endswith(safetensors.INDEX)]
-    if indices:
-        index = path / _only(path, indices, "indices of shards")
-        return _of_safetensors(path, safetensors.list_shards(index))
+    for suffix, ending in _SHARDED.items():
+        if indices := [name for name in names if name.endswith(ending)]:
+            return _of_file(path / _only(path, indices, "indices of shards"))
+        if any(name.endswith(suffix) for name in names):
+            # A whole file of one format goes before shards of the next.
+            break
     if orbax.is_item(path):
         return _of_tree(path, orbax.list_tree(path))
     if items := [item.name for item in orbax.items(path)]:
@@ -100,7 +110,7 @@ def _of_directory(path: Path) -> Checkpoint:
             f"{quoted(path)} holds the checkpoints {', '.join(_in_order(steps))}: pass one, such as "
             f"{quoted(path / _in_order(steps)[-1])}"
         )
-    for suffix in (".safetensors", ".msgpack"):
+    for suffix in _SHARDED:
         if files := [name for name in names if name.endswith(suffix)]:
             return _of_file(path / _only(path, files, f"{suffix} files and no index"))
     if pickles := [name for name in names if Path(name).suffix.lower() in _PICKLES]:
@@ -129,11 +139,13 @@ def _of_safetensors(path: Path, arrays: list[Stored]) -> Checkpoint:
 
 
 def _of_tree(path: Path, tree: Mapping[tuple[str, ...], Stored]) -> Checkpoint:
-    # Boxed parameters (nn.Partitioned, nnx.Param) have one more key.
+    # A boxed parameter (nn.Partitioned, nnx.Param) is stored as a map of `value` alone.
+    inside = Counter(keys[:depth] for keys in tree for depth in range(1, len(keys)))
     unboxed = {
-        keys[:-1] if len(keys) > 1 and keys[-1] == "value" else keys: array for keys, array in tree.items()
+        keys[:-1] if keys[-1:] == ("value",) and inside[keys[:-1]] == 1 else keys: array
+        for keys, array in tree.items()
     }
-    return _checkpoint(path, unboxed if len(unboxed) == len(tree) else tree, "/", units_first=False)
+    return _checkpoint(path, unboxed, "/", units_first=False)
 
 
 def _checkpoint(

@@ -1,7 +1,7 @@
 """safetensors: the length of a JSON header, the header, and the arrays one after the other.
 
-Of a file only the header is read; of a directory, its index and the header of every shard. The rules are
-those of the format: the arrays fill the file without overlap or gap. Imports `stored`.
+Only the header of a file is read. The rules are those of the format: the arrays fill the file without overlap
+or gap. Imports `stored`.
 
 References:
     https://github.com/huggingface/safetensors, "Format"
@@ -9,12 +9,9 @@ References:
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,12 +25,11 @@ from jaxeff.checkpoints.stored import (
     checked_shape,
     fill,
     in_file,
+    json_object,
     quoted,
 )
 
-INDEX = ".safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # as the format's own reader has it
-_LONGEST_INDEX = 1 << 30
 _DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -95,7 +91,7 @@ def parse(header: bytes, size: int, path: str | os.PathLike) -> list[Stored]:
     >>> [(array.name, array.shape) for array in parse(header, 8 + len(header) + 24, "model.safetensors")]
     [('w', (2, 3))]
     """
-    entries = {name: entry for name, entry in _object(header, path).items() if name != "__metadata__"}
+    entries = {name: entry for name, entry in json_object(header, path).items() if name != "__metadata__"}
     begin = 8 + len(header)
     placed = sorted(
         (_placed(name, entry, path) for name, entry in entries.items()), key=lambda item: item[:2]
@@ -112,33 +108,6 @@ def parse(header: bytes, size: int, path: str | os.PathLike) -> list[Stored]:
             f"{quoted(path)} {what}: its header tells of {begin + end:,} bytes, it has {size:,}"
         )
     return [_stored(name, entry, begin + first, last - first, path) for first, last, name, entry in placed]
-
-
-def _object(text: bytes, path: str | os.PathLike) -> dict[str, Any]:
-    """A JSON object in which no name comes twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise CheckpointError(f"{quoted(path)} has the name {quoted(twice)} twice")
-        return found
-
-    try:
-        found = json.loads(text, object_pairs_hook=unique)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{quoted(path)}: not JSON where it should be ({_first_line(error)})"
-        ) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{quoted(path)}: JSON, but no object")
-    return found
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n", 1)[0][:120]
 
 
 def _placed(name: str, entry: Any, path: str | os.PathLike) -> tuple[int, int, str, dict[str, Any]]:
@@ -167,57 +136,6 @@ def _stored(name: str, entry: dict[str, Any], begin: int, length: int, path: str
         raise CheckpointError(f"{where} has {size:,} elements of {kind} in {length:,} bytes")
     spans = [Span(begin, size)]
     return Stored(name, shape, dtype, kind, in_file(path, spans, dtype or np.dtype(np.uint8)))
-
-
-def list_shards(index: Path) -> list[Stored]:
-    """The arrays of all shards that an index names.
-
-    Raises:
-        CheckpointError: the index, or a shard, is not as the format has it, a shard is missing or outside
-            the directory, or an array is missing or in two shards.
-        OSError: one cannot be read.
-    """
-    if index.stat().st_size > _LONGEST_INDEX:
-        raise CheckpointError(f"{quoted(index)} is too long for an index")
-    shard_of = _object(index.read_bytes(), index).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise CheckpointError(f"{quoted(index)} has no weight_map from arrays to files")
-    found: dict[str, tuple[Stored, str]] = {}
-    for shard in sorted(set(shard_of.values())):
-        for array in list_file(_beside(index, shard)):
-            if array.name in found:
-                raise CheckpointError(
-                    f"{quoted(index)}: array {quoted(array.name)} is in two shards, "
-                    f"{quoted(found[array.name][1])} and {quoted(shard)}"
-                )
-            found[array.name] = array, shard
-    _check_map(index, shard_of, {name: shard for name, (_, shard) in found.items()})
-    return [array for array, _ in found.values()]
-
-
-def _beside(index: Path, shard: str) -> Path:
-    """The path of a shard: a name, so that an index cannot have any other file read."""
-    if (
-        shard in ("", ".", "..")
-        or "/" in shard
-        or "\\" in shard
-        or "\0" in shard
-        or Path(shard).is_absolute()
-    ):
-        raise CheckpointError(f"{quoted(index)} names the shard {quoted(shard)}, which is not beside it")
-    path = index.parent / shard
-    if not path.is_file():
-        raise CheckpointError(f"{quoted(index)} names the shard {quoted(shard)}, which is missing")
-    return path
-
-
-def _check_map(index: Path, shard_of: dict[str, str], found: dict[str, str]) -> None:
-    for name, shard in shard_of.items():
-        if found.get(name) != shard:
-            raise CheckpointError(
-                f"{quoted(index)}: array {quoted(name)} should be in {quoted(shard)}, and is "
-                + (f"in {quoted(found[name])}" if name in found else "not there")
-            )
 
 
 def is_flax(arrays: Iterable[Stored]) -> bool:

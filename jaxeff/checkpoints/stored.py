@@ -6,12 +6,15 @@ Every format is a function from a path to these. Imports nothing of jaxeff.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from io import FileIO
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +135,35 @@ def dtype_named(name: str) -> np.dtype | None:
     """The dtype of that name, if it is one of numbers that are read here."""
     # Not whatever NumPy makes of a text: it parses some as Python.
     return jnp.dtype(name) if name in _DTYPES else None
+
+
+def json_object(text: bytes, path: str | os.PathLike) -> dict[str, Any]:
+    """A JSON object in which no name comes twice.
+
+    Raises:
+        CheckpointError: the text is another.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise CheckpointError(f"{quoted(path)} has the name {quoted(twice)} twice")
+        return found
+
+    try:
+        found = json.loads(text, object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{quoted(path)}: not JSON where it should be ({first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{quoted(path)}: JSON, but no object")
+    return found
+
+
+def first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0][:120]
 
 
 def quoted(name: object) -> str:

@@ -1,7 +1,7 @@
 """Operation -> Work, or why it is not counted.
 
-Every primitive is in one of the tables below: what is in none is reported, never taken as free. Imports
-`graph`, `work`.
+Every primitive is in one of the tables below, or in `graph.primitives` with the reason why it is not
+counted: what is in none is reported, never taken as free. Imports `graph`, `work`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.cost.work import Work
-from jaxeff.graph import multiplications
-from jaxeff.graph.program import Operation, Value
+from jaxeff.graph import contractions, multiplications
+from jaxeff.graph.primitives import UNCOUNTED
+from jaxeff.graph.program import ENTERED, Operation, Value
 
 # They move, copy or name elements, or pass them on in another type: nothing is calculated.
 MOVES = frozenset({
@@ -23,16 +24,18 @@ MOVES = frozenset({
     "concatenate", "conj", "convert_element_type", "copy", "copy_p", "create_token",
     "device_put", "dynamic_slice", "dynamic_update_slice", "empty", "empty2", "expand_dims", "gather", "imag",
     "iota",
-    "layout_constraint", "mesh_cast", "name", "optimization_barrier", "pad", "partition_id", "pbroadcast",
-    "pcast", "pvary", "random_clone", "random_unwrap", "random_wrap", "real", "reduce_precision", "reshape",
-    "reshard", "rev", "scatter", "sharding_constraint", "slice", "split", "squeeze",
-    "stop_gradient", "tile", "transpose",
+    "layout_constraint", "mesh_cast", "name", "optimization_barrier", "pad", "partition_id", "pcast",
+    "platform_index", "preduced", "pvary", "random_clone", "random_unwrap", "random_wrap", "real",
+    "reduce_precision", "reduced_vary_cast", "reduced_vary_cast_p", "relayout", "reshape", "reshard", "rev",
+    "scatter", "sharding_constraint", "slice", "split", "squeeze", "stack", "stage", "stop_gradient", "tile",
+    "transpose", "unstack", "vary_unreduced_cast", "vary_unreduced_cast_p", "with_memory_space_constraint",
+    "zeros_like",
 })  # fmt: skip
 
 # One operation for each element of the result.
 _ARITHMETIC = frozenset({
     "abs", "add", "add_any", "and", "ceil", "clz", "div", "eq", "eq_to", "floor", "ge", "gt", "is_finite",
-    "le", "le_to", "lt", "lt_to", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or",
+    "le", "le_to", "lt", "lt_to", "max", "min", "mul", "mulhi", "ne", "neg", "nextafter", "not", "or",
     "population_count", "rem", "round", "select_n", "shift_left", "shift_right_arithmetic",
     "shift_right_logical", "sign", "square", "sub", "xor",
 })  # fmt: skip
@@ -40,8 +43,8 @@ _ARITHMETIC = frozenset({
 TRANSCENDENTAL = frozenset({
     "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "cos",
     "cosh", "digamma", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "igamma", "igamma_grad_a", "igammac",
-    "lgamma", "log", "log1p", "logistic", "polygamma", "pow", "regularized_incomplete_beta", "rsqrt", "sin",
-    "sinh", "sqrt", "tan", "tanh", "zeta",
+    "lgamma", "log", "log1p", "log2", "logistic", "polygamma", "pow", "regularized_incomplete_beta", "rsqrt",
+    "sin", "sinh", "sqrt", "tan", "tanh", "zeta",
 })  # fmt: skip
 
 _REDUCTIONS = frozenset({
@@ -49,36 +52,6 @@ _REDUCTIONS = frozenset({
     "reduce_xor",
 })  # fmt: skip
 
-_COMMUNICATION = "communication between devices, with what it adds up on the way"
-_COMPARISONS = "its number of comparisons is up to the algorithm"
-_RANDOM = "integer work of the random generator that JAX is configured with"
-_LINEAR_ALGEBRA = "a library's algorithm, whose steps are up to the backend"
-_CALLBACK = "runs Python on the host"
-_CUSTOM = "a program that JAX does not see into"
-
-UNCOUNTED: Mapping[str, str] = {
-    **dict.fromkeys(("approx_top_k", "sort", "top_k"), _COMPARISONS),
-    **dict.fromkeys(
-        ("all_gather", "all_gather_invariant", "all_gather_reduced", "all_to_all", "pmax", "pmin", "ppermute",
-         "psum", "psum2", "psum_invariant", "ragged_all_to_all", "reduce_scatter", "psum_scatter"),
-        _COMMUNICATION,
-    ),
-    **dict.fromkeys(
-        ("random_bits", "random_fold_in", "random_gamma", "random_seed", "random_split", "rng_bit_generator",
-         "rng_uniform", "threefry2x32"),
-        _RANDOM,
-    ),
-    **dict.fromkeys(
-        ("cholesky", "cholesky_update", "custom_linear_solve", "eig", "eigh", "fft", "hessenberg",
-         "householder_product", "lu", "qr", "schur", "svd", "triangular_solve", "tridiagonal",
-         "tridiagonal_solve"),
-        _LINEAR_ALGEBRA,
-    ),
-    **dict.fromkeys(
-        ("debug_callback", "debug_print", "io_callback", "outside_call", "pure_callback"), _CALLBACK
-    ),
-    **dict.fromkeys(("custom_call", "ffi_call", "pallas_call", "tpu_custom_call", "triton_call"), _CUSTOM),
-}  # fmt: skip
 UNKNOWN = "no rule for this operation"
 
 
@@ -151,6 +124,9 @@ def _updates(operation: Operation) -> int:
 _STEPS: Mapping[str, Callable[[Operation], int]] = {
     "clamp": lambda operation: 2 * _size(operation.outputs[0]),
     "integer_pow": _integer_power,
+    # By Horner's rule: a product and a sum for each coefficient but the highest.
+    "polynomial": lambda operation: 2 * (len(operation.inputs) - 2) * _size(operation.outputs[0]),
+    "one_minus_square": lambda operation: 2 * _size(operation.outputs[0]),
     **dict.fromkeys(("cummax", "cummin", "cumprod", "cumsum"), _cumulation),
     **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window_sum"), _window),
     "select_and_gather_add": _window,
@@ -161,6 +137,12 @@ _STEPS: Mapping[str, Callable[[Operation], int]] = {
         _updates,
     ),
 }  # fmt: skip
+
+
+COUNTED = frozenset({
+    *MOVES, *_ARITHMETIC, *TRANSCENDENTAL, *_REDUCTIONS, *_STEPS, *contractions.NAMES, *ENTERED, "shard_map",
+})  # fmt: skip
+"""Primitives whose work is counted, or that run a program whose work is."""
 
 
 def _size(operand: Any) -> int:

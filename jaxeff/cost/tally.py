@@ -18,7 +18,7 @@ from jaxeff.cost.operations import work_of
 from jaxeff.cost.records import Entry, Statement
 from jaxeff.cost.work import Work
 from jaxeff.graph import Program, flatten
-from jaxeff.graph.program import Operation, Value, callee
+from jaxeff.graph.program import Operation, Value
 
 Owner = Callable[[Operation, str], str | None]
 """The path of the weight that an operation consumes, given the module it stands in."""
@@ -146,11 +146,8 @@ def _walk(program: Program, around: Around, found: Tally) -> None:
     for operation in program.operations:
         module = around.modules(operation)
         enter = _ENTERED.get(operation.name)
-        called = callee(operation)
         if enter is not None:
             enter(operation, module, around, found)
-        elif called is not None:
-            _walk(flatten(called, operation.scope), around, found)
         else:
             _count(operation, module, around, found)
 

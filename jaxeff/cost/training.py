@@ -126,8 +126,10 @@ def _inside(equation: Any) -> list[Jaxpr]:
 
 def _keeping(program: Any) -> Any:
     """The same program with other policies, also in the bodies of its calls and loops."""
-    if isinstance(program, ClosedJaxpr):
-        return program.replace(jaxpr=_keeping(program.jaxpr))
+    inner = getattr(program, "jaxpr", program)
+    # Newer JAX has one class for both: its `jaxpr` is itself.
+    if inner is not program:
+        return program.replace(jaxpr=_keeping(inner))
     return program.replace(eqns=[_kept(equation) for equation in program.eqns])
 
 

@@ -20,7 +20,7 @@ class Work:
             costs is up to the device; XLA keeps them apart as well.
         integer_operations: elements of arithmetic on integers and booleans (masks, indices). Not among the
             FLOPs.
-        padding_macs: those of `macs` that multiply a zero which a convolution's padding put there.
+        padding_macs: those of `macs` that multiply a zero of a convolution's padding.
     """
 
     macs: int = 0

@@ -1,6 +1,7 @@
 """The jaxpr walk: a traced function -> the sites of its weights."""
 
 from jaxeff.graph.attention import Attention as Attention
+from jaxeff.graph.attention import Headless as Headless
 from jaxeff.graph.attention import attentions as attentions
 from jaxeff.graph.axes import positions as positions
 from jaxeff.graph.contractions import Multiplications as Multiplications

@@ -18,9 +18,9 @@ import numpy as np
 from jax.extend.core import Literal
 
 from jaxeff.graph import axes, nonlinearities
-from jaxeff.graph.activations import Flow
 from jaxeff.graph.axes import Dims, Factor
-from jaxeff.graph.program import Operation, Program, Value, callee, flatten
+from jaxeff.graph.flow import Flow
+from jaxeff.graph.program import Operation, Program, Value
 from jaxeff.graph.provenance import Loop, Provenance, contracted, value_shape
 from jaxeff.graph.sites import Site
 
@@ -63,18 +63,34 @@ class Attention:
     loops: tuple[Loop, ...]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Headless:
+    """A softmax that weighs data, and in which no heads were found.
+
+    Attributes:
+        leaves: the weights nearest before it.
+        reason: why there are none.
+    """
+
+    leaves: frozenset[int]
+    reason: str
+
+
 Labels = Mapping[int, frozenset[Dims]]
 """Leaf -> where its unit axes stand; several ways where parts of one leaf have met."""
 
 
 def attentions(
     program: Program, sites: Sequence[Site], shapes: Sequence[tuple[int, ...]], provenance: Provenance
-) -> tuple[Attention, ...]:
-    """Every attention of a program and of the bodies of its loops, in execution order."""
+) -> tuple[tuple[Attention, ...], tuple[Headless, ...]]:
+    """Attentions of a program and of the bodies of its loops, in execution order: with heads, and without."""
     by_output = {site.activation.pre: site for site in sites}
-    found: list[Attention] = []
+    found: list[Attention | Headless] = []
     _search(program, by_output, shapes, provenance, found)
-    return tuple(found)
+    return (
+        tuple(each for each in found if isinstance(each, Attention)),
+        tuple(each for each in found if isinstance(each, Headless)),
+    )
 
 
 def _search(
@@ -82,7 +98,7 @@ def _search(
     by_output: Mapping[Value, Site],
     shapes: Sequence[tuple[int, ...]],
     provenance: Provenance,
-    found: list[Attention],
+    found: list[Attention | Headless],
 ) -> None:
     flow = Flow(program, provenance)
     labels = _labelled(program, by_output, provenance)
@@ -137,14 +153,14 @@ def _moved(operation: Operation, operand: int, dims: Dims, output: int) -> Dims 
     if operation.name == "concatenate":
         along = operation.params["dimension"]
         return (*dims[:along], (Factor(None, result[along]),), *dims[along + 1 :])
+    if operation.name == "stack":
+        return axes.stacked(operation, dims)
     if operation.name.startswith("reduce_") and "axes" in operation.params:
         reduced = {int(axis) for axis in operation.params["axes"]}
         return tuple(dim for i, dim in enumerate(dims) if i not in reduced)
     if operation.name == "dot_general":
         return contracted(operation, operand, dims, axes.of_data(value_shape(operation.inputs[1 - operand])))
-    if nonlinearities.pointwise(operation):
-        return axes.broadcast(dims, shape, result)
-    return dims if callee(operation) is not None and shape == result else None
+    return axes.broadcast(dims, shape, result) if nonlinearities.pointwise(operation) else None
 
 
 def _softmaxes(flow: Flow) -> dict[Value, int]:
@@ -153,13 +169,6 @@ def _softmaxes(flow: Flow) -> dict[Value, int]:
     for operation in flow.program.operations:
         if operation.name == "div":
             over = _normalised_over(flow, operation)
-            if over is not None:
-                found[operation.outputs[0]] = over
-        called = callee(operation)
-        if called is not None and not nonlinearities.pointwise(operation):
-            inner = flatten(called)
-            (result, *_) = inner.outputs
-            over = _softmaxes(Flow(inner, flow.provenance)).get(result) if isinstance(result, Value) else None
             if over is not None:
                 found[operation.outputs[0]] = over
     return found
@@ -205,26 +214,59 @@ def _attention(
     softmaxes: Mapping[Value, int],
     by_output: Mapping[Value, Site],
     shapes: Sequence[tuple[int, ...]],
-) -> Attention | None:
+) -> Attention | Headless | None:
     """The attention whose probabilities this contraction takes, if it takes any."""
     contract, batch = operation.params["dimension_numbers"]
+    headless = None
     for side in (0, 1):
         weights, data = operation.inputs[side], operation.inputs[1 - side]
         softmax = _softmax_of(flow, weights, softmaxes)
         found = softmax is not None and contract[side] == (softmaxes[softmax],)
-        if softmax is None or not found or not isinstance(data, Value) or data not in labels:
+        if softmax is None or not found or not isinstance(data, Value) or not flow.provenance.is_data(data):
+            continue
+        if data not in labels:
+            headless = _headless(flow, labels, data, "its values")
             continue
         shared = dict(zip(batch[side], batch[1 - side], strict=True))
-        heads = _Heads.of(labels[softmax], labels[data], shared, softmax.shape)
+        heads = _Heads.of(labels.get(softmax, {}), labels[data], shared, softmax.shape)
         if heads is None:
-            return None
+            headless = _headless(flow, labels, softmax, "its logits")
+            continue
         members = heads.members(labels, softmax, data, shared, by_output.values(), shapes)
         loops = next((site.loops for site in by_output.values() if site.leaf in labels[softmax]), ())
         dims, sizes = tuple(heads.digits), [d for pieces in heads.digits.values() for d in pieces]
         units = math.prod(digit.size for digit in sizes if digit.unit)
         count = math.prod(digit.size for digit in sizes)
         return Attention(softmax, softmaxes[softmax], dims, count, units, members, loops)
-    return None
+    return headless
+
+
+def _headless(flow: Flow, labels: Mapping[Value, Labels], value: Value, what: str) -> Headless:
+    """Why no heads stand in a value: the nearest operations before it at which a weight's units were lost."""
+    names: set[str] = set()
+    leaves: set[int] = set()
+    pending = [value]
+    seen = set(pending)
+    while pending:
+        made = flow.made_by.get(pending.pop())
+        sources = [] if made is None else flow.program.operations[made].inputs
+        for source in sources:
+            if not isinstance(source, Value) or source in seen:
+                continue
+            seen.add(source)
+            if labels.get(source) and made is not None:
+                names.add(flow.program.operations[made].name)
+                leaves.update(labels[source])
+            else:
+                pending.append(source)
+    lost = sorted(name for name in names if not (name == "dot_general" or name.startswith("reduce_")))
+    if not leaves:
+        reason = f"{what} come from no weight that could be followed"
+    elif lost:
+        reason = f"units are not followed through {', '.join(lost)}, on the way to {what}"
+    else:
+        reason = "one head: no dimension of its probabilities is made of a weight's units"
+    return Headless(frozenset(leaves), reason)
 
 
 def _softmax_of(flow: Flow, value: Value | Literal, softmaxes: Mapping[Value, int]) -> Value | None:

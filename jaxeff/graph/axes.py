@@ -9,7 +9,6 @@ Imports `program` alone.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -111,26 +110,60 @@ def part(dims: Dims, axes: frozenset[int], shape: Sequence[int]) -> Part | None:
 
 def move(operation: Operation, dims: Dims, shape: Sequence[int]) -> list[Dims | None]:
     """Dims of each output of an operation that only moves elements; None where they cannot be followed."""
-    if operation.name == "split":
-        return _split(dims, operation.params)
+    if operation.name in _DIVISIONS:
+        return _DIVISIONS[operation.name](dims, tuple(shape), operation.params)
     rule = _MOVES[operation.name]
     return [rule(dims, tuple(shape), operation.outputs[0].shape, operation.params)]
 
 
 def moves(operation: Operation) -> bool:
-    return operation.name in _MOVES or operation.name == "split"
+    return operation.name in MOVED
+
+
+REDUCING_COLLECTIVES = frozenset({"psum", "psum_invariant", "pmax", "pmin"})
+GATHERING = frozenset({"all_gather", "all_gather_invariant"})
+JOINING = REDUCING_COLLECTIVES | GATHERING
+"""Collectives whose results are made of the elements of several devices."""
+
+
+def reduced(operation: Operation) -> frozenset[int] | None:
+    """The dimensions that a reduction takes out, none for one over devices; None where it is no reduction."""
+    name, along = operation.name, operation.params.get("axes")
+    if along is None or not (name.startswith("reduce_") or name in REDUCING_COLLECTIVES):
+        return None
+    # A collective names the axes of devices; those that a vmap has brought in are dimensions.
+    return frozenset(int(axis) for axis in along if isinstance(axis, (int, np.integer)))
+
+
+def gathered_from_devices(operation: Operation, dims: Dims, result: Sequence[int]) -> Dims:
+    """Dims of what a collective gathers: other devices' elements stand beside, in a dimension or its own."""
+    if operation.name not in GATHERING:
+        return dims
+    along, tiled = operation.params["all_gather_dimension"], operation.params["tiled"]
+    return (*dims[:along], (Factor(None, result[along]),), *dims[along + 1 if tiled else along :])
 
 
 def concatenated(operation: Operation, operand: int, dims: Dims, leaf: Sequence[int]) -> Dims | None:
-    """Dims of a concatenation's output, for the axes that this operand brings; each must be whole."""
+    """Dims of a concatenation's output, for the axes that this operand brings; each must be whole.
+
+    None along a dimension that is no axis of the weight: which part of it is the weight's would be forgotten.
+    """
     along = operation.params["dimension"]
     before = sum(_shape(other)[along] for other in operation.inputs[:operand])
     whole = operation.outputs[0].shape[along]
-    if len(dims[along]) != 1 or not covers(dims, held((dims[along],)), leaf):
+    if whole == _shape(operation.inputs[operand])[along]:
+        return dims
+    if len(dims[along]) != 1 or not held((dims[along],)) or not covers(dims, held((dims[along],)), leaf):
         return None
     factor = dims[along][0]
-    widened = factor._replace(size=whole, offset=factor.offset - before if factor.axis is not None else 0)
+    widened = factor._replace(size=whole, offset=factor.offset - before)
     return (*dims[:along], (widened,), *dims[along + 1 :])
+
+
+def stacked(operation: Operation, dims: Dims) -> Dims:
+    """Dims of a stack's output, for any of its operands."""
+    along = operation.params["axis"]
+    return (*dims[:along], (Factor(None, operation.outputs[0].shape[along]),), *dims[along:])
 
 
 def _shape(operand: Any) -> tuple[int, ...]:
@@ -194,11 +227,23 @@ def _squeeze(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params
 
 
 def _shifted(dims: Dims, dropped: Sequence[Factor]) -> Dims:
-    """The dims without some factors of size 1: their offsets go to another factor of their axis."""
-    shifts: Counter[int | None] = Counter()
-    for factor in dropped:
-        shifts[factor.axis] += factor.offset
-    return tuple(tuple(f._replace(offset=f.offset + shifts.pop(f.axis, 0)) for f in dim) for dim in dims)
+    """The dims without some factors of size 1, whose offsets go to other factors of their axes.
+
+    To the next finer one, so that what is cut out of every head does not shift the heads; past the finest, to
+    the finest.
+    """
+    moved = [list(dim) for dim in dims]
+    for gone in dropped:
+        own = [
+            (factor.stride, i, j)
+            for i, dim in enumerate(moved)
+            for j, factor in enumerate(dim)
+            if factor.axis == gone.axis
+        ]
+        if gone.offset and own:
+            _, i, j = max((place for place in own if place[0] <= gone.stride), default=min(own))
+            moved[i][j] = moved[i][j]._replace(offset=moved[i][j].offset + gone.offset)
+    return tuple(map(tuple, moved))
 
 
 def _broadcast_in_dim(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: Mapping) -> Dims:
@@ -227,13 +272,27 @@ def _slice(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: 
     return tuple(moved)
 
 
-def _split(dims: Dims, params: Mapping) -> list[Dims | None]:
+def _tile(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params: Mapping) -> Dims:
+    return tuple(
+        dim if times == 1 else (Factor(None, times), *dim)
+        for dim, times in zip(dims, params["reps"], strict=True)
+    )
+
+
+def _split(dims: Dims, shape: tuple[int, ...], params: Mapping) -> list[Dims | None]:
     along, parts, start = params["axis"], [], 0
     for size in params["sizes"]:
         cut = _cut(dims[along], start, size)
         parts.append(None if cut is None else (*dims[:along], cut, *dims[along + 1 :]))
         start += size
     return parts
+
+
+def _unstack(dims: Dims, shape: tuple[int, ...], params: Mapping) -> list[Dims | None]:
+    along = params["axis"]
+    kept = (*dims[:along], *dims[along + 1 :])
+    cuts = (_cut(dims[along], start, 1) for start in range(shape[along]))
+    return [None if cut is None else _shifted(kept, cut) for cut in cuts]
 
 
 def _cut(dim: tuple[Factor, ...], start: int, size: int, stride: int = 1) -> tuple[Factor, ...] | None:
@@ -257,7 +316,11 @@ _MOVES = {
     "broadcast_in_dim": _broadcast_in_dim,
     "rev": _rev,
     "slice": _slice,
+    "tile": _tile,
 }
+_DIVISIONS = {"split": _split, "unstack": _unstack}
+MOVED = frozenset({*_MOVES, *_DIVISIONS})
+"""Primitives that only move elements, of one operand."""
 
 
 def reduce_to_axes(

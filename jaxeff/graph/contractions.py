@@ -18,8 +18,9 @@ class Multiplications(NamedTuple):
     """Multiply-accumulates of one contraction.
 
     Attributes:
-        macs: all of them, as the field counts them: output elements times what each sums over.
-        padding: those of them that meet a zero which a convolution's padding put there. XLA leaves these out.
+        macs: output elements times what each sums over. A convolution counts every tap of its window, a
+            transposed one only the taps that meet an element of its input.
+        padding: those of `macs` that meet a zero of a convolution's padding. XLA leaves these out.
     """
 
     macs: int
@@ -27,11 +28,10 @@ class Multiplications(NamedTuple):
 
 
 def multiplications(operation: Operation) -> Multiplications | None:
-    """Of one run of a contraction; None for any other operation.
+    """Count one run of a contraction; None for any other operation.
 
-    A complex multiply-accumulate is four real ones. The zeros that the dilation of a convolution's input puts
-    between its elements (a transposed convolution, the gradient of a strided one) are not counted: no two
-    numbers of the model meet there.
+    A complex multiply-accumulate is four real ones. Zeros that a transposition puts between and around the
+    elements of its input are not counted: no two numbers of the model meet there.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxeff.graph.program import flatten
@@ -68,39 +68,35 @@ def _convolution(operation: Operation) -> Multiplications:
     params = operation.params
     numbers = params["dimension_numbers"]
     inputs, kernel, output = _shape(operation, 0), _shape(operation, 1), operation.outputs[0].shape
-    batch, features, *spatial = (output[axis] for axis in numbers.out_spec)
-    taps = on_data = 1
-    for position, size in enumerate(spatial):
-        axis = 2 + position
-        found = _taps(
-            size,
-            kernel[numbers.rhs_spec[axis]],
-            inputs[numbers.lhs_spec[axis]],
-            params["window_strides"][position],
-            params["padding"][position][0],
-            params["lhs_dilation"][position],
-            params["rhs_dilation"][position],
-        )
-        taps, on_data = taps * found[0], on_data * found[1]
+    batch, features, *outputs = (output[axis] for axis in numbers.out_spec)
+    _, per_group, *windows = (kernel[axis] for axis in numbers.rhs_spec)
+    _, _, *elements = (inputs[axis] for axis in numbers.lhs_spec)
+    lows = [low for low, _ in params["padding"]]
+    strides, dilations, spread = (params[key] for key in ("window_strides", "lhs_dilation", "rhs_dilation"))
+    met = math.prod(map(_met, outputs, windows, elements, strides, lows, dilations, spread))
+    # A kernel's gradient exchanges the roles: its window is the convolution's output. JAX makes it by reading
+    # the batch as features and the features as batch, so that the dimensions come in the other order.
+    of_kernel = numbers.lhs_spec[0] > numbers.lhs_spec[1]
+    transposed = any(dilation > 1 for dilation in dilations) or any(
+        made > given for made, given in zip(windows if of_kernel else outputs, elements, strict=True)
+    )
+    every = met if transposed else math.prod(outputs) * math.prod(windows)
     # Per group, whichever of features and batch is grouped.
-    each = batch * features * kernel[numbers.rhs_spec[1]]
-    return Multiplications(each * taps, each * (taps - on_data))
+    each = batch * features * per_group
+    return Multiplications(each * every, each * (every - met))
 
 
-def _taps(
+def _met(
     outputs: int, window: int, inputs: int, stride: int, low: int, input_dilation: int, window_dilation: int
-) -> tuple[int, int]:
-    """Pairs of an output and a tap of the window that meet an element along one dimension, real or padded.
+) -> int:
+    """Count the pairs of an output and a tap of the window that meet an element along one dimension.
 
     Output y and tap t meet position y * stride - low + t * window_dilation of the dilated input, whose
     elements lie input_dilation apart.
-
-    Returns:
-        All such pairs, and those whose element is no padding.
     """
     offsets = np.arange(window, dtype=np.int64) * window_dilation - low
     last = (inputs - 1) * input_dilation
-    every = real = 0
+    met = 0
     # Outputs in classes: within one, whether a tap meets an element or a gap is always the same.
     for first in range(min(input_dilation, outputs)):
         count = -(-(outputs - first) // input_dilation)
@@ -108,9 +104,8 @@ def _taps(
         starts = starts[starts % input_dilation == 0]
         lowest = np.maximum(0, -(starts // step))
         highest = np.minimum(count - 1, (last - starts) // step)
-        every += count * len(starts)
-        real += int(np.maximum(0, highest - lowest + 1).sum())
-    return every, real
+        met += int(np.maximum(0, highest - lowest + 1).sum())
+    return met
 
 
 def _shape(operation: Operation, index: int) -> Sequence[int]:
@@ -123,3 +118,4 @@ _RULES: Mapping[str, Callable[[Operation], Any]] = {
     "conv_general_dilated": _convolution,
     "ragged_dot_general": _ragged_dot,
 }
+NAMES = frozenset(_RULES)

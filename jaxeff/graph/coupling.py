@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jax.extend.core import Literal
 
 from jaxeff.graph.labels import DEEPEST, Dim, Labels
-from jaxeff.graph.program import Operation, Program, Value, callee, flatten, scan_operands
+from jaxeff.graph.program import Operation, Program, Value, scan_operands
 from jaxeff.graph.provenance import operands_of_bodies
 from jaxeff.graph.rules import CONSTANT, DATA, WEIGHT, Described, through
 
@@ -36,11 +36,13 @@ class Coupled:
         size: number of elements.
         members: (leaf, axis, indices): of that axis, row k of `indices`, [size, m], is element k.
         reasons: why none may be removed; empty where they may.
+        within_head: whether they are the size of attention heads, each element a part of every head.
     """
 
     size: int
     members: tuple[tuple[int, int, np.ndarray], ...]
     reasons: tuple[str, ...]
+    within_head: bool = False
 
 
 def couple(program: Program, leaves: Sequence[bool], allowed: frozenset[str] = frozenset()) -> list[Coupled]:
@@ -120,7 +122,49 @@ def _collected(labels: Labels, leaves: Sequence[Sequence[Dim]], order: Sequence[
         why = [reason for reason, mask in zip(reasons, locked, strict=True) if mask[example]]
         why += [_ALONE] if size == 1 and not why else []
         found.append(Coupled(size, tuple(held), tuple(why)))
-    return found
+    of_label = np.full(len(labels), -1)
+    of_label[atoms] = group[atoms]
+    shapes = {leaf: [dim.size for dim in leaves[leaf]] for leaf in order}
+    within = _within_heads(labels, of_label, found, shapes)
+    return [dataclasses.replace(one, within_head=i in within) for i, one in enumerate(found)]
+
+
+def _within_heads(
+    labels: Labels, of_label: np.ndarray, found: Sequence[Coupled], shapes: Mapping[int, Sequence[int]]
+) -> set[int]:
+    """The groups that are the size of heads.
+
+    Heads are what products of data with data run over in parallel, queries with keys and probabilities with
+    values. Of what else stands in these products, the size of a head is the innermost in each weight
+    that has both: the query heads that share a key, which may stand between, are outside of it.
+
+    Args:
+        of_label: of each label its group, -1 where it stands in no leaf.
+    """
+
+    def groups_in(dims: Sequence[Dim]) -> set[int]:
+        arrays = [labels.atoms(factor) for dim in dims for factor in dim.factors]
+        return {int(one) for array in arrays for one in np.unique(of_label[array])} - {-1}
+
+    heads: set[int] = set()
+    inside: set[int] = set()
+    of_one: set[int] = set()
+    for parallel, others in labels.heads:
+        if found_heads := groups_in(parallel):
+            heads |= found_heads
+            inside |= groups_in(others)
+        elif not all(dim.factors for dim in parallel):
+            of_one |= groups_in(others)
+    leaves_of = [{leaf for leaf, _, _ in one.members} for one in found]
+    with_heads = set().union(*(leaves_of[head] for head in heads))
+    innermost: dict[int, tuple[tuple[int, int], int]] = {}
+    for number in (inside | of_one) - heads:
+        for leaf, axis, indices in found[number].members:
+            one_head = axis > 1 and shapes[leaf][axis - 1] == 1
+            if (number in inside and leaf in with_heads) or (number in of_one and one_head):
+                step = int(indices[1, 0] - indices[0, 0]) if len(indices) > 1 else 1
+                innermost[leaf] = max(innermost.get(leaf, ((-1, 0), number)), ((axis, -step), number))
+    return {number for _, number in innermost.values()}
 
 
 def _numbered(signatures: np.ndarray) -> np.ndarray:
@@ -236,9 +280,6 @@ class _Walk:
     def _step(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
         if operation.name in _LOOPS:
             return _LOOPS[operation.name](self, operation, inputs)
-        called = callee(operation)
-        if called is not None:
-            return self.run(flatten(called), inputs)
         return through(self.labels, operation, inputs)
 
     def scan(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:

@@ -8,14 +8,15 @@ keeps its activations. Imports `program`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal, jaxpr_as_fun
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, reshard
 
-from jaxeff.graph.program import Operation, Program, Value, scan_operands
+from jaxeff.graph.program import Call, Operation, Program, Step, Value, operations_of, scan_operands
 
 Read = Callable[[Value | Literal], Any]
 """Any earlier array of the same program, by its value."""
@@ -43,11 +44,20 @@ class Hooks:
     def touch(self, program: Program) -> bool:
         """Whether anything is to be done inside the program or the bodies of its loops."""
         return any(map(self._concerns, program.inputs)) or any(
-            operation in self.rules
-            or any(map(self._concerns, operation.outputs))
-            or any(map(self.touch, operation.bodies))
+            any(map(self._concerns, operation.outputs)) or self._change(operation)
             for operation in program.operations
         )
+
+    def enter(self, call: Call) -> bool:
+        """Whether anything is to be done inside the call, so that it cannot be run whole."""
+        return any(
+            self._change(operation)
+            or any(self._concerns(output) for output in operation.outputs if output not in call.whole.outputs)
+            for operation in operations_of(call.steps)
+        )
+
+    def _change(self, operation: Operation) -> bool:
+        return operation in self.rules or any(map(self.touch, operation.bodies))
 
     def _concerns(self, value: Value) -> bool:
         return value in self.reductions or value in self.gates
@@ -84,19 +94,20 @@ def evaluate(
 
     def write(value: Value, array: Any) -> None:
         if value in hooks.gates:
-            array = hooks.gates[value](array, gates[value])
+            array = _at_home(hooks.gates[value], array, gates[value])
         if value in hooks.reductions:
             # Made once: XLA would repeat a gelu in front of each of the reductions that look at it.
             array = jax.lax.optimization_barrier(array)
-            observed[value] = hooks.reductions[value](array)
+            observed[value] = _brought_out(_at_home(hooks.reductions[value], array))
         values[value] = array
 
     for value, array in zip(program.inputs, arguments, strict=True):
         write(value, array)
-    for operation in program.operations:
+    for operation in _chosen(program.steps, hooks):
         operands = [read(operand) for operand in operation.inputs]
         if operation in hooks.rules:
-            results = hooks.rules[operation](operands, read)
+            with operation.context.manager:
+                results = hooks.rules[operation](operands, read)
         elif any(map(hooks.touch, operation.bodies)):
             results, inside = _LOOPS[operation.name](operation, operands, hooks, gates)
             observed.update(inside)
@@ -105,6 +116,17 @@ def evaluate(
         for value, array in zip(operation.outputs, results, strict=True):
             write(value, array)
     return [read(output) for output in program.outputs], observed
+
+
+def _chosen(steps: Sequence[Step], hooks: Hooks) -> Iterator[Operation]:
+    """The operations to run: calls whole, by their own derivative rule, where nothing inside is asked for."""
+    for step in steps:
+        if not isinstance(step, Call):
+            yield step
+        elif hooks.enter(step):
+            yield from _chosen(step.steps, hooks)
+        else:
+            yield step.whole
 
 
 def apply(operation: Operation, operands: Sequence[Any]) -> list[Any]:
@@ -116,6 +138,31 @@ def apply(operation: Operation, operands: Sequence[Any]) -> list[Any]:
     with operation.context.manager:
         results = operation.primitive.bind(*functions, *operands, **params)
     return list(results) if operation.primitive.multiple_results else [results]
+
+
+def _at_home(function: Callable[..., Any], array: Any, *others: Any) -> Any:
+    """function(array, *others) under the array's own mesh: parts of a program may run under `auto_axes`."""
+    mesh, around = jax.typeof(array).sharding.mesh, jax.sharding.get_abstract_mesh()
+    if mesh.empty or around.empty or mesh == around:
+        return function(array, *others)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return function(array, *on_mesh(mesh, others))
+
+
+def _brought_out(results: Any) -> Any:
+    """What was made under another mesh, as arrays of the mesh around it."""
+    return on_mesh(jax.sharding.get_abstract_mesh(), results)
+
+
+def on_mesh(mesh: AbstractMesh, tree: Any) -> Any:
+    """Arrays of another mesh, whole on every device of this one."""
+
+    def on(leaf: Any) -> Any:
+        own = jax.typeof(leaf).sharding.mesh
+        alike = mesh.empty or own.empty or own == mesh
+        return leaf if alike else reshard(leaf, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(on, tree)
 
 
 def _scan(

@@ -46,11 +46,13 @@ class Labels:
     Attributes:
         allowed: kinds of locks that are not to be set.
         locks: what was locked, with the reason, in the order of the program.
+        heads: of each product of data with data, the dimensions it runs over in parallel, and the others.
     """
 
     def __init__(self, allowed: frozenset[str] = frozenset()):
         self.allowed = allowed
         self.locks: list[tuple[str, IntArray]] = []
+        self.heads: list[tuple[Sequence[Dim], Sequence[Dim]]] = []
         self.colors = 0
         self._count = 0
         # Of each label: its parent, the parts of its product, the number of minor parts, its color, scratch.
@@ -115,6 +117,17 @@ class Labels:
     def parts(self, found: IntArray) -> tuple[IntArray, IntArray]:
         """The major and minor labels of labels that are products."""
         return self._table[1, found], self._table[2, found]
+
+    def atoms(self, labels: IntArray) -> IntArray:
+        """The labels that are no products of which these are made."""
+        found = np.unique(self.find(labels))
+        for _ in range(DEEPEST):
+            products = self.is_product(found)
+            if not products.any():
+                break
+            parts = np.concatenate(self.parts(found[products]))
+            found = np.unique(np.concatenate([found[~products], self.find(parts)]))
+        return found
 
     def join(self, one: IntArray, other: IntArray) -> None:
         """Let the labels of two arrays stand and fall together, pair by pair."""
@@ -262,7 +275,8 @@ class Labels:
         left = [factor for dim in dims for factor in dim.factors]
         zeros = [dim.zero for dim in dims for _ in dim.factors]
         # Which old dimensions a new one is made of: by their position among all elements, major first.
-        ends = np.cumprod([len(factor) for factor in left]) if left else np.array([], int)
+        ends = np.cumprod([len(factor) for factor in left], dtype=int)
+        starts = np.concatenate([[1], ends])[: len(ends)]
         regrouped, passed = [], 1
         for size in sizes:
             factors: list[IntArray] = []
@@ -278,7 +292,7 @@ class Labels:
                 needed //= len(part)
             touched = [
                 zero
-                for zero, start, end in zip(zeros, [1, *ends[:-1]], ends, strict=True)
+                for zero, start, end in zip(zeros, starts, ends, strict=True)
                 if start < passed * size and end > passed
             ]
             passed *= size

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
-from jaxeff.graph.program import Operation, Program, Value, callee, flatten
+from jaxeff.graph.program import Operation, Value
 
 Array = np.ndarray
 _erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -50,6 +50,7 @@ POINTWISE: Mapping[str, Callable[..., Array]] = {
     "ceil": lambda x: np.ceil(x),
     "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
     "convert_element_type": _convert,
+    "conj": lambda x, **_: np.conj(x),
     "copy": lambda x: x,
     "copy_p": lambda x: x,
     "cos": lambda x: np.cos(x),
@@ -69,20 +70,31 @@ POINTWISE: Mapping[str, Callable[..., Array]] = {
     "le": lambda x, y: x <= y,
     "log": lambda x, **_: np.log(x),
     "log1p": lambda x, **_: np.log1p(x),
+    "log2": lambda x, **_: np.log2(x),
     "logistic": lambda x, **_: _stable_sigmoid(x),
     "lt": lambda x, y: x < y,
     "max": lambda x, y: np.maximum(x, y),
+    "mesh_cast": lambda x, **_: x,
     "min": lambda x, y: np.minimum(x, y),
     "mul": lambda x, y: x * y,
     "name": lambda x, **_: x,
     "ne": lambda x, y: x != y,
     "neg": lambda x: -x,
     "not": lambda x: np.logical_not(x),
+    "one_minus_square": lambda x: 1 - x * x,
     "optimization_barrier": lambda x: x,
     "or": lambda x, y: np.logical_or(x, y),
+    "pcast": lambda x, **_: x,
+    "polynomial": lambda x, *coefficients, **_: sum(c * x**i for i, c in enumerate(coefficients)),
     "pow": lambda x, y: np.power(x, y),
+    "preduced": lambda x, **_: x,
+    "pvary": lambda x, **_: x,
     "reduce_precision": lambda x, **_: x,
+    "reduced_vary_cast": lambda x, **_: x,
+    "reduced_vary_cast_p": lambda x, **_: x,
+    "relayout": lambda x, **_: x,
     "rem": lambda x, y: np.fmod(x, y),
+    "reshard": lambda x, **_: x,
     "round": lambda x, **_: np.round(x),
     "rsqrt": lambda x, **_: 1 / np.sqrt(x),
     "select_n": _select,
@@ -92,16 +104,31 @@ POINTWISE: Mapping[str, Callable[..., Array]] = {
     "sinh": lambda x: np.sinh(x),
     "sqrt": lambda x, **_: np.sqrt(x),
     "square": lambda x: x * x,
+    "stage": lambda x: x,
     "stop_gradient": lambda x: x,
     "sub": lambda x, y: x - y,
     "tan": lambda x, **_: np.tan(x),
     "tanh": lambda x, **_: np.tanh(x),
+    "vary_unreduced_cast": lambda x, **_: x,
+    "vary_unreduced_cast_p": lambda x, **_: x,
+    "with_memory_space_constraint": lambda x, **_: x,
     "xor": lambda x, y: np.logical_xor(x, y),
+    "zeros_like": lambda x: np.zeros_like(x),
 }
 
+UNEVALUATED = frozenset({
+    "bessel_i0e", "bessel_i1e", "clz", "complex", "device_put", "digamma", "eq_to", "erf_inv", "igamma",
+    "igamma_grad_a", "igammac", "imag", "layout_constraint", "le_to", "lgamma", "lt_to", "mulhi",
+    "nextafter", "polygamma", "population_count", "real", "regularized_incomplete_beta", "shift_left",
+    "shift_right_arithmetic", "shift_right_logical", "zeta",
+})  # fmt: skip
+"""Pointwise primitives that no known nonlinearity is made of, or that have no counterpart in NumPy."""
+
 _UNCHANGED = frozenset({
-    "convert_element_type", "copy", "copy_p", "name", "optimization_barrier", "reduce_precision",
-    "sharding_constraint", "stop_gradient",
+    "convert_element_type", "copy", "copy_p", "device_put", "layout_constraint", "mesh_cast", "name",
+    "optimization_barrier", "pcast", "preduced", "pvary", "reduce_precision", "reduced_vary_cast",
+    "reduced_vary_cast_p", "relayout", "reshard", "sharding_constraint", "stage", "stop_gradient",
+    "vary_unreduced_cast", "vary_unreduced_cast_p", "with_memory_space_constraint",
 })  # fmt: skip
 # Of a scalar constant on its way into pointwise arithmetic.
 _SCALAR_MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
@@ -109,23 +136,13 @@ _SCALAR_MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"
 
 def pointwise(operation: Operation) -> bool:
     """Whether each output element depends on the inputs at its own position alone."""
-    if operation.name in POINTWISE:
-        return len(operation.outputs) == 1
-    called = callee(operation)
-    return called is not None and all(
-        pointwise(inner) or _moves_scalar(inner) for inner in flatten(called).operations
-    )
+    named = operation.name in POINTWISE or operation.name in UNEVALUATED
+    return named and len(operation.outputs) == 1
 
 
 def unchanged(operation: Operation) -> bool:
     """Whether the operation passes its one operand on, at most in another dtype or placement."""
     return operation.name in _UNCHANGED and len(operation.outputs) == 1
-
-
-def _moves_scalar(operation: Operation) -> bool:
-    source = operation.inputs[0] if operation.inputs else None
-    shape = source.shape if isinstance(source, Value) else ()
-    return operation.name in _SCALAR_MOVES and math.prod(shape) == 1
 
 
 def affine(name: str, carried: Sequence[bool]) -> bool:
@@ -248,25 +265,13 @@ def _curve(
 
 
 def _evaluable(operation: Operation) -> bool:
-    return operation.name in _SCALAR_MOVES or pointwise(operation)
+    return operation.name in _SCALAR_MOVES or operation.name in POINTWISE
 
 
 def _evaluate(operation: Operation, operands: Sequence[Any]) -> Array:
     if operation.name in _SCALAR_MOVES:
         return operands[0]
-    if operation.name in POINTWISE:
-        return np.asarray(POINTWISE[operation.name](*operands, **_numeric(operation)))
-    called = callee(operation)
-    assert called is not None, "only pointwise operations reach here"
-    return _run(flatten(called), operands)
-
-
-def _run(program: Program, arguments: Sequence[Any]) -> Array:
-    known = dict(zip(program.inputs, arguments, strict=True))
-    for operation in program.operations:
-        operands = [_scalar(operand, known, program.constants) for operand in operation.inputs]
-        known[operation.outputs[0]] = _evaluate(operation, operands)
-    return _scalar(program.outputs[0], known, program.constants)
+    return np.asarray(POINTWISE[operation.name](*operands, **_numeric(operation)))
 
 
 def _numeric(operation: Operation) -> dict[str, Any]:

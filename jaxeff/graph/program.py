@@ -1,17 +1,18 @@
 """A traced function as one flat list of operations: what every other pass reads.
 
-In: a ClosedJaxpr. Out: a `Program`, in which calls (jit, remat, closed calls, custom derivatives
-around more than pointwise arithmetic) are inlined, so that a weight and the nonlinearity three
-wrappers away stand in one list. Loops and branches keep their bodies as programs of their own.
-Imports nothing of jaxeff.
+In: a ClosedJaxpr. Out: a `Program`, in which calls (jit, remat, closed calls, custom derivatives) are
+inlined, so that a weight and the nonlinearity three wrappers away stand in one list. What a custom
+derivative wraps is also kept as a `Call`, since its rule is worth keeping when the program is run.
+Loops and branches keep their bodies as programs of their own. Imports nothing of jaxeff.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
@@ -19,22 +20,24 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 _INLINED = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
+    "call": "call_jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
+    "composite": "jaxpr",
+    "custom_vmap_call": "call",
+    "eval_jaxpr": "call_jaxpr",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
 }
-# Inlined only where the callee contracts or loops: around pointwise arithmetic (relu, silu) the call
-# carries a derivative rule worth keeping.
+# Inlined too, and kept as a `Call`: these carry a derivative rule.
 _CUSTOM = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 _BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
-_CONTRACTIONS = frozenset(
-    {"dot_general", "conv_general_dilated", "gather", "ragged_dot_general", "ragged_dot"}
-)
+ENTERED = frozenset({*_INLINED, *_CUSTOM, *_BODIES})
+"""Primitives that run a program, which is inlined or kept as a body."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,13 +77,52 @@ class Operation:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """A function with a derivative rule of its own, which may be run whole or step by step.
+
+    Attributes:
+        whole: the call itself, which brings its rule. Its outputs are made by `steps`, each once.
+        steps: what it does. These carry no rule, but for that of a call among them.
+    """
+
+    whole: Operation
+    steps: tuple[Step, ...]
+
+
+Step = Operation | Call
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """Operations in execution order; `constants` are the arrays that the function closed over."""
+    """A function as operations in execution order.
+
+    Attributes:
+        steps: the operations, with calls to run whole where nobody looks inside.
+        constants: the arrays that the function closed over.
+        operations: all of them, those inside of calls included.
+        wrapped: the operations inside of calls.
+    """
 
     inputs: tuple[Value, ...]
     outputs: tuple[Value | Literal, ...]
-    operations: tuple[Operation, ...]
+    steps: tuple[Step, ...]
     constants: Mapping[Value, Any]
+    operations: tuple[Operation, ...] = dataclasses.field(init=False)
+    wrapped: frozenset[Operation] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        calls = [step for step in self.steps if isinstance(step, Call)]
+        object.__setattr__(self, "operations", tuple(operations_of(self.steps)))
+        object.__setattr__(self, "wrapped", frozenset(operations_of(calls)))
+
+
+def operations_of(steps: Sequence[Step]) -> Iterator[Operation]:
+    """The operations of some steps, those inside of calls included."""
+    for step in steps:
+        if isinstance(step, Call):
+            yield from operations_of(step.steps)
+        else:
+            yield step
 
 
 def flatten(closed: ClosedJaxpr, scope: str = "") -> Program:
@@ -94,20 +136,24 @@ def flatten(closed: ClosedJaxpr, scope: str = "") -> Program:
     >>> [operation.name for operation in program.operations]
     ['tanh', 'add']
     """
-    operations: list[Operation] = []
+    steps: list[Step] = []
     constants: dict[Value, Any] = {}
     inputs = tuple(_value(v) for v in closed.jaxpr.invars)
-    outputs = _inline(closed.jaxpr, closed.consts, inputs, operations, constants, scope)
-    return Program(inputs, tuple(outputs), _needed(operations, outputs), constants)
-
-
-def _needed(operations: list[Operation], outputs: Sequence[Value | Literal]) -> tuple[Operation, ...]:
+    outputs = _inline(closed.jaxpr, closed.consts, inputs, steps, constants, scope)
     wanted = {output for output in outputs if isinstance(output, Value)}
-    kept: list[Operation] = []
-    for operation in reversed(operations):
-        if operation.effects or any(output in wanted for output in operation.outputs):
-            wanted.update(operand for operand in operation.inputs if isinstance(operand, Value))
-            kept.append(operation)
+    return Program(inputs, tuple(outputs), _needed(steps, wanted), constants)
+
+
+def _needed(steps: Sequence[Step], wanted: set[Value]) -> tuple[Step, ...]:
+    """The steps that the wanted values depend on; all values that these take are added to `wanted`."""
+    kept: list[Step] = []
+    for step in reversed(steps):
+        whole = step.whole if isinstance(step, Call) else step
+        if not whole.effects and wanted.isdisjoint(whole.outputs):
+            continue
+        # Run whole, a call takes all of its operands, whichever of its outputs are wanted.
+        wanted.update(operand for operand in whole.inputs if isinstance(operand, Value))
+        kept.append(Call(whole, _needed(step.steps, wanted)) if isinstance(step, Call) else step)
     return tuple(reversed(kept))
 
 
@@ -132,17 +178,11 @@ def _shape(operand: Value | Literal) -> tuple[int, ...]:
     return operand.shape if isinstance(operand, Value) else np.shape(operand.val)
 
 
-def callee(operation: Any) -> ClosedJaxpr | None:
-    """The function that a custom-derivative call wraps, else None."""
-    key = _CUSTOM.get(operation.primitive.name)
-    return _closed(operation.params[key]) if key else None
-
-
 def _inline(
     jaxpr: Jaxpr,
     consts: Sequence[Any],
     arguments: Sequence[Value | Literal],
-    operations: list[Operation],
+    steps: list[Step],
     constants: dict[Value, Any],
     scope: str,
 ) -> list[Value | Literal]:
@@ -158,49 +198,59 @@ def _inline(
 
     for equation in jaxpr.eqns:
         operands = tuple(read(atom) for atom in equation.invars)
-        called = _inlined_callee(equation)
+        name = equation.primitive.name
         # A callee's names begin anew.
         inner = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
-        if called is not None:
-            results = _inline(called.jaxpr, called.consts, operands, operations, constants, inner)
+        if name in _INLINED:
+            called = _closed(_parameter(equation, _INLINED[name]))
+            results = _inline(called.jaxpr, called.consts, operands, steps, constants, inner)
+        elif name in _CUSTOM:
+            call = _call(equation, operands, constants, inner)
+            steps.append(call)
+            results = call.whole.outputs
         else:
             results = [_value(variable) for variable in equation.outvars]
-            operations.append(
-                Operation(
-                    equation.primitive,
-                    equation.params,
-                    operands,
-                    tuple(results),
-                    equation.ctx,
-                    bool(equation.effects),
-                    _bodies(equation, inner),
-                    inner,
-                )
-            )
+            steps.append(_operation(equation, operands, results, inner))
         known.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _inlined_callee(equation: Any) -> ClosedJaxpr | None:
-    name = equation.primitive.name
-    if name in _INLINED:
-        return _closed(equation.params[_INLINED[name]])
-    called = callee(equation)
-    return called if called is not None and _contracts(called.jaxpr) else None
+def _call(
+    equation: Any, operands: tuple[Value | Literal, ...], constants: dict[Value, Any], scope: str
+) -> Call:
+    steps: list[Step] = []
+    called = _closed(_parameter(equation, _CUSTOM[equation.primitive.name]))
+    results = _inline(called.jaxpr, called.consts, operands, steps, constants, scope)
+    made = {output for operation in operations_of(steps) for output in operation.outputs}
+    outputs: list[Value] = []
+    for variable, result in zip(equation.outvars, results, strict=True):
+        if not isinstance(result, Value) or result not in made or result in outputs:
+            # What is passed on as it came gets a value of its own, to tell it from what had no rule.
+            copied = _value(variable)
+            steps.append(Operation(jax.lax.copy_p, {}, (result,), (copied,), equation.ctx, False, (), scope))
+            result = copied
+        outputs.append(result)
+    return Call(_operation(equation, operands, outputs, scope), tuple(steps))
 
 
-def _contracts(jaxpr: Jaxpr) -> bool:
-    return any(
-        equation.primitive.name in _CONTRACTIONS
-        or equation.primitive.name in _BODIES
-        or any(_contracts(inner.jaxpr) for inner in _callees(equation))
-        for equation in jaxpr.eqns
+def _operation(
+    equation: Any, operands: tuple[Value | Literal, ...], outputs: Sequence[Value], scope: str
+) -> Operation:
+    return Operation(
+        equation.primitive,
+        equation.params,
+        operands,
+        tuple(outputs),
+        equation.ctx,
+        bool(equation.effects),
+        _bodies(equation, scope),
+        scope,
     )
 
 
-def _callees(equation: Any) -> list[ClosedJaxpr]:
-    key = {**_INLINED, **_CUSTOM}.get(equation.primitive.name)
-    return [_closed(equation.params[key])] if key else []
+def _parameter(equation: Any, key: str) -> Any:
+    """A callee, which newer JAX names `call_jaxpr` wherever it stands."""
+    return equation.params[key if key in equation.params else "call_jaxpr"]
 
 
 def _bodies(equation: Any, scope: str) -> tuple[Program, ...]:

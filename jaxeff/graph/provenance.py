@@ -16,8 +16,9 @@ from jax.extend.core import Literal
 
 from jaxeff.graph import axes
 from jaxeff.graph.axes import Dims, Factor
-from jaxeff.graph.nonlinearities import pointwise
-from jaxeff.graph.program import Operation, Program, Value, scan_operands
+from jaxeff.graph.nonlinearities import POINTWISE, UNEVALUATED, pointwise
+from jaxeff.graph.primitives import RANDOM
+from jaxeff.graph.program import ENTERED, Operation, Program, Value, scan_operands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,18 @@ Held = Mapping[int, Dims | Lost]
 CONTRACTION, CONSTANT_CONTRACTION, OPAQUE, OUTPUT = "contraction", "constant contraction", "opaque", "output"
 _ELEMENTWISE = {"add": "bias", "sub": "bias", "add_any": "bias", "mul": "scale", "div": "scale"}
 CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "gather"})
-_RANDOM = ("random_", "threefry", "rng_")
+REDUCTIONS = frozenset({
+    "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "reduce_xor",
+})  # fmt: skip
+# They take no array.
+_SOURCES = frozenset({
+    "after_all", "axis_index", "create_token", "empty", "empty2", "iota", "partition_id", "platform_index",
+})  # fmt: skip
+FOLLOWED = frozenset({
+    *ENTERED, *POINTWISE, *UNEVALUATED, *axes.MOVED, *CONTRACTIONS, *REDUCTIONS, *RANDOM, *_SOURCES,
+    "concatenate", "stack",
+})  # fmt: skip
+"""Primitives through which weights are followed, or at which they are used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +157,7 @@ def _walk(program: Program, provenance: Provenance, around: tuple[Operation, ...
             provenance.batch.update(operation.outputs)
             for body in operation.bodies:
                 provenance.batch.update(body.inputs)
-        if operation.name.startswith(_RANDOM):
+        if operation.name in RANDOM:
             continue  # Random bits are data even where the key is a constant: dropout is no affine map.
         holding = [provenance.holds(operand) for operand in operation.inputs]
         meets_data = any(provenance.is_data(operand) for operand in operation.inputs)
@@ -289,6 +301,8 @@ def _through(operation: Operation, operand: int, dims: Dims, leaf: Sequence[int]
         return _or_lost(axes.move(operation, dims, shape)[output], operation)
     if operation.name == "concatenate":
         return _or_lost(axes.concatenated(operation, operand, dims, leaf), operation)
+    if operation.name == "stack":
+        return axes.stacked(operation, dims) if len(operation.inputs) == 1 else Lost(operation.name)
     if pointwise(operation):
         return axes.broadcast(dims, shape, result)
     if operation.name.startswith("reduce_") and "axes" in operation.params:

@@ -32,9 +32,9 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from jaxeff.graph import axes, nonlinearities
-from jaxeff.graph.activations import Flow
-from jaxeff.graph.evaluation import Hooks, Read, Rule, apply, evaluate
-from jaxeff.graph.program import Operation, Program, Value, callee, flatten
+from jaxeff.graph.evaluation import Read, Rule, apply, on_mesh
+from jaxeff.graph.flow import Flow
+from jaxeff.graph.program import Operation, Program, Value
 from jaxeff.graph.provenance import CONTRACTIONS, Provenance, is_carried, operands_of_bodies
 from jaxeff.graph.sites import Graph
 
@@ -167,8 +167,6 @@ class _Plan:
         elif nonlinearities.pointwise(operation):
             if _floating(operation.outputs[0]):
                 self._combine(operation, operation.outputs[0])
-        elif callee(operation) is not None:
-            self._call(operation)
         else:
             self._carry(operation)
             self._contract(operation)
@@ -179,19 +177,6 @@ class _Plan:
         if source in self.statistics:
             self.statistics.update(dict.fromkeys(operation.outputs, self.statistics[source]))
         if source in self.gates:
-            self.gates.update(operation.outputs)
-
-    def _call(self, operation: Operation) -> None:
-        """A function with a derivative of its own that is not pointwise, such as a softmax."""
-        self._carry(operation)
-        called = callee(operation)
-        assert called is not None
-        inner = flatten(called)
-        carriers = [v for v, x in zip(inner.inputs, operation.inputs, strict=True) if self._carries(x)]
-        rules: dict[Operation, ScaledRule] = {}
-        plan = _Plan(inner, self.provenance, carriers, frozenset(), self.propagation, rules)
-        self.rules[operation] = lambda scale: _inlined(inner, rules, scale)
-        if any(output in plan.gates for output in inner.outputs if isinstance(output, Value)):
             self.gates.update(operation.outputs)
 
     def _combine(self, operation: Operation, output: Value) -> None:
@@ -308,7 +293,7 @@ def _scaled_operands(operation: Operation, which: Sequence[int], scale: jax.Arra
 
 
 def _scaled(array: Any, scale: jax.Array) -> jax.Array:
-    return array * scale.astype(jnp.result_type(array))
+    return array * on_mesh(jax.typeof(array).sharding.mesh, scale).astype(jnp.result_type(array))
 
 
 def _holding(operation: Operation, which: Sequence[int]) -> Rule:
@@ -362,8 +347,3 @@ def _sharing(x: jax.Array, y: jax.Array) -> jax.Array:
     ratio = jax.lax.stop_gradient(y / (finite + jnp.where(finite < 0, -epsilon, epsilon)))
     passed = finite * ratio
     return passed + jax.lax.stop_gradient(y - passed)
-
-
-def _inlined(program: Program, rules: Mapping[Operation, ScaledRule], scale: jax.Array) -> Rule:
-    hooks = Hooks(rules={operation: rule(scale) for operation, rule in rules.items()})
-    return lambda operands, read: evaluate(program, operands, hooks)[0]

@@ -1,7 +1,8 @@
 """What each operation does to the labels of its operands' dimensions.
 
 In: an `Operation` and its operands, `Described`. Out: its outputs, described, with labels joined and locked
-on the way. What has no rule is locked. Imports `labels`, `nonlinearities`, `program`, `provenance`.
+on the way. What has no rule is locked. Imports `labels`, `nonlinearities`, `primitives`, `program`,
+`provenance`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxeff.graph.labels import Dim, Labels
-from jaxeff.graph.nonlinearities import POINTWISE, unchanged
-from jaxeff.graph.program import Operation
+from jaxeff.graph.nonlinearities import POINTWISE, UNEVALUATED, unchanged
+from jaxeff.graph.primitives import LOCKED, RANDOM
+from jaxeff.graph.program import ENTERED, Operation
 from jaxeff.graph.provenance import value_shape
 
 # Kinds of locks that a caller who knows better may leave out.
@@ -50,26 +52,25 @@ def through(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
     return [Described(dims, made_of, zero) for dims in rule(labels, operation, inputs)]
 
 
-_POINTWISE = frozenset(POINTWISE) | {
-    "bessel_i0e", "bessel_i1e", "clamp", "conj", "digamma", "erf_inv", "imag", "lgamma", "nextafter",
-    "polygamma", "population_count", "real", "shift_left", "shift_right_arithmetic",
-    "shift_right_logical", "device_put", "optimization_barrier",
-}  # fmt: skip
+_POINTWISE = frozenset(POINTWISE) | UNEVALUATED
 # 0 where every operand is 0; where any is; where the first is.
 _ZERO_OF_ALL = frozenset({
     "abs", "add", "add_any", "asin", "asinh", "atan", "atanh", "cbrt", "ceil", "conj", "convert_element_type",
-    "copy", "copy_p", "device_put", "erf", "erf_inv", "expm1", "floor", "imag", "log1p", "max", "min", "name",
-    "neg", "optimization_barrier", "or", "real", "reduce_precision", "round", "select_n",
-    "sharding_constraint", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh",
-    "xor",
+    "copy", "copy_p", "device_put", "erf", "erf_inv", "expm1", "floor", "imag", "layout_constraint", "log1p",
+    "max", "mesh_cast", "min", "mulhi", "name", "neg", "optimization_barrier", "or", "pcast", "preduced",
+    "pvary", "real", "reduce_precision", "reduced_vary_cast", "reduced_vary_cast_p", "relayout", "reshard",
+    "round", "select_n", "sharding_constraint", "sign", "sin", "sinh", "sqrt", "square", "stage",
+    "stop_gradient", "sub", "tan", "tanh", "vary_unreduced_cast", "vary_unreduced_cast_p",
+    "with_memory_space_constraint", "xor",
 })  # fmt: skip
 _ZERO_OF_ANY = frozenset({"and", "mul"})
 _ZERO_OF_FIRST = frozenset({"div", "integer_pow", "rem"})
-_MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
+_MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "tile", "transpose"})
 
 
 def _without_rule(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:
-    reason = f"{operation.name}, which has no rule"
+    why = LOCKED.get(operation.name)
+    reason = f"{operation.name}, which has no rule" + (f": {why}" if why else "")
     for operand in inputs:
         labels.lock_dims(operand.dims, reason)
     return _new(labels, operation, reason)
@@ -196,6 +197,36 @@ def _concatenate(labels: Labels, operation: Operation, inputs: Sequence[Describe
     return [tuple(dims)]
 
 
+def _stack(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:
+    """A new dimension, in which each operand is one element."""
+    along, size = operation.params["axis"], len(inputs)
+    tied = [_all_tied(labels, dims) for dims in zip(*(x.dims for x in inputs), strict=True)]
+    here = [Dim((), x.zero) for x in inputs]
+    tied.insert(along, labels.concatenated(here) if size > 1 else here[0])
+    return [tuple(tied)]
+
+
+def _unstack(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:
+    (operand,), along = inputs, operation.params["axis"]
+    if operand.dims[along].factors:
+        for position in range(operand.dims[along].size):
+            _ = labels.taken(operand.dims[along], np.array([position]))
+    kept = (*operand.dims[:along], *operand.dims[along + 1 :])
+    return [kept for _ in operation.outputs]
+
+
+def _tile(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:
+    """Copies one after the other: major the copy, minor the element."""
+    (operand,) = inputs
+    copies = (labels.dim(times, operand.zero) for times in operation.params["reps"])
+    return [
+        tuple(
+            Dim((*copy.factors, *dim.factors), dim.zero)
+            for copy, dim in zip(copies, operand.dims, strict=True)
+        )
+    ]
+
+
 def _all_tied(labels: Labels, dims: Sequence[Dim]) -> Dim:
     tied = dims[0]
     for other in dims[1:]:
@@ -281,6 +312,8 @@ def _dot_general(labels: Labels, operation: Operation, inputs: Sequence[Describe
     ]
     free_left = [dim for i, dim in enumerate(left.dims) if i not in (*over_left, *batch_left)]
     free_right = [dim for i, dim in enumerate(right.dims) if i not in (*over_right, *batch_right)]
+    if left.made_of == right.made_of == DATA:
+        labels.heads.append((batch, [*(left.dims[i] for i in over_left), *free_left, *free_right]))
     return [(*batch, *free_left, *free_right)]
 
 
@@ -380,15 +413,42 @@ def _dynamic_update(
 ) -> list[tuple[Dim, ...]]:
     """A slice of an array replaced: dimensions that the slice has whole are tied, the others locked."""
     operand, update = inputs[:2]
-    dims = []
-    for whole, part in zip(operand.dims, update.dims, strict=True):
-        if whole.size == part.size:
-            tied = labels.match(whole, part) if whole.factors else whole
-        else:
-            labels.lock_dims([whole, part], "updated at a position")
-            tied = whole
-        dims.append(tied._replace(zero=whole.zero and part.zero))
+    pairs = zip(operand.dims, update.dims, strict=True)
+    return [tuple(_replaced(labels, whole, part, "updated at a position") for whole, part in pairs)]
+
+
+def _replaced(labels: Labels, whole: Dim, part: Dim, reason: str) -> Dim:
+    if whole.size == part.size:
+        tied = labels.match(whole, part) if whole.factors else whole
+    else:
+        labels.lock_dims([whole, part], reason)
+        tied = whole
+    return tied._replace(zero=whole.zero and part.zero)
+
+
+def _scatter(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:
+    """Rows written at indices: whole rows are tied, what the indices choose is locked."""
+    numbers = operation.params["dimension_numbers"]
+    operand, indices, updates = inputs
+    reason = f"written to by a {operation.name}"
+    labels.lock_dims([operand.dims[i] for i in numbers.scatter_dims_to_operand_dims], reason)
+    labels.lock_dims(indices.dims[-1:], reason)
+    dims = list(operand.dims)
+    dropped = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    rows = [i for i in range(len(dims)) if i not in dropped]
+    for target, source in zip(rows, numbers.update_window_dims, strict=True):
+        dims[target] = _replaced(labels, dims[target], updates.dims[source], reason)
+    others = [i for i in range(len(updates.dims)) if i not in numbers.update_window_dims]
+    for source, index in zip(others, indices.dims[:-1], strict=True):
+        _ = labels.match(updates.dims[source], index)
+    for i, j in zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True):
+        dims[i] = labels.match(dims[i], indices.dims[j])._replace(zero=False)
     return [tuple(dims)]
+
+
+def _empty(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:
+    """Arrays of which nothing is known but their shape."""
+    return [tuple(labels.dim(size, True) for size in output.shape) for output in operation.outputs]
 
 
 _RULES: Mapping[str, Rule] = {
@@ -407,8 +467,11 @@ _RULES: Mapping[str, Rule] = {
     "slice": _slice,
     "split": _split,
     "squeeze": _squeeze,
+    "stack": _stack,
+    "tile": _tile,
     "top_k": _top_k,
     "transpose": _transpose,
+    "unstack": _unstack,
     **dict.fromkeys(
         ("argmax", "argmin", "reduce", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod",
          "reduce_sum", "reduce_xor"),
@@ -418,8 +481,15 @@ _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum"),
                     _reduce_window),
     **dict.fromkeys(
-        ("random_bits", "random_fold_in", "random_gamma", "random_seed", "random_split", "random_unwrap",
-         "random_wrap", "rng_bit_generator", "rng_uniform", "threefry2x32"),
-        _random,
+        ("scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul", "scatter-sub", "scatter_add",
+         "scatter_max", "scatter_min", "scatter_mul", "scatter_sub"),
+        _scatter,
+    ),
+    **dict.fromkeys(RANDOM, _random),
+    **dict.fromkeys(
+        ("after_all", "axis_index", "create_token", "empty", "empty2", "partition_id", "platform_index"),
+        _empty,
     ),
 }  # fmt: skip
+COUPLED = frozenset({*ENTERED, *_POINTWISE, *_RULES})
+"""Primitives of which it is known what goes together in them."""

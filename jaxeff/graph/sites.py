@@ -17,10 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxeff.graph import axes
-from jaxeff.graph.activations import Activation, Flow, follow
+from jaxeff.graph.activations import Activation, follow
 from jaxeff.graph.axes import Dims, Factor
 from jaxeff.graph.contractions import multiplications
+from jaxeff.graph.flow import Flow
+from jaxeff.graph.influence import Influences, influences
 from jaxeff.graph.nonlinearities import unchanged
+from jaxeff.graph.primitives import UNPAIRED
 from jaxeff.graph.program import Operation, Program, Value
 from jaxeff.graph.provenance import (
     CONSTANT_CONTRACTION,
@@ -69,7 +72,8 @@ class Site:
         input: the value that the weight multiplies; the row numbers for an embedding.
         input_dims: where the weight's input axes stand in it.
         activation: pre- and post-activation and the nonlinearity between them.
-        direct: whether the operation takes the weight as it is stored, but for moves of its elements.
+        direct: whether the operation takes the weight as it is stored, but for moves of its elements, and
+            has the plain derivative.
         macs: multiply-accumulates of the whole batch, as `contractions` counts them, all iterations of a scan
             included; None inside a `while`. An embedding looks up and has none.
         loops: the loops around the operation, outermost first.
@@ -126,6 +130,7 @@ def build(
     leaves: Sequence[Leaf],
     constants: Iterable[Value] = (),
     batch: Iterable[Value] = (),
+    returned: int | None = None,
 ) -> Graph:
     """Pair every leaf with its sites, or say why not.
 
@@ -134,6 +139,7 @@ def build(
         leaves: the leaves of `params`, in the order of the program's first inputs.
         constants: inputs that are the same for every batch, such as running averages and masks.
         batch: inputs that are the batch; all that is neither may be a mask or noise on a weight.
+        returned: how many of the outputs the function returns; those after were captured. None for all.
     """
     tagged = {
         value: {index: axes.of_weight(leaf.shape)}
@@ -141,6 +147,7 @@ def build(
         if leaf.floating
     }
     provenance = trace_weights(program, tagged, [leaf.shape for leaf in leaves], constants, batch)
+    followed = influences(program, returned, provenance)
     flows: dict[Program, Flow] = {}
     chosen = _contractions(provenance.uses)
     # WeightNorm's scale reaches the product inside its weight: nothing is summed over it.
@@ -151,7 +158,7 @@ def build(
         if use.leaf in vectors:
             continue
         flow = flows.setdefault(use.program, Flow(use.program, provenance))
-        found = _site(use, leaves, flow)
+        found = _site(use, leaves, flow, followed)
         if isinstance(found, Site):
             sites.append(found)
         else:
@@ -201,7 +208,7 @@ def _sums_over(use: Use) -> bool:
     return bool(axes.held(tuple(use.dims[i] for i in contract[use.operand])))
 
 
-def _site(use: Use, leaves: Sequence[Leaf], flow: Flow) -> Site | str:
+def _site(use: Use, leaves: Sequence[Leaf], flow: Flow, followed: Influences) -> Site | str:
     """The site of one contraction, or why it cannot be read."""
     assert use.operation is not None
     if isinstance(use.dims, Lost):
@@ -221,7 +228,7 @@ def _site(use: Use, leaves: Sequence[Leaf], flow: Flow) -> Site | str:
     if not isinstance(reading.input, Value):
         return f"multiplies a literal at {use.operation.name}"
     shapes = [leaf.shape for leaf in leaves]
-    activation = follow(flow, use.operation.outputs[0], reading.output_dims, shapes, use.leaf)
+    activation = follow(flow, followed, use.operation.outputs[0], reading.output_dims, shapes, use.leaf)
     return Site(
         use.leaf,
         reading.kind,
@@ -239,10 +246,12 @@ def _site(use: Use, leaves: Sequence[Leaf], flow: Flow) -> Site | str:
 
 def _direct(use: Use, flow: Flow) -> bool:
     assert use.operation is not None
+    if use.operation in flow.program.wrapped:
+        return False
     value = use.operation.inputs[use.operand]
     while isinstance(value, Value) and value in flow.made_by:
         made = flow.program.operations[flow.made_by[value]]
-        if not (axes.moves(made) or unchanged(made)):
+        if made in flow.program.wrapped or not (axes.moves(made) or unchanged(made)):
             return False
         value = made.inputs[0]
     return isinstance(value, Value)
@@ -347,6 +356,7 @@ def _without_site(
     elif sum(size > 1 for size in leaf.shape) < 2:
         others[index] = f"consumed by {opaque[0]}" if opaque else OUTPUT if roles else "unused"
     elif opaque:
-        unpaired[index] = f"consumed by {opaque[0]}, which has no rule"
+        why = UNPAIRED.get(opaque[0])
+        unpaired[index] = f"consumed by {opaque[0]}, which has no rule" + (f": {why}" if why else "")
     else:
         unpaired[index] = "returned as an output, and used by nothing else" if roles else "unused"

@@ -10,12 +10,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
-from jaxeff.metrics._weighted import Weighted
-from jaxeff.numerics.summation import namespace, total
+from jaxeff.metrics._weighted import Spread
+from jaxeff.numerics.summation import namespace, running_total
 
 _OCTAVES = (-10, 6)
 _CELL_BITS = 2  # four cells an octave
@@ -47,30 +46,28 @@ class Distribution:
     importance: Array
 
 
-def cells_of(distribution: Weighted) -> Any:
+def cells_of(spread: Spread) -> Any:
     """The fractions of weights and of importance in each cell, [CELLS, 2].
 
     Values of a bin are in the cell of their mean.
     """
-    values, counts, *_ = distribution
+    (values, counts, *_), (_, invalid, *_) = spread
     xp = namespace(values)
-    size, shares = total(counts), counts * values
-    sum_ = total(shares)
-    alive = sum_ > 0
-    relative = (values * (size / xp.where(alive, sum_, 1))).astype(np.float32)
-    patterns = relative.view(np.int32) if xp is np else lax.bitcast_convert_type(relative, jnp.int32)
-    cell = xp.clip((patterns >> _SHIFT) - (_FIRST - 1), 0, CELLS - 1)
-    held = xp.stack([counts / size, shares / xp.where(alive, sum_, 1)], axis=1)
-    if xp is np:
-        fractions = np.stack([np.bincount(cell, part, CELLS) for part in held.T], axis=1)
-    else:
-        fractions = jnp.zeros((CELLS, 2), held.dtype).at[cell].add(held)
-    return xp.where(alive, fractions, np.nan)
+    held = xp.stack([counts, counts * values])
+    running = xp.pad(running_total(held), [(0, 0), (1, 0)])
+    size, sum_ = running[:, -1]
+    alive = (sum_ > 0) & ~xp.any(invalid > 0)
+    # Differences of running sums: adding weights up one by one would round each time.
+    relative = values * (size / xp.where(alive, sum_, 1))
+    from_edge = xp.searchsorted(-relative, -EDGES.astype(values.dtype), side="right")
+    above = xp.concatenate([running[:, -1:], running[:, from_edge], xp.zeros_like(running[:, :1])], axis=1)
+    fractions = (above[:, :-1] - above[:, 1:]) / xp.where(alive, running[:, -1:], 1)
+    return xp.where(alive, fractions, np.nan).T
 
 
 def unpacked(cells: Any) -> Distribution:
-    """Of several layers, [layers, CELLS, 2], stacked."""
-    weights, importance = (namespace(cells).moveaxis(cells[..., part], 0, 1) for part in range(2))
+    """Of one layer, [CELLS, 2], or of several, [layers, CELLS, 2], stacked."""
+    weights, importance = (namespace(cells).moveaxis(cells[..., part], 0, -1) for part in range(2))
     return Distribution(weights, importance)
 
 

@@ -20,7 +20,8 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxeff.metrics._order import limits
+from jaxeff.metrics._order import importances, limits
+from jaxeff.numerics.placement import in_turn_or_at_once
 
 ROWS, COLUMNS = 256, 512  # one row an exponent
 BINS = ROWS * COLUMNS
@@ -46,7 +47,7 @@ class Histogram(NamedTuple):
     Attributes:
         table: [BINS, 2], of each bin its weights, and the sum of their places modulo 2^32.
         high: [BINS], the multiples of 2^32 in that sum; [] where there can be none.
-        largest: [], the largest bit pattern; 0 where all are subnormal, which XLA's CPU takes for 0.
+        largest: [], the largest bit pattern.
     """
 
     table: Array
@@ -85,8 +86,14 @@ def histogram(x: Array, size: Any = None, sharding: NamedSharding | None = None)
     mesh, spec = _layout(x, sharding)
     if any(spec):
         return _in_parts(x, mesh, spec)
-    if sharding is None and size is None and may_lie_in_parts(x):
-        return _in_place(x)
+    if size is not None or sharding is not None or jax.sharding.get_abstract_mesh().manual_axes:
+        return _flat(x, size)
+    # The devices that it is compiled for may be others than those of this process.
+    on_cpu = _in_place if may_lie_in_parts(x) else _flat
+    return lax.platform_dependent(x, cpu=on_cpu, default=_in_place)
+
+
+def _flat(x: Array, size: Any = None) -> Histogram:
     x = x.reshape(-1)
     return _in_pieces(x, x.size if size is None else size)
 
@@ -101,7 +108,7 @@ def _layout(x: Array, sharding: NamedSharding | None) -> tuple[Any, tuple[Any, .
 
 
 def may_lie_in_parts(x: Array) -> bool:
-    """Whether x is sharded by its type, or XLA may be to decide, as of an array in a trace on several devices."""
+    """Whether x is sharded by its type, or XLA may decide, as of an array in a trace on several devices."""
     if jax.sharding.get_abstract_mesh().manual_axes:
         return False
     return any(jax.typeof(x).sharding.spec) or (isinstance(x, jax.core.Tracer) and jax.device_count() > 1)
@@ -131,12 +138,16 @@ def _in_pieces(x: Array, size: Any) -> Histogram:
 
 
 def _largest(x: Array) -> Array:
-    largest = jnp.max(jnp.where(jnp.isfinite(x) & (x > 0), x, 0))
-    return lax.bitcast_convert_type(largest.astype(jnp.float32), jnp.uint32)
+    # As integers, for XLA's CPU takes subnormals for 0.
+    return lax.bitcast_convert_type(jnp.max(importances(x.astype(jnp.float32))[0]), jnp.uint32)
 
 
 def _run(x: Array, size: Array) -> tuple[Array, Array]:
     """Of the first `size` of x [M], up to _RUN weights: the table and the high words of its places."""
+    return in_turn_or_at_once(_by_pieces, _by_one_scatter, x, size)
+
+
+def _by_pieces(x: Array, size: Array) -> tuple[Array, Array]:
     pieces = x.reshape(-1, _PIECE)
     last = (size + (_PIECE - 1)) >> _PIECE_BITS
 
@@ -159,12 +170,26 @@ def _run(x: Array, size: Array) -> tuple[Array, Array]:
     return table, _high_words(x.size, table, digits)
 
 
+def _by_one_scatter(x: Array, size: Array) -> tuple[Array, Array]:
+    """The same of x [...] as it is: where it lies in parts, a copy in another shape would be gathered."""
+    found = patterns(x)
+    at, none = bins_of(found), jnp.zeros(BINS, jnp.uint32)
+
+    def over_all(table: Array, update: Array) -> Array:
+        return table.at[at].add(update, mode="promise_in_bounds")
+
+    counts = over_all(none.at[ZERO_BIN].set((size - x.size).astype(jnp.uint32)), jnp.ones_like(found))
+    places = over_all(none, found & ((1 << PLACE_BITS) - 1))
+    table = jnp.stack([counts, places], axis=1)
+    return table, _high_words(x.size, table, lambda *digit: over_all(none, _digits(found, *digit)))
+
+
 def _high_words(size: int, table: Array, digits: Callable[[int, int], Array]) -> Array:
     """The multiples of 2^32 in the sums of places, where a bin is so crowded that there are any.
 
     Args:
         size: how many weights there are at most.
-        digits: digits(shift, width) gives the sum over each bin of the `width` bits of a place from `shift` on.
+        digits: digits(shift, width) sums over each bin the `width` bits of a place from `shift` on.
     """
     if size <= _UNCROWDED:
         return jnp.zeros((), jnp.uint32)
@@ -187,26 +212,19 @@ def _digits(found: Array, shift: int, width: int) -> Array:
 
 
 def _in_place(x: Array) -> Histogram:
-    """By scatters of the array as it is: XLA's partitioner counts each part on its device.
-
-    A copy in another shape would be gathered first.
-    """
-    found = patterns(x)
-    at, table = bins_of(found), jnp.zeros(BINS, jnp.uint32)
-    columns = jnp.ones_like(found), found & ((1 << PLACE_BITS) - 1)
-    whole = jnp.stack([table.at[at].add(each, mode="promise_in_bounds") for each in columns], axis=1)
-
-    def digits(shift: int, width: int) -> Array:
-        return table.at[at].add(_digits(found, shift, width), mode="promise_in_bounds")
-
-    return Histogram(whole, _high_words(x.size, whole, digits), _largest(x))
+    """XLA's partitioner counts each part on its device."""
+    return Histogram(*_by_one_scatter(x, jnp.asarray(x.size, jnp.int32)), _largest(x))
 
 
 def _in_parts(x: Array, mesh: Any, spec: tuple[Any, ...]) -> Histogram:
     """Each part by its device, and the sum of all by all-reduces of tables."""
     axes = tuple(axis for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis)
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec(*spec), out_specs=PartitionSpec(), check_vma=False)
+    by_device = partial(
+        jax.shard_map, mesh=mesh, in_specs=PartitionSpec(*spec), out_specs=PartitionSpec(), check_vma=False
+    )
+
+    @by_device
     def count(part: Array) -> Histogram:
         found = _in_pieces(part.reshape(-1), part.size)
         # Halves of words, whose sums over devices have no carries.

@@ -28,8 +28,9 @@ def spread_of(x: Array, size: Any) -> Spread:
     values, largest = relative(values, values[0], bits, bits[0])
     counts = (jnp.arange(x.size, dtype=jnp.int32) < size).astype(x.dtype)
     # What is no importance was sorted as 0.
-    first, second = (counts * (bits < limit) for limit in limits(x.dtype))
-    tallied = counts * (bits == 0) - invalid, invalid.astype(x.dtype), first, second
+    invalid = invalid.astype(x.dtype)
+    first, second = (jnp.where(bits < limit, counts, 0) for limit in limits(x.dtype))
+    tallied = jnp.where(bits == 0, counts, 0) - invalid, invalid, first, second
     return Spread(Weighted(values, counts, values, jnp.zeros_like(values), largest), tallied)
 
 
@@ -73,9 +74,10 @@ def limits(dtype: Any) -> list[np.ndarray]:
 
 
 def first_not_below(threshold: float, dtype: Any) -> np.ndarray:
-    """The pattern of the smallest float that is not below the threshold: float32(0.01), for one, is below 0.01."""
+    """The pattern of the smallest float that is not below the threshold; float32(0.01) is below 0.01."""
     kind, integer = (np.float64, np.int64) if np.dtype(dtype).itemsize == 8 else (np.float32, np.int32)
-    nearest = np.asarray(threshold, kind)
+    with np.errstate(over="ignore"):
+        nearest = np.asarray(threshold, kind)
     if float(nearest) < threshold:
         nearest = np.nextafter(nearest, kind(np.inf))
     return np.asarray(nearest).view(integer)
@@ -93,12 +95,11 @@ def relative(values: Array, largest: Array, bits: Array, largest_bits: Array) ->
         scaled, top = (
             _within_range(*given, largest_bits) for given in ((values, bits), (largest, largest_bits))
         )
-    top = lax.stop_gradient(top)
     return scaled / jnp.where(top > 0, top, 1), largest
 
 
 def _within_range(values: Array, bits: Array, largest: Array) -> Array:
-    """Float32 values times a power of two, so that neither they nor 1 over the largest leave the normal floats.
+    """Float32 values times a power of two: neither they nor 1 over the largest leave the normal floats.
 
     XLA divides by multiplying with the reciprocal, and its CPU takes subnormals for 0, hence their integers.
     """

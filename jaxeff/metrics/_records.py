@@ -52,8 +52,9 @@ class Metrics:
 class Bounds:
     """How far each float field of `Metrics` may be from exact arithmetic on the same weights.
 
-    Relative to the exact value for effective_params, mean and max, to the exact mean for std; absolute for the
-    others. 0 where a metric stands by convention.
+    Relative to the exact value for effective_params, mean and max, to the exact mean for std; absolute for
+    the others. 0 where a metric stands by convention. Mean, std and max below 2^-126, the smallest normal
+    float32, may be given as 0.
     """
 
     entropy: Array

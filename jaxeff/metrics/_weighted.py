@@ -9,8 +9,8 @@ C_k = n_1 + ... + n_k:
     coverage  the first group at which the running sum reaches the share, and as much of it as is needed
     std       sqrt(sum n (v - mean)^2 / N)
 
-Values are taken relative to the largest, so that no sum overflows. Written against the array API: NumPy arrays
-are summarized on the host, in the precision that they come in.
+Values are taken relative to the largest, so that no sum overflows. Written against the array API: NumPy
+arrays are summarized on the host, in the precision that they come in.
 """
 
 from __future__ import annotations
@@ -64,27 +64,30 @@ def tie(dtype: Any) -> float:
 
 
 def surprises(values: Any, counts: Any) -> tuple[Any, Any]:
-    """n v and n v ln v of each entry. A weight of 0 has no slope: by convention, where it would be infinite."""
+    """n v and n v ln v of each entry. By convention the slope at a weight of 0, which is infinite, is 0."""
     xp = namespace(values)
     positive = values > 0
     held = xp.where(positive, values, 0) * counts
     return held, held * xp.log(xp.where(positive, values, 1))
 
 
-def reached(values: Any, counts: Any, through: Any, targets: Any, largest: Any = None) -> Any:
+def reached(values: Any, counts: Any, running: Any, through: Any, targets: Any, largest: Any = None) -> Any:
     """For each of the targets [..., T], how many of the largest weights sum to it, of descending values [..., K].
 
     Args:
+        running: [..., K], the running sum of n.
         through: [..., K], the running sum of n v.
-        largest: [..., K], what to take the weights of the group for that reaches the target; their mean by default.
+        largest: [..., K], taken for the weights of the group that reaches the target; their mean by default.
     """
     xp = namespace(values)
     held, most = counts * values, values if largest is None else largest
     short = through[..., None, :] < targets[..., :, None]  # groups that are needed whole, and are not enough
     whole, before = (total(xp.where(short, part[..., None, :], 0)) for part in (counts, held))
     value = xp.max(xp.where(short | (counts == 0)[..., None, :], 0, most[..., None, :]), axis=-1)
-    more = xp.ceil((targets - before) / xp.where(value > 0, value, 1) - 1e-3)
-    return whole + xp.maximum(more, 1)
+    more = xp.ceil((targets - before) / xp.where(value > 0, value, 1))
+    # No more than the group has, whatever the quotient is rounded to.
+    upto = xp.min(xp.where(short, running[..., -1:, None], running[..., None, :]), axis=-1)
+    return xp.minimum(whole + xp.maximum(more, 1), upto)
 
 
 def sums_of(spread: Spread) -> Any:
@@ -102,12 +105,12 @@ def sums_of(spread: Spread) -> Any:
     terms = [held, surprise, counts * values * balance, counts * (values - mean) ** 2]
     sums = xp.stack([total(term) for term in (*terms, *(counts * part for part in below), *tallied)], axis=-1)
     targets = xp.asarray(SHARES, dtype=dtype) * (tie(dtype) * sum_[..., None])
-    found = reached(values, counts, through, targets)
+    found = reached(values, counts, running, through, targets)
     return xp.concatenate([xp.stack([size, sum_, largest], axis=-1), sums[..., :6], found, sums[..., 6:]], axis=-1)
 
 
 def _below(distribution: Weighted, mean: Any, threshold: float) -> Any:
-    """The fraction of each group that lies below the threshold times the mean, by interpolation in its bin."""
+    """The fraction of each group below the threshold times the mean, by interpolation in its bin."""
     values, counts, low, width, _ = distribution
     xp = namespace(values)
     limit = threshold * tie(values.dtype) * mean
@@ -125,9 +128,9 @@ def metrics_of(sums: Any, integers: Any = None, squares: Any = None) -> Metrics:
 
     Args:
         sums: [..., 16], from `sums_of`.
-        integers: [..., 3], int32, zeros, entries that are no importance, and all; where they are known exactly.
-        squares: [...], sum (v - mean)^2 relative to the largest, where the distribution is known by its bins alone
-            and the single weights are at hand.
+        integers: [..., 3], int32, zeros, entries that are no importance, and all; where known exactly.
+        squares: [...], sum (v - mean)^2 relative to the largest, where the distribution is known by its bins
+            alone and the single weights are at hand.
     """
     xp = namespace(sums)
     size, sum_, largest, present, surprise, gaps, off, *rest = (sums[..., i] for i in range(16))
@@ -149,7 +152,8 @@ def metrics_of(sums: Any, integers: Any = None, squares: Any = None) -> Metrics:
     ]
     if integers is None:
         integers = xp.stack([zeros, invalid, size], axis=-1).astype(np.int32)
-    return Metrics(*(xp.where(invalid > 0, math.nan, column) for column in floats), *(integers[..., i] for i in range(3)))
+    valid = (xp.where(invalid > 0, math.nan, column) for column in floats)
+    return Metrics(*valid, *(integers[..., i] for i in range(3)))
 
 
 class Information(NamedTuple):

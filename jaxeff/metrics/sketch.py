@@ -45,13 +45,13 @@ ENTRIES = _FINE * COLUMNS + _COARSE * COLUMNS // _POOLED
 class Sketch:
     """Counts of an array's bit patterns: unsigned integers, exact for up to 2^40 weights, 2 MB.
 
-    Bins are the first 17 bits of a float32's pattern. Adding two sketches (`merge`) gives that of both arrays.
-    Of the last 512 bins, which no number has, the first holds the entries that are no importance, the second
-    zeros, and the next two those that share a bin with 1e-2 and 1e-3 and are below.
+    Bins are the first 17 bits of a float32's pattern. Adding two sketches (`merge`) gives that of both
+    arrays. Of the last 512 bins, which no number has, the first holds the entries that are no importance, the
+    second zeros, and the next two those that share a bin with 1e-2 and 1e-3 and are below.
     """
 
     bins: Array
-    """[131072, 4], of each bin its weights, and the sum of their patterns' last 14 bits: low and high words."""
+    """[131072, 4], of each bin its weights and the sum of their last 14 bits: low and high words."""
     size: Array
     """[2], entries: low and high word."""
     largest: Array
@@ -91,7 +91,8 @@ def count(x: ArrayLike, size: ArrayLike | None = None) -> Sketch:
 def of_histogram(found: Histogram, size: Any) -> Sketch:
     xp = namespace(found.table)
     counts, places = found.table[:, 0], found.table[:, 1]
-    bins = xp.stack([counts, xp.zeros_like(counts), places, xp.broadcast_to(found.high, counts.shape)], axis=1)
+    high = xp.broadcast_to(found.high, counts.shape)
+    bins = xp.stack([counts, xp.zeros_like(counts), places, high], axis=1)
     return Sketch(bins, xp.stack([xp.asarray(size).astype(np.uint32), np.uint32(0)]), found.largest)
 
 
@@ -123,7 +124,7 @@ def _added(a: Array, b: Array) -> Array:
     pairs = (*a.shape[:-1], -1, 2)
     a, b = a.reshape(pairs), b.reshape(pairs)
     low = a[..., 0] + b[..., 0]
-    high = a[..., 1] + b[..., 1] + (low < a[..., 0])
+    high = a[..., 1] + b[..., 1] + (low < a[..., 0]).astype(low.dtype)
     return namespace(a).stack([low, high], axis=-1).reshape(*a.shape[:-2], -1)
 
 
@@ -148,7 +149,8 @@ def summarize(sketch: Sketch) -> tuple[Metrics, Bounds]:
 
 def on_host(sketch: Sketch) -> tuple[Metrics, Bounds]:
     """The same of a sketch whose arrays are NumPy's: in float64, and compiling nothing."""
-    return _summary(sketch, np.float64)
+    with np.errstate(all="ignore"):
+        return _summary(sketch, np.float64)
 
 
 def _summary(sketch: Sketch, dtype: Any) -> tuple[Metrics, Bounds]:
@@ -213,24 +215,17 @@ def _float(words: Any, dtype: Any) -> Any:
 def weighted(sketch: Sketch, dtype: Any = np.float32) -> Weighted:
     """The distribution of a sketch: [16384] means of bins, the largest first, then zeros."""
     xp = namespace(sketch.bins)
-    largest = _largest_of(sketch)
+    largest = sketch.largest
     rows = _FINE + _COARSE
     last = (largest >> 23).astype(np.int32)
-    first = xp.maximum(last + 1 - rows, 0)  # of the octaves that are read
-    exponent = first + xp.arange(rows, dtype=np.int32)
-    counts, places = _octaves(sketch, first, rows, dtype)
-    # Nothing is above the largest weight: rows of smaller ones are moved up to end with its octave.
-    above = first + rows - 1 - last
-    if xp is jnp or above:
-        counts, places, exponent = (xp.roll(part, above, axis=0) for part in (counts, places, exponent))
-        exponent = xp.where(xp.arange(rows) < above, -1, exponent)
+    exponent = last - (rows - 1) + xp.arange(rows, dtype=np.int32)  # of each octave that is read
+    counts, places = _octaves(sketch, last - (rows - 1), rows, dtype)
 
     # Relative to the octave of the largest weight. Subnormals have the octave above them, and no leading 1.
     octave = _power_of_two(xp.maximum(exponent, 1) - xp.maximum(last, 1), dtype, xp)[:, None]
     leading = (exponent > 0).astype(dtype)[:, None]
     step = 1 / COLUMNS
     start = (leading + xp.arange(COLUMNS, dtype=dtype)[None] * step) * octave
-    start = xp.where(exponent[:, None] < 0, 0, start)
     width = xp.broadcast_to(octave * step, start.shape)
     mean = start + width * (places / xp.where(counts > 0, counts, 1)) / (1 << PLACE_BITS)
     whole = mean, counts, start, width
@@ -248,43 +243,34 @@ def weighted(sketch: Sketch, dtype: Any = np.float32) -> Weighted:
     return Weighted(xp.minimum(values, 1), counts, start, width, _float_of(largest, dtype))
 
 
-def _octaves(sketch: Sketch, first: Any, rows: int, dtype: Any) -> tuple[Any, Any]:
-    """Counts and sums of places of all bins of `rows` exponents, [rows, 512]."""
+def _octaves(sketch: Sketch, first: Any, rows: int, dtype: Any) -> list[Any]:
+    """Counts and sums of places of all bins of `rows` exponents from `first` on, [rows, 512]; 0 below 0."""
+    xp = namespace(sketch.bins)
     table = sketch.bins.reshape(ROWS, COLUMNS, 4)
-    if isinstance(table, np.ndarray):
-        read = table[int(first) : int(first) + rows]
+    if xp is np:
+        read = table[max(int(first), 0) : int(first) + rows]
+        missing = np.zeros((rows - len(read), COLUMNS, 4), np.uint32)
+        read = np.concatenate([missing, read]) if len(missing) else read
     else:
-        read = lax.dynamic_slice(table, (first, np.int32(0), np.int32(0)), (rows, COLUMNS, 4))
+        table = jnp.concatenate([jnp.zeros((rows, COLUMNS, 4), jnp.uint32), table])
+        read = lax.dynamic_slice(table, (first + rows, np.int32(0), np.int32(0)), (rows, COLUMNS, 4))
+    bin_ = first * COLUMNS + xp.arange(rows * COLUMNS, dtype=np.int32).reshape(rows, COLUMNS)
     parts = []
     for column in (0, 2):
-        part = _float(read[..., column : column + 2], dtype).reshape(-1)
+        part = _float(read[..., column : column + 2], dtype)
         for limit, apart in zip(LIMITS, BELOW_BINS, strict=True):
             # Those below a threshold go back to their bin.
-            at = (limit >> PLACE_BITS) - first * COLUMNS
             more = _float(sketch.bins[apart, column : column + 2], dtype)
-            if not isinstance(part, np.ndarray):
-                part = part.at[_in_bounds(at)].add(more, mode="drop")
-            elif 0 <= at < part.size:
-                part[at] += more
-        parts.append(part.reshape(rows, COLUMNS))
-    return parts[0], parts[1]
-
-
-def _in_bounds(at: Array) -> Array:
-    """Negative indices count from the end, and are none here."""
-    return jnp.where(at < 0, np.int32(2**30), at)
-
-
-def _largest_of(sketch: Sketch) -> Any:
-    """The largest bit pattern; of subnormals alone the last of the highest bin that has any."""
-    xp = namespace(sketch.bins)
-    used = (sketch.bins[:COLUMNS, 0] | sketch.bins[:COLUMNS, 1]) > 0
-    highest = xp.max(xp.where(used, xp.arange(1, COLUMNS + 1, dtype=np.uint32), 0)) << PLACE_BITS
-    return xp.where(sketch.largest > 0, sketch.largest, xp.maximum(highest, 1).astype(np.uint32) - 1)
+            part = part + xp.where(bin_ == limit >> PLACE_BITS, more, 0)
+        parts.append(part)
+    return parts
 
 
 def _power_of_two(exponent: Any, dtype: Any, xp: Any) -> Any:
-    return xp.ldexp(xp.ones(exponent.shape, dtype), exponent)
+    """2^exponent, from -126 on."""
+    if xp is np:
+        return np.ldexp(np.ones(exponent.shape, dtype), exponent)
+    return lax.bitcast_convert_type((jnp.maximum(exponent, -126) + 127) << 23, jnp.float32).astype(dtype)
 
 
 def _largest_mantissa(largest: Any, dtype: Any, xp: Any) -> Any:
@@ -314,10 +300,9 @@ def _pooled(mean: Any, counts: Any, start: Any, width: Any) -> tuple[Any, Any, A
 def _bounds(sketch: Sketch, distribution: Weighted, metrics: Metrics) -> Bounds:
     """How far each metric may be off: what lies in a bin is known by its number and mean alone.
 
-    With n weights between a and a + w, m their mean: v ln v sums to at most n w^2 / (8 a) more than n m ln m, and
-    to n w / e more;
-    differences of pairs to at most n^2 w / 2; squares to at most n w^2 / 4 more than n m^2; and the k largest
-    to k (a + w) at most, and k m at least.
+    With n weights between a and a + w, m their mean: v ln v sums to at most n w^2 / (8 a), and at most
+    n w / e, more than n m ln m; differences of pairs to at most n^2 w / 2; squares to at most n w^2 / 4 more
+    than n m^2; and the k largest to at most k (a + w) and at least k m.
     """
     values, counts, low, width, _ = distribution
     xp, dtype = namespace(values), values.dtype
@@ -337,7 +322,8 @@ def _bounds(sketch: Sketch, distribution: Weighted, metrics: Metrics) -> Bounds:
     limits = [threshold * mean for threshold in RELATIVE_THRESHOLDS.values()]
     within = [(starts <= limit * (1 + slack)) & (ends >= limit * (1 - slack)) for limit in limits]
     # From 0 on v ln v hangs at most w / e below its chord.
-    spread = several * xp.where(low > 0, xp.minimum(width / (8 * xp.where(low > 0, low, 1)), 0.37), 0.37) * width
+    bend = xp.where(low > 0, xp.minimum(width / (8 * xp.where(low > 0, low, 1)), 0.37), 0.37)
+    spread = several * bend * width
     squares = counts * (values - mean) ** 2
     parts = [spread, several * several * width, several * width * width, squares]
     sums = total(xp.stack(parts + [xp.where(inside, counts, 0) for inside in within]))
@@ -346,8 +332,8 @@ def _bounds(sketch: Sketch, distribution: Weighted, metrics: Metrics) -> Bounds:
     deviation = xp.sqrt(sums[3] / size)
     std = (xp.sqrt(deviation**2 + sums[2] / (4 * size)) - deviation + 1e-5 * deviation) / mean + 1e-6 + faint
     targets = xp.asarray(SHARES, dtype=dtype) * sum_
-    fewest = reached(values, counts, through, targets * (1 - slack), ends)
-    most = reached(values, counts, through, targets * (1 + slack))
+    fewest = reached(values, counts, running, through, targets * (1 - slack), ends)
+    most = reached(values, counts, running, through, targets * (1 + slack))
     exact = xp.asarray(rounding, dtype=dtype)
     found = [
         entropy,

@@ -9,26 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def in_turn_or_at_once(in_turn: Callable[..., Any], at_once: Callable[..., Any], *operands: Any) -> Any:
+    """The one of two equal functions that suits the platform which the program is lowered for.
+
+    On a CPU part after part: parts stay in its cache, and a loop compiles to less. On an accelerator all at
+    once: there every step of a loop starts kernels of its own, which takes longer than to run them.
+    """
+    return lax.platform_dependent(*operands, cpu=in_turn, default=at_once)
 
 
 def each_row(function: Callable[[Any], Any], rows: Any) -> Any:
-    """The function of every row of a tree of arrays.
-
-    On a CPU one row after the other: rows stay in its cache, and a loop compiles to less. On an accelerator all
-    at once: there every step of a loop starts kernels of its own, which takes longer than to run them.
-    """
-    return lax.platform_dependent(
-        rows, cpu=lambda rows: lax.map(function, rows), default=lambda rows: jax.vmap(function)(rows)
-    )
-
-
-def replicated(x: Array) -> Array:
-    """x whole on every device, where its sharding is part of its type; x itself where XLA is to decide."""
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit not in getattr(sharding.mesh, "axis_types", ()) or not any(sharding.spec):
-        return x
-    return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim))
+    """The function of every row of a tree of arrays."""
+    return in_turn_or_at_once(lambda rows: lax.map(function, rows), jax.vmap(function), rows)
 
 
 def to_host(tree: Any) -> Any:
@@ -49,7 +44,8 @@ def _is_here(array: Array) -> bool:
 
 
 def on_host_if_concrete(tree: Any) -> Any:
-    """The tree on the host, and as it is where it is traced."""
+    """Copies of a tree's arrays on the host; the tree as it is where it is traced."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
         return tree
-    return to_host(tree)
+    # A CPU's arrays are otherwise the same memory, which a caller may donate.
+    return jax.tree.map(np.array, to_host(tree))

@@ -73,7 +73,7 @@ def render(report: Report, title: str = "jaxeff report") -> str:
         anchors=figures.anchors(concrete),
         no_weights=table.no_weights(concrete),
         notes=table.notes(concrete),
-        attentions=[table.attention(found) for found in concrete.attentions],
+        attentions=table.attentions(concrete),
         others=figures.others(concrete),
     )
     # A name may hold half a surrogate pair, which no file can.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxeff.comparison import Comparison
 from jaxeff._pathways import Pathways
+from jaxeff.comparison import Comparison
 from jaxeff.plot.canvas import COLOURS, NO_LAYER, any_finite, axes_or_new, check_kind, line_style, say
 from jaxeff.prune.before_and_after import BeforeAndAfter
 from jaxeff.prune.sensitivity import Sensitivity

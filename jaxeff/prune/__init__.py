@@ -4,6 +4,7 @@ importance = prune.scored(params)                      # or of a criterion, from
 masks = prune.masks(importance, sparsity=0.9)          # True = kept
 params = prune.apply(params, masks)
 optimizer = prune.sparsify(optax.adamw(1e-3), prune.cubic(0.9, begin=100, end=1000, every=50))
+optimizer = prune.sparsify(optax.adamw(1e-3), masks=masks)  # or under masks that exist already
 pruned = prune.iterative_magnitude(state, step, batches, evaluate, sparsity=0.95, rounds=8, steps=500)
 
 groups = prune.groups(params, model.apply, batch)      # which axes of which leaves shrink together
@@ -23,6 +24,10 @@ from jaxeff.prune.groups import Group as Group
 from jaxeff.prune.groups import Groups as Groups
 from jaxeff.prune.groups import Member as Member
 from jaxeff.prune.groups import groups as groups
+from jaxeff.prune.layouts import Axes as Axes
+from jaxeff.prune.layouts import Layout as Layout
+from jaxeff.prune.layouts import Scores as Scores
+from jaxeff.prune.layouts import layout as layout
 from jaxeff.prune.masks import apply as apply
 from jaxeff.prune.masks import masks as masks
 from jaxeff.prune.masks import pack as pack

@@ -110,7 +110,8 @@ def _over_all(means: Values, spread: Values) -> Values:
 
 def _with_values(stats: Any, values: Values) -> Any:
     named = named_leaves(stats)
-    leaves = [jnp.asarray(values.get(path, leaf), jnp.result_type(leaf)) for path, leaf in named.items()]
+    # Copies of those that stay as they are.
+    leaves = [jnp.array(values.get(path, leaf), jnp.result_type(leaf)) for path, leaf in named.items()]
     return jax.tree.unflatten(jax.tree.structure(stats), leaves)
 
 

@@ -1,12 +1,11 @@
 """Dynamic sparse training: sparse from the first step, with masks that move.
 
 An optimizer and a sparsity -> an optimizer that every few steps drops the smallest weights and grows as many
-others. Imports `masks`, `optimizer`, `schedules`, `selection`.
+others. Imports `layouts`, `masks`, `optimizer`, `schedules`, `selection`.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,10 +14,18 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxeff.prune.layouts import axes_of, unboxed
 from jaxeff.prune.masks import Prunable, masks, scored
-from jaxeff.prune.optimizer import SparseState, check_given, masked_update
+from jaxeff.prune.optimizer import (
+    SparseState,
+    beside,
+    check_copies,
+    check_given,
+    masked_update,
+    trained,
+)
 from jaxeff.prune.schedules import periodic
-from jaxeff.prune.selection import highest, lowest
+from jaxeff.prune.selection import highest_of_each, lowest_of_each
 
 
 def rigl(
@@ -43,9 +50,9 @@ def rigl(
     largest abs(dL/dw); of equal ones the first. So n is the same at every step.
 
     A weight that is dropped and grown in one step stays as it is. Others that are grown start at 0, and so
-    does what the optimizer inside holds of them, momentum and second moments: any array of their path and
-    shape. What stays is trained in that step too. The first update makes dense params sparse, and moves no
-    mask.
+    does what the optimizer inside holds of them: momentum, second moments, copies of the weights, any array
+    of their path and shape. What stays is trained in that step too. The first update makes dense params
+    sparse, and moves no mask.
 
     As with `sparsify`, updates of inactive weights are minus the weight, and it goes last in a chain.
     `update` takes the gradients of all weights, as `jax.grad` gives them.
@@ -150,25 +157,26 @@ def _dynamic(
         return jax.eval_shape(lambda params: scored(params, prunable=prunable), params)
 
     def init(params: Any) -> SparseState:
-        kept = masks(_random(key, shapes(params)), sparsity, allocation=allocation)
-        return SparseState(jnp.zeros((), jnp.int32), jax.tree.map(_beside, kept, params), inside.init(params))
+        weights = trained(params)
+        kept = masks(_random(key, shapes(weights)), sparsity, allocation=allocation)
+        check_copies(inside, params, kept)
+        return SparseState(jnp.zeros((), jnp.int32), jax.tree.map(beside, kept, weights), inside.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, SparseState]:
         check_given(params)
-        step, before = state.step, state.masks
+        step, before, weights = state.step, state.masks, trained(params)
         # Gradients of the first step may be those of dense params.
         due = schedule(step).due & (step > 0)
         share = fraction / 2 * (1 + jnp.cos(jnp.pi * step.astype(jnp.float32) / max(end, 1)))
 
         def moved() -> Any:
-            magnitudes, promises = scored(params, prunable=prunable), promise(updates, shapes(params), step)
-            return jax.tree.map(functools.partial(_moved, share=share), before, magnitudes, promises)
+            magnitudes, promises = scored(weights, prunable=prunable), promise(updates, shapes(weights), step)
+            return _moved(before, magnitudes, promises, share)
 
         kept = jax.lax.cond(due, moved, lambda: before)
         stayed = jax.tree.map(jnp.logical_and, before, kept)
+        # What is grown is updated as pruned in this step: it starts at 0, and so does its state.
         found, inner = masked_update(inside, stayed, updates, state.inner, params, **extra)
-        grown = jax.tree.map(lambda old, new: new & ~old, before, kept)
-        inner = jax.lax.cond(due, lambda: _forgotten(inner, grown), lambda: inner)
         return found, SparseState(step + 1, kept, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -181,32 +189,23 @@ def _random(key: Array, shapes: Any) -> Any:
     return jax.tree.unflatten(structure, drawn)
 
 
-def _beside(mask: Array, leaf: Array) -> Array:
-    """The mask, on the devices of the leaf."""
-    return mask & jnp.ones_like(leaf, bool) if mask.ndim else mask
-
-
-def _moved(mask: Array, magnitude: Array, promise: Array, share: Array) -> Array:
-    """The mask of one layer after the lowest magnitudes went and as many of the highest promises came."""
-    if mask.ndim == 0:
-        return mask
-    count = jnp.round(share * jnp.sum(mask, dtype=jnp.int32)).astype(jnp.int32)
-    (dropped,) = lowest([magnitude], count, among=[mask])
-    stays = mask & ~dropped
-    (grown,) = highest([promise], count, among=[~stays])
-    return stays | grown
-
-
-def _forgotten(inner: Any, grown: Any) -> Any:
-    """The state of an optimizer with 0 for what is grown, in arrays of the path and shape of a mask."""
-    of = {keys: new for keys, new in jax.tree_util.tree_flatten_with_path(grown)[0] if new.ndim}
-
-    def forget(keys: tuple, leaf: Any) -> Any:
-        # The state of a leaf lies at the leaf's path, behind that of the tree of states.
-        for start in range(len(keys) + 1):
-            new = of.get(keys[start:])
-            if new is not None and new.shape == jnp.shape(leaf):
-                return jnp.where(new, jnp.zeros_like(leaf), leaf)
-        return leaf
-
-    return jax.tree_util.tree_map_with_path(forget, inner)
+def _moved(before: Any, magnitudes: Any, promises: Any, share: Array) -> Any:
+    """The masks after, in each layer, the lowest magnitudes went and as many of the highest promises came."""
+    leaves, structure = jax.tree.flatten(before)
+    moving = [i for i, mask in enumerate(leaves) if mask.ndim]
+    small, promised = ([jax.tree.leaves(unboxed(tree))[i] for i in moving] for tree in (magnitudes, promises))
+    axes = axes_of(magnitudes)
+    layers = [() if (found := axes[i]) is None else tuple(sorted(found.layers)) for i in moving]
+    active = [leaves[i] for i in moving]
+    counts = [
+        jnp.round(share * jnp.sum(mask, [a for a in range(mask.ndim) if a not in own], jnp.int32)).astype(
+            jnp.int32
+        )
+        for mask, own in zip(active, layers, strict=True)
+    ]
+    dropped = lowest_of_each(small, counts, layers, among=active)
+    stays = [mask & ~gone for mask, gone in zip(active, dropped, strict=True)]
+    grown = highest_of_each(promised, counts, layers, among=[~mask for mask in stays])
+    for i, stay, new in zip(moving, stays, grown, strict=True):
+        leaves[i] = stay | new
+    return jax.tree.unflatten(structure, leaves)

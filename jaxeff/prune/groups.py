@@ -62,6 +62,8 @@ class Group:
         members: in the order in which the model uses their leaves.
         locked: why none may be removed; None where they may.
         importance: [size], of each element; None where no member has a score.
+        within_head: whether the group is the size of attention heads, each element a part of every head.
+            `prune.plan` leaves it whole unless it is named.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Group:
     members: tuple[Member, ...]
     locked: str | None
     importance: np.ndarray | None = None
+    within_head: bool = False
 
     def __repr__(self) -> str:
         return f"Group({self.name!r}, size={self.size}, locked={self.locked!r})"
@@ -153,10 +156,15 @@ class Groups:
             for group in self.unlocked
         ]
         locked = [(group.name, str(group.size), group.locked or "") for group in self.groups if group.locked]
+        within = [group.name for group in self.unlocked if group.within_head]
+        whole = (
+            [f"Whole in a plan unless named, the size of heads: {', '.join(within)}", ""] if within else []
+        )
         return "\n".join(
             [
                 *_aligned([("group", "size", "weights of each", "importance", "members"), *free]),
                 "",
+                *whole,
                 *_aligned([("locked", "size", "why"), *locked]),
             ]
         )
@@ -255,7 +263,9 @@ def stand_in(leaf: Any) -> Any:
 
 def _group(coupled: Any, paths: list[str]) -> Group:
     members = tuple(Member(paths[leaf], axis, indices) for leaf, axis, indices in coupled.members)
-    return Group(members[0].name, coupled.size, members, "; ".join(coupled.reasons) or None)
+    return Group(
+        members[0].name, coupled.size, members, "; ".join(coupled.reasons) or None, None, coupled.within_head
+    )
 
 
 def _named(found: list[Group]) -> tuple[Group, ...]:

@@ -268,7 +268,9 @@ def plan(
         groups: of `prune.groups`.
         importance: scores of the weights, shaped like `params`, as `prune.scored` gives by any criterion.
         sparsity: the fraction of elements to remove, in [0, 1); by group's name with scope 'layer', where the
-            groups not named stay whole.
+            groups not named stay whole. One number is for all groups but those within heads
+            (`Group.within_head`): heads of fewer queries and keys than values are what no attention module
+            can be built with. Name such a group to remove of it.
         reduce, normalize: how the scores of an element's weights make its importance; see `Groups.scored`.
         scope: 'layer' removes so much of each group, 'global' of all groups together in one order. With
             'global' groups compare, so `normalize` counts.
@@ -294,7 +296,8 @@ def plan(
     scored = {
         group.name: group.importance
         for group in groups.scored(importance, reduce=reduce, normalize=normalize).unlocked
-        if limits[group.name] and (not isinstance(sparsity, Mapping) or group.name in sparsity)
+        if limits[group.name]
+        and (group.name in sparsity if isinstance(sparsity, Mapping) else not group.within_head)
     }
     ranked: dict[str, np.ndarray] = {}
     for name, found in scored.items():
@@ -368,5 +371,10 @@ def _check_arguments(
             )
     if not unlocked:
         raise ValueError("`groups` has none that may shrink: print the groups to see why")
+    if not isinstance(sparsity, Mapping) and all(group.within_head for group in unlocked.values()):
+        raise ValueError(
+            f"`sparsity` as one number leaves the size of heads whole, and `groups` has no others that may "
+            f"shrink: name them, {{{next(iter(unlocked))!r}: {sparsity:g}}}"
+        )
     if round_to < 1 or round_to != int(round_to):
         raise ValueError(f"`round_to` must be whole and at least 1, got {round_to}")

@@ -1,6 +1,6 @@
 """A gradient that draws magnitudes together, for any Optax chain.
 
-Imports `masks`; of jaxeff `leaves` and `metrics`.
+Imports `layouts`, `masks`; of jaxeff `leaves`, `meshes` and `metrics`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from jax import Array
 
 from jaxeff import metrics
 from jaxeff.leaves import named_leaves
-from jaxeff.prune.masks import Prunable, prunable_paths
+from jaxeff.meshes import by_compiler
+from jaxeff.prune.layouts import Layout, by_shape
+from jaxeff.prune.masks import Prunable, in_layers, prunable_paths
 
 
 class EntropyState(NamedTuple):
@@ -57,6 +59,10 @@ def add_entropy_gradient(strength: float, prunable: Prunable = None) -> optax.Gr
         raise ValueError(f"`strength` must be a number, got {strength}")
     slope = jax.grad(lambda weight: metrics.normalized_entropy(jnp.abs(weight)))
 
+    def of_layers(path: str, layout: Layout, weight: Array) -> Array:
+        axes = layout[path].axes
+        return by_compiler(in_layers(slope, axes.layers if axes else ()), weight, like=weight)
+
     def init(params: Any) -> EntropyState:
         _ = prunable_paths(prunable, named_leaves(params))
         return EntropyState(jnp.zeros((), jnp.int32))
@@ -65,10 +71,13 @@ def add_entropy_gradient(strength: float, prunable: Prunable = None) -> optax.Gr
         if params is None:
             raise ValueError("`params` is missing: call `update(gradients, state, params)`")
         named = named_leaves(params)
-        paths = prunable_paths(prunable, named)
+        layout = prunable if isinstance(prunable, Layout) else by_shape(named)
+        paths = prunable_paths(prunable, named, layout)
         leaves, structure = jax.tree.flatten(updates)
         added = [
-            update + (strength * slope(named[path])).astype(update.dtype) if path in paths else update
+            update + (strength * of_layers(path, layout, named[path])).astype(update.dtype)
+            if path in paths
+            else update
             for path, update in zip(named, leaves, strict=True)
         ]
         return jax.tree.unflatten(structure, added), EntropyState(state.step + 1)

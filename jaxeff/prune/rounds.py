@@ -1,6 +1,6 @@
 """Prune and train, round by round.
 
-In: a training state and the user's functions of it. Out: `Pruned`. Imports `criteria`, `masks`,
+In: a training state and the user's functions of it. Out: `Pruned`. Imports `criteria`, `layouts`, `masks`,
 `patterns`, `training`; of jaxeff `progress`.
 """
 
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from jaxeff.progress import progress_bar
 from jaxeff.prune.criteria import Importance
-from jaxeff.prune.masks import Limits, Prunable, masks, scored
+from jaxeff.prune.layouts import unboxed
+from jaxeff.prune.masks import Limits, Prunable, after_pruned, masks, scored
 from jaxeff.prune.masks import sparsity as sparsity_of
 from jaxeff.prune.patterns import UNSTRUCTURED, NByM, Pattern
 from jaxeff.prune.training import (
@@ -206,7 +207,7 @@ class Selection:
         """
         scores = self._scores(state)
         if kept is not None:
-            scores = jax.tree.map(_after_pruned, scores, kept)
+            scores = jax.tree.map(after_pruned, kept, scores)
         allocation = self.allocation
         if isinstance(allocation, Mapping):
             allocation = {path: way(share) for path, share in allocation.items()}
@@ -224,7 +225,7 @@ class Selection:
         if self.importance is None:
             return scored(state.params, prunable=self.prunable)
         scores = self.importance(state)
-        structure, shapes = described(scores)
+        structure, shapes = described(unboxed(scores))
         of_params, shapes_of_params = described(state.params)
         alike = structure == of_params and all(
             shape in ((), other) for shape, other in zip(shapes, shapes_of_params, strict=True)
@@ -235,15 +236,6 @@ class Selection:
                 "`prune.scored(state.params, ...)` gives"
             )
         return scores
-
-
-def _after_pruned(scores: jax.Array, kept: jax.Array) -> jax.Array:
-    """Scores by which pruned weights are the lowest, and no other is as low."""
-    if not jnp.ndim(scores):
-        return scores
-    # The order of scores is that of float32, whose zero must be left to them.
-    wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    return jnp.where(kept, jnp.maximum(wide, jnp.finfo(jnp.float32).tiny), 0)
 
 
 def everything(kept: Any) -> Any:

@@ -1,8 +1,8 @@
 """What each layer costs when it alone is pruned: the loss, measured, not predicted.
 
-In: a model, a loss, sparsities. Out: a `Sensitivity`, which says how far each layer may go and how a total is
-best spread over the layers. Imports `masks`, `patterns`, `selection`; of jaxeff `leaves`, `models`,
-`objectives`, `precision`, `problem`, `recommendations`, `table`.
+In: a model, a loss, sparsities. Out: a `Sensitivity`, which says how far each layer may go and how a total
+is best spread over the layers. Imports `layouts`, `masks`, `patterns`, `selection`; of jaxeff `leaves`,
+`meshes`, `models`, `objectives`, `precision`, `problem`, `recommendations`, `table`.
 """
 
 from __future__ import annotations
@@ -23,33 +23,38 @@ from jax.core import Tracer
 
 from jaxeff import models, objectives, table
 from jaxeff.leaves import described, named_leaves, split_variables, whole_numbers
+from jaxeff.meshes import by_compiler, laid_like
 from jaxeff.numerics.precision import widened
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.problem import Problem, floating
+from jaxeff.prune.layouts import Axes, Layout, axes_of, layer_names, of_model, unboxed
 from jaxeff.prune.masks import (
     Prunable,
     check_alike,
     check_pattern,
     check_scores,
     counted,
+    in_layers,
     prunable_paths,
 )
 from jaxeff.prune.patterns import UNSTRUCTURED, Block, NByM, Pattern, Units, Unstructured
-from jaxeff.prune.selection import Threshold, below, threshold
+from jaxeff.prune.selection import Threshold, below, thresholds
 from jaxeff.recommendations import LIMITS
+from jaxeff.saving import saved_by_flax
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 _STATIC = {"static": True}
 
 
+@saved_by_flax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
     """The loss with each layer pruned alone. `str(sensitivity)` is a table.
 
     Attributes:
-        paths: of the layers: leaves of `params`.
+        paths: of the layers: leaves of `params`, or 'blocks/q[3]' of one that a scan stacks, as in a report.
         sizes: weights of each.
         sparsities: fractions removed, increasing.
         scores: which went first: 'magnitude', or 'importance' for scores of one's own.
@@ -205,7 +210,8 @@ def sensitivity(
         sparsities: of the layer pruned, increasing, in [0, 1).
         importance: a tree of scores, such as `prune.scored` gives; magnitudes unless given. What is one
             number there is not pruned.
-        pattern: as `prune.masks` takes it. `NByM` has one sparsity, its own.
+        pattern: as `prune.masks` takes it; its inputs and outputs are those of this model, unless it says
+            otherwise. `NByM` has one sparsity, its own.
         prunable: as `prune.scored` takes it, for magnitudes.
         rngs, **apply_kwargs: passed to `apply_fn`, the same in each run.
 
@@ -223,23 +229,31 @@ def sensitivity(
     fractions = _checked_sparsities(sparsities, pattern)
     model = models.from_apply(params, apply_fn, batch, rngs, apply_kwargs)
     named = named_leaves(model.params)
-    chosen = _chosen(params, named, importance, prunable)
+    layout = prunable if isinstance(prunable, Layout) else of_model(model)
+    chosen = _chosen(params, named, importance, prunable, layout)
+    known = _axes(importance, layout, named, tuple(chosen), pattern)
     objective, arrays = objectives.objective(model, loss_fn, targets, tuple(named), chosen)
-    groups, thresholds = [], []
-    for path, given in chosen.items():
+    groups, found, names = [], [], []
+    for axes, (path, given) in zip(known, chosen.items(), strict=True):
         score = _magnitude(path, named[path]) if given is None else given
         check_scores({path: score})
-        group, found = _grouped(path, score, pattern, fractions)
-        thresholds.append(found)
+        group, of_layers = _grouped(path, score, axes, pattern, fractions)
+        found.append(of_layers)
+        names.append(layer_names(path, jnp.shape(score), axes.layers))
         # Magnitudes of single weights are made where they are read, so that no copy stays.
         groups.append(None if given is None and isinstance(pattern, Unstructured) else group)
-    stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *thresholds)
+    stacked = jax.tree.map(lambda *rows: jnp.concatenate(rows), *found)
+    stacks = tuple(axes.layers for axes in known)
     whole = UNSTRUCTURED if isinstance(pattern, NByM) else pattern
-    dense, losses = _losses(objective, whole, model.params, arrays, groups, stacked)
+    dense, losses = _losses(objective, whole, stacks, model.params, arrays, groups, stacked)
     _check_dense(dense, {"params": model.params, "batch": batch, "targets": targets})
     return Sensitivity(
-        tuple(chosen),
-        tuple(int(np.prod(jnp.shape(named[path]))) for path in chosen),
+        tuple(itertools.chain(*names)),
+        tuple(
+            int(np.prod(jnp.shape(named[path]))) // len(own)
+            for path, own in zip(chosen, names, strict=True)
+            for _ in own
+        ),
         fractions,
         "magnitude" if importance is None else "importance",
         pattern,
@@ -249,16 +263,16 @@ def sensitivity(
 
 
 def _chosen(
-    params: Any, named: Mapping[str, Any], importance: Any, prunable: Prunable
+    params: Any, named: Mapping[str, Any], importance: Any, prunable: Prunable, layout: Layout
 ) -> dict[str, Array | None]:
     """The leaves to prune with their scores, in the order of the params; None stands for magnitudes."""
     if importance is None:
-        paths = prunable_paths(prunable, named)
+        paths = prunable_paths(prunable, named, layout)
         found: dict[str, Array | None] = dict.fromkeys([path for path in named if path in paths])
     elif prunable is not None:
         raise ValueError("`prunable` is for magnitudes: give it to `prune.scored`, which makes `importance`")
     else:
-        scores, _ = split_variables(importance)
+        scores, _ = split_variables(unboxed(importance))
         check_alike(split_variables(params)[0], scores, "importance")
         found = {path: score for path, score in named_leaves(scores).items() if jnp.ndim(score)}
     if not found:
@@ -267,6 +281,17 @@ def _chosen(
             f"`{argument}` leaves nothing to prune of {', '.join(named)}.{whole_numbers(described(named))}"
         )
     return found
+
+
+def _axes(
+    importance: Any, layout: Layout, named: Mapping[str, Any], chosen: tuple[str, ...], pattern: Pattern
+) -> tuple[Axes, ...]:
+    """What the axes of each leaf index: as the pattern says, or the scores, or else the program."""
+    boxed = {}
+    if importance is not None:
+        scores, _ = split_variables(importance)
+        boxed = dict(zip(named_leaves(unboxed(scores)), axes_of(scores), strict=True))
+    return tuple(pattern.located(path, named[path], boxed.get(path) or layout[path].axes) for path in chosen)
 
 
 def _checked_sparsities(sparsities: Sequence[float], pattern: Pattern) -> tuple[float, ...]:
@@ -289,58 +314,73 @@ def _magnitude(path: str, weight: Array) -> Array:
 
 
 def _grouped(
-    path: str, score: Array, pattern: Pattern, sparsities: Sequence[float]
+    path: str, score: Array, axes: Axes, pattern: Pattern, sparsities: Sequence[float]
 ) -> tuple[Array, Threshold]:
-    """What goes together, scored, and for each sparsity, [sparsities], up to where it goes."""
+    """What goes together, scored, and [layers, sparsities] up to where it goes."""
+    grouped = pattern.kept if isinstance(pattern, NByM) else pattern.groups
+    of_layers = in_layers(lambda layer: grouped(layer, path, axes.of_layer), axes.layers)
+    group = by_compiler(of_layers, score, like=score)
     if isinstance(pattern, NByM):
         # Those that go are the lowest.
-        group = pattern.kept(score, path).astype(jnp.float32)
-    else:
-        group = pattern.groups(score, path)
-    counts = np.array([counted(sparsity, group.size) for sparsity in sparsities], np.int32)
-    return group, _thresholds(group, counts)
+        group = group.astype(jnp.float32)
+    size = group.size // math.prod(group.shape[axis] for axis in axes.layers)
+    counts = np.array([counted(sparsity, size) for sparsity in sparsities], np.int32)
+    return group, jax.tree.map(jnp.transpose, thresholds(group, counts, axes.layers))
 
 
-@jax.jit
-def _thresholds(group: Array, counts: Array) -> Threshold:
-    return jax.lax.map(lambda count: threshold([group], count), counts)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _losses(
     objective: Objective,
     pattern: Unstructured | Block | Units,
+    stacks: tuple[tuple[int, ...], ...],
     params: Any,
     arrays: Arrays,
     groups: list[Array | None],
-    thresholds: Threshold,
+    found: Threshold,
 ) -> tuple[Array, Array]:
     """The mean loss of the whole model, [], and with one layer pruned, [layers, sparsities]."""
     problem = Problem(objective, params, arrays)
 
-    def loss(run: tuple[Array, Threshold]) -> Array:
-        layer, found = run
+    def loss(run: tuple[Array, Array, Threshold]) -> Array:
+        leaf, row, threshold = run
         # By a condition: what tells the scores apart is then made for one layer, and not kept between runs.
-        prune = functools.partial(_pruned, pattern)
-        parts = enumerate(zip(problem.weights, groups, strict=True))
         weights = [
-            jax.lax.cond(layer == i, prune, lambda weight, *_: weight, *part, found) for i, part in parts
+            jax.lax.cond(
+                leaf == i,
+                functools.partial(_pruned, pattern, axes),
+                lambda weight, *_: weight,
+                *(weight, group, threshold, row),
+            )
+            for i, (weight, group, axes) in enumerate(zip(problem.weights, groups, stacks, strict=True))
         ]
         return widened(problem.mean_loss(tuple(weights)))
 
-    layers, sparsities = thresholds.limit.shape
+    layers, sparsities = found.limit.shape
+    numbers = [
+        (leaf, row)
+        for leaf, (weight, axes) in enumerate(zip(problem.weights, stacks, strict=True))
+        for row in range(math.prod(weight.shape[axis] for axis in axes))
+    ]
     # The first run prunes no layer.
-    numbers = np.concatenate([[-1], np.repeat(np.arange(layers), sparsities)]).astype(np.int32)
-    each = jax.tree.map(lambda part: jnp.pad(part.ravel(), (1, 0)), thresholds)
-    losses = jax.lax.map(loss, (jnp.asarray(numbers), each))
+    runs = np.array([(-1, 0), *(number for number in numbers for _ in range(sparsities))], np.int32)
+    each = jax.tree.map(lambda part: jnp.pad(part.ravel(), (1, 0)), found)
+    losses = jax.lax.map(loss, (jnp.asarray(runs[:, 0]), jnp.asarray(runs[:, 1]), each))
     return losses[0], losses[1:].reshape(layers, sparsities)
 
 
 def _pruned(
-    pattern: Unstructured | Block | Units, weight: Array, group: Array | None, found: Threshold
+    pattern: Unstructured | Block | Units,
+    layers: tuple[int, ...],
+    weight: Array,
+    group: Array | None,
+    found: Threshold,
+    row: Array,
 ) -> Array:
-    (removed,) = below([jnp.abs(weight) if group is None else group], found)
-    return jnp.where(pattern.expanded(removed, jnp.shape(weight)), jnp.zeros_like(weight), weight)
+    shape = tuple(size for axis, size in enumerate(jnp.shape(weight)) if axis not in layers)
+    removed = below(jnp.abs(weight) if group is None else group, found, layers, row)
+    expanded = in_layers(lambda layer: pattern.expanded(layer, shape), layers)
+    gone = laid_like(by_compiler(expanded, removed, like=removed), weight)
+    return jnp.where(gone, jnp.zeros_like(weight), weight)
 
 
 def _check_dense(dense: Array, given: Mapping[str, Any]) -> None:

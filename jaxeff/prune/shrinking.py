@@ -1,10 +1,11 @@
 """A plan carried out: smaller params, state and optimizer state.
 
-Imports `groups`, `plans`; of jaxeff `leaves`.
+Imports `groups`, `plans`; of jaxeff `leaves`, `meshes`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.leaves import path_of
+from jaxeff.leaves import leaves_by_path, own_arrays
+from jaxeff.meshes import by_compiler
 from jaxeff.prune.groups import map_named
 from jaxeff.prune.plans import Plan
 
@@ -31,7 +33,8 @@ def shrink(params: Any, plan: Plan, opt_state: Any = _MISSING) -> Any:
             param's path and of its shape, shrinks with it; scalars stay.
 
     Returns:
-        The smaller params; with `opt_state`, a pair of them and the smaller state.
+        The smaller params; with `opt_state`, a pair of them and the smaller state. What the plan leaves whole
+        is copied, so that a step may donate the small model and the large one stays.
 
     Raises:
         ValueError: the plan is of another model, or the optimizer keeps something of another shape.
@@ -53,19 +56,25 @@ def shrink(params: Any, plan: Plan, opt_state: Any = _MISSING) -> Any:
 
 
 def _taken(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
+    if not axes:
+        return own_arrays(leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         shape = [len(axes[axis]) if axis in axes else size for axis, size in enumerate(leaf.shape)]
         return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
     for axis, indices in axes.items():
-        leaf = leaf.take(indices, axis=axis)
+        leaf = by_compiler(functools.partial(_along, indices, axis), leaf, like=leaf)
     return leaf
+
+
+def _along(indices: np.ndarray, axis: int, leaf: Any) -> Any:
+    return leaf.take(indices, axis=axis)
 
 
 def _shrunk_state(opt_state: Any, plan: Plan, kept: Mapping[str, Mapping[int, np.ndarray]]) -> Any:
     shapes = plan.shapes
 
-    def smaller(keys: tuple, leaf: Any) -> Any:
-        parts = path_of(keys).split("/")
+    def smaller(where: str, leaf: Any) -> Any:
+        parts = where.split("/")
         ends = ("/".join(parts[start:]) for start in range(len(parts)))
         path = next((end for end in ends if end in shapes), None)
         shape = jnp.shape(leaf)
@@ -73,10 +82,11 @@ def _shrunk_state(opt_state: Any, plan: Plan, kept: Mapping[str, Mapping[int, np
             return _taken(leaf, kept.get(path, {}))
         floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
         if not shape or (path not in kept if path is not None else not floating):
-            return leaf
+            return own_arrays(leaf)
         raise ValueError(
-            f"`opt_state` holds an array of shape {shape} at {jax.tree_util.keystr(keys)}, which is not laid "
+            f"`opt_state` holds an array of shape {shape} at {where!r}, which is not laid "
             "out like the params: start anew with `optimizer.init(small_params)`"
         )
 
-    return jax.tree_util.tree_map_with_path(smaller, opt_state)
+    leaves = [smaller(where, leaf) for where, leaf in leaves_by_path(opt_state)]
+    return jax.tree.unflatten(jax.tree.structure(opt_state), leaves)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxeff.leaves import is_array, named_leaves
+from jaxeff.leaves import is_array, named_leaves, own_arrays
 from jaxeff.prune.masks import apply
 from jaxeff.prune.optimizer import SparseState
 
@@ -108,16 +108,12 @@ def copied(state: State) -> State:
             "`state` has an optimizer of `prune.sparsify`, which keeps masks of its own: make the state with "
             "the optimizer inside"
         )
-    return jax.tree.map(_copy, state)
+    return own_arrays(state)
 
 
 def restarted(restart: Rebuild, state: State) -> State:
     """What the user trains on from; of its own arrays, since it may be the same state each time."""
     return copied(checked(restart(state), described(state.params), "restart"))
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.copy() if isinstance(leaf, (jax.Array, np.ndarray)) else leaf
 
 
 def masked(state: State, masks: Any) -> State:
