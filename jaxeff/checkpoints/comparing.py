@@ -14,7 +14,7 @@ from jaxeff import table
 from jaxeff.checkpoints import measuring, reading
 from jaxeff.checkpoints.counting import counts_of
 from jaxeff.checkpoints.measuring import SORTED, Measured
-from jaxeff.checkpoints.opening import Checkpoint, natural, open_checkpoint
+from jaxeff.checkpoints.opening import Checkpoint, open_checkpoint
 from jaxeff.checkpoints.reading import Progress, pieces
 from jaxeff.checkpoints.stored import Stored
 from jaxeff.serialization import encoded
@@ -230,7 +230,7 @@ def _listed(title: str, names: Sequence[str], top: int | None, width: int) -> li
 def in_order(weights: Sequence[WeightChange], order: str) -> list[WeightChange]:
     """The largest first, and what is unknown before it; by path as it is."""
     if order == "path":
-        return sorted(weights, key=lambda weight: natural(weight.path))
+        return list(weights)
     if order == "size":
         return sorted(weights, key=lambda weight: -math.prod(weight.shape))
     return sorted(weights, key=lambda weight: -math.inf if math.isnan(weight.change) else -weight.change)

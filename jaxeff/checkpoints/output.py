@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 from jaxeff import table
-from jaxeff.checkpoints.opening import Checkpoint, natural
+from jaxeff.checkpoints.opening import Checkpoint
 from jaxeff.metrics import Metrics
 from jaxeff.records import LayerReport
 from jaxeff.report import Report
@@ -42,14 +42,13 @@ def render(
 
 def in_order(report: Report, order: str) -> list[int]:
     """The rows' numbers; a row whose number is not known comes last."""
-    rows = report.single().rows
+    rows, order = report.single().rows, _HEADINGS.get(order, order)
+    if order == "path":
+        return list(range(len(rows)))  # as the checkpoint has them
     return sorted(range(len(rows)), key=lambda index: _key(order)(rows[index]))
 
 
 def _key(order: str) -> Callable[[LayerReport], tuple]:
-    order = _HEADINGS.get(order, order)
-    if order == "path":
-        return lambda row: (natural(row.path),)
     if order == "shape":
         return lambda row: tuple(-length for length in row.shape)
 
