@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -179,8 +179,22 @@ def _selected(
     """The lowest or highest of each row, or with `apart` None and a single count those of all arrays."""
     opens = [None] * len(scores) if among is None else among
     arrays = [_Scores(*pair) for pair in zip(scores, opens, strict=True)]
-    if on_one_cpu:
-        return _in_pieces(arrays, counts, apart, largest)
+    in_pieces, where_they_lie = (
+        functools.partial(function, apart=apart, largest=largest) for function in (_in_pieces, _where_they_lie)
+    )
+    return _by_platform(on_one_cpu, in_pieces, where_they_lie, arrays, counts)
+
+
+def _by_platform(on_one_cpu: bool, in_pieces: Callable, where_they_lie: Callable, *arrays: Any) -> Any:
+    """Of two equal functions the one for where the arrays lie: they may be compiled for others than this CPU."""
+    if not on_one_cpu:
+        return where_they_lie(*arrays)
+    return lax.platform_dependent(*arrays, cpu=in_pieces, default=where_they_lie)
+
+
+def _where_they_lie(
+    arrays: list[_Scores], counts: list[Array], apart: tuple[Axes, ...] | None, largest: bool
+) -> list[Array]:
     keys = [array.keys(largest) for array in arrays]
     indices = [_index(key.shape, axes) for key, axes in zip(keys, apart or ((),) * len(keys), strict=True)]
     if apart is None:
@@ -197,16 +211,18 @@ def _selected(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _thresholds(on_one_cpu: bool, apart: Axes, score: Array, counts: Array) -> Threshold:
-    keys = [_pattern(score)]
     shape = tuple(size if axis in apart else 1 for axis, size in enumerate(score.shape))
 
-    def of_count(count: Array) -> Threshold:
-        each = jnp.broadcast_to(count, shape)
-        if on_one_cpu:
-            (part,) = _of_rows([_Scores(score, None).map(lambda x: _rows(x, apart))], [each.ravel()], False)
-            return part.threshold
-        (found,) = _bisected(keys, [_index(score.shape, apart)], [each], (apart,))
+    def in_pieces(score: Array, each: Array) -> Threshold:
+        (part,) = _of_rows([_Scores(score, None).map(lambda x: _rows(x, apart))], [each.ravel()], False)
+        return part.threshold
+
+    def where_they_lie(score: Array, each: Array) -> Threshold:
+        (found,) = _bisected([_pattern(score)], [_index(score.shape, apart)], [each], (apart,))
         return jax.tree.map(jnp.ravel, found)
+
+    def of_count(count: Array) -> Threshold:
+        return _by_platform(on_one_cpu, in_pieces, where_they_lie, score, jnp.broadcast_to(count, shape))
 
     return lax.map(of_count, counts)
 
