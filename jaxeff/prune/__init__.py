@@ -28,13 +28,12 @@ from jaxeff.prune.layouts import Axes as Axes
 from jaxeff.prune.layouts import Layout as Layout
 from jaxeff.prune.layouts import Scores as Scores
 from jaxeff.prune.layouts import layout as layout
-from jaxeff.prune.masks import apply as apply
+from jaxeff.prune.masking import apply as apply
+from jaxeff.prune.masking import pack as pack
+from jaxeff.prune.masking import sparsity as sparsity
+from jaxeff.prune.masking import straight_through as straight_through
+from jaxeff.prune.masking import unpack as unpack
 from jaxeff.prune.masks import masks as masks
-from jaxeff.prune.masks import pack as pack
-from jaxeff.prune.masks import scored as scored
-from jaxeff.prune.masks import sparsity as sparsity
-from jaxeff.prune.masks import straight_through as straight_through
-from jaxeff.prune.masks import unpack as unpack
 from jaxeff.prune.optimizer import SparseState as SparseState
 from jaxeff.prune.optimizer import sparsify as sparsify
 from jaxeff.prune.patterns import Block as Block
@@ -57,6 +56,7 @@ from jaxeff.prune.rounds import iterative as iterative
 from jaxeff.prune.schedules import cubic as cubic
 from jaxeff.prune.schedules import one_shot as one_shot
 from jaxeff.prune.schedules import periodic as periodic
+from jaxeff.prune.scoring import scored as scored
 from jaxeff.prune.sensitivity import Sensitivity as Sensitivity
 from jaxeff.prune.sensitivity import sensitivity as sensitivity
 from jaxeff.prune.shrinking import shrink as shrink

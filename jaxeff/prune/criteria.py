@@ -1,6 +1,6 @@
 """Importance by any criterion, measured anew of each state.
 
-Imports `masks` and `training`; of jaxeff `calibration`.
+Imports `scoring` and `training`; of jaxeff `calibration`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxeff.calibration import calibrate
-from jaxeff.prune.masks import Prunable, scored
+from jaxeff.prune.scoring import Prunable, scored
 from jaxeff.prune.training import State, repeated
 
 Importance = Callable[[State], Any]

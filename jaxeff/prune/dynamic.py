@@ -1,7 +1,7 @@
 """Dynamic sparse training: sparse from the first step, with masks that move.
 
 An optimizer and a sparsity -> an optimizer that every few steps drops the smallest weights and grows as many
-others. Imports `layouts`, `masks`, `optimizer`, `schedules`, `selection`.
+others. Imports `layouts`, `masks`, `optimizer`, `schedules`, `scoring`, `selection`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import optax
 from jax import Array
 
 from jaxeff.prune.layouts import axes_of, unboxed
-from jaxeff.prune.masks import Prunable, masks, scored
+from jaxeff.prune.masks import masks
 from jaxeff.prune.optimizer import (
     SparseState,
     beside,
@@ -25,6 +25,7 @@ from jaxeff.prune.optimizer import (
     trained,
 )
 from jaxeff.prune.schedules import periodic
+from jaxeff.prune.scoring import Prunable, scored
 from jaxeff.prune.selection import highest_of_each, lowest_of_each
 
 

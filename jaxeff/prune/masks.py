@@ -1,6 +1,6 @@
 """Importance -> which weights stay: a mask for each leaf, True = kept.
 
-Imports `allocation`, `layouts`, `patterns`, `selection`; of jaxeff `importance`, `leaves` and `meshes`.
+Imports `allocation`, `layouts`, `patterns`, `selection`; of jaxeff `leaves`, `meshes`.
 """
 
 from __future__ import annotations
@@ -14,143 +14,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import serialization
 from jax import Array
 from jax.core import Tracer
 
-from jaxeff import importance as criteria
-from jaxeff.leaves import is_variables, named_leaves, split_variables
+from jaxeff.leaves import is_variables, named_leaves
 from jaxeff.meshes import by_compiler, laid_like
 from jaxeff.prune.allocation import ALLOCATIONS, Measured, lamp
 from jaxeff.prune.layouts import (
     Axes,
-    Layout,
-    Scores,
-    assumed,
     axes_of,
     by_layer,
-    by_shape,
-    check_named,
-    is_scores,
     layer_names,
-    of_statistics,
     unboxed,
     unknown_layers,
 )
 from jaxeff.prune.patterns import UNSTRUCTURED, NByM, Pattern, Unstructured
 from jaxeff.prune.selection import lowest, lowest_of_each
-from jaxeff.statistics import Statistics
 
-Prunable = Callable[[str, Any], bool] | Mapping[str, bool] | Layout | None
 SCOPES = ("unit", "layer", "global")
 Limits = float | Mapping[str, float] | None
-
-
-def scored(
-    params: Any,
-    statistics: Statistics | None = None,
-    criterion: str | criteria.Score = "magnitude",
-    *,
-    prunable: Prunable = None,
-) -> Any:
-    """The importance of every weight, shaped like `params`.
-
-    Args:
-        params: a tree of arrays, or variables, of which the `params` collection alone may be pruned.
-        statistics: from `jaxeff.collect` or `jaxeff.calibrate`, for this criterion; without them, magnitudes.
-        criterion: as `jaxeff.analyze` takes it.
-        prunable: which leaves may be pruned: what `prune.layout` makes of the program, a function
-            `(path, leaf) -> bool`, or exceptions by path.
-
-    Returns:
-        Scores where a leaf may be pruned; a number, 0, where it may not. By the program, where statistics or
-        a layout tell, weights may; without it floating arrays of two axes or more in each layer. Leaves
-        named `bias`, `scale` or `embedding` stay whole. Where a weight is no kernel of inputs by outputs,
-        what its axes index goes with its scores, in a box (`prune.Scores`) that reads as the array.
-
-    Raises:
-        ValueError: a path of `prunable` is none of the leaves', or has no scores; or the criterion needs
-            statistics.
-
-    Warns:
-        UserWarning: without a program, layers look stacked; says how each leaf was taken.
-
-    >>> scored({"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.zeros(2)})["kernel"]
-    Array([[1., 2.]], dtype=float32)
-    """
-    core, _ = split_variables(params)
-    named = named_leaves(core)
-    if statistics is not None:
-        found = criteria.scores(params, statistics, criterion)
-        known = of_statistics(statistics, named)
-    elif criteria.named(criterion).function is criteria.magnitude:
-        found = {path: jnp.abs(leaf) for path, leaf in named.items()}
-        known = prunable if isinstance(prunable, Layout) else by_shape(named)
-        _warn_of_stacks(known, prunable)
-    else:
-        raise ValueError(f"`statistics` are missing: criterion {criterion!r} is made of them")
-    chosen = prunable_paths(prunable, named, known)
-    if missing := sorted(_asked_for(prunable, chosen) - found.keys()):
-        raise ValueError(f"`prunable` asks for {missing[0]!r}, which multiplies no data and has no scores")
-    scores = [
-        _boxed(path, found[path], known[path].axes) if path in chosen & found.keys() else jnp.zeros(())
-        for path in named
-    ]
-    tree = jax.tree.unflatten(jax.tree.structure(core), scores)
-    if core is params:
-        return tree
-    return {**jax.tree.map(lambda leaf: jnp.zeros(()), dict(params)), "params": tree}
-
-
-def _boxed(path: str, scores: Array, axes: Axes | None) -> Any:
-    """Scores in a box where `masks` would not know what their axes index."""
-    return scores if axes in (None, assumed(path, scores.shape)) else Scores(scores, axes)
-
-
-def _asked_for(prunable: Prunable, chosen: set[str]) -> set[str]:
-    """The leaves that the user named."""
-    if isinstance(prunable, Layout) or callable(prunable):
-        return chosen
-    return {path for path, may in (prunable or {}).items() if may}
-
-
-def prunable_paths(prunable: Prunable, named: Mapping[str, Any], known: Layout | None = None) -> set[str]:
-    """The leaves that may be pruned.
-
-    Args:
-        known: what says so of those that `prunable` does not name; names and shapes unless given.
-    """
-    if isinstance(prunable, Layout):
-        _check_layout(prunable, named)
-        return {leaf.path for leaf in prunable.leaves if leaf.prunable}
-    if callable(prunable):
-        return {path for path, leaf in named.items() if prunable(path, leaf)}
-    exceptions = dict(prunable or {})
-    check_named(exceptions, named)
-    known = by_shape(named) if known is None else known
-    return {path for path in named if exceptions.get(path, known[path].prunable)}
-
-
-def _check_layout(layout: Layout, named: Mapping[str, Any]) -> None:
-    found = {leaf.path: leaf.shape for leaf in layout.leaves}
-    wanted = {path: tuple(jnp.shape(leaf)) for path, leaf in named.items()}
-    if found != wanted:
-        different = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
-        raise ValueError(
-            f"`prunable` is a layout of other params: {different[0]!r} has shape {found.get(different[0])} "
-            f"there and {wanted.get(different[0])} here"
-        )
-
-
-def _warn_of_stacks(known: Layout, prunable: Prunable) -> None:
-    if known.stacked and not isinstance(prunable, Layout):
-        where = ", ".join(repr(top) if top else "all leaves" for top in known.stacked)
-        warnings.warn(
-            f"the shapes under {where} look like stacked layers, and are taken so. `prunable="
-            "prune.layout(params, apply_fn, batch)` asks the program instead; `prune.layout(params)` as "
-            f"`prunable` agrees. Taken as:\n{known}",
-            stacklevel=3,
-        )
 
 
 def masks(
@@ -458,135 +340,3 @@ def _warn_of_collapse(groups: Mapping[str, _Grouped], kept: Mapping[str, Array])
         if empty := [name for name, some in names if not some]:
             these = ", ".join(map(repr, empty))
             warnings.warn(f"nothing of {these} is left: set `max_sparsity`", stacklevel=3)
-
-
-def after_pruned(kept: Array, scores: Any) -> Any:
-    """Scores of one leaf by which pruned weights are the lowest, and no other is as low."""
-    if is_scores(scores):
-        return scores.replace_boxed(after_pruned(kept, scores.value))
-    if not jnp.ndim(scores):
-        return scores
-    # The order of scores is that of float32, whose zero must be left to them.
-    wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    return jnp.where(kept, jnp.maximum(wide, jnp.finfo(jnp.float32).tiny), 0)
-
-
-def apply(params: Any, masks: Any) -> Any:
-    """`params` with 0 where a mask is False.
-
-    Raises:
-        ValueError: the masks are of another tree, or of other shapes.
-
-    >>> apply({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})["w"]
-    Array([1., 0.], dtype=float32)
-    """
-    check_alike(params, masks)
-    return jax.tree.map(_masked, params, masks)
-
-
-def _masked(leaf: Array, mask: Array) -> Array:
-    return jnp.where(laid_like(mask, leaf), leaf, jnp.zeros_like(leaf))
-
-
-def straight_through(params: Any, masks: Any) -> Any:
-    """`apply(params, masks)` in value, `params` in derivative: what is pruned is trained all the same.
-
-    With w~ = mask w, the gradient of a weight is dL/dw~, mask or not. So the weights stay dense, each step
-    goes by the loss of the pruned network, and masks that are made anew of the weights may bring one back.
-    What a pruned weight gets is not the derivative of the loss, which is 0.
-
-    Args:
-        params: a tree of arrays.
-        masks: shaped like `params`, True = kept; they may depend on `params`, and have no derivative.
-
-    Returns:
-        A tree like `params`: exactly 0 where a mask is False, exactly the weight where it is True.
-
-    Raises:
-        ValueError: the masks are of another tree, or of other shapes.
-
-    References:
-        Bengio, Leonard and Courville, Estimating or Propagating Gradients Through Stochastic Neurons, 2013,
-        arXiv:1308.3432; of pruned weights: Lin, Stich, Barba, Dmitriev and Jaggi, Dynamic Model Pruning with
-        Feedback, 2020, arXiv:2006.07253
-
-    >>> def loss(params):
-    ...     kept = masks(scored(params), 0.5)
-    ...     return jnp.sum(jnp.square(straight_through(params, kept)["w"] - 1))
-    >>> jax.grad(loss)({"w": jnp.array([[0.5, 3.0]])})["w"]
-    Array([[-2.,  4.]], dtype=float32)
-    """
-    check_alike(params, masks)
-    return jax.tree.map(_through, params, masks)
-
-
-@jax.custom_jvp
-def _through(leaf: Array, mask: Array) -> Array:
-    return _masked(leaf, mask)
-
-
-_through.defjvps(lambda tangent, value, leaf, mask: tangent, None)
-
-
-def check_alike(params: Any, tree: Any, name: str = "masks") -> None:
-    """That masks, or what else the argument is called, are of these params."""
-    leaves, given = named_leaves(params), named_leaves(tree)
-    if leaves.keys() != given.keys():
-        different = sorted(leaves.keys() ^ given.keys())[0]
-        raise ValueError(f"`{name}` of other params: {different!r} is in one of them alone")
-    for path, leaf in given.items():
-        if jnp.shape(leaf) not in ((), jnp.shape(leaves[path])):
-            raise ValueError(
-                f"`{name}` of other params: {path!r} has shape {jnp.shape(leaf)} there and "
-                f"{jnp.shape(leaves[path])} here"
-            )
-
-
-def sparsity(masks: Any) -> float:
-    """The fraction that masks remove, of the leaves that may be pruned."""
-    pruned = [mask for mask in jax.tree.leaves(masks) if jnp.ndim(mask)]
-    return 1 - sum(int(jnp.sum(mask)) for mask in pruned) / sum(mask.size for mask in pruned)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """A mask in an eighth of its bytes. `flax.serialization` saves its shape beside its bits."""
-
-    bits: Array
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-
-
-def _to_state(mask: Packed) -> dict[str, Any]:
-    return {"bits": mask.bits, "shape": np.array(mask.shape, np.int64)}
-
-
-def _from_state(target: Packed, state: Mapping[str, Any]) -> Packed:
-    shape = tuple(int(length) for length in state["shape"])
-    if shape != target.shape:
-        raise ValueError(f"the saved mask has shape {shape}, and the target {target.shape}")
-    return Packed(state["bits"], shape)
-
-
-serialization.register_serialization_state(Packed, _to_state, _from_state)
-
-
-def pack(masks: Any) -> Any:
-    """Masks with eight weights to a byte.
-
-    `flax.serialization.to_bytes` saves them; the target of `from_bytes` is any packed masks of these shapes.
-
-    >>> pack({"w": jnp.ones((3, 5), bool)})["w"].bits.shape
-    (2,)
-    """
-    return jax.tree.map(lambda mask: Packed(by_compiler(jnp.packbits, mask), jnp.shape(mask)), masks)
-
-
-def unpack(packed: Any) -> Any:
-    """What `pack` was given."""
-
-    def one(mask: Packed) -> Array:
-        size = int(np.prod(mask.shape))
-        return jnp.unpackbits(mask.bits, count=size).astype(bool).reshape(mask.shape)
-
-    return jax.tree.map(one, packed, is_leaf=lambda leaf: isinstance(leaf, Packed))

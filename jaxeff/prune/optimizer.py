@@ -1,6 +1,7 @@
 """An optimizer that prunes as it goes, and keeps what it pruned at 0.
 
-Imports `allocation`, `layouts`, `masks`, `patterns`, `schedules`; of jaxeff `graph`, `leaves`, `meshes`.
+Imports `allocation`, `layouts`, `masking`, `masks`, `patterns`, `schedules`, `scoring`; of
+jaxeff `graph`, `leaves`, `meshes`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from jaxeff.leaves import leaves_by_path
 from jaxeff.meshes import laid_like
 from jaxeff.prune.allocation import Measured
 from jaxeff.prune.layouts import unboxed
-from jaxeff.prune.masks import Limits, Prunable, after_pruned, check_alike, scored
+from jaxeff.prune.masking import check_alike
+from jaxeff.prune.masks import Limits
 from jaxeff.prune.masks import masks as make_masks
 from jaxeff.prune.patterns import UNSTRUCTURED, Pattern
 from jaxeff.prune.schedules import Schedule
+from jaxeff.prune.scoring import Prunable, after_pruned, scored
 
 
 class SparseState(NamedTuple):

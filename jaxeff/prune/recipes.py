@@ -1,7 +1,8 @@
 """Published ways to prune, each one function of a training state and the user's own step and evaluation.
 
 All but `gradual` are `rounds.iterative` with something done before it, or with scores of their own. Imports
-`masks`, `patterns`, `regularization`, `rounds`, `schedules`, `training`; of jaxeff `calibration`, `progress`.
+`masking`, `masks`, `patterns`, `regularization`, `rounds`, `schedules`, `scoring`, `training`; of jaxeff
+`calibration`, `progress`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import optax
 
 from jaxeff.progress import progress_bar
 from jaxeff.prune.criteria import Importance, calibrated
-from jaxeff.prune.masks import Limits, Prunable
-from jaxeff.prune.masks import sparsity as sparsity_of
+from jaxeff.prune.masking import sparsity as sparsity_of
+from jaxeff.prune.masks import Limits
 from jaxeff.prune.patterns import UNSTRUCTURED, NByM, Pattern
 from jaxeff.prune.regularization import add_entropy_gradient
 from jaxeff.prune.rounds import Pruned, Round, Selection, iterative
 from jaxeff.prune.schedules import cubic
+from jaxeff.prune.scoring import Prunable
 from jaxeff.prune.training import (
     Rebuild,
     State,

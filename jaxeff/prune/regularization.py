@@ -1,6 +1,6 @@
 """A gradient that draws magnitudes together, for any Optax chain.
 
-Imports `layouts`, `masks`; of jaxeff `leaves`, `meshes` and `metrics`.
+Imports `layouts`, `masks`, `scoring`; of jaxeff `leaves`, `meshes` and `metrics`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from jaxeff import metrics
 from jaxeff.leaves import named_leaves
 from jaxeff.meshes import by_compiler
 from jaxeff.prune.layouts import Layout, by_shape
-from jaxeff.prune.masks import Prunable, in_layers, prunable_paths
+from jaxeff.prune.masks import in_layers
+from jaxeff.prune.scoring import Prunable, prunable_paths
 
 
 class EntropyState(NamedTuple):

@@ -1,7 +1,7 @@
 """Prune and train, round by round.
 
-In: a training state and the user's functions of it. Out: `Pruned`. Imports `criteria`, `layouts`, `masks`,
-`patterns`, `training`; of jaxeff `progress`.
+In: a training state and the user's functions of it. Out: `Pruned`. Imports `criteria`, `layouts`,
+`masking`, `masks`, `patterns`, `scoring`, `training`; of jaxeff `progress`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jaxeff.progress import progress_bar
 from jaxeff.prune.criteria import Importance
 from jaxeff.prune.layouts import unboxed
-from jaxeff.prune.masks import Limits, Prunable, after_pruned, masks, scored
-from jaxeff.prune.masks import sparsity as sparsity_of
+from jaxeff.prune.masking import sparsity as sparsity_of
+from jaxeff.prune.masks import Limits, masks
 from jaxeff.prune.patterns import UNSTRUCTURED, NByM, Pattern
+from jaxeff.prune.scoring import Prunable, after_pruned, scored
 from jaxeff.prune.training import (
     Rebuild,
     State,

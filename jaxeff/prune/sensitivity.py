@@ -1,8 +1,8 @@
 """What each layer costs when it alone is pruned: the loss, measured, not predicted.
 
 In: a model, a loss, sparsities. Out: a `Sensitivity`, which says how far each layer may go and how a total
-is best spread over the layers. Imports `layouts`, `masks`, `patterns`, `selection`; of jaxeff `leaves`,
-`meshes`, `models`, `objectives`, `precision`, `problem`, `recommendations`, `table`.
+is best spread over the layers. Imports `layouts`, `masking`, `masks`, `patterns`, `scoring`, `selection`; of
+jaxeff `leaves`, `meshes`, `models`, `objectives`, `precision`, `problem`, `recommendations`, `table`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ from jaxeff.numerics.precision import widened
 from jaxeff.objectives import Arrays, Objective
 from jaxeff.problem import Problem, floating
 from jaxeff.prune.layouts import Axes, Layout, axes_of, layer_names, of_model, unboxed
+from jaxeff.prune.masking import check_alike
 from jaxeff.prune.masks import (
-    Prunable,
-    check_alike,
     check_pattern,
     check_scores,
     counted,
     in_layers,
-    prunable_paths,
 )
 from jaxeff.prune.patterns import UNSTRUCTURED, Block, NByM, Pattern, Units, Unstructured
+from jaxeff.prune.scoring import Prunable, prunable_paths
 from jaxeff.prune.selection import Threshold, below, thresholds
 from jaxeff.recommendations import LIMITS
 from jaxeff.saving import saved_by_flax

@@ -1,6 +1,6 @@
 """A user's training state, and the functions that train and evaluate it, each checked where it is called.
 
-Imports `masks` and `optimizer`; of jaxeff `leaves`.
+Imports `masking` and `optimizer`; of jaxeff `leaves`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxeff.leaves import is_array, named_leaves, own_arrays
-from jaxeff.prune.masks import apply
+from jaxeff.prune.masking import apply
 from jaxeff.prune.optimizer import SparseState
 
 State = Any
