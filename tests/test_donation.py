@@ -1,5 +1,6 @@
 """What jaxeff returns is the caller's to give away: a step may donate it, and nothing else is lost."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -155,10 +156,8 @@ def _pruned(recipe, *arguments, **options):
 
 def _sketched():
     x = jnp.abs(normal(100))
-    one = sketch.sketch(x)
-    refined = sketch.refine(one, x)
-    returned = sketch.merge(one, one), sketch.summarize(one, refined), sketch.distribute(one)
-    return (x, one), (returned, sketch.refine(one, x))
+    one = sketch.count(x)
+    return (x, one), (sketch.merge(one, one), sketch.summarize(one))
 
 
 def _of_nnx():
@@ -244,8 +243,11 @@ def test_what_is_returned_may_be_donated_and_nothing_else_is_deleted(row):
     # Raises where a buffer occurs twice in what is donated.
     found = step(step(returned))
     donated = [leaf for leaf in jax.tree.leaves(returned) if isinstance(leaf, jax.Array) and leaf.size]
-    # If nothing were donated, the test could not fail.
-    assert all(leaf.is_deleted() for leaf in donated) and donated
+    on_host = [leaf for leaf in jax.tree.leaves(returned) if isinstance(leaf, np.ndarray)]
+    # If nothing were donated, the test could not fail; a report is all on the host, in memory of its own.
+    assert all(leaf.is_deleted() for leaf in donated) and (donated or on_host)
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(given) if isinstance(leaf, jax.Array)]
+    assert not any(np.shares_memory(mine, leaf) for mine in on_host for leaf in arrays)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(given) if isinstance(leaf, jax.Array))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
@@ -260,7 +262,8 @@ def test_a_monitored_step_may_donate_its_state_again_and_again():
     assert (int(state.step), int(state.analysed)) == (5, 4)
     # The weights are the same at every step.
     jax.tree.map(np.testing.assert_array_equal, state.first, first)
-    jax.tree.map(np.testing.assert_array_equal, state.previous, first)
+    # Metrics of a traced report are computed in float32, those of the first on the host.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=5e-6), state.previous, first)
 
 
 def test_an_optimizer_that_prunes_may_be_donated_in_every_step():

@@ -37,7 +37,8 @@ def _update(state, params):
 def _same(found, expected):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6)
+        # A traced report is computed in float32, a concrete one finished on the host.
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def _scaled(factor):

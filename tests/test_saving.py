@@ -36,7 +36,7 @@ KINDS = {
         params, _apply, X, criterion=("fisher", "lrp"), loss_fn=_loss, targets=TARGETS
     ),
     "metrics": lambda params: jaxeff.metrics.summarize(jnp.abs(params["a"])),
-    "sketch": lambda params: sketch.sketch(jnp.abs(params["a"])),
+    "sketch": lambda params: sketch.count(jnp.abs(params["a"])),
     "sensitivity": lambda params: prune.sensitivity(params, _apply, X, TARGETS, loss_fn=_loss),
     "comparison": lambda params: jaxeff.compare_criteria(params, _apply, X, TARGETS, _loss, ("magnitude",)),
     "sparsify": OPTIMIZER.init,
