@@ -1,0 +1,163 @@
+"""One layer's arrays -> its scores, and what is read of them."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from jaxeff import half_normal, importance, null
+from jaxeff.importance import Criterion
+from jaxeff.layers.stacks import (
+    Arrays,
+    Layer,
+    unit_axes,
+)
+from jaxeff.metrics._curve import cells_of, unpacked
+from jaxeff.metrics._records import Metrics
+from jaxeff.metrics._weighted import Spread, sums_of
+from jaxeff.numerics.precision import wide, widened
+from jaxeff.numerics.summation import namespace
+from jaxeff.records import LayerNumbers, Null
+from jaxeff.statistics import (
+    SiteStatistics,
+)
+
+SMALL = 1 << 14
+"""Layers of up to so many weights are sorted: the length that they are padded to."""
+
+TOGETHER = 1 << 18
+"""Layers of up to so many weights, all that a weight stacks, are scored by one program."""
+
+
+class Reduced(NamedTuple):
+    """What one layer's arrays are reduced to beside its scores."""
+
+    units: Any  # the mean importance of each unit's weights, which no sum of large ones overflows
+    factors: Any  # of the null; [1] where there is none that is sampled
+    usable: Any  # whether what the criterion reads is finite
+    largest: Any  # of |w|; nan where one is
+
+
+def reduce(criterion: Criterion, arrays: Arrays, seen: Any) -> tuple[jax.Array, Reduced]:
+    """The scores of a layer, and what is read of it besides.
+
+    Args:
+        seen: whether the activations that the criterion reads were seen, and are finite.
+    """
+    usable = seen
+    if criterion.needs:
+        finite = [jnp.all(jnp.isfinite(sums)) for sums in jax.tree.leaves(arrays.derivatives)]
+        usable = functools.reduce(jnp.logical_and, finite, seen)
+    magnitudes = importance.magnitude(widened(arrays.weight))
+    # In the weight's own precision, whatever that of the activations, so that equal layers give equal types.
+    scores = importance.score(criterion, *arrays).astype(magnitudes.dtype)
+    # By magnitude where what the criterion reads is not finite.
+    scores = jnp.where(usable, scores, magnitudes)
+    within = tuple(axis for axis in range(scores.ndim) if axis not in unit_axes(arrays))
+    count = math.prod(scores.shape[axis] for axis in within)
+    units = jnp.sum(scores * np.asarray(1 / count, scores.dtype), axis=within)
+    factors = jnp.ones(1, scores.dtype)
+    if null.is_sampled(criterion):
+        factors = null.factors_of(criterion, arrays.weight, arrays.sites, arrays.derivatives, usable)
+    return scores, Reduced(units, factors, jnp.asarray(usable), jnp.max(lax.stop_gradient(magnitudes)))
+
+
+def was_seen(criterion: Criterion, sites: Sequence[SiteStatistics]) -> Any:
+    """Whether the activations that the criterion reads were seen at all, and are finite."""
+    if not (criterion.reads_activations and sites):
+        return np.bool_(True)
+    # A branch that was not taken has seen nothing.
+    counts = functools.reduce(operator.add, [site.post.count for site in sites])
+    sides = {"post": ("post",), "input": ("input",)}.get(criterion.side, ("input", "post"))
+    read = [getattr(site, side).absolute_sum for site in sites for side in sides]
+    read += jax.tree.leaves([site.gate for site in sites])
+    xp = namespace(counts)
+    return functools.reduce(operator.and_, [xp.all(xp.isfinite(sums)) for sums in read], xp.all(counts > 0))
+
+
+def nonfinite_count(weight: Any) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(weight), dtype=jnp.int32)
+
+
+def sums_of_units(means: Any, size: int) -> Any:
+    """The importance of each unit: the sum over its weights, of `size` in all."""
+    return means * np.asarray(size // max(means.size, 1), means.dtype)
+
+
+def padded(scores: jax.Array, length: int) -> jax.Array:
+    flat = scores.ravel()
+    return jnp.pad(flat, (0, length - flat.size))
+
+
+def is_sorted(layer: Layer) -> bool:
+    return layer.size <= SMALL or wide(layer.arrays.weight.dtype) == jnp.float64
+
+
+def is_small(layer: Layer) -> bool:
+    return layer.size <= SMALL and wide(layer.arrays.weight.dtype) == jnp.float32
+
+
+def padded_length(layer: Layer) -> int:
+    """Padding to few lengths is cheap, and compiling for each is not."""
+    bits = (layer.size - 1).bit_length()
+    return next((length for length in (SMALL, TOGETHER, 1 << 20) if layer.size <= length), 1 << bits)
+
+
+class Read(NamedTuple):
+    """What is read of the spread of a layer."""
+
+    sums: Any
+    cells: Any
+
+
+def read_spread(spread: Spread, curves: bool) -> Read:
+    return Read(sums_of(spread), cells_of(spread) if curves else None)
+
+
+def untallied(zeros: Any) -> tuple[Any, Any, Any, Any]:
+    """What a sample has of zeros, of entries below a threshold, and of what is no importance: nothing."""
+    return zeros, zeros, zeros, zeros
+
+
+def layer_numbers(
+    criterion: Criterion,
+    metrics: Metrics,
+    noise: Null | None,
+    effective_units: Any,
+    reduced: Reduced,
+    nonfinite: Any,
+    cells: Any,
+) -> LayerNumbers:
+    """The numbers of one layer, or of several stacked.
+
+    Args:
+        noise: the null where it is sampled.
+    """
+    xp = namespace(metrics.utilization)
+    if noise is None and criterion.null_power is not None:
+        known = half_normal.null_of_magnitude()
+        noise = jax.tree.map(lambda value: xp.full_like(metrics.utilization, value), known)
+    units = xp.where(effective_units > 0, effective_units, 1)
+    return LayerNumbers(
+        metrics,
+        noise,
+        effective_units,
+        metrics.effective_params / units,
+        nonfinite,
+        reduced.largest,
+        reduced.usable,
+        distribution=None if cells is None else unpacked(cells),
+    )
+
+
+def is_traced(tree: Any) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
