@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 
-from jaxeff import importance, null
+from jaxeff import half_normal, importance, null
 from jaxeff.metrics._weighted import Spread, sums_of
 from jaxeff.records import Null
 
@@ -44,7 +44,7 @@ def test_a_null_is_that_of_noise_under_the_factors(factors: np.ndarray, power: i
 
 
 def test_the_null_of_magnitudes_is_that_of_a_half_normal() -> None:
-    want, known = reference.metrics(NOISE), null.of_magnitude()
+    want, known = reference.metrics(NOISE), half_normal.null_of_magnitude()
     for name in ("utilization", "gini", "coverage_50", "coverage_80", "coverage_90"):
         assert float(getattr(known, name)) == pytest.approx(want[name], abs=6e-4), name
     assert float(known.gini) == pytest.approx(2**0.5 - 1)
@@ -52,7 +52,7 @@ def test_the_null_of_magnitudes_is_that_of_a_half_normal() -> None:
 
 def test_where_nothing_usable_was_seen_noise_is_that_of_magnitudes() -> None:
     taylor = importance.CRITERIA["taylor"]
-    ours, theirs = found_for(taylor, np.ones(1), usable=False), null.of_magnitude()
+    ours, theirs = found_for(taylor, np.ones(1), usable=False), half_normal.null_of_magnitude()
     for name in ("utilization", "gini", "coverage_80"):
         assert float(getattr(ours, name)) == pytest.approx(float(getattr(theirs, name)), abs=2e-3)
 
