@@ -16,7 +16,7 @@ from jaxeff.checkpoints.counting import Counted, counts_of
 from jaxeff.checkpoints.reading import Progress, pieces
 from jaxeff.checkpoints.stored import Stored
 from jaxeff.metrics import Metrics
-from jaxeff.metrics._curve import CELLS, cells_of
+from jaxeff.metrics._curve import cells_of
 from jaxeff.metrics._order import limits
 from jaxeff.metrics._weighted import SQUARES, Spread, Weighted, effective_units, metrics_of, sums_of
 from jaxeff.records import OtherNumbers
@@ -63,8 +63,7 @@ def measured(counted: Counted, curves: bool = False) -> Measured:
     sums = sums_of(counted.spread)
     if counted.squares is not None:
         sums[SQUARES] = counted.squares
-    cells = _cells(counted.spread.distribution, counted.integers) if curves else None
-    return Measured(sums, counted.integers, cells)
+    return Measured(sums, counted.integers, cells_of(counted.spread) if curves else None)
 
 
 def measured_rows(x: np.ndarray, curves: bool = False) -> list[Measured]:
@@ -79,19 +78,17 @@ def measured_rows(x: np.ndarray, curves: bool = False) -> list[Measured]:
     values /= np.where(largest > 0, largest, 1)[:, None]
     count = np.full(len(x), x.shape[1])
     integers = np.stack([zeros, count - finite, count], axis=1)
-    tallied = tuple(tally[:, None].astype(np.float64) for tally in (zeros, count - finite, *below))
-    distribution = Weighted(values, np.ones(values.shape), None, None, largest)
-    sums = sums_of(Spread(distribution, tallied))
-    cells: Iterable[np.ndarray | None] = [None] * len(x)
+    tallied: Any = [tally[:, None].astype(np.float64) for tally in (zeros, count - finite, *below)]
+    ones = np.ones(values.shape)
+    sums = sums_of(Spread(Weighted(values, ones, None, None, largest), tuple(tallied)))
+    cells: list[np.ndarray | None] = [None] * len(x)
     if curves:
-        one = np.ones(x.shape[1])
-        rows = [Weighted(row, one, None, None, most) for row, most in zip(values, largest, strict=True)]
-        cells = map(_cells, rows, integers)
+        rows = zip(values, ones, largest, *tallied, strict=True)
+        cells = [
+            cells_of(Spread(Weighted(row, one, None, None, most), (a, b, c, d)))
+            for row, one, most, a, b, c, d in rows
+        ]
     return list(map(Measured, sums, integers, cells))
-
-
-def _cells(distribution: Weighted, integers: np.ndarray) -> np.ndarray:
-    return cells_of(distribution) if not integers[1] else np.full((CELLS, 2), np.nan)
 
 
 def units_of_rows(x: np.ndarray, shape: tuple[int, ...], axis: int) -> list[Units]:
