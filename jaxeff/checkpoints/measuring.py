@@ -6,7 +6,7 @@ Imports `counting`, `reading`, `stored`, `metrics`, `records`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,8 +63,7 @@ def measured(counted: Counted, curves: bool = False) -> Measured:
     sums = sums_of(counted.spread)
     if counted.squares is not None:
         sums[SQUARES] = counted.squares
-    cells = cells_of(counted.spread) if curves else None
-    return Measured(sums, counted.integers, cells)
+    return Measured(sums, counted.integers, cells_of(counted.spread) if curves else None)
 
 
 def measured_rows(x: np.ndarray, curves: bool = False) -> list[Measured]:
@@ -79,19 +78,15 @@ def measured_rows(x: np.ndarray, curves: bool = False) -> list[Measured]:
     values /= np.where(largest > 0, largest, 1)[:, None]
     count = np.full(len(x), x.shape[1])
     integers = np.stack([zeros, count - finite, count], axis=1)
-    first, second, third, fourth = (
-        tally[:, None].astype(np.float64) for tally in (zeros, count - finite, *below)
-    )
-    tallied = first, second, third, fourth
-    distribution = Weighted(values, np.ones(values.shape), None, None, largest)
-    sums = sums_of(Spread(distribution, tallied))
-    cells: Iterable[np.ndarray | None] = [None] * len(x)
+    tallied: Any = [tally[:, None].astype(np.float64) for tally in (zeros, count - finite, *below)]
+    ones = np.ones(values.shape)
+    sums = sums_of(Spread(Weighted(values, ones, None, None, largest), tuple(tallied)))
+    cells: list[np.ndarray | None] = [None] * len(x)
     if curves:
-        one = np.ones(x.shape[1])
-        none = np.zeros(1)
+        rows = zip(values, ones, largest, *tallied, strict=True)
         cells = [
-            cells_of(Spread(Weighted(row, one, None, None, most), (none, invalid, none, none)))
-            for row, most, invalid in zip(values, largest, tallied[1], strict=True)
+            cells_of(Spread(Weighted(row, one, None, None, most), (a, b, c, d)))
+            for row, one, most, a, b, c, d in rows
         ]
     return list(map(Measured, sums, integers, cells))
 
