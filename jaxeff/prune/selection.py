@@ -179,13 +179,12 @@ def _selected(
     """The lowest or highest of each row, or with `apart` None and a single count those of all arrays."""
     opens = [None] * len(scores) if among is None else among
     arrays = [_Scores(*pair) for pair in zip(scores, opens, strict=True)]
-    options = {"apart": apart, "largest": largest}
-    in_pieces, where_they_lie = (functools.partial(each, **options) for each in (_in_pieces, _where_they_lie))
-    return _by_platform(on_one_cpu, in_pieces, where_they_lie, arrays, counts)
+    ways = (functools.partial(way, apart=apart, largest=largest) for way in (_in_pieces, _where_they_lie))
+    return _by_platform(on_one_cpu, *ways, arrays, counts)
 
 
 def _by_platform(on_one_cpu: bool, in_pieces: Callable, where_they_lie: Callable, *arrays: Any) -> Any:
-    """Of two equal functions the one for where the arrays lie, which may be elsewhere than on this CPU."""
+    """Of two equal functions the one for where the arrays lie, which may be compiled for another platform."""
     if not on_one_cpu:
         return where_they_lie(*arrays)
     return lax.platform_dependent(*arrays, cpu=in_pieces, default=where_they_lie)
