@@ -1,7 +1,8 @@
 """The report: what was measured of every parameter, as a pytree.
 
 `Report` passes through jit, vmap over an ensemble and scan over training. Printing, JSON and
-recommendations read a report of one model whose numbers are concrete. Imports `records`, `table`, `serialization`, `recommendations`.
+recommendations read a report of one model whose numbers are concrete. Imports `records`, `table`,
+`serialization`, `recommendations`.
 """
 
 from __future__ import annotations

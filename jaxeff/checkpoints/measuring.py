@@ -6,7 +6,7 @@ Imports `counting`, `reading`, `stored`, `metrics`, `records`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
