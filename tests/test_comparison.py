@@ -10,6 +10,8 @@ from networks import NETWORKS, normal
 import jaxeff
 from jaxeff import demo
 
+pytestmark = pytest.mark.slow
+
 CRITERIA = ("taylor", "obd", "wanda", "activation")
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from jaxeff import cli, demo
 
+pytestmark = pytest.mark.slow
+
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 JAXEFF = [sys.executable, "-m", "jaxeff"]
 
