@@ -33,8 +33,8 @@ def table() -> Table:
     }
     script = Path(__file__).with_name("meshes.py")
     lines: list[str] = []
-    # With fewer cores than devices, independent collectives may wait for each other until XLA ends the process:
-    # the table goes on with the row that it stood at.
+    # With fewer cores than devices, independent collectives may wait for each other until XLA ends the
+    # process: the table goes on with the row that it stood at.
     for _ in range(_STARTS):
         command = [sys.executable, script, str(len(lines))]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
