@@ -279,6 +279,14 @@ def counted(net: Network) -> Any:
     return found.macs, found.flops
 
 
+METRICS: dict[str, Callable[[jax.Array], Any]] = {
+    **{name: getattr(jaxeff.metrics, name) for name in ("summarize", "entropy", "gini")},
+    "coverage": lambda x: jaxeff.metrics.coverage(x, 0.8),
+    "sparsity": lambda x: jaxeff.metrics.sparsity(x, 0.1),
+    "relative_sparsity": lambda x: jaxeff.metrics.relative_sparsity(x, 0.5),
+    "sketch": lambda x: jaxeff.sketch.summarize(jaxeff.sketch.count(x))[0],
+}
+
 ROWS: dict[str, Row] = {
     "collect": collected,
     **{f"scores by {name}": functools.partial(scores, name) for name in importance.CRITERIA},
@@ -319,19 +327,16 @@ ROWS: dict[str, Row] = {
     "gradual": functools.partial(recipe, prune.gradual, fine_tune=1, every=1),
     "analyze": lambda net: jaxeff.analyze(net.params, net.apply_fn, net.batches[0]),
     "analyze of weights": lambda net: jaxeff.analyze(net.params),
+    "metrics": lambda net: {
+        name: jax.tree.map(lambda leaf, metric=metric: metric(jnp.abs(leaf)), net.params)
+        for name, metric in METRICS.items()
+    },
     "monitor": monitored,
     "pathways": pathed,
     "add_entropy_gradient": lambda net: trained(
         optax.chain(prune.add_entropy_gradient(0.1), optax.sgd(0.1)), net
     ),
 }
-
-ENGINE_ROWS: dict[str, Row] = {
-    "metrics.summarize": lambda net: jax.tree.map(
-        lambda leaf: jaxeff.metrics.summarize(jnp.abs(leaf)), net.params
-    ),
-}
-"""Not in the table yet: the metrics of an array itself do not take one that lies on an explicit mesh."""
 
 OF_BLOCKS = (
     "collect", *(name for name in ROWS if name.startswith("scores")), "calibrate", "merge",

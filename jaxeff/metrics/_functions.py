@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from jaxeff.meshes import by_compiler
 from jaxeff.metrics import _order, sketch
 from jaxeff.metrics._checks import checked, checked_share, checked_threshold
 from jaxeff.metrics._order import importances, relative
@@ -49,8 +50,7 @@ def summarize(x: ArrayLike) -> Metrics:
     >>> summarize(jnp.array([4.0, 3.0, 2.0, 1.0])).coverage_90
     Array(0.75, dtype=float32)
     """
-    x = checked(x)
-    return _summarize(widened(x))
+    return by_compiler(_summarize, widened(checked(x)))
 
 
 @jax.jit
@@ -80,7 +80,11 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Metrics, Metrics]:
 
 
 def _information(x: ArrayLike) -> Information:
-    x = widened(checked(x)).ravel()
+    return by_compiler(_information_of, widened(checked(x)))
+
+
+def _information_of(x: Array) -> Information:
+    x = x.ravel()
     values, invalid = _relative(x)
     ones = jnp.ones((), x.dtype)
     held, surprise = (total(part) for part in surprises(values, ones))
@@ -190,8 +194,12 @@ def coverage(x: ArrayLike, share: float) -> Array:
     >>> coverage(jnp.array([4.0, 3.0, 2.0, 1.0]), 0.5)
     Array(0.5, dtype=float32)
     """
-    share = checked_share(share)
-    x = lax.stop_gradient(widened(checked(x)).ravel())
+    x = lax.stop_gradient(widened(checked(x)))
+    return by_compiler(partial(_coverage, share=checked_share(share)), x)
+
+
+def _coverage(x: Array, share: float) -> Array:
+    x = x.ravel()
     spread = _order.spread_of(x, x.size)
     values, invalid = spread.distribution.values, spread.tallied[1] > 0
     through = running_total(values)
@@ -231,7 +239,12 @@ def relative_sparsity(x: ArrayLike, threshold: float) -> Array:
     >>> relative_sparsity(jnp.array([0.001, 1.0, 1.0, 1.0]), 1e-2)
     Array(0.25, dtype=float32)
     """
-    limit, x = checked_threshold(threshold), lax.stop_gradient(widened(checked(x)).ravel())
+    x = lax.stop_gradient(widened(checked(x)))
+    return by_compiler(partial(_relative_sparsity, limit=checked_threshold(threshold)), x)
+
+
+def _relative_sparsity(x: Array, limit: float) -> Array:
+    x = x.ravel()
     values, invalid = _relative(x)
     mean = total(values) / x.size
     limit = min(limit, 2.0 * x.size)  # the largest is at most N times the mean
