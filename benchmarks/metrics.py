@@ -3,8 +3,8 @@
     python benchmarks/metrics.py [--weights 10000000] [--repeats 7] [--curves]
 
 NumPy and jax.numpy compute entropy, sparsity, Gini and coverage as one would write them down, in float32: two
-sorts. Then the 148 leaves of a GPT-2 small (124 M weights): all metrics of each, first call and warm. Times are
-CPU seconds of all threads, and on an accelerator those that pass.
+sorts. Then the 148 leaves of a GPT-2 small (124 M weights): all metrics of each, first call and warm. Times
+are in CPU seconds of all threads, and on an accelerator in those that pass.
 """
 
 from __future__ import annotations
