@@ -1,10 +1,9 @@
 """CPU seconds and peak memory of `jaxeff analyze` and `jaxeff compare` as whole commands.
 
     python benchmarks/checkpoint.py [--model FILE] [--small 36000] [--weights 2e9] [--directory DIR]
-                                    [--runs 3]
 
-1. A model of MiniLM's shapes (or `--model FILE`, safetensors in float32) beside `plain`, twenty lines of
-   float64 NumPy that print four metrics of each tensor.
+1. A model of MiniLM's shapes (or `--model FILE`, a safetensors file in float32) beside `plain`, twenty lines
+   of float64 NumPy that print four metrics of each tensor.
 2. Many small tensors, as of a mixture of experts, beside as many bytes in a few tensors: what a tensor costs.
 3. A bfloat16 checkpoint in shards: rate and peak memory.
 
@@ -109,10 +108,8 @@ def _small(directory: Path, count: int, runs: int) -> None:
     _write(few, {f"{at}.weight": (count * rows // 8, columns) for at in range(8)}, "BF16")
     for verb, paths, others in (("analyze", [many], [few]), ("compare", [many, more], [few, few])):
         own, bytes_ = _medians([[*JAXEFF, verb, *map(str, each)] for each in (paths, others)], runs)
-        print(
-            f"{count:,} tensors of {rows}x{columns}, {verb}: {_said(own)}; "
-            f"the same bytes in 8: {_said(bytes_)}"
-        )
+        print(f"{count:,} tensors of {rows}x{columns}, {verb}: {_said(own)}")
+        print(f"  the same bytes in 8 tensors: {_said(bytes_)}")
         each = (own.cpu - bytes_.cpu) / (count * len(paths)) * 1e3
         print(f"  {each:.3f} CPU ms a tensor that is read, budget 0.3")
 
@@ -134,10 +131,8 @@ def _large(directory: Path, weights: int, runs: int) -> None:
     _ = (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     total = int(sum(map(np.prod, shapes.values())))
     (own,) = _medians([[*JAXEFF, "analyze", str(folder)]], runs)
-    print(
-        f"{total:,} weights in {len(shards)} files, bfloat16: {_said(own)}, "
-        f"{own.cpu / total * 1e9:.2f} CPU ns a weight"
-    )
+    print(f"{total:,} weights in {len(shards)} files, bfloat16, analyze: {_said(own)}")
+    print(f"  {own.cpu / total * 1e9:.2f} CPU ns a weight")
 
 
 def _medians(commands: list[list[str]], runs: int) -> list[Run]:

@@ -1,7 +1,7 @@
 """Checkpoints without the code of their model: files in, reports out, an array at a time.
 
 path -> opening (safetensors, orbax, msgpack: names and shapes)
-     -> measuring (pieces of one array at a time)
+     -> reading (pieces of a large array, small arrays together) -> counting, measuring (in NumPy)
      -> analysis: a Report; comparing: two checkpoints
 """
 

@@ -1,7 +1,7 @@
 """Large arrays in pieces -> how their weights are spread, counted by bit pattern on the host.
 
-NumPy counts as fast as a compiled scatter (3 ns for a float32, 1.5 ns for 16 bits), compiles nothing, and
-leaves an accelerator to whoever uses it. Imports `metrics`.
+NumPy counts about as fast as a compiled scatter (a float32 in 5.5 ns, 16 bits in 1.6 ns), compiles nothing,
+and leaves an accelerator to whoever uses it. Imports `metrics`.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class BinCounts:
         self.packed[used], self.size = 0, 0
 
     def _add_squares(self, magnitudes: np.ndarray, buffer: np.ndarray) -> None:
-        """About one of the weights, for the digits of nearly equal ones. Unused where one is not finite."""
+        """About one of the weights, for the digits of nearly equal ones; unused where one is not finite."""
         if self.pivot is None:
             self.pivot = float(magnitudes[0])
         with np.errstate(over="ignore", invalid="ignore"):
