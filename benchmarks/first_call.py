@@ -4,8 +4,8 @@
     python benchmarks/first_call.py --programs analyze-lenet
 
 Every measurement is a process of its own, without JAX's persistent cache, since a first call is first only
-once; imports are left out. `--programs` shows where the time of one goes: what JAX traced, lowered and compiled.
-Checkpoints are measured by `checkpoint.py`.
+once; imports are left out. `--programs` shows where the time of one goes: what JAX traced, lowered and
+compiled. Checkpoints are measured by `checkpoint.py`.
 """
 
 from __future__ import annotations
