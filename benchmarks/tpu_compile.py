@@ -274,7 +274,7 @@ def _row(name: str, kind: str, chips: str) -> bool:
         ratio = (found["scratch"] + found["outputs"]) / (plain["scratch"] + plain["outputs"])
         memory += f", {ratio:.2f} times the plain one's"
     sent = ", ".join(f"{number} {kind}" for kind, number in found["collectives"].items() if number) or "none"
-    fine = found["gathered"] <= max(UNITS, plain["gathered"] if plain else 0)
+    fine = name in PLAIN.values() or found["gathered"] <= max(UNITS, plain["gathered"] if plain else 0)
     gathered = f"{found['gathered']:,}{'' if fine else ' TOO MANY'}"
     cost = f"{wall:.1f} ({cpu:.1f}) | {memory}"
     print(f"| {name} | {kind} {chips} | {cost} | {sent} | {gathered} |", flush=True)
