@@ -4,8 +4,8 @@
     python benchmarks/first_call.py --programs analyze-lenet
 
 Every measurement is a process of its own, without JAX's persistent cache, since a first call is first only
-once. `--programs` shows where the time of one goes: what JAX traced, lowered and compiled. Checkpoints are
-measured by `checkpoint.py`.
+once; imports are left out. `--programs` shows where the time of one goes: what JAX traced, lowered and
+compiled. Checkpoints are measured by `checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -113,12 +113,12 @@ def forward(network: Callable[[], Network]) -> Call:
 
 def collect(network: Callable[[], Network]) -> Call:
     model, variables, batch = network()
-    return lambda: jaxeff.collect(variables, model.apply, batch)
+    return functools.partial(jaxeff.collect, variables, model.apply, batch)
 
 
 def analyze(network: Callable[[], Network]) -> Call:
     model, variables, batch = network()
-    return lambda: jaxeff.analyze(variables, model.apply, batch)
+    return functools.partial(jaxeff.analyze, variables, model.apply, batch)
 
 
 def analyze_second(network: Callable[[], Network]) -> Call:
@@ -131,7 +131,7 @@ def weights_second(network: Callable[[], Network]) -> Call:
     """By the weights alone, after those of LeNet-300-100."""
     _ = jax.block_until_ready(jaxeff.analyze(lenet().variables))
     variables = network().variables
-    return lambda: jaxeff.analyze(variables)
+    return functools.partial(jaxeff.analyze, variables)
 
 
 def rendering() -> Call:
@@ -199,7 +199,7 @@ def leaves() -> float:
     """GPT-2 small's 148 leaves, warm: CPU nanoseconds a weight, the median of five."""
     params = metrics.gpt2_leaves()
     size = sum(leaf.size for leaf in params.values())
-    seconds = timing.interleaved({"analyze": lambda: jaxeff.analyze(params)}, 5, time.process_time)
+    seconds = timing.interleaved({"analyze": lambda: jaxeff.analyze(params)}, 5, timing.seconds)
     return 1e9 * statistics.median(seconds["analyze"]) / size
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -97,7 +96,7 @@ def analysed(prepared: Prepared, repeats: int) -> dict[str, list[float]]:
         "analysed": prepared.steps(True, 1, 10),
         "report": prepared.analysis,
     }
-    return timing.interleaved(functions, repeats, time.process_time)
+    return timing.interleaved(functions, repeats, timing.seconds)
 
 
 def main() -> None:
@@ -119,7 +118,7 @@ def main() -> None:
         "plain": prepared.steps(False, chosen.every, chosen.every),
         "monitored": prepared.steps(True, chosen.every, chosen.every),
     }
-    runs = timing.interleaved(directly, chosen.repeats, time.process_time)
+    runs = timing.interleaved(directly, chosen.repeats, timing.seconds)
     ratios = timing.ratios(runs, "monitored", "plain")
     print(f"{chosen.every} steps with a monitor / without: {timing.spread(ratios)}")
 

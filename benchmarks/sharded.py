@@ -32,7 +32,7 @@ def measure(devices: int, rows: int, repeats: int) -> None:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from jaxeff.metrics.sketch import count, summarize
+    from jaxeff.metrics.sketch import count
 
     mesh = jax.make_mesh((devices // 2, 2), ("a", "b"))
     x = np.abs(np.random.default_rng(0).standard_normal((rows, 4096))).astype(np.float32)
@@ -46,14 +46,14 @@ def measure(devices: int, rows: int, repeats: int) -> None:
     seconds = timing.interleaved(
         {name: lambda name=name: programs[name](arrays[name]) for name in specs}, repeats
     )
-    alone = summarize(programs["one device"](arrays["one device"]))
+    alone = programs["one device"](arrays["one device"])
     print("| lies as | time, one device's over it | scratch a device | collectives | the same bits |")
     print("|---|---|---|---|---|")
     for name, program in programs.items():
         text = program.as_text()
         sent = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES}
         shown = ", ".join(f"{number} {kind}" for kind, number in sent.items() if number) or "none"
-        found = jax.device_get(summarize(program(arrays[name])))
+        found = jax.device_get(program(arrays[name]))
         same = all(map(np.array_equal, jax.tree.leaves(jax.device_get(alone)), jax.tree.leaves(found)))
         ratio = timing.spread(timing.ratios(seconds, "one device", name))
         scratch = program.memory_analysis().temp_size_in_bytes / 2**20

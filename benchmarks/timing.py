@@ -21,6 +21,11 @@ def machine() -> str:
     )
 
 
+def seconds() -> float:
+    """CPU seconds of all threads, which other work lengthens less; on an accelerator those that pass."""
+    return time.process_time() if jax.default_backend() == "cpu" else time.perf_counter()
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], object]],
     repeats: int,
@@ -29,18 +34,17 @@ def interleaved(
     """Seconds of each run; all functions once in turn, `repeats` times over, so that drift hits all alike.
 
     Args:
-        clock: `time.process_time` for CPU seconds of all threads, which other work on the machine lengthens
-            less.
+        clock: `seconds`, for CPU seconds.
     """
     for function in functions.values():
         _ = jax.block_until_ready(function())
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    spent: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             start = clock()
             _ = jax.block_until_ready(function())
-            seconds[name].append(clock() - start)
-    return seconds
+            spent[name].append(clock() - start)
+    return spent
 
 
 def ratios(seconds: Mapping[str, list[float]], name: str, base: str) -> list[float]:

@@ -269,12 +269,12 @@ def _row(name: str, kind: str, chips: str) -> bool:
         return False
     wall, cpu = found["seconds"]
     memory = f"{found['scratch'] / 1e6:.1f} + {found['outputs'] / 1e6:.1f} MB"
-    if plain is not None:
+    if plain is not None and plain["scratch"] + plain["outputs"] >= 1e6:
         # The space of outputs serves as scratch until they are made.
-        ratio = (found["scratch"] + found["outputs"]) / max(plain["scratch"] + plain["outputs"], 1)
+        ratio = (found["scratch"] + found["outputs"]) / (plain["scratch"] + plain["outputs"])
         memory += f", {ratio:.2f} times the plain one's"
     sent = ", ".join(f"{number} {kind}" for kind, number in found["collectives"].items() if number) or "none"
-    fine = found["gathered"] <= max(UNITS, plain["gathered"] if plain else 0)
+    fine = name in PLAIN.values() or found["gathered"] <= max(UNITS, plain["gathered"] if plain else 0)
     gathered = f"{found['gathered']:,}{'' if fine else ' TOO MANY'}"
     cost = f"{wall:.1f} ({cpu:.1f}) | {memory}"
     print(f"| {name} | {kind} {chips} | {cost} | {sent} | {gathered} |", flush=True)
