@@ -236,11 +236,13 @@ class Reach:
 
     def _combine_images(self, operation: Operation, carried: Sequence[bool]) -> bool:
         result = operation.outputs[0]
-        images = [self.images[x] for x, own in zip(operation.inputs, carried, strict=True) if own]  # pyright: ignore
+        pairs = zip(operation.inputs, carried, strict=True)
+        carriers = [x for x, own in pairs if own and isinstance(x, Value)]
+        images = [self.images[x] for x in carriers]
         dims = images[0].dims
         if any(image.dims != dims for image in images) or len(dims) != len(result.shape):
             return False
-        if any(x.shape != result.shape for x, own in zip(operation.inputs, carried, strict=True) if own):  # pyright: ignore
+        if any(x.shape != result.shape for x in carriers):
             return False
         foreign = any(
             not own and self.flow.provenance.is_data(x)
