@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import timing
 
-from jaxeff import sketch
+from jaxeff.metrics import sketch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import drawn  # noqa: E402

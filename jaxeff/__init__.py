@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxeff import metrics as metrics
     from jaxeff import plot as plot
     from jaxeff import prune as prune
+    from jaxeff import sketch as sketch
     from jaxeff._pathways import Pathways as Pathways
     from jaxeff._pathways import pathways as pathways
     from jaxeff.analysis import analyze as analyze
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from jaxeff.collection import collect as collect
     from jaxeff.comparison import Comparison as Comparison
     from jaxeff.comparison import compare_criteria as compare_criteria
-    from jaxeff.metrics import sketch as sketch
     from jaxeff.models import from_nnx as from_nnx
     from jaxeff.monitoring import monitor as monitor
     from jaxeff.recommendations import Recommendation as Recommendation
@@ -37,14 +37,13 @@ if TYPE_CHECKING:
     __version__: str
 
 # What is imported where it is first used: the command line reads checkpoints without Flax and Optax.
-_MODULES = ("checkpoints", "cost", "importance", "metrics", "plot", "prune")
+_MODULES = ("checkpoints", "cost", "importance", "metrics", "plot", "prune", "sketch")
 _PLACES = {
     **{name: "_pathways" for name in ("Pathways", "pathways")},
     "analyze": "analysis",
     "calibrate": "calibration",
     "collect": "collection",
     **{name: "comparison" for name in ("Comparison", "compare_criteria")},
-    "sketch": "metrics",
     "from_nnx": "models",
     "monitor": "monitoring",
     "Recommendation": "recommendations",
