@@ -101,7 +101,7 @@ def _seen_by_part(criterion: Criterion, layer: Layer, sites: Sequence[SiteStatis
 def _goes_with_others(layer: Layer) -> bool:
     """Whether its scores may exist beside those of others, so that one program makes all of them."""
     small = layer.size * len(layer.indices) <= TOGETHER
-    return small and (layer.size <= SMALL or _sharding_of(layer.arrays) is None)
+    return small and (layer.size <= SMALL or not _lies_in_parts(layer.arrays))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -147,18 +147,22 @@ def _reduce_alone(
 ) -> tuple[Any, Reduced]:
     """Of a layer that is large, or lies in parts."""
     arrays, at = nameless(layer.arrays), tuple(np.int32(i) for i in index)
-    if not is_sorted(layer) and (sharding := _sharding_of(arrays)) is not None:
-        # What is explicit is left to the compiler, which then counts in place by itself.
-        known = None if AxisType.Explicit in sharding.mesh.axis_types else sharding
-        return _count_in_place(criterion, known, arrays, at, seen)
+    if not is_sorted(layer):
+        # Without a copy of a length that others share: of many weights that costs more than compiling.
+        return _count_alone(criterion, _sharding_of(arrays), arrays, at, seen)
     scores, reduced = _score_alone(criterion, padded_length(layer), arrays, at, seen)
     return _read_row(layer, scores, 0, curves), reduced
 
 
-def _sharding_of(arrays: Arrays) -> NamedSharding | None:
-    """How each of the stacked layers lies, where that is in parts."""
+def _lies_in_parts(arrays: Arrays) -> bool:
     sharding = getattr(arrays.weight, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
+    return isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated
+
+
+def _sharding_of(arrays: Arrays) -> NamedSharding | None:
+    """How each of the stacked layers lies, where that is in parts, and not for the compiler to know."""
+    sharding = arrays.weight.sharding if _lies_in_parts(arrays) else None
+    if sharding is None or AxisType.Explicit in sharding.mesh.axis_types:
         return None
     spec = [*sharding.spec, *[None] * (arrays.weight.ndim - len(sharding.spec))]
     kept = [entry for axis, entry in enumerate(spec) if axis not in layer_axes(arrays)]
@@ -177,7 +181,7 @@ def _score_alone(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _count_in_place(
+def _count_alone(
     criterion: Criterion, sharding: NamedSharding | None, arrays: Arrays, index: Index, seen: Any
 ) -> tuple[Histogram, Reduced]:
     def count(arrays: Arrays) -> tuple[Histogram, Reduced]:
