@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxeff import importance, layers, leaves, others, totals
@@ -144,7 +145,9 @@ def _report(
     leaves: tuple[Any, ...],
     statistics: Statistics,
 ) -> Report:
-    named = dict(zip(paths, leaves, strict=True))
+    # Numbers, and NumPy's arrays in the precision that JAX takes them in.
+    arrays = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
+    named = dict(zip(paths, arrays, strict=True))
     weights = {
         place.path: layers.Layer(
             place,

@@ -578,3 +578,12 @@ def test_float64_inputs_of_a_float32_model(x64):
 @pytest.mark.parametrize("size", [3e38, 1e-37])
 def test_units_of_the_largest_and_smallest_weights_count(size):
     assert float(jaxeff.analyze({"w": jnp.full((3, 4), size)})["w"].effective_units) == 4
+
+
+def test_numbers_and_arrays_of_numpy_are_taken_as_jax_takes_them():
+    weight = np.random.default_rng(0).standard_normal((300, 200))
+    report = jaxeff.analyze({"w": weight, "temperature": 0.5, "steps": 3})
+    alone = jaxeff.analyze({"w": jnp.asarray(weight, jnp.float32)})
+    assert float(report["w"].metrics.gini) == float(alone["w"].metrics.gini)
+    means = {other.path: float(other.mean_absolute) for other in report.others}
+    assert means == {"temperature": 0.5, "steps": 3}

@@ -96,7 +96,6 @@ def of_histogram(found: Histogram, size: Any) -> Sketch:
     return Sketch(bins, xp.stack([xp.asarray(size).astype(np.uint32), np.uint32(0)]), found.largest)
 
 
-@jax.jit
 def merge(a: Sketch, b: Sketch) -> Sketch:
     """The sketch of two arrays together, to the bit.
 
@@ -112,6 +111,11 @@ def merge(a: Sketch, b: Sketch) -> Sketch:
     if not (isinstance(a, Sketch) and isinstance(b, Sketch)):
         kinds = f"{type(a).__name__} and {type(b).__name__}"
         raise TypeError(f"`a` and `b` must be two sketches, from `count`; got {kinds}.")
+    return _merged(a, b)
+
+
+@jax.jit
+def _merged(a: Sketch, b: Sketch) -> Sketch:
     return Sketch(
         _added(a.bins, b.bins),
         _added(a.size, b.size),
@@ -128,7 +132,6 @@ def _added(a: Array, b: Array) -> Array:
     return namespace(a).stack([low, high], axis=-1).reshape(*a.shape[:-2], -1)
 
 
-@jax.jit
 def summarize(sketch: Sketch) -> tuple[Metrics, Bounds]:
     """Every metric of the weights of a sketch, and how far it may be from exact arithmetic on them.
 
@@ -144,6 +147,11 @@ def summarize(sketch: Sketch) -> tuple[Metrics, Bounds]:
     """
     if not isinstance(sketch, Sketch):
         raise TypeError(f"`sketch` must be a Sketch, from `count`; got {type(sketch).__name__}.")
+    return _summarized(sketch)
+
+
+@jax.jit
+def _summarized(sketch: Sketch) -> tuple[Metrics, Bounds]:
     return _summary(sketch, np.float32)
 
 
