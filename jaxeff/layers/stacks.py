@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.importance import Criterion
@@ -155,10 +154,10 @@ def shadow(array: Any) -> np.ndarray:
     return np.broadcast_to(np.zeros((), np.float32), np.shape(array))
 
 
-def positions(arrays: Arrays) -> jax.Array:
+def positions(arrays: Arrays) -> np.ndarray:
     """[stacked layers, axes], the index of each."""
     shape = [arrays.weight.shape[axis] for axis in layer_axes(arrays)]
-    return jnp.asarray(np.stack([part.ravel() for part in np.indices(shape, np.int32)], axis=1))
+    return np.stack([part.ravel() for part in np.indices(shape, np.int32)], axis=1)
 
 
 def nameless(arrays: Arrays) -> Arrays:

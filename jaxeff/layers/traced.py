@@ -138,13 +138,13 @@ def _over_parts(members: Sequence[Arrays], function: Callable[[Arrays], Any]) ->
     return lax.map(lambda step: function(_picked(members, step)), steps)
 
 
-def _steps(members: Sequence[Arrays]) -> jax.Array:
+def _steps(members: Sequence[Arrays]) -> np.ndarray:
     """[members x stacked layers, 1 + axes], the number of each member and the index of each of its layers."""
     at = np.arange(len(members), dtype=np.int32)
     if not layer_axes(members[0]):
-        return jnp.asarray(at[:, None])
-    inner = np.asarray(positions(members[0]))
-    return jnp.asarray(np.column_stack([np.repeat(at, len(inner)), np.tile(inner, (len(at), 1))]))
+        return at[:, None]
+    inner = positions(members[0])
+    return np.column_stack([np.repeat(at, len(inner)), np.tile(inner, (len(at), 1))])
 
 
 def _picked(members: Sequence[Arrays], step: jax.Array) -> Arrays:
@@ -188,7 +188,7 @@ def _count_all(criterion: Criterion, groups: Sequence[Sequence[Layer]]) -> _Coun
     branches = [branch(arrays) for arrays in members]
     steps = [_steps(arrays) for arrays in members]
     width = max(step.shape[1] for step in steps)
-    every = jnp.concatenate([jnp.pad(step, ((0, 0), (0, width - step.shape[1]))) for step in steps])
+    every = np.concatenate([np.pad(step, ((0, 0), (0, width - step.shape[1]))) for step in steps])
     at = np.repeat(np.arange(len(groups), dtype=np.int32), [len(step) for step in steps])
     size = np.repeat([group[0].size for group in groups], [len(step) for step in steps]).astype(np.int32)
 
