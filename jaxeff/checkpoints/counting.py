@@ -26,7 +26,7 @@ class Counted(NamedTuple):
 
     Attributes:
         spread: of single weights or of bins.
-        integers: [3], zeros, weights that are no importance, and all.
+        integers: [3], counts of zeros, of invalid importances, and of all weights.
         squares: sum (v - mean)^2 relative to the largest; None where the spread tells it.
     """
 
@@ -44,7 +44,7 @@ class Counts(Protocol):
 
 
 def counts_of(dtype: np.dtype) -> Counts:
-    """Of an array of this dtype, without anything in it."""
+    """Return the empty counts for an array of this dtype."""
     return PatternCounts(dtype) if dtype.itemsize <= 2 else BinCounts()
 
 
@@ -139,7 +139,7 @@ def _blocks(x: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _counted(found: Weighted, invalid: int, below: list[int]) -> Counted:
-    """Of importances as they are, descending; what is no importance makes every metric nan."""
+    """Sort importances in descending order; an invalid one makes every metric nan."""
     size = int(found.counts.sum()) + invalid
     zeros, *tallied = below
     if not found.values.size:

@@ -100,14 +100,14 @@ def units_of_rows(x: np.ndarray, shape: tuple[int, ...], axis: int) -> list[Unit
 
 @np.errstate(over="ignore", invalid="ignore")
 def units_of(sums: np.ndarray, largest: np.ndarray) -> list[Units]:
-    """Of several weights, [weights, units] and [weights]."""
+    """Build the units of several weights from their sums [weights, units] and maxima [weights]."""
     scale = np.where((largest > 0) & (largest < np.inf), largest, 1)[:, None]
     return list(map(Units, sums.astype(np.float32), effective_units(sums / scale), largest))
 
 
 @np.errstate(over="ignore", invalid="ignore")
 def metrics_of_all(found: Sequence[Measured]) -> Metrics:
-    """Of all weights, stacked: [weights]."""
+    """Stack the metrics of all weights: each field is [weights]."""
     most = np.iinfo(np.int32).max
     integers = np.minimum([each.integers for each in found], most).astype(np.int32)
     metrics = metrics_of(np.stack([each.sums for each in found]), integers)

@@ -127,7 +127,7 @@ JOINING = REDUCING_COLLECTIVES | GATHERING
 
 
 def reduced(operation: Operation) -> frozenset[int] | None:
-    """The dimensions that a reduction takes out, none for one over devices; None where it is no reduction."""
+    """Dimensions that a reduction removes: empty for one over devices, None if this is not a reduction."""
     name, along = operation.name, operation.params.get("axes")
     if along is None or not (name.startswith("reduce_") or name in REDUCING_COLLECTIVES):
         return None
