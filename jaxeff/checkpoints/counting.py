@@ -139,7 +139,7 @@ def _blocks(x: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _counted(found: Weighted, invalid: int, below: list[int]) -> Counted:
-    """Sort importances in descending order; an invalid one makes every metric nan."""
+    """Scale descending importances by the largest; an invalid one makes every metric nan."""
     size = int(found.counts.sum()) + invalid
     zeros, *tallied = below
     if not found.values.size:
