@@ -145,8 +145,8 @@ def _report(
     leaves: tuple[Any, ...],
     statistics: Statistics,
 ) -> Report:
-    # Numbers, and NumPy's arrays in the precision that JAX takes them in.
-    arrays = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
+    # Numbers, and NumPy's arrays in the precision that JAX takes them in; `jnp.asarray` would compile for each shape.
+    arrays = [leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf) for leaf in leaves]
     named = dict(zip(paths, arrays, strict=True))
     weights = {
         place.path: layers.Layer(
