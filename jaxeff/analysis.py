@@ -145,7 +145,7 @@ def _report(
     leaves: tuple[Any, ...],
     statistics: Statistics,
 ) -> Report:
-    # Numbers, and NumPy's arrays in the precision that JAX takes them in; `jnp.asarray` would compile for each shape.
+    # Numbers, and NumPy's arrays in the precision that JAX takes them in. `jnp.asarray` would compile.
     arrays = [leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf) for leaf in leaves]
     named = dict(zip(paths, arrays, strict=True))
     weights = {
