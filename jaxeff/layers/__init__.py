@@ -1,6 +1,6 @@
 """The weights of a model -> the numbers of each layer.
 
-A layer's scores are reduced where they lie: up to SMALL of them are sorted, more are counted by bit pattern.
+Up to SMALL scores are sorted, more are counted by bit pattern: on the host, or where they lie if they are many.
 """
 
 from __future__ import annotations
