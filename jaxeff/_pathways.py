@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from jaxeff.graph.coupling import INPUT, OUTPUT
-from jaxeff.prune.groups import Group, Groups, Member, named_variables
+from jaxeff.prune import Group, Groups, Member
+from jaxeff.prune._groups import named_variables
 from jaxeff.report import Report
 
 

@@ -11,7 +11,8 @@ from flax.training.train_state import TrainState
 from networks import NETWORKS, Square, drawn, normal
 
 import jaxeff
-from jaxeff import importance, page, prune
+from jaxeff import importance, prune
+from jaxeff.report import page
 
 LAYERS = [f"layer{index}/kernel" for index in range(3)]
 

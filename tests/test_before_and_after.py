@@ -17,7 +17,7 @@ from network import drawn, normal
 
 import jaxeff
 from jaxeff import cost, plot, prune
-from jaxeff.prune.before_and_after import Measured
+from jaxeff.prune._before_and_after import Measured
 
 
 class Net(nn.Module):

@@ -10,6 +10,7 @@ from networks import NETWORKS, Square, drawn, normal
 
 import jaxeff
 from jaxeff import importance
+from jaxeff.statistics import derivatives
 
 SIDES = ("input", "pre", "post")
 
@@ -77,7 +78,7 @@ def test_derivatives_of_many_batches(square):
             ),
         ):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-8)
-        assert int(ours.hessian.terms) == 4 * jaxeff.derivatives.SAMPLES
+        assert int(ours.hessian.terms) == 4 * derivatives.SAMPLES
     for ours, theirs in zip(many.sites, zip(*(found.sites for found in each), strict=True), strict=True):
         expected = np.mean([site.gate.mean_absolute for site in theirs], 0)
         np.testing.assert_allclose(ours.gate.mean_absolute, expected, rtol=1e-4, atol=1e-8)

@@ -14,7 +14,7 @@ from networks import normal
 
 import jaxeff
 from jaxeff import prune
-from jaxeff.leaves import leaves_by_path
+from jaxeff.model.params import leaves_by_path
 
 FIELDS = ("query", "key", "value")
 

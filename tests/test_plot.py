@@ -17,8 +17,8 @@ from test_report import layer, report_of
 
 import jaxeff
 from jaxeff import importance, plot, prune
+from jaxeff._compare_criteria import Comparison
 from jaxeff._pathways import Pathways, Route, pathways
-from jaxeff.comparison import Comparison
 from jaxeff.metrics._curve import CELLS, EDGES, Distribution
 
 matplotlib.use("agg")

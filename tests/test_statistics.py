@@ -11,7 +11,7 @@ from jax.experimental import pallas
 from networks import BY_NAME, NETWORKS, Network, Seen, module_of, normal, relu, sigmoid
 
 import jaxeff
-from jaxeff.sums import sums
+from jaxeff.statistics.sums import sums
 
 # The activations come from float32 forward passes that XLA fuses differently; their sums are as good.
 SUMS = 1e-5

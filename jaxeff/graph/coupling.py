@@ -18,10 +18,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
-from jaxeff.graph.labels import DEEPEST, Dim, Labels
+from jaxeff.graph.coupling_labels import DEEPEST, Dim, Labels
+from jaxeff.graph.coupling_rules import CONSTANT, DATA, WEIGHT, Described, through
 from jaxeff.graph.program import Operation, Program, Value, scan_operands
 from jaxeff.graph.provenance import operands_of_bodies
-from jaxeff.graph.rules import CONSTANT, DATA, WEIGHT, Described, through
 
 INPUT, OUTPUT = "input of the model", "output of the model"
 UNREAD = "not read by the model"

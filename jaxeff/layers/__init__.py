@@ -18,7 +18,7 @@ from jaxeff.layers.stacks import Layer as Layer
 from jaxeff.layers.stacks import activities as activities
 from jaxeff.layers.stacks import structures as structures
 from jaxeff.layers.traced import measure_traced
-from jaxeff.records import LayerNumbers, none_of
+from jaxeff.report import LayerNumbers, none_of
 
 
 def measure(

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxeff.importance import Criterion
-from jaxeff.records import Activity, LayerStructure
+from jaxeff.report import Activity, LayerStructure
 from jaxeff.statistics import (
     Derivatives,
     Place,
