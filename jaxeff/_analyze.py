@@ -14,11 +14,11 @@ from jaxeff import importance, layers
 from jaxeff._collect import collect
 from jaxeff.importance import Criterion, Score
 from jaxeff.layers import non_weights as others
-from jaxeff.model import params as leaves
+from jaxeff.model.params import Params
 from jaxeff.numerics import placement
 from jaxeff.report import Activity, AttentionReport, ModuleReport, Report
 from jaxeff.report import _totals as totals
-from jaxeff.statistics import Derivatives, Place, Statistics
+from jaxeff.statistics import Derivatives, Statistics
 
 
 def analyze(
@@ -71,7 +71,7 @@ def analyze(
     1.0
     """
     chosen = importance.named(criterion, with_loss=loss_fn is not None)
-    named = leaves.named_leaves(leaves.split_variables(params)[0])
+    params = Params.of(params)
     collected = statistics is None
     if not collected and (apply_fn is not None or batch is not None):
         raise ValueError("pass `statistics`, or `apply_fn` and `batch`, not both")
@@ -85,13 +85,13 @@ def analyze(
         )
     elif collected:
         chosen = _without_model(chosen)
-        statistics = Statistics((), (), (), {}, _places_by_shape(named))
-    _check_statistics(named, statistics, chosen)
-    return _report(chosen, curves, tuple(named), tuple(named.values()), statistics)
+        statistics = Statistics((), (), (), {}, params.by_shape())
+    _check_statistics(params, statistics, chosen)
+    return _report(chosen, curves, params, statistics)
 
 
 def _without_model(criterion: Criterion) -> Criterion:
-    """Magnitudes in place of the default criterion; any other that needs a model is refused."""
+    """Magnitudes in info of the default criterion; any other that needs a model is refused."""
     if criterion.function is importance.activation:
         return importance.named("magnitude")
     if criterion.reads_activations or criterion.needs:
@@ -102,30 +102,13 @@ def _without_model(criterion: Criterion) -> Criterion:
     return criterion
 
 
-def _places_by_shape(named: dict[str, Any]) -> tuple[Place, ...]:
-    """Without a graph, a weight is a floating array of two axes or more, not named bias or scale."""
-
-    def role(path: str, leaf: Any) -> str:
-        name = path.rsplit("/", 1)[-1]
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            return f"{jnp.result_type(leaf)} array"
-        if not jnp.size(leaf):
-            return "empty"
-        return name if name in ("bias", "scale") else "weight" if jnp.ndim(leaf) > 1 else "vector"
-
-    return tuple(
-        Place(path, tuple(jnp.shape(leaf)), str(jnp.result_type(leaf)), role(path, leaf), None)
-        for path, leaf in named.items()
-    )
-
-
-def _check_statistics(named: dict[str, Any], statistics: Statistics, criterion: Criterion) -> None:
+def _check_statistics(params: Params, statistics: Statistics, criterion: Criterion) -> None:
     if not isinstance(statistics, Statistics):
         raise TypeError(
             f"`statistics` must be Statistics from `jaxeff.collect`, got {type(statistics).__name__}"
         )
-    found = {place.path: place.shape for place in statistics.places}
-    wanted = {path: tuple(jnp.shape(leaf)) for path, leaf in named.items()}
+    found = {info.path: info.shape for info in statistics.params}
+    wanted = {path: tuple(jnp.shape(leaf)) for path, leaf in params.named.items()}
     if found != wanted:
         different = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
         raise ValueError(
@@ -143,37 +126,38 @@ def _check_statistics(named: dict[str, Any], statistics: Statistics, criterion: 
 def _report(
     criterion: Criterion,
     curves: bool,
-    paths: tuple[str, ...],
-    leaves: tuple[Any, ...],
+    params: Params,
     statistics: Statistics,
 ) -> Report:
     # Numbers, and NumPy's arrays in the precision that JAX takes them in: `jnp.asarray` compiles per shape.
-    arrays = [leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf) for leaf in leaves]
-    named = dict(zip(paths, arrays, strict=True))
+    named = {
+        path: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
+        for path, leaf in params.named.items()
+    }
     weights = {
-        place.path: layers.Layer(
-            place,
+        info.path: layers.Layer(
+            info,
             layers.Arrays(
-                named[place.path],
-                tuple(site for site in statistics.sites if site.path == place.path),
-                statistics.derivatives.get(place.path, Derivatives()),
+                named[info.path],
+                tuple(site for site in statistics.sites if site.path == info.path),
+                statistics.derivatives.get(info.path, Derivatives()),
             ),
         )
-        for place in statistics.places
-        if place.role == "weight"
+        for info in statistics.params
+        if info.role == "weight"
     }
     structure = tuple(row for weight in weights.values() for row in layers.structures(criterion, weight))
     numbers, units = layers.measure(criterion, [*weights.values()], curves)
     heads = layers.heads(criterion, weights, statistics.attentions)
-    rest = [place for place in statistics.places if place.role != "weight"]
-    other_numbers = others.measure([named[place.path] for place in rest])
+    rest = [info for info in statistics.params if info.role != "weight"]
+    other_numbers = others.measure([named[info.path] for info in rest])
     # Sums are few: a report of concrete arrays has its numbers on the host, where reading compiles nothing.
     seen = placement.on_host_if_concrete((statistics.sites, statistics.modules, statistics.attentions))
     sites, modules, attentions = seen
     return Report(
         criterion=criterion.name,
         structure=structure,
-        other_structure=tuple(others.structure(place) for place in rest),
+        other_structure=tuple(others.structure(info) for info in rest),
         numbers=numbers,
         units=units,
         activities=tuple(
@@ -189,7 +173,7 @@ def _report(
             for attention, importance in zip(attentions, heads, strict=True)
         ),
         model=dataclasses.replace(
-            totals.model(structure, numbers, sum(math.prod(place.shape) for place in statistics.places)),
+            totals.model(structure, numbers, sum(math.prod(info.shape) for info in statistics.params)),
             relevance_residual=_residual(criterion, statistics),
         ),
         headless=statistics.headless,

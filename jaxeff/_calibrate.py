@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxeff import importance
 from jaxeff._collect import Criteria, Run, named, prepare
 from jaxeff.importance import Criterion
+from jaxeff.model.params import Params
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.summation import two_sum
 from jaxeff.output.progress import progress_bar
@@ -75,6 +76,7 @@ def calibrate(
     Array([[2.]], dtype=float32)
     """
     criteria = named(criterion, with_loss=loss_fn is not None)
+    params = Params.of(params)
     bind = functools.partial(
         prepare, params, apply_fn, criteria=criteria, loss_fn=loss_fn, rngs=rngs, apply_kwargs=apply_kwargs
     )
@@ -196,7 +198,7 @@ def _sample_ranks(score: jax.Array) -> jax.Array:
 
 def _stability(name: str, statistics: Statistics, ranks: list[tuple[int, list[jax.Array]]]) -> Stability:
     """Each checkpoint's ranks with those of the one before."""
-    paths = tuple(place.path for place in statistics.places if place.role == "weight")
+    paths = tuple(info.path for info in statistics.params if info.role == "weight")
     found = [_correlations(before, after) for (_, before), (_, after) in itertools.pairwise(ranks)]
     counts = [count for count, _ in ranks[1:]]
     correlation = jnp.stack(found) if found else jnp.zeros((0, len(paths)))

@@ -15,10 +15,10 @@ from jaxeff import importance
 from jaxeff.importance import Criterion, Score
 from jaxeff.model import apply as models
 from jaxeff.model import objective as objectives
-from jaxeff.model import params as leaves
 from jaxeff.model.apply import Model
 from jaxeff.model.functions import first_line
 from jaxeff.model.objective import Arrays, Objective
+from jaxeff.model.params import Params
 from jaxeff.statistics import Conservation, Statistics
 from jaxeff.statistics.derivatives import QUANTITIES, Need, derive
 from jaxeff.statistics.observe import observe
@@ -83,13 +83,11 @@ class Run:
     """A model and a loss, bound once: what is done with each batch of the same shapes.
 
     Attributes:
-        paths: of the leaves of the model's `params`.
         criteria: what the statistics are for.
         objective: the loss and the arrays that it reads; None where no criterion needs derivatives.
     """
 
     model: Model
-    paths: tuple[str, ...]
     criteria: tuple[Criterion, ...]
     objective: tuple[Objective, Arrays] | None
 
@@ -98,7 +96,7 @@ class Run:
         model = self.model
         batch = jax.tree.leaves(batch)
         inputs = objectives.with_batch(model.origins, model.inputs, batch)
-        observed = observe(model.function, self.paths, model.origins, model.batch_size, model.params, inputs)
+        observed = observe(model.function, model.paths, model.origins, model.batch_size, model.params, inputs)
         if self.objective is None:
             return observed
         objective, arrays = self.objective
@@ -150,29 +148,29 @@ def prepare(
 ) -> Run:
     """Bind a model and a loss to the shapes of a batch and its targets."""
     _check_loss_given(criteria, loss_fn, targets)
-    paths = tuple(leaves.named_leaves(leaves.split_variables(params)[0]))
+    params = Params.of(params)
     model = models.from_apply(params, apply_fn, batch, rngs, apply_kwargs)
     needs = _needs(criteria)
     if not needs:
-        return Run(model, paths, criteria, None)
-    weights = _weights(model, paths)
-    objective = objectives.objective(model, loss_fn, targets, paths, weights)
+        return Run(model, criteria, None)
+    weights = _weights(model)
+    objective = objectives.objective(model, loss_fn, targets, weights)
     if any(quantity == "example_gradient" for quantity, _ in needs):
         first, first_targets = objectives.first_example((batch, targets), model.batch_size)
         one = models.from_apply(params, apply_fn, first, rngs, apply_kwargs)
-        example = objectives.objective(one, loss_fn, first_targets, paths, weights)
+        example = objectives.objective(one, loss_fn, first_targets, weights)
         objective = objectives.with_example(objective, example)
-    return Run(model, paths, criteria, objective)
+    return Run(model, criteria, objective)
 
 
 def _needs(criteria: Iterable[Criterion]) -> tuple[Need, ...]:
     return tuple(sorted({need for criterion in criteria for need in criterion.needs}))
 
 
-def _weights(model: Model, paths: tuple[str, ...]) -> set[str]:
+def _weights(model: Model) -> set[str]:
     """Which of the leaves are weights."""
-    arguments = model.function, paths, model.origins, model.batch_size, model.params, model.inputs
-    return {place.path for place in observe.eval_shape(*arguments).places if place.role == "weight"}
+    arguments = model.function, model.paths, model.origins, model.batch_size, model.params, model.inputs
+    return {info.path for info in observe.eval_shape(*arguments).params if info.role == "weight"}
 
 
 def _check_loss_given(criteria: Iterable[Criterion], loss_fn: Any, targets: Any) -> None:

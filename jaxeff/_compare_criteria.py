@@ -22,8 +22,9 @@ from jaxeff._collect import Criteria, named, prepare
 from jaxeff._saving import saved_by_flax
 from jaxeff.importance import _levels as granularity
 from jaxeff.model import objective as objectives
-from jaxeff.model import params as leaves
 from jaxeff.model.objective import Arrays, Objective
+from jaxeff.model.params import Params
+from jaxeff.model.roles import whole_numbers
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.output import text
 from jaxeff.statistics.weight_loss import Problem
@@ -111,6 +112,7 @@ def compare_criteria(
     fractions = _checked_fractions(fractions)
     if scope not in ("global", "layer"):
         raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}")
+    params = Params.of(params)
     bind = functools.partial(
         prepare, params, apply_fn, criteria=chosen, loss_fn=loss_fn, rngs=rngs, apply_kwargs=apply_kwargs
     )
@@ -120,9 +122,8 @@ def compare_criteria(
     model = run.model if held_out is None else bind(batch=measured_batch, targets=measured_targets).model
     scores = [importance.scores(params, statistics, criterion) for criterion in chosen]
     if not scores[0]:
-        found = leaves.described(leaves.named_leaves(leaves.split_variables(params)[0]))
-        raise ValueError(f"`params` holds no weights that multiply data.{leaves.whole_numbers(found)}")
-    objective, arrays = objectives.objective(model, loss_fn, measured_targets, run.paths, scores[0].keys())
+        raise ValueError(f"`params` holds no weights that multiply data.{whole_numbers(params.described())}")
+    objective, arrays = objectives.objective(model, loss_fn, measured_targets, scores[0].keys())
     paths = [path for path, _ in objective.weights]
     stacks = tuple(granularity.layer_axes(statistics, path) for path in paths) if scope == "layer" else None
 

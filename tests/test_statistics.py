@@ -307,7 +307,7 @@ def test_a_weight_that_cannot_be_read_has_a_reason(function, reason):
     found = jax.eval_shape(
         lambda w: jaxeff.collect({"w": w}, lambda params, x: function(params["w"], x), x), normal(5, 5)
     )
-    (place,) = found.places
+    (place,) = found.params
     assert found.sites == () and place.role == "weight"
     assert place.reason is not None and reason in place.reason
 

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +17,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from jaxeff.model.roles import role_of
 
 Read = Callable[[int, int], np.ndarray]  # elements from, to, in C order -> [to - from]
 
@@ -68,14 +69,9 @@ class Stored:
     @property
     def role(self) -> str:
         """'weight', or what else it is: as `jaxeff.analyze` has it where there is no model."""
-        name = re.split(r"[./]", self.name)[-1]
         if self.dtype is None:
             return f"{printable(self.kind)[:40]} (not read)"
-        if not jnp.issubdtype(self.dtype, jnp.floating):
-            return f"{self.dtype} array"
-        if not self.size:
-            return "empty"
-        return name if name in ("bias", "scale") else "weight" if len(self.shape) > 1 else "vector"
+        return role_of(self.name, self.shape, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

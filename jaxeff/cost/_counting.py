@@ -22,9 +22,9 @@ from jaxeff.graph import axes
 from jaxeff.graph.program import Operation
 from jaxeff.graph.provenance import CONSTANT_CONTRACTION, CONTRACTION, CONTRACTIONS, trace_weights
 from jaxeff.model import apply as models
-from jaxeff.model import params as leaves
 from jaxeff.model.apply import Bound
 from jaxeff.model.functions import LinenFunction
+from jaxeff.model.params import Params
 
 
 def count(
@@ -68,12 +68,12 @@ def count(
     >>> cost.macs, cost.flops, cost.per_example.macs
     (96, 224, 12)
     """
-    paths = tuple(leaves.named_leaves(leaves.split_variables(params)[0], abstract=True))
+    own = Params.of(params, abstract=True)
     training.check_loss(loss_fn, targets)
-    bound = models.bind(params, apply_fn, batch, rngs, apply_kwargs, abstract=True)
+    bound = models.bind(own, apply_fn, batch, rngs, apply_kwargs, abstract=True)
     root = _root(bound)
     traced = training.trace(bound)
-    described = list(zip(paths, jax.tree.leaves(bound.params), strict=True))
+    described = list(own.named.items())
     if loss_fn is None:
         forward = graph.flatten(traced.closed)
         found = [tally(forward, "forward", _by_use(_owners(forward, bound, described)), root)]

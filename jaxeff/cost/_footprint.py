@@ -21,8 +21,8 @@ from jaxeff.cost._compiling import Compiled, compiled
 from jaxeff.cost._storage import Storage, storage
 from jaxeff.graph.program import Value
 from jaxeff.model import apply as models
-from jaxeff.model import params as leaves
 from jaxeff.model.apply import Bound
+from jaxeff.model.params import Params
 from jaxeff.output import text
 
 POLICY = jax.checkpoint_policies.dots_saveable
@@ -174,33 +174,32 @@ def memory(
     >>> found.parameter_bytes, found.optimizer_bytes
     (64, 132)
     """
-    core, state = leaves.split_variables(params)
-    _ = leaves.named_leaves(core, abstract=True)
+    own = Params.of(params, abstract=True)
     training.check_loss(loss_fn, targets)
-    bound = models.bind(params, apply_fn, batch, rngs, apply_kwargs, abstract=True)
-    state = state or getattr(apply_fn, "state", {})
+    bound = models.bind(own, apply_fn, batch, rngs, apply_kwargs, abstract=True)
+    state = own.state or getattr(apply_fn, "state", {})
     optimizer_state = None
     if optimizer is not None:
-        shapes = training.abstract(training.split_floating(core)[0])
+        shapes = training.abstract(training.split_floating(own.tree)[0])
         optimizer_state = sizes(jax.eval_shape(optimizer.init, shapes))
     traced = training.trace(bound)
     forward = compiled(traced, bound.params, bound.inputs) if compile else None
     kept_whole = training.without_remat(traced)
     without = remat = None
     if loss_fn is not None:
-        own = traced if kept_whole else jax.checkpoint(traced, policy=policy)
+        chosen = traced if kept_whole else jax.checkpoint(traced, policy=policy)
         without = _gradient(bound, kept_whole or traced, loss_fn, targets, compile)
-        remat = _gradient(bound, own, loss_fn, targets, compile)
+        remat = _gradient(bound, chosen, loss_fn, targets, compile)
     return Memory(
-        parameters=sizes(core),
+        parameters=sizes(own.tree),
         state=sizes(state),
         optimizer_state=optimizer_state,
-        parameter_bytes_per_device=_per_device(core),
+        parameter_bytes_per_device=_per_device(own.tree),
         forward=forward,
         without_remat=without,
         with_remat=remat,
         own_remat=kept_whole is not None,
-        storage={} if masks is None else storage(params, masks),
+        storage={} if masks is None else storage(own, masks),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxeff.cost._training import dtype_of
-from jaxeff.model.params import named_leaves, split_variables
+from jaxeff.model.params import Params
 
 _INDEX = 4
 """Bytes of an index: int32, which `jax.experimental.sparse` and most libraries take."""
@@ -84,11 +84,11 @@ def storage(params: Any, masks: Any = None) -> dict[str, Storage]:
     >>> found.kept, found.dense, found.packed, found.compressed, found.smallest
     (16, 1024, 96, 196, 'packed')
     """
-    leaves = named_leaves(split_variables(params)[0], abstract=masks is not None)
+    leaves = Params.of(params, abstract=masks is not None).named
     if masks is None:
         kept = {path: jnp.asarray(leaf) != 0 for path, leaf in leaves.items() if jnp.ndim(leaf) > 1}
     else:
-        named = named_leaves(split_variables(masks)[0])
+        named = Params.of(masks).named
         if named.keys() != leaves.keys():
             strange = sorted(named.keys() ^ leaves.keys())[0]
             raise ValueError(f"`masks` must be of the same tree as `params`; they differ at {strange!r}")

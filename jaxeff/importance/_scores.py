@@ -12,14 +12,14 @@ import jax.numpy as jnp
 
 from jaxeff.importance import _levels as levels
 from jaxeff.importance._criteria import Criterion, Score, magnitude, named
-from jaxeff.model.params import named_leaves, split_variables
+from jaxeff.model.params import Params
 from jaxeff.numerics.precision import widened
 from jaxeff.statistics import Derivatives, SiteStatistics, Statistics, UnitStatistics
 
 
 def missing(criterion: Criterion, statistics: Statistics) -> str | None:
     """What the criterion reads and the statistics do not hold, in words; None for nothing."""
-    weights = [place.path for place in statistics.places if place.role == "weight"]
+    weights = [info.path for info in statistics.params if info.role == "weight"]
     for quantity, total in criterion.needs:
         found = (
             [site.gate for site in statistics.sites]
@@ -97,16 +97,16 @@ def scores(
         )
     if level not in _LEVELS:
         raise ValueError(f"`level` must be one of {', '.join(map(repr, _LEVELS))}, got {level!r}")
-    leaves = named_leaves(split_variables(params)[0])
+    leaves = Params.of(params).named
     found = {
-        place.path: score(
+        info.path: score(
             chosen,
-            leaves[place.path],
-            [site for site in statistics.sites if site.path == place.path],
-            statistics.derivatives.get(place.path),
+            leaves[info.path],
+            [site for site in statistics.sites if site.path == info.path],
+            statistics.derivatives.get(info.path),
         )
-        for place in statistics.places
-        if place.role == "weight"
+        for info in statistics.params
+        if info.role == "weight"
     }
     return _LEVELS[level](found, statistics, levels.REDUCTIONS[reduction])
 

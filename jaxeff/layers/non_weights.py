@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxeff.model.roles import ParamInfo
 from jaxeff.numerics import placement
 from jaxeff.numerics.meshes import gathered
 from jaxeff.numerics.precision import wide
 from jaxeff.numerics.summation import namespace
 from jaxeff.report import OtherNumbers, OtherStructure, none_of
-from jaxeff.statistics import Place
 
 _SHORT = 1 << 14
 
 
-def structure(place: Place) -> OtherStructure:
-    return OtherStructure(place.path, place.role, place.shape)
+def structure(info: ParamInfo) -> OtherStructure:
+    return OtherStructure(info.path, info.role, info.shape)
 
 
 def measure(leaves: Sequence[Any]) -> OtherNumbers:

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxeff.model import params as leaves
 from jaxeff.model.functions import (
     Function,
     LinenFunction,
@@ -27,21 +26,29 @@ from jaxeff.model.functions import (
     named_misfit,
     traced,
 )
+from jaxeff.model.params import Params, batch_size
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A function and all that it reads: `function(params, inputs)`.
 
-    `origins` says of each leaf of `inputs` whether it is 'constant' (state, and arrays that the
-    function closed over: the same for every batch), 'batch', or another 'argument'.
+    `paths` names the leaves of `params`. `origins` says of each leaf of `inputs` whether it is 'constant'
+    (state, and arrays that the function closed over: the same for every batch), 'batch', or another
+    'argument'.
     """
 
     function: Function
+    paths: tuple[str, ...]
     params: Any
     inputs: Any
     origins: tuple[str, ...]
     batch_size: int | None
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The leaves of `params` by path."""
+        return dict(zip(self.paths, jax.tree.leaves(self.params), strict=True))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,6 +110,7 @@ class Bound:
     call: Callable[[Any, Any], Any]
     function: Function | None
     hashable: bool
+    paths: tuple[str, ...]
     params: Any
     inputs: Any
     origins: tuple[str, ...]
@@ -119,10 +127,10 @@ def from_apply(params: Any, apply_fn: Callable, batch: Any, rngs: Any, keywords:
     """Bind a user's apply function to its arguments, each checked and named when it does not fit."""
     bound = bind(params, apply_fn, batch, rngs, keywords)
     if bound.function is not None and bound.hashable:
-        return Model(bound.function, bound.params, bound.inputs, bound.origins, bound.batch_size)
+        return Model(bound.function, bound.paths, bound.params, bound.inputs, bound.origins, bound.batch_size)
     function, constants = traced(bound.plain, bound.params, bound.inputs)
     origins = (*bound.origins, *("constant",) * len(constants))
-    return Model(function, bound.params, (bound.inputs, constants), origins, bound.batch_size)
+    return Model(function, bound.paths, bound.params, (bound.inputs, constants), origins, bound.batch_size)
 
 
 def bind(
@@ -137,12 +145,14 @@ def bind(
     """A user's apply function with its arguments, nothing traced yet.
 
     Args:
+        params: as the user has them, or `Params`.
         abstract: whether shapes (`jax.ShapeDtypeStruct`) will do for arrays.
     """
     _check_apply(apply_fn)
     batch = batch if isinstance(batch, tuple) else (batch,)
-    batch_size = leaves.batch_size(batch, abstract=abstract)
-    core, state = leaves.split_variables(params)
+    examples = batch_size(batch, abstract=abstract)
+    params = Params.of(params, abstract=abstract)
+    state: Any = params.state
     module, bound = bound_module(apply_fn)
     keywords = {**bound, **keywords, **({} if rngs is None else {"rngs": rngs})}
     if isinstance(keywords.get("mutable"), list):
@@ -163,8 +173,8 @@ def bind(
         for origin, part in (("constant", state), ("batch", batch), ("argument", arrays))
         for _ in jax.tree.leaves(part)
     )
-    call = functools.partial(_call, apply_fn, leaves.is_variables(params), statics)
-    return Bound(call, function, identity is not None, core, inputs, origins, batch_size)
+    call = functools.partial(_call, apply_fn, params.is_variables, statics)
+    return Bound(call, function, identity is not None, params.paths, params.tree, inputs, origins, examples)
 
 
 def _check_apply(apply_fn: Any) -> None:

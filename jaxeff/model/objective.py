@@ -60,21 +60,20 @@ class Arrays:
 
 
 def objective(
-    model: Model, loss_fn: Callable | None, targets: Any, paths: Sequence[str], weights: Collection[str]
+    model: Model, loss_fn: Callable | None, targets: Any, weights: Collection[str]
 ) -> tuple[Objective, Arrays]:
     """The objective of a whole batch.
 
     Args:
-        paths: of the leaves of the model's `params`.
-        weights: those of them that are weights.
+        weights: which of the model's `paths` are weights.
 
     Raises:
         TypeError, ValueError: `loss_fn` is no loss of the model's outputs and these targets.
     """
     loss, constants = (None, []) if loss_fn is None else _traced_loss(model, loss_fn, targets)
     function = model.function.without_capture()
-    indexed = tuple((path, index) for index, path in enumerate(paths) if path in weights)
-    found = Objective(function, loss, None, model.origins, tuple(paths), indexed, model.batch_size or 1)
+    indexed = tuple((path, index) for index, path in enumerate(model.paths) if path in weights)
+    found = Objective(function, loss, None, model.origins, model.paths, indexed, model.batch_size or 1)
     return found, Arrays(model.inputs, targets, constants, None)
 
 

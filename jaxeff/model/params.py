@@ -1,10 +1,9 @@
-"""The arrays that a user passes: what they are called, and whether they are arrays at all.
-
-Imports nothing of jaxeff.
-"""
+"""The arrays that a user passes: what they are called, and whether they are arrays at all."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,8 +13,66 @@ import numpy as np
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
+from jaxeff.model.roles import ParamInfo, role_of
+
 Path = str
+_STATIC = {"static": True}
 _BOXES = (nnx.Variable, AxisMetadata)  # wrap one value, as nn.Partitioned and nnx.Param do
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Params:
+    """What a user passes as `params`, taken apart, named and checked: made once, and passed down.
+
+    Attributes:
+        tree: the parameters alone.
+        paths: of their leaves, in the order of `jax.tree.leaves`.
+        state: the other collections of a variables dict; empty where there are none.
+        is_variables: whether they came in a variables dict, which is what the model's function then takes.
+    """
+
+    tree: Any
+    paths: tuple[Path, ...] = dataclasses.field(metadata=_STATIC)
+    state: dict[str, Any]
+    is_variables: bool = dataclasses.field(metadata=_STATIC)
+
+    @staticmethod
+    def of(params: Any, *, abstract: bool = False) -> Params:
+        """Take apart what a user passes; `Params` stay as they are.
+
+        Args:
+            abstract: whether a `jax.ShapeDtypeStruct` will do for an array.
+
+        Raises:
+            TypeError: a leaf is no array of numbers.
+            ValueError: there are no leaves, or two have one path.
+
+        >>> found = Params.of({"params": {"w": 1.0}, "batch_stats": {"mean": 0.0}})
+        >>> found.paths, found.state
+        (('w',), {'batch_stats': {'mean': 0.0}})
+        """
+        if isinstance(params, Params):
+            return params
+        tree, state = split_variables(params)
+        return Params(tree, tuple(named_leaves(tree, abstract=abstract)), state, is_variables(params))
+
+    @functools.cached_property
+    def named(self) -> dict[Path, Any]:
+        """The leaves by path."""
+        return dict(zip(self.paths, jax.tree.leaves(self.tree), strict=True))
+
+    def described(self) -> list[tuple[Path, tuple[int, ...], str]]:
+        """Path, shape and dtype of each leaf."""
+        return [(path, jnp.shape(leaf), str(jnp.result_type(leaf))) for path, leaf in self.named.items()]
+
+    def by_shape(self) -> tuple[ParamInfo, ...]:
+        """What each leaf is where no program tells."""
+        return tuple(
+            ParamInfo(path, jnp.shape(leaf), str(dtype), role_of(path, jnp.shape(leaf), dtype), None)
+            for path, leaf in self.named.items()
+            for dtype in [jnp.result_type(leaf)]
+        )
 
 
 def split_variables(params: Any) -> tuple[Any, dict[str, Any]]:
@@ -64,11 +121,6 @@ def named_leaves(params: Any, *, abstract: bool = False) -> dict[Path, Any]:
     if not named:
         raise ValueError(f"`params` has no arrays, got {params!r}: pass the trained parameters")
     return named
-
-
-def described(named: Mapping[Path, Any]) -> list[tuple[Path, tuple[int, ...], str]]:
-    """Path, shape and dtype of each leaf."""
-    return [(path, jnp.shape(leaf), str(jnp.result_type(leaf))) for path, leaf in named.items()]
 
 
 def batch_size(batch: tuple, *, abstract: bool = False) -> int | None:

@@ -20,7 +20,7 @@ from jaxeff.graph.coupling import UNREAD, couple
 from jaxeff.graph.coupling_rules import KINDS
 from jaxeff.model.apply import NNXApply, from_apply
 from jaxeff.model.functions import TracedFunction
-from jaxeff.model.params import is_variables, named_leaves, split_variables
+from jaxeff.model.params import Params, is_variables, named_leaves
 from jaxeff.numerics.precision import widened
 from jaxeff.output.text import aligned
 
@@ -226,8 +226,8 @@ def groups(
     if isinstance(apply_fn, NNXApply):
         apply_fn = dataclasses.replace(apply_fn, state=jax.tree.map(stand_in, apply_fn.state))
     params, batch = (jax.tree.map(stand_in, tree) for tree in (params, batch))
-    core, _ = split_variables(params)
-    named = named_leaves(core)
+    params = Params.of(params)
+    named = params.named
     model = from_apply(params, apply_fn, batch, rngs, apply_kwargs)
     function = model.function.without_capture()
     if isinstance(function, TracedFunction):

@@ -20,12 +20,13 @@ from flax.core.meta import AxisMetadata
 from jax import Array
 
 from jaxeff.model import apply as models
-from jaxeff.model.params import named_leaves, split_variables
+from jaxeff.model.params import Params
+from jaxeff.model.roles import BIASES, last_name, role_of
 from jaxeff.output import text
 from jaxeff.statistics import SiteStatistics, Statistics
 from jaxeff.statistics.observe import observe
 
-_NOT_PRUNED = ("bias", "scale", "embedding")
+_NOT_PRUNED = (*BIASES, "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +221,8 @@ def layout(
     >>> found["blocks/q"].axes
     Axes(inputs=(1,), units=(2,), layers=(0,))
     """
-    named = named_leaves(split_variables(params)[0])
+    params = Params.of(params)
+    named = params.named
     if apply_fn is None:
         found = by_shape(named)
     elif batch is None:
@@ -245,29 +247,28 @@ def check_named(exceptions: Mapping[str, bool], named: Mapping[str, Any]) -> Non
 
 def of_model(model: models.Model) -> Layout:
     """What the program says."""
-    named = named_leaves(model.params)
-    arguments = model.function, tuple(named), model.origins, model.batch_size, model.params, model.inputs
-    return of_statistics(observe.eval_shape(*arguments), named)
+    arguments = model.function, model.paths, model.origins, model.batch_size, model.params, model.inputs
+    return of_statistics(observe.eval_shape(*arguments), model.named)
 
 
 def of_statistics(statistics: Statistics, named: Mapping[str, Any]) -> Layout:
     """What the program says, from which the statistics come."""
-    places = {place.path: place for place in statistics.places}
+    infos = {info.path: info for info in statistics.params}
     sites = _uses(statistics)
     leaves = []
     for path, leaf in named.items():
-        place, uses = places[path], sites.get(path)
+        info, uses = infos[path], sites.get(path)
         axes = None if uses is None else _axes_of_uses(uses)
         layers = axes.layers if axes else ()
-        weight = place.role == "weight" and place.shape != ()
+        weight = info.role == "weight" and info.shape != ()
         prunable = weight and is_prunable(path, leaf)
         if weight and not prunable:
-            reason = "by its name" if path.rsplit("/", 1)[-1] in _NOT_PRUNED else "one axis"
+            reason = "by its name" if last_name(path) in _NOT_PRUNED else "one axis"
         else:
-            reason = place.reason or (f"used as {uses[0].kind}" if uses else "by its use")
+            reason = info.reason or (f"used as {uses[0].kind}" if uses else "by its use")
         if layers:
             reason += f", stacked along axis {', '.join(map(str, layers))}"
-        leaves.append(Leaf(path, place.shape, place.role, axes, prunable, reason))
+        leaves.append(Leaf(path, info.shape, info.role, axes, prunable, reason))
     return Layout(tuple(leaves))
 
 
@@ -295,7 +296,7 @@ def _only(found: set[tuple[int, ...]]) -> tuple[int, ...] | None:
 def is_prunable(path: str, leaf: Any) -> bool:
     """Floating arrays of two axes or more, but for biases, scales and embeddings."""
     floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-    return floating and jnp.ndim(leaf) > 1 and path.rsplit("/", 1)[-1] not in _NOT_PRUNED
+    return floating and jnp.ndim(leaf) > 1 and last_name(path) not in _NOT_PRUNED
 
 
 def by_shape(named: Mapping[str, Any]) -> Layout:
@@ -312,19 +313,21 @@ def by_shape(named: Mapping[str, Any]) -> Layout:
     stacked = tuple(_stacks(shapes))
     leaves = []
     for path, leaf in named.items():
-        shape, name = tuple(jnp.shape(leaf)), path.rsplit("/", 1)[-1]
+        shape, name = tuple(jnp.shape(leaf)), last_name(path)
         inside = path in shapes and any(_under(path, top) for top in stacked)
         axes = None
+        role = role_of(path, shape, jnp.result_type(leaf), layers=int(inside))
         if path not in shapes:
-            role, reason = f"{jnp.result_type(leaf)} array", "by its dtype"
+            reason = "by its dtype"
         elif name in _NOT_PRUNED:
             role, reason = name, "by its name"
-        elif len(shape) - inside < 2:
-            role, reason = "vector", f"one axis in each of {shape[0]} layers" if inside else "one axis"
+        elif role == "empty":
+            reason = "it has no elements"
+        elif role == "vector":
+            reason = f"one axis in each of {shape[0]} layers" if inside else "one axis"
         else:
-            role, reason = "weight", f"{shape[0]} layers stacked" if inside else "two axes or more"
-            if inside:
-                axes = _guessed(name, shape, 1)
+            reason = f"{shape[0]} layers stacked" if inside else "two axes or more"
+            axes = _guessed(name, shape, 1) if inside else None
         leaves.append(Leaf(path, shape, role, axes, role == "weight", reason))
     return Layout(tuple(leaves), stacked)
 
@@ -338,7 +341,7 @@ def _guessed(name: str, shape: tuple[int, ...], layers: int) -> Axes:
 
 def assumed(path: str, shape: tuple[int, ...]) -> Axes:
     """The axes of a weight of which no program tells."""
-    return _guessed(path.rsplit("/", 1)[-1], shape, 0)
+    return _guessed(last_name(path), shape, 0)
 
 
 AxesByPath = Layout | Statistics | Mapping[str, Axes | Leaf] | tuple[tuple[str, Axes], ...]

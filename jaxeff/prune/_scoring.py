@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxeff import importance as criteria
-from jaxeff.model.params import named_leaves, split_variables
+from jaxeff.model.params import Params
 from jaxeff.prune._layouts import (
     Axes,
     Layout,
@@ -62,10 +62,10 @@ def scored(
     >>> scored({"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.zeros(2)})["kernel"]
     Array([[1., 2.]], dtype=float32)
     """
-    core, _ = split_variables(params)
-    named = named_leaves(core)
+    own = Params.of(params)
+    named = own.named
     if statistics is not None:
-        found = criteria.scores(params, statistics, criterion)
+        found = criteria.scores(own, statistics, criterion)
         known = of_statistics(statistics, named)
     elif criteria.named(criterion).function is criteria.magnitude:
         found = {path: jnp.abs(leaf) for path, leaf in named.items()}
@@ -80,8 +80,8 @@ def scored(
         _boxed(path, found[path], known[path].axes) if path in chosen & found.keys() else jnp.zeros(())
         for path in named
     ]
-    tree = jax.tree.unflatten(jax.tree.structure(core), scores)
-    if core is params:
+    tree = jax.tree.unflatten(jax.tree.structure(own.tree), scores)
+    if not own.is_variables:
         return tree
     return {**jax.tree.map(lambda leaf: jnp.zeros(()), dict(params)), "params": tree}
 

@@ -24,8 +24,8 @@ from jaxeff._saving import saved_by_flax
 from jaxeff.model import apply as models
 from jaxeff.model import objective as objectives
 from jaxeff.model.objective import Arrays, Objective
-from jaxeff.model.params import described, named_leaves, split_variables
-from jaxeff.model.quantized import whole_numbers
+from jaxeff.model.params import Params, named_leaves, split_variables
+from jaxeff.model.roles import whole_numbers
 from jaxeff.numerics.meshes import by_compiler, laid_like
 from jaxeff.numerics.precision import widened
 from jaxeff.output import text
@@ -223,12 +223,12 @@ def sensitivity(
     """
     check_pattern(pattern)
     fractions = _checked_sparsities(sparsities, pattern)
-    model = models.from_apply(params, apply_fn, batch, rngs, apply_kwargs)
-    named = named_leaves(model.params)
+    params = Params.of(params)
+    model, named = models.from_apply(params, apply_fn, batch, rngs, apply_kwargs), params.named
     layout = prunable if isinstance(prunable, Layout) else of_model(model)
-    chosen = _chosen(params, named, importance, prunable, layout)
+    chosen = _chosen(params, importance, prunable, layout)
     known = _axes(importance, layout, named, tuple(chosen), pattern)
-    objective, arrays = objectives.objective(model, loss_fn, targets, tuple(named), chosen)
+    objective, arrays = objectives.objective(model, loss_fn, targets, chosen)
     groups, found, names = [], [], []
     for axes, (path, given) in zip(known, chosen.items(), strict=True):
         score = _magnitude(path, named[path]) if given is None else given
@@ -258,24 +258,21 @@ def sensitivity(
     )
 
 
-def _chosen(
-    params: Any, named: Mapping[str, Any], importance: Any, prunable: Prunable, layout: Layout
-) -> dict[str, Array | None]:
+def _chosen(params: Params, importance: Any, prunable: Prunable, layout: Layout) -> dict[str, Array | None]:
     """The leaves to prune with their scores, in the order of the params; None stands for magnitudes."""
     if importance is None:
-        paths = prunable_paths(prunable, named, layout)
-        found: dict[str, Array | None] = dict.fromkeys([path for path in named if path in paths])
+        paths = prunable_paths(prunable, params.named, layout)
+        found: dict[str, Array | None] = dict.fromkeys([path for path in params.named if path in paths])
     elif prunable is not None:
         raise ValueError("`prunable` is for magnitudes: give it to `prune.scored`, which makes `importance`")
     else:
         scores, _ = split_variables(unboxed(importance))
-        check_alike(split_variables(params)[0], scores, "importance")
+        check_alike(params.tree, scores, "importance")
         found = {path: score for path, score in named_leaves(scores).items() if jnp.ndim(score)}
     if not found:
         argument = "prunable" if importance is None else "importance"
-        raise ValueError(
-            f"`{argument}` leaves nothing to prune of {', '.join(named)}.{whole_numbers(described(named))}"
-        )
+        hint = whole_numbers(params.described())
+        raise ValueError(f"`{argument}` leaves nothing to prune of {', '.join(params.named)}.{hint}")
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxeff.model.quantized import whole_numbers
+from jaxeff.model.roles import whole_numbers
 from jaxeff.output.text import UNKNOWN, WIDTH, aligned, decimal, left_out, number, percent, section, wrapped
 from jaxeff.report._recommendations import recommend
 from jaxeff.report._records import AttentionReport, LayerReport, Snapshot

@@ -1,7 +1,7 @@
 """Runs a model under observation: what its units emit, reduced where the activations are made.
 
 In: a `Model`'s function, its arrays and what is known of them. Out: the sites' and modules'
-statistics and a place for every leaf of `params`. The activations themselves are never kept.
+statistics and what every leaf is of `params`. The activations themselves are never kept.
 Imports `functions`, `graph`, `meshes`, `statistics`, `units`.
 """
 
@@ -21,6 +21,7 @@ from jaxeff.graph import axes
 from jaxeff.graph.nonlinearities import BOUNDS
 from jaxeff.graph.program import Value
 from jaxeff.model.functions import Function
+from jaxeff.model.roles import ParamInfo
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.precision import widened
 from jaxeff.statistics.records import (
@@ -28,7 +29,6 @@ from jaxeff.statistics.records import (
     HeadlessAttention,
     HeadSlices,
     ModuleStatistics,
-    Place,
     SiteStatistics,
     Statistics,
     UnitStatistics,
@@ -77,7 +77,7 @@ def observe(
             for attention, watched in zip(attentions, heads, strict=True)
         ),
         {},
-        _places(found),
+        _params(found),
         tuple(_headless(one, found.leaves) for one in headless),
     )
 
@@ -314,10 +314,10 @@ def _over_iterations(seen: UnitStatistics, loops: Sequence[graph.Loop]) -> UnitS
     return dataclasses.replace(folded, maximum=fold(laid.maximum, loops, jnp.max), count=count)
 
 
-def _places(found: graph.Graph) -> tuple[Place, ...]:
-    def place(index: int) -> Place:
+def _params(found: graph.Graph) -> tuple[ParamInfo, ...]:
+    def info(index: int) -> ParamInfo:
         leaf = found.leaves[index]
         role = found.others.get(index, "weight") if leaf.size else "empty"
-        return Place(leaf.path, leaf.shape, str(jnp.dtype(leaf.dtype)), role, found.unpaired.get(index))
+        return ParamInfo(leaf.path, leaf.shape, str(jnp.dtype(leaf.dtype)), role, found.unpaired.get(index))
 
-    return tuple(place(index) for index in found.order)
+    return tuple(info(index) for index in found.order)

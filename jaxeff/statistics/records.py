@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxeff.model.roles import ParamInfo
 from jaxeff.numerics.summation import namespace
 
 _STATIC = {"static": True}
@@ -266,22 +267,6 @@ class HeadlessAttention:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """What one leaf of `params` is.
-
-    Attributes:
-        role: 'weight', or what it is instead: 'bias', 'scale', 'integer array', ...
-        reason: why no site of this weight could be read; None for one that has sites.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    role: str
-    reason: str | None
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stability:
@@ -311,7 +296,7 @@ class Statistics:
         modules: outputs that Flax captured, in execution order.
         attentions: softmax attentions, in execution order.
         derivatives: of the loss by each weight, by path; empty where none were asked for.
-        places: every leaf of `params` once, in the order of first use.
+        params: every leaf of `params` once, in the order of first use.
         headless: softmax attentions without heads, and why.
         conservation: of relevance, by quantity ('relevance', 'relevance_alpha_beta').
         stability: of the scores, where `jaxeff.calibrate` collected them.
@@ -321,7 +306,7 @@ class Statistics:
     modules: tuple[ModuleStatistics, ...]
     attentions: tuple[AttentionStatistics, ...]
     derivatives: Mapping[str, Derivatives]
-    places: tuple[Place, ...] = dataclasses.field(metadata=_STATIC)
+    params: tuple[ParamInfo, ...] = dataclasses.field(metadata=_STATIC)
     headless: tuple[HeadlessAttention, ...] = dataclasses.field(default=(), metadata=_STATIC)
     conservation: Mapping[str, Conservation] = dataclasses.field(default_factory=dict)
     stability: Stability | None = None
@@ -343,7 +328,7 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
         ),
         tuple(a + b for a, b in zip(first.attentions, second.attentions, strict=True)),
         {path: first.derivatives[path] + second.derivatives[path] for path in first.derivatives},
-        first.places,
+        first.params,
         first.headless,
         {name: first.conservation[name] + second.conservation[name] for name in first.conservation},
     )
@@ -375,7 +360,7 @@ def _merge_sites(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
 def _described(statistics: Statistics) -> tuple:
     sites = tuple((site.path, site.kind, site.unit_axes) for site in statistics.sites)
     attentions = tuple((found.path, found.slices) for found in statistics.attentions)
-    return statistics.places, sites, attentions, tuple(module.path for module in statistics.modules)
+    return statistics.params, sites, attentions, tuple(module.path for module in statistics.modules)
 
 
 def _structures(statistics: Statistics) -> Any:
