@@ -1,7 +1,7 @@
 """Statistics of many batches, and whether they were enough.
 
 In: any iterable of batches. Out: one `Statistics`, as of one large batch, with the stability of the
-scores. One batch is held at a time. Imports `collection`, `importance`, `meshes`, `progress`, `statistics`.
+scores. One batch is held at a time.
 """
 
 from __future__ import annotations

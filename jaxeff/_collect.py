@@ -1,7 +1,4 @@
-"""params, apply_fn, batch -> Statistics.
-
-Imports `models`, `objectives`, `observation`, `derivatives`, `gates`, `importance`, `statistics`.
-"""
+"""params, apply_fn, batch -> Statistics."""
 
 from __future__ import annotations
 

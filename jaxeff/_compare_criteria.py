@@ -1,7 +1,6 @@
 """Which criterion to trust: the loss as weights are removed in the order of each one's scores.
 
 In: a model, a loss and criteria. Out: a `Comparison`, whose curves are measured, not predicted.
-Imports `collection`, `importance`, `leaves`, `meshes`, `problem`, `table`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from jaxeff.model.params import Params
 from jaxeff.model.roles import whole_numbers
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.output import text
-from jaxeff.statistics.weight_loss import Problem
+from jaxeff.statistics.weight_loss import WeightLoss
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 CONTROLS = 5
@@ -70,10 +69,10 @@ def compare_criteria(
     params: Any,
     apply_fn: Callable,
     batch: Any,
-    targets: Any,
-    loss_fn: Callable,
     criteria: Criteria = ("magnitude", "activation", "wanda", "taylor", "obd_gauss_newton"),
     *,
+    loss_fn: Callable,
+    targets: Any,
     fractions: Sequence[float] = FRACTIONS,
     scope: str = "global",
     held_out: tuple[Any, Any] | None = None,
@@ -88,8 +87,8 @@ def compare_criteria(
 
     Args:
         params, apply_fn, batch: as `jaxeff.analyze` takes them.
-        targets, loss_fn: as `jaxeff.analyze` takes them.
         criteria: names or functions.
+        loss_fn, targets: as `jaxeff.analyze` takes them.
         fractions: of weights removed, in [0, 1], ascending.
         scope: 'global' removes the lowest scores of the whole model, whichever layers they are in, which
             asks of a criterion that it compares layers as well; 'layer' the same fraction of each layer.
@@ -103,7 +102,8 @@ def compare_criteria(
     >>> w, x = jnp.array([[3.0], [1e-3]]), jnp.eye(2)
     >>> loss = lambda outputs, targets: jnp.mean(jnp.square(outputs - targets))
     >>> compared = compare_criteria(
-    ...     {"w": w}, lambda p, x: x @ p["w"], x, w, loss, ("magnitude",), fractions=(0.0, 0.5, 1.0)
+    ...     {"w": w}, lambda p, x: x @ p["w"], x, ("magnitude",), loss_fn=loss, targets=w,
+    ...     fractions=(0.0, 0.5, 1.0),
     ... )
     >>> compared.loss.round(2)
     Array([[0. , 0. , 4.5]], dtype=float32)
@@ -204,7 +204,7 @@ def _losses(
     objective: Objective, params: Any, arrays: Arrays, orders: list[jax.Array], counts: np.ndarray
 ) -> jax.Array:
     """The mean loss with the first weights of each order at 0, for each row of counts."""
-    problem = Problem(objective, params, arrays)
+    problem = WeightLoss(objective, params, arrays)
 
     def loss(counts: jax.Array) -> jax.Array:
         kept = [order >= count for order, count in zip(orders, counts, strict=True)]

@@ -1,7 +1,6 @@
 """Analysis every so many training steps, inside the compiled step: `jaxeff.monitor`.
 
 The state is a pytree that lives in the train state. Between two analyses a step costs a comparison.
-Imports `analysis`, `importance`, `leaves`, `report`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What jaxeff returns, saved by `flax.serialization`.
 
-Apart from the dataclasses themselves, which the command line reads without Flax. Imports `metrics`, `report`,
-`statistics`.
+Apart from the dataclasses themselves, which the command line reads without Flax.
 """
 
 from __future__ import annotations

@@ -511,7 +511,7 @@ def _squared(outputs, targets):
 
 QUANTIZED = {name: {"kernel": np.full((4, 4), 3, np.int8)} for name in "ab"}
 MODEL = (QUANTIZED, _quantized, normal(5, 4))
-LOSS = (normal(5, 4), _squared)
+LOSS = {"targets": normal(5, 4), "loss_fn": _squared}
 # What a tree of quantized weights is told: a report's text, or an error.
 TOLD = {
     "analyze": lambda: str(jaxeff.analyze(QUANTIZED)),
@@ -519,8 +519,8 @@ TOLD = {
     "a page": lambda: page.render(jaxeff.analyze(QUANTIZED)),
     "a notebook": lambda: jaxeff.analyze(QUANTIZED)._repr_html_(),
     "masks": lambda: prune.masks(prune.scored(QUANTIZED), 0.5),
-    "sensitivity": lambda: prune.sensitivity(*MODEL, *LOSS, (0.5,)),
-    "compare_criteria": lambda: jaxeff.compare_criteria(*MODEL, *LOSS),
+    "sensitivity": lambda: prune.sensitivity(*MODEL, **LOSS, sparsities=(0.5,)),
+    "compare_criteria": lambda: jaxeff.compare_criteria(*MODEL, **LOSS),
 }
 
 

@@ -44,7 +44,7 @@ def _removed(params, order, count):
 def test_a_global_curve_removes_the_smallest_scores_of_the_model(linear):
     params, x, y = linear
     compared = jaxeff.compare_criteria(
-        params, _linear, x, y, squared, ("magnitude",), fractions=(0, 0.3, 0.9)
+        params, _linear, x, targets=y, loss_fn=squared, criteria=("magnitude",), fractions=(0, 0.3, 0.9)
     )
     order = np.argsort(np.concatenate([np.abs(w).ravel() for w in params.values()]))
     expected = [
@@ -58,7 +58,14 @@ def test_a_global_curve_removes_the_smallest_scores_of_the_model(linear):
 def test_a_curve_by_layer_removes_the_same_fraction_of_each(linear):
     params, x, y = linear
     compared = jaxeff.compare_criteria(
-        params, _linear, x, y, squared, ("magnitude",), fractions=(0, 0.5), scope="layer"
+        params,
+        _linear,
+        x,
+        targets=y,
+        loss_fn=squared,
+        criteria=("magnitude",),
+        fractions=(0, 0.5),
+        scope="layer",
     )
     kept = {path: np.where(np.abs(w) >= np.median(np.abs(w)), w, 0) for path, w in params.items()}
     assert float(compared.loss[0, 1]) == pytest.approx(float(squared(_linear(kept, x), y)), rel=1e-5)
@@ -68,7 +75,12 @@ def test_layers_that_a_scan_stacks_are_layers_of_their_own():
     network = NETWORKS["scanned"]()
     (x,) = network.batch
     compared = jaxeff.compare_criteria(
-        *network.arguments, np.zeros((16, 6)), squared, ("magnitude",), fractions=(0, 0.5), scope="layer"
+        *network.arguments,
+        ("magnitude",),
+        loss_fn=squared,
+        targets=np.zeros((16, 6)),
+        fractions=(0, 0.5),
+        scope="layer",
     )
     kernel = np.asarray(network.variables["params"]["stack"]["dense"]["kernel"])
     kept = np.stack([np.where(np.abs(w) >= np.median(np.abs(w)), w, 0) for w in kernel])
@@ -80,7 +92,9 @@ def test_layers_that_a_scan_stacks_are_layers_of_their_own():
 def test_equal_scores_go_by_index(linear):
     params, x, y = linear
     same = lambda weight, site: jnp.ones_like(weight)  # noqa: E731
-    compared = jaxeff.compare_criteria(params, _linear, x, y, squared, same, fractions=(0, 0.25))
+    compared = jaxeff.compare_criteria(
+        params, _linear, x, targets=y, loss_fn=squared, criteria=same, fractions=(0, 0.25)
+    )
     expected = squared(_linear(_removed(params, np.arange(32), 8), x), y)
     assert float(compared.loss[0, 1]) == pytest.approx(float(expected), rel=1e-5)
 
@@ -88,7 +102,9 @@ def test_equal_scores_go_by_index(linear):
 def test_rank_correlations_are_spearmans(linear):
     params, x, y = linear
     negative = lambda weight, site: 1 / jnp.abs(weight)  # noqa: E731
-    compared = jaxeff.compare_criteria(params, _linear, x, y, squared, ("magnitude", negative, "random"))
+    compared = jaxeff.compare_criteria(
+        params, _linear, x, targets=y, loss_fn=squared, criteria=("magnitude", negative, "random")
+    )
     np.testing.assert_allclose(np.diag(compared.rank_correlation), 1, rtol=1e-6)
     np.testing.assert_allclose(compared.rank_correlation[0, 1], -1, rtol=1e-6)
     assert abs(float(compared.rank_correlation[0, 2])) < 0.6
@@ -96,7 +112,9 @@ def test_rank_correlations_are_spearmans(linear):
 
 def test_the_same_seed_gives_the_same_controls(linear):
     params, x, y = linear
-    compare = lambda seed: jaxeff.compare_criteria(params, _linear, x, y, squared, "magnitude", seed=seed)  # noqa: E731
+    compare = lambda seed: jaxeff.compare_criteria(  # noqa: E731
+        params, _linear, x, targets=y, loss_fn=squared, criteria="magnitude", seed=seed
+    )
     first, again, other = compare(0), compare(0), compare(1)
     assert np.array_equal(first.random_loss, again.random_loss)
     assert not np.array_equal(first.random_loss, other.random_loss)
@@ -106,7 +124,9 @@ def test_the_same_seed_gives_the_same_controls(linear):
 def test_the_loss_may_be_measured_on_other_data(linear):
     params, x, y = linear
     other = normal(3, 5, seed=1), normal(3, 3, seed=2)
-    compared = jaxeff.compare_criteria(params, _linear, x, y, squared, "taylor", held_out=other)
+    compared = jaxeff.compare_criteria(
+        params, _linear, x, targets=y, loss_fn=squared, criteria="taylor", held_out=other
+    )
     assert float(compared.loss[0, 0]) == pytest.approx(
         float(squared(_linear(params, other[0]), other[1])), rel=1e-5
     )
@@ -124,7 +144,7 @@ BAD = {
 def test_bad_input_is_named(keywords, said, linear):
     params, x, y = linear
     with pytest.raises(ValueError, match=said):
-        jaxeff.compare_criteria(params, _linear, x, y, squared, **keywords)
+        jaxeff.compare_criteria(params, _linear, x, targets=y, loss_fn=squared, **keywords)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -137,9 +157,9 @@ def test_criteria_beat_removal_at_random_on_digits(seed):
             state.params,
             state.apply_fn,
             training.images[:256],
-            training.labels[:256],
-            cross_entropy,
-            CRITERIA,
+            targets=training.labels[:256],
+            loss_fn=cross_entropy,
+            criteria=CRITERIA,
             scope=scope,
             held_out=(test.images, test.labels),
         )

@@ -243,7 +243,7 @@ def test_what_is_wrong_is_named(call, message):
 def test_sensitivity_prunes_one_block_at_a_time():
     y = np.zeros((16, 5), np.float32)
     loss = lambda outputs, targets: jnp.mean(jnp.square(outputs - targets))  # noqa: E731
-    found = prune.sensitivity(PARAMS, model, X, y, loss, (0.5,))
+    found = prune.sensitivity(PARAMS, model, X, targets=y, loss_fn=loss, sparsities=(0.5,))
     assert found.paths == (*NAMES["out"], *NAMES["q"], "head") and found.sizes == (64,) * 6 + (40,)
     for path, measured in zip(found.paths, found.losses[:, 0], strict=True):
         keys, _, block = path.removesuffix("]").partition("[")

@@ -1,4 +1,4 @@
-"""A checkpoint -> the report of its magnitudes. Imports `opening`, `measuring`, `records`, `report`."""
+"""A checkpoint -> the report of its magnitudes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxeff.checkpoints import _measuring as measuring
 from jaxeff.checkpoints import _reading as reading
-from jaxeff.checkpoints._measuring import SORTED, Measured, Units
+from jaxeff.checkpoints._measuring import SORTED, MeasuredWeight, Units
 from jaxeff.checkpoints._opening import Checkpoint, open_checkpoint
 from jaxeff.checkpoints._reading import Progress
 from jaxeff.checkpoints._stored import Stored
@@ -83,8 +83,8 @@ def analyze(checkpoint: Checkpoint, *, curves: bool = False, progress: bool = Tr
 
 def _measured(
     weights: Sequence[Stored], axes: Sequence[int], progress: Progress, curves: bool
-) -> tuple[list[Measured], list[Units]]:
-    found: dict[int, tuple[Measured, Units]] = {}
+) -> tuple[list[MeasuredWeight], list[Units]]:
+    found: dict[int, tuple[MeasuredWeight, Units]] = {}
 
     def small() -> Iterator[tuple[Hashable, int, tuple[int, np.ndarray]]]:
         for index, (weight, axis) in enumerate(zip(weights, axes, strict=True)):
@@ -119,7 +119,7 @@ def _structure(stored: Stored, unit_axis: int) -> LayerStructure:
     )
 
 
-def _numbers(measured: Sequence[Measured], units: Sequence[Units]) -> LayerNumbers:
+def _numbers(measured: Sequence[MeasuredWeight], units: Sequence[Units]) -> LayerNumbers:
     if not measured:
         return none_of(LayerNumbers)
     metrics = measuring.metrics_of_all(measured)

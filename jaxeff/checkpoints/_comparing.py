@@ -1,4 +1,4 @@
-"""Two checkpoints -> what changed between them. Imports `opening`, `measuring`, `serialization`, `table`."""
+"""Two checkpoints -> what changed between them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from jaxeff.checkpoints import _measuring as measuring
 from jaxeff.checkpoints import _reading as reading
 from jaxeff.checkpoints._counting import counts_of
-from jaxeff.checkpoints._measuring import SORTED, Measured
+from jaxeff.checkpoints._measuring import SORTED, MeasuredWeight
 from jaxeff.checkpoints._opening import Checkpoint, open_checkpoint
 from jaxeff.checkpoints._reading import Progress, pieces
 from jaxeff.checkpoints._stored import Stored
@@ -125,7 +125,7 @@ def compare(a: Checkpoint, b: Checkpoint, *, progress: bool = True) -> Checkpoin
 def _weight_changes(pairs: Sequence[tuple[Stored, Stored]], progress: Progress) -> list[WeightChange]:
     if not pairs:
         return []
-    found: dict[int, tuple[Measured, Measured, float]] = {}
+    found: dict[int, tuple[MeasuredWeight, MeasuredWeight, float]] = {}
 
     def small() -> Iterator[tuple[Hashable, int, tuple[int, np.ndarray, np.ndarray]]]:
         for index, pair in enumerate(pairs):
@@ -153,7 +153,7 @@ def _weight_changes(pairs: Sequence[tuple[Stored, Stored]], progress: Progress) 
     return list(map(WeightChange, names, shapes, utilization, gini, changes))
 
 
-def _measured(a: Stored, b: Stored, progress: Progress) -> tuple[Measured, Measured, float]:
+def _measured(a: Stored, b: Stored, progress: Progress) -> tuple[MeasuredWeight, MeasuredWeight, float]:
     """A large weight, piece by piece of both."""
     assert a.dtype is not None and b.dtype is not None
     counts, distance = (counts_of(a.dtype), counts_of(b.dtype)), _Distance()

@@ -1,7 +1,6 @@
 """Arrays of a checkpoint -> their numbers, on the host.
 
 Large arrays are counted piece by piece; small ones are read whole and sorted, those of one shape at once.
-Imports `counting`, `reading`, `stored`, `metrics`, `records`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def magnitudes(elements: np.ndarray) -> np.ndarray:
     return np.abs(wide, out=wide)
 
 
-class Measured(NamedTuple):
+class MeasuredWeight(NamedTuple):
     """What one weight's magnitudes are reduced to.
 
     Attributes:
@@ -58,15 +57,15 @@ class Units(NamedTuple):
     largest: np.float32
 
 
-def measured(counted: Counted, curves: bool = False) -> Measured:
+def measured(counted: Counted, curves: bool = False) -> MeasuredWeight:
     """A weight that was counted."""
     sums = sums_of(counted.spread)
     if counted.squares is not None:
         sums[SQUARES] = counted.squares
-    return Measured(sums, counted.integers, cells_of(counted.spread) if curves else None)
+    return MeasuredWeight(sums, counted.integers, cells_of(counted.spread) if curves else None)
 
 
-def measured_rows(x: np.ndarray, curves: bool = False) -> list[Measured]:
+def measured_rows(x: np.ndarray, curves: bool = False) -> list[MeasuredWeight]:
     """The weights in the rows of x [weights, n], magnitudes in float32."""
     bits = np.sort(x.view(np.uint32), axis=1)  # in half the time of floats
     ends = [1, *limits(np.float32), np.uint32(0x7F800000)]
@@ -88,7 +87,7 @@ def measured_rows(x: np.ndarray, curves: bool = False) -> list[Measured]:
             cells_of(Spread(Weighted(row, one, None, None, most), (a, b, c, d)))
             for row, one, most, a, b, c, d in rows
         ]
-    return list(map(Measured, sums, integers, cells))
+    return list(map(MeasuredWeight, sums, integers, cells))
 
 
 def units_of_rows(x: np.ndarray, shape: tuple[int, ...], axis: int) -> list[Units]:
@@ -106,7 +105,7 @@ def units_of(sums: np.ndarray, largest: np.ndarray) -> list[Units]:
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def metrics_of_all(found: Sequence[Measured]) -> Metrics:
+def metrics_of_all(found: Sequence[MeasuredWeight]) -> Metrics:
     """Stack the metrics of all weights: each field is [weights]."""
     most = np.iinfo(np.int32).max
     integers = np.minimum([each.integers for each in found], most).astype(np.int32)
@@ -118,7 +117,7 @@ def _narrowed(numbers: np.ndarray) -> np.ndarray:
     return numbers.astype(np.float32) if numbers.dtype.kind == "f" else numbers
 
 
-def measure(stored: Stored, unit_axis: int, progress: Progress, curves: bool) -> tuple[Measured, Units]:
+def measure(stored: Stored, unit_axis: int, progress: Progress, curves: bool) -> tuple[MeasuredWeight, Units]:
     """A large weight, in one pass over it."""
     assert stored.dtype is not None
     counts, units = counts_of(stored.dtype), UnitSums(stored.shape, unit_axis)

@@ -1,7 +1,7 @@
 """Flax's msgpack: a tree of maps whose leaves are arrays, each a shape, a dtype and bytes.
 
 `flax.serialization.msgpack_restore` reads a whole file into memory; this walks over it and remembers where
-each array lies. Nothing in the format can hold code. Imports `stored`.
+each array lies. Nothing in the format can hold code.
 
 References:
     https://github.com/msgpack/msgpack/blob/master/spec.md

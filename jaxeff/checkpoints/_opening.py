@@ -1,7 +1,4 @@
-"""A path -> the arrays of the checkpoint that lies there, whatever its format.
-
-Imports `shards`, `stored` and the formats.
-"""
+"""A path -> the arrays of the checkpoint that lies there, whatever its format."""
 
 from __future__ import annotations
 

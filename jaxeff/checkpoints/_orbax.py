@@ -2,7 +2,6 @@
 
 The tree is read from Orbax's file, for Orbax itself would open all arrays at once, and report one that is
 missing in several lines. The arrays are read by tensorstore, as many rows at a time as are stored together.
-Imports `stored`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A report of a checkpoint as text. Imports `table`, `report`."""
+"""A report of a checkpoint as text."""
 
 from __future__ import annotations
 

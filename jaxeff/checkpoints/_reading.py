@@ -1,4 +1,4 @@
-"""Arrays that stream by in pieces, or whole where they are small. Imports `stored`, `progress`."""
+"""Arrays that stream by in pieces, or whole where they are small."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """safetensors: the length of a JSON header, the header, and the arrays one after the other.
 
 Only the header of a file is read. The rules are those of the format: the arrays fill the file without overlap
-or gap. Imports `stored`.
+or gap.
 
 References:
     https://github.com/huggingface/safetensors, "Format"

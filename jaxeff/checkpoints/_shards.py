@@ -1,7 +1,7 @@
 """Checkpoints in several files: an index in JSON says which file holds which array.
 
 Only the index and the names in each file are read. The index is as Hugging Face writes it, for safetensors
-and for Flax's msgpack. Imports `stored`.
+and for Flax's msgpack.
 """
 
 from __future__ import annotations

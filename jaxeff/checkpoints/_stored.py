@@ -1,6 +1,6 @@
 """One array as it lies in a checkpoint: what it is called, what it holds, and how to read a part of it.
 
-Every format is a function from a path to these. Imports nothing of jaxeff.
+Every format is a function from a path to these.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ from jaxeff.cost._compiling import Compiled as Compiled
 from jaxeff.cost._compiling import compiled as compiled
 from jaxeff.cost._counting import count as count
 from jaxeff.cost._counting import count_function as count_function
-from jaxeff.cost._footprint import Kept as Kept
+from jaxeff.cost._footprint import GradientMemory as GradientMemory
 from jaxeff.cost._footprint import Memory as Memory
-from jaxeff.cost._footprint import Pass as Pass
+from jaxeff.cost._footprint import SavedResidual as SavedResidual
 from jaxeff.cost._footprint import Size as Size
 from jaxeff.cost._footprint import memory as memory
 from jaxeff.cost._records import Cost as Cost

@@ -1,7 +1,4 @@
-"""A function and shapes -> what XLA says of the compiled program, of one device.
-
-Imports nothing of jaxeff.
-"""
+"""A function and shapes -> what XLA says of the compiled program, of one device."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""params, apply_fn, batch -> Cost.
-
-Imports `leaves`, `models`, `graph`, `records`, `tally`, `training`.
-"""
+"""params, apply_fn, batch -> Cost."""
 
 from __future__ import annotations
 

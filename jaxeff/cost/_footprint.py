@@ -1,7 +1,4 @@
-"""params, apply_fn, batch -> Memory.
-
-Imports `leaves`, `models`, `graph`, `compiling`, `storage`, `tables`, `training`.
-"""
+"""params, apply_fn, batch -> Memory."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ class Size:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class SavedResidual:
     """One array that the forward pass keeps for the backward pass, parameters and inputs left out.
 
     Attributes:
@@ -57,7 +54,7 @@ class Kept:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass:
+class GradientMemory:
     """What a gradient holds in memory.
 
     Attributes:
@@ -66,7 +63,7 @@ class Pass:
         compiled: what XLA says of the compiled gradient, on each device; None where it was not compiled.
     """
 
-    kept: tuple[Kept, ...]
+    kept: tuple[SavedResidual, ...]
     compiled: Compiled | None
 
     @property
@@ -104,8 +101,8 @@ class Memory:
     optimizer_state: dict[str, Size] | None
     parameter_bytes_per_device: int | None
     forward: Compiled | None
-    without_remat: Pass | None
-    with_remat: Pass | None
+    without_remat: GradientMemory | None
+    with_remat: GradientMemory | None
     own_remat: bool
     storage: dict[str, Storage]
 
@@ -223,20 +220,22 @@ def _per_device(tree: Any) -> int | None:
     return total
 
 
-def _gradient(bound: Bound, call: training.Call, loss_fn: Callable, targets: Any, compile: bool) -> Pass:
+def _gradient(
+    bound: Bound, call: training.Call, loss_fn: Callable, targets: Any, compile: bool
+) -> GradientMemory:
     kept = _kept(training.differentiated(bound, call, loss_fn, targets))
     if not compile:
-        return Pass(kept, None)
+        return GradientMemory(kept, None)
     loss = training.loss_of(call, loss_fn)
     params, rest = training.split_floating(bound.params)
 
     def gradient(params: Any, rest: Any, inputs: Any, targets: Any) -> Any:
         return jax.value_and_grad(lambda params: loss(training.joined(params, rest), inputs, targets))(params)
 
-    return Pass(kept, compiled(gradient, params, rest, bound.inputs, targets))
+    return GradientMemory(kept, compiled(gradient, params, rest, bound.inputs, targets))
 
 
-def _kept(gradient: training.Gradient) -> tuple[Kept, ...]:
+def _kept(gradient: training.Gradient) -> tuple[SavedResidual, ...]:
     """What the forward program hands to the backward program, and has made itself."""
     program = graph.flatten(gradient.forward)
     count = len(program.outputs)
@@ -245,11 +244,13 @@ def _kept(gradient: training.Gradient) -> tuple[Kept, ...]:
     )
     given = {*program.inputs, *program.constants}
     made = {output: operation.name for operation in program.operations for output in operation.outputs}
-    found = [Kept(made[value], value.shape, str(value.dtype)) for value in handed if value not in given]
+    found = [
+        SavedResidual(made[value], value.shape, str(value.dtype)) for value in handed if value not in given
+    ]
     return tuple(_largest_first(found))
 
 
-def _largest_first(found: Iterable[Kept]) -> list[Kept]:
+def _largest_first(found: Iterable[SavedResidual]) -> list[SavedResidual]:
     return sorted(found, key=lambda array: array.bytes, reverse=True)
 
 

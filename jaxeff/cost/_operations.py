@@ -1,7 +1,7 @@
 """Operation -> Work, or why it is not counted.
 
 Every primitive is in one of the tables below, or in `graph.primitives` with the reason why it is not
-counted: what is in none is reported, never taken as free. Imports `graph`, `work`.
+counted: what is in none is reported, never taken as free.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""params, masks -> the bytes of each weight, stored in four ways.
-
-Imports `leaves`, `training`.
-"""
+"""params, masks -> the bytes of each weight, stored in four ways."""
 
 from __future__ import annotations
 

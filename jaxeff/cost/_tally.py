@@ -1,7 +1,4 @@
-"""Program -> what each of its operations does: the entries and statements of a `Cost`.
-
-Imports `graph`, `operations`, `records`, `work`.
-"""
+"""Program -> what each of its operations does: the entries and statements of a `Cost`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A function and its arguments -> how long it takes, and what bounds it.
-
-Imports `compiling`, `counting`, `records`, `tables`.
-"""
+"""A function and its arguments -> how long it takes, and what bounds it."""
 
 from __future__ import annotations
 

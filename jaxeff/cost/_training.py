@@ -1,7 +1,6 @@
 """The programs of a training step: its forward and backward pass, and the optimizer's update.
 
 In: a bound model, a loss, an optimizer; shapes will do for arrays. Out: traced programs. Nothing runs.
-Imports `models`, `functions`.
 """
 
 from __future__ import annotations

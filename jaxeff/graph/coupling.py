@@ -3,7 +3,7 @@
 In: a `Program` and which of its inputs are leaves. Out: `Coupled` groups, whose elements may be removed one
 by one, or why they may not. The rules hold for one promise: if the elements removed are taken out of
 every dimension that their labels stand in, then what is left of every value is what the program
-computes when the leaves are 0 there. Imports `labels`, `program`, `provenance`, `rules`.
+computes when the leaves are 0 there.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Every index of every dimension of a program has a label. Two labels that are joined are removed
 together. A label may be the product of two others, a major and a minor one: index 5 of a dimension of
 4 x 3 is row 1, column 2, and is removed when either of them is. A label that is locked stays. Slices
-and concatenations are then slices and concatenations of label arrays. Imports nothing of jaxeff.
+and concatenations are then slices and concatenations of label arrays.
 """
 
 from __future__ import annotations

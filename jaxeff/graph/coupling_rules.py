@@ -1,8 +1,7 @@
 """What each operation does to the labels of its operands' dimensions.
 
 In: an `Operation` and its operands, `Described`. Out: its outputs, described, with labels joined and locked
-on the way. What has no rule is locked. Imports `labels`, `nonlinearities`, `primitives`, `program`,
-`provenance`.
+on the way. What has no rule is locked.
 """
 
 from __future__ import annotations

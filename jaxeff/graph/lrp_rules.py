@@ -11,7 +11,7 @@ conserve it.
   shares apart (the alpha-beta rule).
 - What is added takes its share, and so do biases and constants.
 
-Structure only is found here. Imports the rest of `graph`.
+Structure only is found here.
 
 References:
     Bach et al., On Pixel-Wise Explanations for Non-Linear Classifier Decisions by Layer-Wise Relevance

@@ -1,4 +1,4 @@
-"""From one score a weight to one a unit, an attention head or a layer. Imports `meshes`, `statistics`."""
+"""From one score a weight to one a unit, an attention head or a layer."""
 
 from __future__ import annotations
 

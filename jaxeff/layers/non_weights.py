@@ -1,7 +1,4 @@
-"""Leaves of `params` that are no weights: biases, scales, integers.
-
-Imports `numerics`, `records`, `statistics`.
-"""
+"""Leaves of `params` that are no weights: biases, scales, integers."""
 
 from __future__ import annotations
 

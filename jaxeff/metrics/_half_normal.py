@@ -1,4 +1,4 @@
-"""What noise is: |z| and z^2 of a normal z, in closed form. Imports `metrics`, `records`."""
+"""What noise is: |z| and z^2 of a normal z, in closed form."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Models as pure functions: whatever a user trains -> `function(params, inputs)` and all that it reads.
 
 In: `params`, `apply_fn` and `batch` as the user has them, or an NNX model. Out: a `Model`. What does
-not fit is named here, once. Imports `functions`, `leaves`.
+not fit is named here, once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Functions that are hashable by content: equal exactly when they compute the same.
 
 `jax.jit` then traces and compiles each once: a bound `Module.apply` of an equal Linen module, an NNX
-model of equal structure, or any function whose traced program is the same. Imports `leaves`.
+model of equal structure, or any function whose traced program is the same.
 """
 
 from __future__ import annotations

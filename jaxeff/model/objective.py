@@ -1,8 +1,7 @@
 """A loss over a model: what is static of it, the arrays that it reads, and the same for one example.
 
 In: a `Model`, `loss_fn` and `targets`, each checked and named when it does not fit. Out: an
-`Objective`, equal to another that computes the same, and its `Arrays`. Imports `functions`, `meshes`,
-`models`.
+`Objective`, equal to another that computes the same, and its `Arrays`.
 """
 
 from __future__ import annotations

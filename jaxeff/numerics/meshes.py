@@ -2,7 +2,7 @@
 
 JAX refuses an operation whose layout it cannot tell from the types of its operands: a sort along an axis
 that lies in parts, a reshape that cuts or merges one. Where no axis is explicit the compiler lays arrays
-out, and the functions of this module do nothing. Imports nothing of jaxeff.
+out, and the functions of this module do nothing.
 """
 
 from __future__ import annotations

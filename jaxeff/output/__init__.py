@@ -1,1 +1,1 @@
-"""What people see while and after they wait: text, progress, files. Imports nothing of jaxeff."""
+"""What people see while and after they wait: text, progress, files."""

@@ -1,4 +1,4 @@
-"""A progress bar on standard error, for what takes seconds. Imports nothing of jaxeff."""
+"""A progress bar on standard error, for what takes seconds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What is asked for, axes to draw it on, and colours that all people tell apart.
-
-Imports `records`, `report`.
-"""
+"""What is asked for, axes to draw it on, and colours that all people tell apart."""
 
 from __future__ import annotations
 
@@ -70,16 +67,16 @@ def chosen(report: Report, paths: Sequence[str] | None) -> list[LayerReport]:
     return [concrete[path] for path in paths]
 
 
-def axes_or_new(axes: Axes | None, **subplot: Any) -> Axes:
+def axes_or_new(ax: Axes | None, **subplot: Any) -> Axes:
     """
     Raises:
         ImportError: Matplotlib is not installed.
-        TypeError: `axes` is something else.
+        TypeError: `ax` is something else.
     """
-    if axes is None:
+    if ax is None:
         return _matplotlib("pyplot").subplots(subplot_kw=subplot, layout="constrained")[1]
-    check_kind("axes", axes, _matplotlib("axes").Axes, "pyplot.subplots()[1]")
-    return axes
+    check_kind("ax", ax, _matplotlib("axes").Axes, "pyplot.subplots()[1]")
+    return ax
 
 
 def _matplotlib(part: str) -> Any:

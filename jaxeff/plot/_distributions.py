@@ -1,4 +1,4 @@
-"""How the importance of layers is spread over their weights. Imports `canvas`, `distribution`."""
+"""How the importance of layers is spread over their weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def importances(report: Report, paths: Sequence[str] | None = None, axes: Axes | None = None) -> Axes:
+def importances(report: Report, paths: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
     """A histogram for each layer: how many weights have so many times the mean importance.
 
     Heights are fractions of the weights per octave. What is below 2^-10 of the mean, zeros included, is left
@@ -36,7 +36,7 @@ def importances(report: Report, paths: Sequence[str] | None = None, axes: Axes |
     Args:
         report: of one model, from `jaxeff.analyze(..., curves=True)`.
         paths: of the layers to draw; all unless given.
-        axes: to draw on; those of a new pyplot figure unless given.
+        ax: to draw on; those of a new pyplot figure unless given.
 
     Raises:
         ImportError: Matplotlib is not installed.
@@ -44,7 +44,7 @@ def importances(report: Report, paths: Sequence[str] | None = None, axes: Axes |
         TypeError: an argument is not of its kind.
         ValueError: the report has no curves, or is of several models.
     """
-    rows, drawn = chosen(report, paths), axes_or_new(axes)
+    rows, drawn = chosen(report, paths), axes_or_new(ax)
     if why := _nothing(rows):
         return say(drawn, why)
     widths = np.diff(np.log2(EDGES))
@@ -59,7 +59,7 @@ def importances(report: Report, paths: Sequence[str] | None = None, axes: Axes |
     return drawn
 
 
-def lorenz(report: Report, path: str, axes: Axes | None = None) -> Axes:
+def lorenz(report: Report, path: str, ax: Axes | None = None) -> Axes:
     """The Lorenz curve of one layer: the share of the importance that the faintest weights hold.
 
     Beside that of its weights (drawn where the report has curves; else at the three coverages alone), that of
@@ -68,7 +68,7 @@ def lorenz(report: Report, path: str, axes: Axes | None = None) -> Axes:
     Args:
         report: of one model.
         path: of the layer.
-        axes: to draw on; those of a new pyplot figure unless given.
+        ax: to draw on; those of a new pyplot figure unless given.
 
     Raises:
         ImportError: Matplotlib is not installed.
@@ -76,7 +76,7 @@ def lorenz(report: Report, path: str, axes: Axes | None = None) -> Axes:
         TypeError: an argument is not of its kind.
         ValueError: the report is of several models.
     """
-    row, drawn = single(report)[path], axes_or_new(axes)
+    row, drawn = single(report)[path], axes_or_new(ax)
     _ = drawn.set_title(path)
     units = np.sort(np.asarray(row.units, np.float64).ravel())
     if not 0 < units.sum() < math.inf:
@@ -96,7 +96,7 @@ def lorenz(report: Report, path: str, axes: Axes | None = None) -> Axes:
     return drawn
 
 
-def cumulative(report: Report, paths: Sequence[str] | None = None, axes: Axes | None = None) -> Axes:
+def cumulative(report: Report, paths: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
     """For each layer, the share of the importance that its most important weights hold.
 
     The Lorenz curve from the other end: where a line crosses 80 %, the layer's `coverage_80` is read off.
@@ -104,12 +104,12 @@ def cumulative(report: Report, paths: Sequence[str] | None = None, axes: Axes | 
     Args:
         report: of one model, from `jaxeff.analyze(..., curves=True)`.
         paths: of the layers to draw; all unless given.
-        axes: to draw on; those of a new pyplot figure unless given.
+        ax: to draw on; those of a new pyplot figure unless given.
 
     Raises:
         ImportError, KeyError, TypeError, ValueError: as of `importances`.
     """
-    rows, drawn = chosen(report, paths), axes_or_new(axes)
+    rows, drawn = chosen(report, paths), axes_or_new(ax)
     if why := _nothing(rows):
         return say(drawn, why)
     for index, row in enumerate(rows):

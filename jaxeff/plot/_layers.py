@@ -1,4 +1,4 @@
-"""Layers beside each other, over training, and unit by unit. Imports `canvas`."""
+"""Layers beside each other, over training, and unit by unit."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
 _METRICS = tuple(field.name for field in dataclasses.fields(Metrics))
 
 
-def layers(report: Report, metric: str = "utilization", axes: Axes | None = None) -> Axes:
+def layers(report: Report, metric: str = "utilization", ax: Axes | None = None) -> Axes:
     """A bar for each layer in forward order, from above; a line across it is where noise would be.
 
     Args:
         report: of one model.
         metric: a field of `jaxeff.metrics.Metrics`.
-        axes: to draw on; those of a new pyplot figure unless given.
+        ax: to draw on; those of a new pyplot figure unless given.
 
     Raises:
         ImportError: Matplotlib is not installed.
         TypeError: an argument is not of its kind.
         ValueError: no such metric, or the report is of several models.
     """
-    name, rows, drawn = _known(metric), single(report).rows, axes_or_new(axes)
+    name, rows, drawn = _known(metric), single(report).rows, axes_or_new(ax)
     values = [float(getattr(row.metrics, name)) for row in rows]
     if not any_finite(values):
         return say(drawn, _no_finite(metric) if rows else NO_LAYER)
@@ -81,7 +81,7 @@ def _null(row: LayerReport, metric: str) -> Any:
 SPOKES = ("utilization", "entropy", "equality", "units in use", "coverage of 80 %", "not faint")
 
 
-def radar(report: Report, paths: Sequence[str] | None = None, axes: Axes | None = None) -> Axes:
+def radar(report: Report, paths: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
     """Six numbers of each layer around a circle, from 0 at its centre to 1: the larger, the more is in use.
 
     utilization; normalized entropy; 1 - Gini; effective units over units; coverage_80; and what part of the
@@ -90,7 +90,7 @@ def radar(report: Report, paths: Sequence[str] | None = None, axes: Axes | None 
     Args:
         report: of one model.
         paths: of the layers to draw; all unless given.
-        axes: polar ones to draw on; those of a new pyplot figure unless given.
+        ax: polar axes to draw on; those of a new pyplot figure unless given.
 
     Raises:
         ImportError: Matplotlib is not installed.
@@ -98,9 +98,9 @@ def radar(report: Report, paths: Sequence[str] | None = None, axes: Axes | None 
         TypeError: an argument is not of its kind.
         ValueError: the axes are not polar, or the report is of several models.
     """
-    rows, drawn = chosen(report, paths), axes_or_new(axes, projection="polar")
+    rows, drawn = chosen(report, paths), axes_or_new(ax, projection="polar")
     if drawn.name != "polar":
-        raise ValueError("`axes` must be polar: pyplot.subplots(subplot_kw={'projection': 'polar'})")
+        raise ValueError("`ax` must be polar: pyplot.subplots(subplot_kw={'projection': 'polar'})")
     spokes = [_spokes(row) for row in rows]
     if not any(np.isfinite(values).all() for values in spokes):
         return say(drawn, NO_IMPORTANCE if rows else NO_LAYER)
@@ -129,13 +129,13 @@ def _spokes(row: LayerReport) -> list[float]:
     return [float(value) for value in found]
 
 
-def units(report: Report, path: str, axes: Axes | None = None, *, columns: int = 32) -> Axes:
+def units(report: Report, path: str, ax: Axes | None = None, *, columns: int = 32) -> Axes:
     """The importance of every unit of a layer over their mean, as a map.
 
     Args:
         report: of one model.
         path: of the layer.
-        axes: to draw on; those of a new pyplot figure unless given.
+        ax: to draw on; those of a new pyplot figure unless given.
         columns: units in a line; where the units have two axes (heads and their features), a line is one
             index of the first.
 
@@ -145,7 +145,7 @@ def units(report: Report, path: str, axes: Axes | None = None, *, columns: int =
         TypeError: an argument is not of its kind.
         ValueError: the report is of several models.
     """
-    row, drawn = single(report)[path], axes_or_new(axes)
+    row, drawn = single(report)[path], axes_or_new(ax)
     _ = drawn.set_title(path)
     found = np.asarray(row.units, np.float64)
     if not any_finite(found):
@@ -166,7 +166,7 @@ def units(report: Report, path: str, axes: Axes | None = None, *, columns: int =
 def history(
     reports: Report | Sequence[Report],
     metric: str = "utilization",
-    axes: Axes | None = None,
+    ax: Axes | None = None,
     *,
     steps: Sequence[float] | None = None,
 ) -> Axes:
@@ -175,7 +175,7 @@ def history(
     Args:
         reports: of one model at several steps: in a list, or stacked, as `jax.lax.scan` gives them.
         metric: a field of `jaxeff.metrics.Metrics`.
-        axes: to draw on; those of a new pyplot figure unless given.
+        ax: to draw on; those of a new pyplot figure unless given.
         steps: where on the horizontal axis each report stands; 0, 1, 2, ... unless given.
 
     Raises:
@@ -188,7 +188,7 @@ def history(
     at = range(len(values)) if steps is None else steps
     if len(at) != len(values):
         raise ValueError(f"`steps` must be one for each of {len(values)} reports; got {len(at)}")
-    drawn = axes_or_new(axes)
+    drawn = axes_or_new(ax)
     if not any_finite(values):
         return say(drawn, _no_finite(metric) if paths else NO_LAYER)
     for index, path in enumerate(paths):

@@ -1,7 +1,4 @@
-"""What was measured beside a report: losses of pruned layers, speed-ups, criteria, and routes.
-
-Imports `canvas`, `comparison`, `pathways`, `prune`.
-"""
+"""What was measured beside a report: losses of pruned layers, speed-ups, criteria, and routes."""
 
 from __future__ import annotations
 
@@ -19,12 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def sensitivity(sensitivity: Sensitivity, axes: Axes | None = None) -> Axes:
+def sensitivity(sensitivity: Sensitivity, ax: Axes | None = None) -> Axes:
     """A line for each layer: the loss over the sparsity of that layer alone, from 0; dashed, the dense loss.
 
     Args:
         sensitivity: from `jaxeff.prune.sensitivity`.
-        axes: to draw on; those of a new pyplot figure unless given.
+        ax: to draw on; those of a new pyplot figure unless given.
 
     Returns:
         The axes, for labels and limits of your own; `axes.figure.savefig(path)` saves them.
@@ -34,7 +31,7 @@ def sensitivity(sensitivity: Sensitivity, axes: Axes | None = None) -> Axes:
         TypeError: an argument is not of its kind.
     """
     check_kind("sensitivity", sensitivity, Sensitivity, "jaxeff.prune.sensitivity")
-    drawn = axes_or_new(axes)
+    drawn = axes_or_new(ax)
     if not any_finite(sensitivity.losses):
         return say(drawn, "No loss is finite." if sensitivity.paths else NO_LAYER)
     sparsities = (0.0, *sensitivity.sparsities)
@@ -49,7 +46,7 @@ def sensitivity(sensitivity: Sensitivity, axes: Axes | None = None) -> Axes:
     return drawn
 
 
-def speedups(found: Mapping[float | str, BeforeAndAfter], axes: Axes | None = None) -> Axes:
+def speedups(found: Mapping[float | str, BeforeAndAfter], ax: Axes | None = None) -> Axes:
     """A line for each size of batch: how many times faster the smaller networks ran, measured.
 
     A bar goes from the 10th to the 90th percentile of the runs; dashed, how many times fewer
@@ -57,7 +54,7 @@ def speedups(found: Mapping[float | str, BeforeAndAfter], axes: Axes | None = No
 
     Args:
         found: by where it stands along the axis: the fraction removed, or a name. All of the same batches.
-        axes: to draw on; those of a new pyplot figure unless given.
+        ax: to draw on; those of a new pyplot figure unless given.
 
     Raises:
         ValueError: there is nothing to draw, or the batches differ in size.
@@ -72,7 +69,7 @@ def speedups(found: Mapping[float | str, BeforeAndAfter], axes: Axes | None = No
         raise ValueError(
             f"`found` must hold measurements of the same batches, got sizes {sorted(sizes, key=str)}"
         )
-    drawn = axes_or_new(axes)
+    drawn = axes_or_new(ax)
     places: list[Any] = [*found]
     for index, size in enumerate(sizes.pop()):
         low, median, high = np.array([each.speedups[index] for each in found.values()]).T
@@ -88,19 +85,19 @@ def speedups(found: Mapping[float | str, BeforeAndAfter], axes: Axes | None = No
     return drawn
 
 
-def criteria(comparison: Comparison, axes: Axes | None = None) -> Axes:
+def criteria(comparison: Comparison, ax: Axes | None = None) -> Axes:
     """A line for each criterion: the loss over the fraction of weights removed; grey, removal at random.
 
     Args:
         comparison: from `jaxeff.compare_criteria`.
-        axes: to draw on; those of a new pyplot figure unless given.
+        ax: to draw on; those of a new pyplot figure unless given.
 
     Raises:
         ImportError: Matplotlib is not installed.
         TypeError: an argument is not of its kind.
     """
     check_kind("comparison", comparison, Comparison, "jaxeff.compare_criteria")
-    drawn = axes_or_new(axes)
+    drawn = axes_or_new(ax)
     if not any_finite(comparison.loss):
         return say(drawn, "No loss is finite." if comparison.criteria else "There is no criterion to draw.")
     fractions = np.asarray(comparison.fractions)
@@ -117,21 +114,21 @@ def criteria(comparison: Comparison, axes: Axes | None = None) -> Axes:
     return drawn
 
 
-def pathways(pathways: Pathways, axes: Axes | None = None) -> Axes:
+def pathways(pathways: Pathways, ax: Axes | None = None) -> Axes:
     """The strongest routes as lines from the first units, left, to the last, right; the thicker the stronger.
 
     Units stand in each group's column by their number, the first above.
 
     Args:
         pathways: from `jaxeff.pathways`.
-        axes: to draw on; those of a new pyplot figure unless given.
+        ax: to draw on; those of a new pyplot figure unless given.
 
     Raises:
         ImportError: Matplotlib is not installed.
         TypeError: an argument is not of its kind.
     """
     check_kind("pathways", pathways, Pathways, "jaxeff.pathways")
-    drawn = axes_or_new(axes)
+    drawn = axes_or_new(ax)
     if not pathways.routes:
         return say(drawn, "No route has a strength above 0.")
     strongest = max(route.strength for route in pathways.routes)

@@ -1,4 +1,4 @@
-"""How much of each layer goes, where each is pruned by itself. Imports nothing of jaxeff."""
+"""How much of each layer goes, where each is pruned by itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @runtime_checkable
-class Measured(Protocol):
+class MeasuredAllocation(Protocol):
     """What knows by measurement how much of each layer may go: a `Sensitivity`."""
 
     def allocation(self, sparsity: Any) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 """The statistics of BatchNorm, made anew over many batches.
 
-In: Linen variables and batches. Out: their `batch_stats`. Of jaxeff imports `functions` and `leaves`.
+In: Linen variables and batches. Out: their `batch_stats`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a smaller network saves and what it loses, measured beside the large one.
 
 In: the two networks, batches to run them on, a score. Out: a `BeforeAndAfter`, whose speed-ups are those of
-runs that took place. Imports of jaxeff `cost`, `models`, `table`.
+runs that took place.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Ratios(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class MeasuredNetwork:
     """One network.
 
     Attributes:
@@ -71,8 +71,8 @@ class BeforeAndAfter:
         device: that both ran on.
     """
 
-    before: Measured
-    after: Measured
+    before: MeasuredNetwork
+    after: MeasuredNetwork
     batch_sizes: tuple[int | None, ...]
     device: str
 
@@ -151,7 +151,9 @@ def before_and_after(
         for large, small in zip(bound["before"], bound["after"], strict=True)
     ]
     measured = (
-        Measured(_parameters(each[0]), _bytes(each[0]), scores[name], tuple(run[name] for run in timed))
+        MeasuredNetwork(
+            _parameters(each[0]), _bytes(each[0]), scores[name], tuple(run[name] for run in timed)
+        )
         for name, each in bound.items()
     )
     sizes = tuple(each.batch_size for each in bound["before"])

@@ -1,7 +1,4 @@
-"""Importance by any criterion, measured anew of each state.
-
-Imports `scoring` and `training`; of jaxeff `calibration`.
-"""
+"""Importance by any criterion, measured anew of each state."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from jaxeff.prune._training import State, repeated
 Importance = Callable[[State], Any]
 
 
-def calibrated(
+def criterion(
     criterion: str,
     batches: Iterable[Any],
     *,

@@ -1,7 +1,7 @@
 """Dynamic sparse training: sparse from the first step, with masks that move.
 
 An optimizer and a sparsity -> an optimizer that every few steps drops the smallest weights and grows as many
-others. Imports `layouts`, `masks`, `optimizer`, `schedules`, `scoring`, `selection`.
+others.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which axes of which leaves have to shrink together, and which may.
 
 In: `params`, `apply_fn` and `batch` as `jaxeff.analyze` takes them. Out: `Groups`, which hold importance
-once they are `scored`. Imports of jaxeff `functions`, `graph`, `leaves`, `models`, `precision`.
+once they are `scored`.
 """
 
 from __future__ import annotations

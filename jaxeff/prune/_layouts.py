@@ -1,7 +1,6 @@
 """What each leaf of `params` is to the program: a weight or not, and what its axes index.
 
-Of a program, or of statistics, which hold what it says; without either, by names and shapes. Imports nothing
-of `prune`; of jaxeff `leaves`, `models`, `observation`, `statistics`, `table`.
+Of a program, or of statistics, which hold what it says; without either, by names and shapes.
 """
 
 from __future__ import annotations

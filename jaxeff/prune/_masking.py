@@ -1,7 +1,4 @@
-"""Masks that are made, applied to weights, counted and packed.
-
-Imports nothing of `prune`; of jaxeff `leaves`, `meshes`.
-"""
+"""Masks that are made, applied to weights, counted and packed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Importance -> which weights stay: a mask for each leaf, True = kept.
-
-Imports `allocation`, `layouts`, `patterns`, `selection`; of jaxeff `leaves`, `meshes`.
-"""
+"""Importance -> which weights stay: a mask for each leaf, True = kept."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from jax.core import Tracer
 
 from jaxeff.model.params import is_variables, named_leaves
 from jaxeff.numerics.meshes import by_compiler, laid_like
-from jaxeff.prune._allocation import ALLOCATIONS, Measured, lamp
+from jaxeff.prune._allocation import ALLOCATIONS, MeasuredAllocation, lamp
 from jaxeff.prune._layouts import Axes, axes_of, by_layer, layer_names, unboxed, unknown_layers
 from jaxeff.prune._patterns import UNSTRUCTURED, NByM, Pattern, Unstructured
 from jaxeff.prune._selection import lowest, lowest_of_each
@@ -34,7 +31,7 @@ def masks(
     *,
     scope: str = "layer",
     pattern: Pattern = UNSTRUCTURED,
-    allocation: str | Mapping[str, float] | Measured = "uniform",
+    allocation: str | Mapping[str, float] | MeasuredAllocation = "uniform",
     max_sparsity: Limits = None,
 ) -> Any:
     """Which weights stay if the least important go.
@@ -75,7 +72,7 @@ def masks(
     importance = unboxed(importance)
     named = _by_path(importance)
     scores = {path: score for path, score in named.items() if jnp.ndim(score)}
-    if isinstance(allocation, Measured):
+    if isinstance(allocation, MeasuredAllocation):
         allocation = allocation.allocation(sparsity)
     _check(scores, sparsity, scope, pattern)
     grouped = {path: _Grouped.of(path, score, axes[path], pattern) for path, score in scores.items()}

@@ -1,8 +1,4 @@
-"""An optimizer that prunes as it goes, and keeps what it pruned at 0.
-
-Imports `allocation`, `layouts`, `masking`, `masks`, `patterns`, `schedules`, `scoring`; of
-jaxeff `graph`, `leaves`, `meshes`.
-"""
+"""An optimizer that prunes as it goes, and keeps what it pruned at 0."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from jax import Array
 from jaxeff.graph.program import Value, flatten
 from jaxeff.model.params import leaves_by_path
 from jaxeff.numerics.meshes import laid_like
-from jaxeff.prune._allocation import Measured
+from jaxeff.prune._allocation import MeasuredAllocation
 from jaxeff.prune._layouts import unboxed
 from jaxeff.prune._masking import check_alike
 from jaxeff.prune._masks import Limits
@@ -53,7 +49,7 @@ def sparsify(
     prunable: Prunable = None,
     scope: str = "layer",
     pattern: Pattern = UNSTRUCTURED,
-    allocation: str | Mapping[str, float] | Measured = "uniform",
+    allocation: str | Mapping[str, float] | MeasuredAllocation = "uniform",
     max_sparsity: Limits = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer whose updates bring pruned weights to 0 and leave them there.

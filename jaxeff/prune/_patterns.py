@@ -1,7 +1,4 @@
-"""Which weights go together: alone, in blocks, as whole units, or so many of every few.
-
-Imports `layouts`.
-"""
+"""Which weights go together: alone, in blocks, as whole units, or so many of every few."""
 
 from __future__ import annotations
 

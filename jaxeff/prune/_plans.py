@@ -1,7 +1,4 @@
-"""Which elements of which groups are to go: groups and their importance -> a `Plan`, which is JSON.
-
-Imports `groups`.
-"""
+"""Which elements of which groups are to go: groups and their importance -> a `Plan`, which is JSON."""
 
 from __future__ import annotations
 

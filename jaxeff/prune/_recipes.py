@@ -1,8 +1,6 @@
 """Published ways to prune, each one function of a training state and the user's own step and evaluation.
 
-All but `gradual` are `rounds.iterative` with something done before it, or with scores of their own. Imports
-`masking`, `masks`, `patterns`, `regularization`, `rounds`, `schedules`, `scoring`, `training`; of jaxeff
-`calibration`, `progress`.
+All but `gradual` are `rounds.iterative` with something done before it, or with scores of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from typing import Any, TypedDict, Unpack
 import optax
 
 from jaxeff.output.progress import progress_bar
-from jaxeff.prune._criteria import Importance, calibrated
+from jaxeff.prune._criteria import Importance, criterion
 from jaxeff.prune._masking import sparsity as sparsity_of
 from jaxeff.prune._masks import Limits
 from jaxeff.prune._patterns import UNSTRUCTURED, NByM, Pattern
@@ -167,14 +165,14 @@ def iterative_taylor(
 
     Args:
         state: trained.
-        loss_fn, calibration, apply_fn, prunable: as `prune.calibrated` takes them, `calibration` its batches.
+        loss_fn, calibration, apply_fn, prunable: as `prune.criterion` takes them, `calibration` its batches.
         step, batches, evaluate, sparsity, rounds, steps, **options: as `prune.iterative` takes them.
 
     References:
         Molchanov, Mallya, Tyree, Frosio and Kautz, Importance Estimation for Neural Network Pruning, 2019,
         arXiv:1906.10771
     """
-    importance = calibrated("taylor", calibration, loss_fn=loss_fn, apply_fn=apply_fn, prunable=prunable)
+    importance = criterion("taylor", calibration, loss_fn=loss_fn, apply_fn=apply_fn, prunable=prunable)
     return iterative(
         state,
         step,
@@ -210,14 +208,14 @@ def iterative_obd(
 
     Args:
         state: trained to a minimum, where the first order vanishes.
-        loss_fn, calibration, apply_fn, prunable, seed: as `prune.calibrated` takes them, `calibration` its
+        loss_fn, calibration, apply_fn, prunable, seed: as `prune.criterion` takes them, `calibration` its
             batches.
         step, batches, evaluate, sparsity, rounds, steps, **options: as `prune.iterative` takes them.
 
     References:
         LeCun, Denker and Solla, Optimal Brain Damage, NIPS 1990
     """
-    importance = calibrated(
+    importance = criterion(
         "obd", calibration, loss_fn=loss_fn, apply_fn=apply_fn, prunable=prunable, seed=seed
     )
     return iterative(

@@ -1,7 +1,4 @@
-"""A gradient that draws magnitudes together, for any Optax chain.
-
-Imports `layouts`, `masks`, `scoring`; of jaxeff `leaves`, `meshes` and `metrics`.
-"""
+"""A gradient that draws magnitudes together, for any Optax chain."""
 
 from __future__ import annotations
 

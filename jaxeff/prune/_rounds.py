@@ -1,7 +1,6 @@
 """Prune and train, round by round.
 
-In: a training state and the user's functions of it. Out: `Pruned`. Imports `criteria`, `layouts`,
-`masking`, `masks`, `patterns`, `scoring`, `training`; of jaxeff `progress`.
+In: a training state and the user's functions of it. Out: `Pruned`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""When to prune, and how far: functions of the step. Imports nothing of jaxeff."""
+"""When to prune, and how far: functions of the step."""
 
 from __future__ import annotations
 

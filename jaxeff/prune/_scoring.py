@@ -1,7 +1,4 @@
-"""What may be pruned, and the importance of its weights.
-
-Imports `layouts`; of jaxeff `importance`, `leaves`, `statistics`.
-"""
+"""What may be pruned, and the importance of its weights."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A `Threshold` is two integers: the bit pattern up to which all scores go, and the index up to which the ties
 at that pattern do. Two ways find it. `_bisected` counts over whole arrays, elementwise, so that scores that
 lie on several devices stay there. On one CPU `_in_pieces` counts piece by piece, each of which fits the
-cache, in loops that all arrays share. Imports nothing of jaxeff.
+cache, in loops that all arrays share.
 """
 
 from __future__ import annotations

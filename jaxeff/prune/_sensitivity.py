@@ -1,8 +1,7 @@
 """What each layer costs when it alone is pruned: the loss, measured, not predicted.
 
 In: a model, a loss, sparsities. Out: a `Sensitivity`, which says how far each layer may go and how a total
-is best spread over the layers. Imports `layouts`, `masking`, `masks`, `patterns`, `scoring`, `selection`; of
-jaxeff `leaves`, `meshes`, `models`, `objectives`, `precision`, `problem`, `recommendations`, `table`.
+is best spread over the layers.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from jaxeff.prune._patterns import UNSTRUCTURED, Block, NByM, Pattern, Units, Un
 from jaxeff.prune._scoring import Prunable, prunable_paths
 from jaxeff.prune._selection import Threshold, below, thresholds
 from jaxeff.report._limits import LIMITS
-from jaxeff.statistics.weight_loss import Problem, floating
+from jaxeff.statistics.weight_loss import WeightLoss, floating
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -185,10 +184,10 @@ def sensitivity(
     params: Any,
     apply_fn: Callable,
     batch: Any,
-    targets: Any,
-    loss_fn: Callable,
     sparsities: Sequence[float] = SPARSITIES,
     *,
+    loss_fn: Callable,
+    targets: Any,
     importance: Any = None,
     pattern: Pattern = UNSTRUCTURED,
     prunable: Prunable = None,
@@ -202,8 +201,8 @@ def sensitivity(
 
     Args:
         params, apply_fn, batch: as `jaxeff.analyze` takes them.
-        targets, loss_fn: as `jaxeff.analyze` takes them.
         sparsities: of the layer pruned, increasing, in [0, 1).
+        loss_fn, targets: as `jaxeff.analyze` takes them.
         importance: a tree of scores, such as `prune.scored` gives; magnitudes unless given. What is one
             number there is not pruned.
         pattern: as `prune.masks` takes it; its inputs and outputs are those of this model, unless it says
@@ -217,7 +216,8 @@ def sensitivity(
 
     >>> w, x = jnp.array([[3.0], [1e-3]]), jnp.eye(2)
     >>> loss = lambda outputs, targets: jnp.mean(jnp.square(outputs - targets))
-    >>> found = sensitivity({"w": w}, lambda p, x: x @ p["w"], x, w + 1, loss, (0.5,))
+    >>> model = lambda params, x: x @ params["w"]
+    >>> found = sensitivity({"w": w}, model, x, (0.5,), loss_fn=loss, targets=w + 1)
     >>> found.dense.round(2), found.losses.round(2)
     (Array(1., dtype=float32), Array([[1.]], dtype=float32))
     """
@@ -332,7 +332,7 @@ def _losses(
     found: Threshold,
 ) -> tuple[Array, Array]:
     """The mean loss of the whole model, [], and with one layer pruned, [layers, sparsities]."""
-    problem = Problem(objective, params, arrays)
+    weight_loss = WeightLoss(objective, params, arrays)
 
     def loss(run: tuple[Array, Array, Threshold]) -> Array:
         leaf, row, threshold = run
@@ -344,14 +344,14 @@ def _losses(
                 lambda weight, *_: weight,
                 *(weight, group, threshold, row),
             )
-            for i, (weight, group, axes) in enumerate(zip(problem.weights, groups, stacks, strict=True))
+            for i, (weight, group, axes) in enumerate(zip(weight_loss.weights, groups, stacks, strict=True))
         ]
-        return widened(problem.mean_loss(tuple(weights)))
+        return widened(weight_loss.mean_loss(tuple(weights)))
 
     layers, sparsities = found.limit.shape
     numbers = [
         (leaf, row)
-        for leaf, (weight, axes) in enumerate(zip(problem.weights, stacks, strict=True))
+        for leaf, (weight, axes) in enumerate(zip(weight_loss.weights, stacks, strict=True))
         for row in range(math.prod(weight.shape[axis] for axis in axes))
     ]
     # The first run prunes no layer.

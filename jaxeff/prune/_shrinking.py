@@ -1,7 +1,4 @@
-"""A plan carried out: smaller params, state and optimizer state.
-
-Imports `groups`, `plans`; of jaxeff `leaves`, `meshes`.
-"""
+"""A plan carried out: smaller params, state and optimizer state."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A user's training state, and the functions that train and evaluate it, each checked where it is called.
-
-Imports `masking` and `optimizer`; of jaxeff `leaves`.
-"""
+"""A user's training state, and the functions that train and evaluate it, each checked where it is called."""
 
 from __future__ import annotations
 

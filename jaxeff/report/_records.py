@@ -1,7 +1,6 @@
 """What a report is made of: the numbers of layers, of other leaves, of modules and of the model.
 
-Everything is a pytree: structure (paths, shapes, reasons) is static, numbers are arrays. Imports
-`metrics`, `statistics`.
+Everything is a pytree: structure (paths, shapes, reasons) is static, numbers are arrays.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The numbers of all layers -> those of the model as a whole. Imports `metrics`, `records`."""
+"""The numbers of all layers -> those of the model as a whole."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """What the loss makes of each weight: gradients, curvature, flow; summed over the batch.
 
 In: an `Objective`, the arrays that it reads, and what to collect. Out: `Derivatives` by path. Each
-quantity is one function of a `Problem` that gives terms shaped like the weights. Imports
-`examples`, `meshes`, `problem`.
+quantity is one function of a `WeightLoss` that gives terms shaped like the weights.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from jaxeff.model.objective import Arrays, Objective
 from jaxeff.numerics.meshes import laid_like
 from jaxeff.statistics.example_gradients import example_gradient
 from jaxeff.statistics.records import Derivatives, Moments
-from jaxeff.statistics.weight_loss import Problem, Wanted, Weights, added, floating, moments
+from jaxeff.statistics.weight_loss import Wanted, WeightLoss, Weights, added, floating, moments
 
 Need = tuple[str, str]
 """A quantity of `Derivatives`, and which of its sums: ('gradient', 'square_sum')."""
@@ -43,47 +42,47 @@ def derive(
         wanted: quantities, and which of their sums.
         key: of the random signs.
     """
-    problem = Problem(objective, params, arrays)
-    found = {name: QUANTITIES[name](problem, totals, key) for name, totals in wanted}
+    weight_loss = WeightLoss(objective, params, arrays)
+    found = {name: QUANTITIES[name](weight_loss, totals, key) for name, totals in wanted}
     return {
         path: Derivatives(**{name: moments[i] for name, moments in found.items()})
         for i, (path, _) in enumerate(objective.weights)
     }
 
 
-def _gradient(problem: Problem, wanted: Wanted, key: jax.Array) -> list[Moments]:
-    gradients = jax.grad(problem.mean_loss)(problem.weights)
-    return moments(gradients, wanted, problem.objective.batch_size, 1)
+def _gradient(weight_loss: WeightLoss, wanted: Wanted, key: jax.Array) -> list[Moments]:
+    gradients = jax.grad(weight_loss.mean_loss)(weight_loss.weights)
+    return moments(gradients, wanted, weight_loss.objective.batch_size, 1)
 
 
-def _hessian(problem: Problem, wanted: Wanted, key: jax.Array) -> list[Moments]:
-    _, product = jax.vjp(jax.grad(problem.mean_loss), problem.weights)
-    return _sampled(problem, wanted, key, lambda signs: product(signs)[0])
+def _hessian(weight_loss: WeightLoss, wanted: Wanted, key: jax.Array) -> list[Moments]:
+    _, product = jax.vjp(jax.grad(weight_loss.mean_loss), weight_loss.weights)
+    return _sampled(weight_loss, wanted, key, lambda signs: product(signs)[0])
 
 
-def _gauss_newton(problem: Problem, wanted: Wanted, key: jax.Array) -> list[Moments]:
-    structure = jax.tree.structure(jax.eval_shape(problem.outputs, problem.weights))
+def _gauss_newton(weight_loss: WeightLoss, wanted: Wanted, key: jax.Array) -> list[Moments]:
+    structure = jax.tree.structure(jax.eval_shape(weight_loss.outputs, weight_loss.weights))
 
     def outputs(weights: Weights) -> tuple[list[Any], list[Any]]:
-        leaves = jax.tree.leaves(problem.outputs(weights))
+        leaves = jax.tree.leaves(weight_loss.outputs(weights))
         floats = [leaf for leaf in leaves if floating(leaf)]
         return floats, [None if floating(leaf) else leaf for leaf in leaves]
 
-    floats, pull, rest = jax.vjp(outputs, problem.weights, has_aux=True)
+    floats, pull, rest = jax.vjp(outputs, weight_loss.weights, has_aux=True)
 
     def loss(floats: list[Any]) -> jax.Array:
         given = iter(floats)
         leaves = [next(given) if leaf is None else leaf for leaf in rest]
-        return problem.loss_of(jax.tree.unflatten(structure, leaves))
+        return weight_loss.loss_of(jax.tree.unflatten(structure, leaves))
 
     # J as the transpose of its transpose: a function with its own backward rule has no forward mode.
     _, push = jax.vjp(lambda cotangent: pull(cotangent)[0], floats)
     _, curvature = jax.vjp(jax.grad(loss), floats)
-    return _sampled(problem, wanted, key, lambda signs: pull(curvature(push(signs)[0])[0])[0])
+    return _sampled(weight_loss, wanted, key, lambda signs: pull(curvature(push(signs)[0])[0])[0])
 
 
 def _sampled(
-    problem: Problem, wanted: Wanted, key: jax.Array, product: Callable[[Weights], Weights]
+    weight_loss: WeightLoss, wanted: Wanted, key: jax.Array, product: Callable[[Weights], Weights]
 ) -> list[Moments]:
     """Terms v * Av, v random signs: their mean is the diagonal of A.
 
@@ -92,30 +91,30 @@ def _sampled(
     """
 
     def of_key(key: jax.Array) -> list[Moments]:
-        keys = jax.random.split(key, len(problem.weights))
+        keys = jax.random.split(key, len(weight_loss.weights))
         signs = tuple(
             laid_like(jax.random.rademacher(key, weight.shape, weight.dtype), weight)
-            for key, weight in zip(keys, problem.weights, strict=True)
+            for key, weight in zip(keys, weight_loss.weights, strict=True)
         )
         terms = [sign * found for sign, found in zip(signs, product(signs), strict=True)]
-        return moments(terms, wanted, problem.objective.batch_size, 1)
+        return moments(terms, wanted, weight_loss.objective.batch_size, 1)
 
     return added(of_key, jax.random.split(key, SAMPLES))
 
 
-def _gradient_flow(problem: Problem, wanted: Wanted, key: jax.Array) -> list[Moments]:
-    gradient, product = jax.vjp(jax.grad(problem.mean_loss), problem.weights)
-    return moments(product(gradient)[0], wanted, problem.objective.batch_size, 1)
+def _gradient_flow(weight_loss: WeightLoss, wanted: Wanted, key: jax.Array) -> list[Moments]:
+    gradient, product = jax.vjp(jax.grad(weight_loss.mean_loss), weight_loss.weights)
+    return moments(product(gradient)[0], wanted, weight_loss.objective.batch_size, 1)
 
 
-def _synaptic_flow(problem: Problem, wanted: Wanted, key: jax.Array) -> list[Moments]:
-    weights, total = problem.positive()
+def _synaptic_flow(weight_loss: WeightLoss, wanted: Wanted, key: jax.Array) -> list[Moments]:
+    weights, total = weight_loss.positive()
     # All examples are the same: one is wanted.
-    flow = [found / problem.objective.batch_size for found in jax.grad(total)(weights)]
-    return moments(flow, wanted, problem.objective.batch_size, 1)
+    flow = [found / weight_loss.objective.batch_size for found in jax.grad(total)(weights)]
+    return moments(flow, wanted, weight_loss.objective.batch_size, 1)
 
 
-QUANTITIES: Mapping[str, Callable[[Problem, Wanted, jax.Array], list[Moments]]] = {
+QUANTITIES: Mapping[str, Callable[[WeightLoss, Wanted, jax.Array], list[Moments]]] = {
     "gradient": _gradient,
     "example_gradient": example_gradient,
     "hessian": _hessian,

@@ -2,7 +2,6 @@
 
 In: a `Model`'s function, its arrays and what is known of them. Out: the sites' and modules'
 statistics and what every leaf is of `params`. The activations themselves are never kept.
-Imports `functions`, `graph`, `meshes`, `statistics`, `units`.
 """
 
 from __future__ import annotations

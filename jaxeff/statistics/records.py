@@ -1,6 +1,6 @@
 """What is kept of a model's run: sums over what its units emit, and over derivatives of the loss.
 
-Everything is a sum with its count, so that two batches' statistics add. Imports `numerics`.
+Everything is a sum with its count, so that two batches' statistics add.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 In: an `Objective` (its loss is not read) and its arrays. Out: relevance by weight, and whether it was
 conserved. The program runs under the rules of `graph.relevance`, so that its gradients are
-relevances. Imports `derivatives`, `graph`, `objectives`, `observation`, `statistics`.
+relevances.
 """
 
 from __future__ import annotations

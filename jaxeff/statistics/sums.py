@@ -1,4 +1,4 @@
-"""The sums that statistics keep of an array. Imports `precision`.
+"""The sums that statistics keep of an array.
 
 They go axis by axis, long axes in blocks: a float32 sum of n terms in a row is good to sqrt(n) roundings,
 and stops counting at 2^24. A large array is read once, by one reduction of several operands: the logits of

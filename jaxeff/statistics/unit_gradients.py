@@ -2,7 +2,7 @@
 
 In: an `Objective` and its arrays. Out: one `Moments` for each site, shaped like its units. The
 program runs with a gate on each post-activation; the gradient of a gate is the sum of a dL/da over
-the batch and all positions, also inside loops. Imports `derivatives`, `observation`, `units`.
+the batch and all positions, also inside loops.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From an array inside a program to one number a unit, laid out like the weight.
 
 What is reduced has the weight's rank, with size 1 for each axis that it does not keep, so that it
-broadcasts against the weight. Imports `graph`, `meshes`.
+broadcasts against the weight.
 """
 
 from __future__ import annotations

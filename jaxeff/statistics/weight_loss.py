@@ -1,7 +1,4 @@
-"""A loss as a function of the weights alone, and sums over its terms.
-
-Imports `meshes`, `objectives`, `statistics`.
-"""
+"""A loss as a function of the weights alone, and sums over its terms."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ Wanted = frozenset[str]
 Weights = tuple[jax.Array, ...]
 
 
-class Problem:
+class WeightLoss:
     """The loss as a function of the weights alone."""
 
     def __init__(self, objective: Objective, params: Any, arrays: Arrays):

@@ -1,7 +1,6 @@
 """What the page draws of one layer when it is opened: numbers for its script.
 
-Rounded to what a screen shows, and of many units only so many means: the page stays small. Imports
-`distribution`, `records`, `table`.
+Rounded to what a screen shows, and of many units only so many means: the page stays small.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What the page shows of the whole model: numbers as text, and charts as coordinates for its template.
-
-Imports `records`, `table`.
-"""
+"""What the page shows of the whole model: numbers as text, and charts as coordinates for its template."""
 
 from __future__ import annotations
 
