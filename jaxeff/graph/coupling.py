@@ -18,8 +18,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
-from jaxeff.graph.coupling_labels import DEEPEST, Dim, Labels
-from jaxeff.graph.coupling_rules import CONSTANT, DATA, WEIGHT, Described, through
+from jaxeff.graph.coupling_labels import CONSTANT, DATA, DEEPEST, WEIGHT, Described, Dim, Labels
+from jaxeff.graph.coupling_rules import through
 from jaxeff.graph.program import Operation, Program, Value, scan_operands
 from jaxeff.graph.provenance import operands_of_bodies
 

@@ -9,10 +9,12 @@ and concatenations are then slices and concatenations of label arrays.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from jaxeff.graph.program import Operation
 
 IntArray = np.ndarray
 
@@ -21,6 +23,9 @@ _NONE = -1
 DEEPEST = 32
 BY_POSITION = "one element is taken by its position"
 UNFIT = "reshapes that do not fit together"
+# Kinds of locks that a caller who knows better may leave out.
+STATISTICS, SCALE = "statistics", "scale"
+KINDS = frozenset({STATISTICS, SCALE})
 
 
 class Dim(NamedTuple):
@@ -253,6 +258,13 @@ class Labels:
         labels = np.concatenate([self.packed(dim) for dim in dims])
         return Dim((labels,), all(dim.zero for dim in dims))
 
+    def match_all(self, dims: Sequence[Dim]) -> Dim:
+        """All of them joined: one element after the other; 0 where all are."""
+        tied = dims[0]
+        for other in dims[1:]:
+            tied = self.match(tied, other)
+        return tied._replace(zero=all(dim.zero for dim in dims))
+
     def match(self, one: Dim, other: Dim) -> Dim:
         """Let two dimensions of equal size stand and fall together; the first, cut as both need it."""
         if all(a is b for a, b in zip(one.factors, other.factors, strict=False)) and one.size == other.size:
@@ -314,3 +326,24 @@ class Labels:
             return None
         rest.insert(0, pieces[1])
         return pieces[0]
+
+
+CONSTANT, WEIGHT, DATA = range(3)
+
+
+class Described(NamedTuple):
+    """What is known of one array.
+
+    Attributes:
+        dims: one for each dimension.
+        made_of: CONSTANT; WEIGHT, of leaves and constants; or DATA.
+        zero: whether it is 0 everywhere.
+    """
+
+    dims: tuple[Dim, ...]
+    made_of: int
+    zero: bool = False
+
+
+Rule = Callable[[Labels, Operation, Sequence[Described]], list[tuple[Dim, ...]] | None]
+"""The dimensions of each output; None for an operation that it does not know."""

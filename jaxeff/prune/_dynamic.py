@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxeff.numerics.selection import highest_of_each, lowest_of_each
 from jaxeff.prune._layouts import axes_of, unboxed
 from jaxeff.prune._masks import masks
 from jaxeff.prune._optimizer import SparseState, beside, check_copies, check_given, masked_update, trained
 from jaxeff.prune._schedules import periodic
 from jaxeff.prune._scoring import Prunable, scored
-from jaxeff.prune._selection import highest_of_each, lowest_of_each
 
 
 def rigl(

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxeff import graph
 from jaxeff.graph.coupling import UNREAD, couple
-from jaxeff.graph.coupling_rules import KINDS
+from jaxeff.graph.coupling_labels import KINDS
 from jaxeff.model.apply import NNXApply, from_apply
 from jaxeff.model.functions import TracedFunction
 from jaxeff.model.params import Params, is_variables, named_leaves

@@ -16,10 +16,10 @@ from jax.core import Tracer
 
 from jaxeff.model.params import is_variables, named_leaves
 from jaxeff.numerics.meshes import by_compiler, laid_like
+from jaxeff.numerics.selection import lowest, lowest_of_each
 from jaxeff.prune._allocation import ALLOCATIONS, MeasuredAllocation, lamp
 from jaxeff.prune._layouts import Axes, axes_of, by_layer, layer_names, unboxed, unknown_layers
 from jaxeff.prune._patterns import UNSTRUCTURED, NByM, Pattern, Unstructured
-from jaxeff.prune._selection import lowest, lowest_of_each
 
 SCOPES = ("unit", "layer", "global")
 Limits = float | Mapping[str, float] | None

@@ -27,13 +27,13 @@ from jaxeff.model.params import Params, named_leaves, split_variables
 from jaxeff.model.roles import whole_numbers
 from jaxeff.numerics.meshes import by_compiler, laid_like
 from jaxeff.numerics.precision import widened
+from jaxeff.numerics.selection import Threshold, below, thresholds
 from jaxeff.output import text
 from jaxeff.prune._layouts import Axes, Layout, axes_of, layer_names, of_model, unboxed
 from jaxeff.prune._masking import check_alike
 from jaxeff.prune._masks import check_pattern, check_scores, counted, in_layers
 from jaxeff.prune._patterns import UNSTRUCTURED, Block, NByM, Pattern, Units, Unstructured
 from jaxeff.prune._scoring import Prunable, prunable_paths
-from jaxeff.prune._selection import Threshold, below, thresholds
 from jaxeff.report._limits import LIMITS
 from jaxeff.statistics.weight_loss import WeightLoss, floating
 
