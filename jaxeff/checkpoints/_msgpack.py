@@ -68,6 +68,11 @@ def list_tree(path: str | os.PathLike) -> dict[tuple[str, ...], Stored]:
     return {keys: _stored(keys, leaf, path) for keys, leaf in _leaves((), tree)}
 
 
+def begins(start: bytes) -> bool:
+    """Whether a file that begins so may be msgpack: a map."""
+    return bool(start) and (start[0] & 0xF0 == 0x80 or start[0] in (0xDE, 0xDF))
+
+
 def _whole(data: mmap.mmap, path: str | os.PathLike) -> dict[str, Any]:
     scanner = _Scanner(data, 0, len(data))
     try:

@@ -7,8 +7,9 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxeff.checkpoints import _msgpack as msgpack
 from jaxeff.checkpoints import _orbax as orbax
@@ -17,7 +18,7 @@ from jaxeff.checkpoints._shards import INDEX, list_shards
 from jaxeff.checkpoints._stored import CheckpointError, Stored, printable, quoted
 
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
-_SHARDED = {suffix: f"{suffix}{INDEX}" for suffix in (".safetensors", ".msgpack")}
+Keys = tuple[str, ...]
 _FORMATS = (
     "a .safetensors file, a Flax .msgpack file, a directory of shards of either with their index (such as "
     "*.safetensors.index.json), or an Orbax checkpoint"
@@ -61,21 +62,19 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def _of_file(path: Path) -> Checkpoint:
-    if path.name.endswith(_SHARDED[".safetensors"]):
-        arrays = list_shards(
-            path, lambda shard: {array.name: array for array in safetensors.list_file(shard)}
-        )
-        return _of_safetensors(path, list(arrays.values()))
-    if path.name.endswith(_SHARDED[".msgpack"]):
-        return _of_tree(path, list_shards(path, msgpack.list_tree))
-    if path.suffix == ".safetensors":
-        return _of_safetensors(path, safetensors.list_file(path))
+    for kind in FILE_FORMATS:
+        if path.name.endswith(kind.index):
+            return kind.checkpoint(path, list_shards(path, kind.list_arrays))
+    for kind in FILE_FORMATS:
+        if path.suffix == kind.suffix:
+            return kind.checkpoint(path, kind.list_arrays(path))
     with open(path, "rb") as file:
         start = file.read(2)
     if path.suffix.lower() in _PICKLES or _is_pickle(start):
         raise CheckpointError(_pickled(path))
-    if path.suffix == ".msgpack" or (start and (start[0] & 0xF0 == 0x80 or start[0] in (0xDE, 0xDF))):
-        return _of_tree(path, msgpack.list_tree(path))
+    for kind in FILE_FORMATS:
+        if kind.begins(start):
+            return kind.checkpoint(path, kind.list_arrays(path))
     raise CheckpointError(f"{quoted(path)} is no checkpoint that jaxeff reads: pass {_FORMATS}")
 
 
@@ -94,10 +93,10 @@ def _pickled(path: Path) -> str:
 
 def _of_directory(path: Path) -> Checkpoint:
     names = sorted(child.name for child in path.iterdir())
-    for suffix, ending in _SHARDED.items():
-        if indices := [name for name in names if name.endswith(ending)]:
+    for kind in FILE_FORMATS:
+        if indices := [name for name in names if name.endswith(kind.index)]:
             return _of_file(path / _only(path, indices, "indices of shards"))
-        if any(name.endswith(suffix) for name in names):
+        if any(name.endswith(kind.suffix) for name in names):
             # A whole file of one format goes before shards of the next.
             break
     if orbax.is_item(path):
@@ -109,9 +108,9 @@ def _of_directory(path: Path) -> Checkpoint:
             f"{quoted(path)} holds the checkpoints {', '.join(_in_order(steps))}: pass one, such as "
             f"{quoted(path / _in_order(steps)[-1])}"
         )
-    for suffix in _SHARDED:
-        if files := [name for name in names if name.endswith(suffix)]:
-            return _of_file(path / _only(path, files, f"{suffix} files and no index"))
+    for kind in FILE_FORMATS:
+        if files := [name for name in names if name.endswith(kind.suffix)]:
+            return _of_file(path / _only(path, files, f"{kind.suffix} files and no index"))
     if pickles := [name for name in names if Path(name).suffix.lower() in _PICKLES]:
         raise CheckpointError(_pickled(path / pickles[0]))
     raise CheckpointError(f"{quoted(path)} holds no checkpoint that jaxeff reads: pass {_FORMATS}")
@@ -131,13 +130,14 @@ def _item(path: Path, items: list[str]) -> str:
     return usual[0] if usual else _only(path, items, "items")
 
 
-def _of_safetensors(path: Path, arrays: list[Stored]) -> Checkpoint:
-    separator = "/" if any("/" in array.name for array in arrays) else "."
-    named = {tuple(array.name.split(separator, 1)): array for array in arrays}
-    return _checkpoint(path, named, separator, not safetensors.is_flax(arrays))
+def _of_names(path: Path, arrays: Mapping[Keys, Stored]) -> Checkpoint:
+    """Of arrays in no tree, whose names Flax and PyTorch join from theirs."""
+    separator = "/" if any("/" in array.name for array in arrays.values()) else "."
+    named = {tuple(array.name.split(separator, 1)): array for array in arrays.values()}
+    return _checkpoint(path, named, separator, not safetensors.is_flax(arrays.values()))
 
 
-def _of_tree(path: Path, tree: Mapping[tuple[str, ...], Stored]) -> Checkpoint:
+def _of_tree(path: Path, tree: Mapping[Keys, Stored]) -> Checkpoint:
     # A boxed parameter (nn.Partitioned, nnx.Param) is stored as a map of `value` alone.
     inside = Counter(keys[:depth] for keys in tree for depth in range(1, len(keys)))
     unboxed = {
@@ -147,9 +147,7 @@ def _of_tree(path: Path, tree: Mapping[tuple[str, ...], Stored]) -> Checkpoint:
     return _checkpoint(path, unboxed, "/", units_first=False)
 
 
-def _checkpoint(
-    path: Path, tree: Mapping[tuple[str, ...], Stored], separator: str, units_first: bool
-) -> Checkpoint:
+def _checkpoint(path: Path, tree: Mapping[Keys, Stored], separator: str, units_first: bool) -> Checkpoint:
     """Of variables or a train state only the parameters, as `jaxeff.analyze` has it."""
     has_params = any(len(keys) > 1 and keys[0] == "params" for keys in tree)
     arrays: dict[str, Stored] = {}
@@ -165,6 +163,33 @@ def _checkpoint(
     if not arrays:
         raise CheckpointError(f"{quoted(path)} holds no arrays")
     return Checkpoint(path, {name: arrays[name] for name in _in_order(list(arrays))}, units_first, left_out)
+
+
+class FileFormat(NamedTuple):
+    """One format of files; shards of it have an index beside them.
+
+    Attributes:
+        suffix: of its files.
+        list_arrays: the arrays of one file by their keys, unread.
+        checkpoint: what the arrays of a file, or of all shards, are as a whole.
+        begins: whether a file of another suffix is one, by its first two bytes.
+    """
+
+    suffix: str
+    list_arrays: Callable[[Path], Mapping[Keys, Stored]]
+    checkpoint: Callable[[Path, Mapping[Keys, Stored]], Checkpoint]
+    begins: Callable[[bytes], bool]
+
+    @property
+    def index(self) -> str:
+        return f"{self.suffix}{INDEX}"
+
+
+FILE_FORMATS = (
+    FileFormat(".safetensors", safetensors.list_named, _of_names, lambda start: False),
+    FileFormat(".msgpack", msgpack.list_tree, _of_tree, msgpack.begins),
+)
+"""The formats that are read; of a directory that holds several, the first."""
 
 
 def _in_order(names: list[str]) -> list[str]:

@@ -76,6 +76,11 @@ def list_file(path: str | os.PathLike) -> list[Stored]:
     return parse(bytes(header), size, path)
 
 
+def list_named(path: str | os.PathLike) -> dict[tuple[str, ...], Stored]:
+    """The same by name."""
+    return {(array.name,): array for array in list_file(path)}
+
+
 def parse(header: bytes, size: int, path: str | os.PathLike) -> list[Stored]:
     """The arrays that a header tells of.
 
