@@ -91,7 +91,7 @@ def analyze(
 
 
 def _without_model(criterion: Criterion) -> Criterion:
-    """Magnitudes in info of the default criterion; any other that needs a model is refused."""
+    """Magnitudes in place of the default criterion; any other that needs a model is refused."""
     if criterion.function is importance.activation:
         return importance.named("magnitude")
     if criterion.reads_activations or criterion.needs:

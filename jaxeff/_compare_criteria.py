@@ -19,7 +19,7 @@ import numpy as np
 from jaxeff import importance
 from jaxeff._collect import Criteria, named, prepare
 from jaxeff._saving import saved_by_flax
-from jaxeff.importance import _levels as granularity
+from jaxeff.importance import _levels as levels
 from jaxeff.model import objective as objectives
 from jaxeff.model.objective import Arrays, Objective
 from jaxeff.model.params import Params
@@ -125,7 +125,7 @@ def compare_criteria(
         raise ValueError(f"`params` holds no weights that multiply data.{whole_numbers(params.described())}")
     objective, arrays = objectives.objective(model, loss_fn, measured_targets, scores[0].keys())
     paths = [path for path, _ in objective.weights]
-    stacks = tuple(granularity.layer_axes(statistics, path) for path in paths) if scope == "layer" else None
+    stacks = tuple(levels.layer_axes(statistics, path) for path in paths) if scope == "layer" else None
 
     def curve(scores: dict[str, jax.Array]) -> jax.Array:
         ordered = _orders(stacks, [scores[path] for path in paths])

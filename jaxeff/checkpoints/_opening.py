@@ -63,7 +63,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 def _of_file(path: Path) -> Checkpoint:
     for kind in FILE_FORMATS:
-        if path.name.endswith(kind.index):
+        if path.name.endswith(kind.index_suffix):
             return kind.checkpoint(path, list_shards(path, kind.list_arrays))
     for kind in FILE_FORMATS:
         if path.suffix == kind.suffix:
@@ -94,7 +94,7 @@ def _pickled(path: Path) -> str:
 def _of_directory(path: Path) -> Checkpoint:
     names = sorted(child.name for child in path.iterdir())
     for kind in FILE_FORMATS:
-        if indices := [name for name in names if name.endswith(kind.index)]:
+        if indices := [name for name in names if name.endswith(kind.index_suffix)]:
             return _of_file(path / _only(path, indices, "indices of shards"))
         if any(name.endswith(kind.suffix) for name in names):
             # A whole file of one format goes before shards of the next.
@@ -181,7 +181,7 @@ class FileFormat(NamedTuple):
     begins: Callable[[bytes], bool]
 
     @property
-    def index(self) -> str:
+    def index_suffix(self) -> str:
         return f"{self.suffix}{INDEX}"
 
 

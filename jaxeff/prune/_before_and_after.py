@@ -63,7 +63,7 @@ class MeasuredNetwork:
 
 @dataclasses.dataclass(frozen=True)
 class BeforeAndAfter:
-    """Two networks on the same batches. `str` of it is a text.
+    """Two networks on the same batches. `str` of it is a table.
 
     Attributes:
         before, after: the large and the small one.
