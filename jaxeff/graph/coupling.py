@@ -3,7 +3,7 @@
 In: a `Program` and which of its inputs are leaves. Out: `Coupled` groups, whose elements may be removed one
 by one, or why they may not. The rules hold for one promise: if the elements removed are taken out of
 every dimension that their labels stand in, then what is left of every value is what the program
-computes when the leaves are 0 there. Imports `labels`, `program`, `provenance`, `rules`.
+computes when the leaves are 0 there.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
-from jaxeff.graph.labels import DEEPEST, Dim, Labels
+from jaxeff.graph.coupling_labels import CONSTANT, DATA, DEEPEST, WEIGHT, Described, Dim, Labels
+from jaxeff.graph.coupling_rules import through
 from jaxeff.graph.program import Operation, Program, Value, scan_operands
 from jaxeff.graph.provenance import operands_of_bodies
-from jaxeff.graph.rules import CONSTANT, DATA, WEIGHT, Described, through
 
 INPUT, OUTPUT = "input of the model", "output of the model"
 UNREAD = "not read by the model"

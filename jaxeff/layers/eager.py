@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxeff import null
 from jaxeff.importance import Criterion
+from jaxeff.importance import _null as null
 from jaxeff.layers.reduction import (
     SMALL,
     Read,
@@ -43,13 +43,13 @@ from jaxeff.layers.stacks import (
     shadow,
     unit_axes,
 )
-from jaxeff.meshes import by_compiler
 from jaxeff.metrics import _order, sketch
 from jaxeff.metrics._histogram import Histogram, histogram, histogram_on_host
 from jaxeff.metrics._records import Metrics
 from jaxeff.metrics._weighted import Spread, effective_units, metrics_of, sums_of
+from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.placement import to_host
-from jaxeff.records import LayerNumbers
+from jaxeff.report import LayerNumbers
 from jaxeff.statistics import (
     Derivatives,
     SiteStatistics,

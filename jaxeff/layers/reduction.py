@@ -14,19 +14,22 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from jaxeff import half_normal, importance, null
+from jaxeff import importance
 from jaxeff.importance import Criterion
+from jaxeff.importance import _null as null
 from jaxeff.layers.stacks import (
     Arrays,
     Layer,
     unit_axes,
 )
+from jaxeff.metrics import _half_normal as half_normal
 from jaxeff.metrics._curve import cells_of, unpacked
+from jaxeff.metrics._half_normal import Null
 from jaxeff.metrics._records import Metrics
 from jaxeff.metrics._weighted import Spread, sums_of
 from jaxeff.numerics.precision import wide, widened
 from jaxeff.numerics.summation import namespace
-from jaxeff.records import LayerNumbers, Null
+from jaxeff.report import LayerNumbers
 from jaxeff.statistics import (
     SiteStatistics,
 )
