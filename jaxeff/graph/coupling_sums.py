@@ -30,7 +30,7 @@ def _dot_general(labels: Labels, operation: Operation, inputs: Sequence[Describe
     ]
     free_left = [dim for i, dim in enumerate(left.dims) if i not in (*over_left, *batch_left)]
     free_right = [dim for i, dim in enumerate(right.dims) if i not in (*over_right, *batch_right)]
-    if left.made_of == right.made_of == DATA:
+    if left.made_of == right.made_of == DATA and over_left:
         labels.heads.append((batch, [*(left.dims[i] for i in over_left), *free_left, *free_right]))
     return [(*batch, *free_left, *free_right)]
 

@@ -42,11 +42,13 @@ class Member:
         path: of the leaf.
         axis: of the leaf.
         indices: [size of the group, m]: the m indices along the axis that each element holds.
+        block_axes: axes of the leaf that the group's blocks lie along.
     """
 
     path: str
     axis: int
     indices: np.ndarray
+    block_axes: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -62,7 +64,9 @@ class Group:
         size: number of elements.
         members: in the order in which the model uses their leaves.
         locked: why none may be removed; None where they may.
-        importance: [size], of each element; None where no member has a score.
+        importance: [*blocks, size], of each element; None where no member has a score.
+        blocks: where weights are stacked (scanned blocks, experts), how many blocks there are along each
+            stacked axis. Each block loses elements of its own, equally many.
         within_head: whether the group is the size of attention heads, each element a part of every head.
             `prune.plan` leaves it whole unless it is named.
     """
@@ -73,6 +77,7 @@ class Group:
     locked: str | None
     importance: np.ndarray | None = None
     within_head: bool = False
+    blocks: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         return f"Group({self.name!r}, size={self.size}, locked={self.locked!r})"
@@ -117,7 +122,7 @@ class Groups:
         return holding[0]
 
     def weights(self, group: Group) -> int:
-        """How many numbers each element of a group holds, those of two axes counted for both."""
+        """How many numbers an element of a group holds in all blocks, those of two axes counted for both."""
         return sum(
             member.indices.shape[1]
             * math.prod(self.shapes[member.path])
@@ -153,8 +158,7 @@ class Groups:
 
     def __str__(self) -> str:
         free = [
-            (group.name, str(group.size), str(self.weights(group)), *_summary(group))
-            for group in self.unlocked
+            (group.name, _size(group), str(self.weights(group)), *_summary(group)) for group in self.unlocked
         ]
         locked = [(group.name, str(group.size), group.locked or "") for group in self.groups if group.locked]
         within = [group.name for group in self.unlocked if group.within_head]
@@ -173,6 +177,10 @@ class Groups:
 
 _FREE = ("group", "size", "weights of each", "importance", "members")
 _LOCKED = ("locked", "size", "why")
+
+
+def _size(group: Group) -> str:
+    return " x ".join(map(str, (*group.blocks, group.size)))
 
 
 def _summary(group: Group) -> tuple[str, str]:
@@ -260,10 +268,13 @@ def stand_in(leaf: Any) -> Any:
 
 
 def _group(coupled: Any, paths: list[str]) -> Group:
-    members = tuple(Member(paths[leaf], axis, indices) for leaf, axis, indices in coupled.members)
-    return Group(
-        members[0].name, coupled.size, members, "; ".join(coupled.reasons) or None, None, coupled.within_head
+    block_axes = coupled.block_axes or [()] * len(coupled.members)
+    members = tuple(
+        Member(paths[leaf], axis, indices, axes)
+        for (leaf, axis, indices), axes in zip(coupled.members, block_axes, strict=True)
     )
+    locked = "; ".join(coupled.reasons) or None
+    return Group(members[0].name, coupled.size, members, locked, None, coupled.within_head, coupled.blocks)
 
 
 def _named(found: list[Group]) -> tuple[Group, ...]:
@@ -321,16 +332,18 @@ def _scores(importance: Any, shapes: Shapes) -> dict[str, jax.Array]:
 
 
 def _reduced(group: Group, scores: Mapping[str, jax.Array], reduce: str) -> np.ndarray | None:
-    """One number an element, over all members with scores."""
+    """[*blocks, size], one number an element, over all members with scores."""
     reduction, parts, count = REDUCTIONS[reduce], [], 0
     for member in group.members:
         if member.path not in scores:
             continue
         score = widened(jnp.asarray(scores[member.path]))
-        others = tuple(axis for axis in range(score.ndim) if axis != member.axis)
-        along = np.asarray(reduction(score, others))
-        parts.append(np.asarray(reduction(along[member.indices], axis=1), np.float64))
-        count += member.indices.shape[1] * score.size // score.shape[member.axis]
+        kept = (*member.block_axes, member.axis)
+        others = tuple(axis for axis in range(score.ndim) if axis not in kept)
+        along = np.transpose(np.asarray(reduction(score, others)), np.argsort(np.argsort(kept)))
+        along = np.asarray(along, np.float64)[..., member.indices]
+        parts.append(along.max(axis=-1) if reduce == "max" else along.sum(axis=-1))
+        count += member.indices.shape[1] * score.size // math.prod(score.shape[axis] for axis in kept)
     if not parts:
         return None
     joined = np.max(parts, axis=0) if reduce == "max" else np.sum(parts, axis=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ import numpy as np
 
 from jaxeff.prune._groups import Group, Groups, Member, Shapes, map_named, named_variables, stand_in
 
-_VERSION = 1
+_VERSION = 2
 Shares = float | Mapping[str, float]
 Widths = int | Mapping[str, int]
 
@@ -26,12 +27,13 @@ class Plan:
 
     Attributes:
         groups: those that lose elements.
-        removed: the elements that each loses, by name, ascending.
+        removed: the elements that each loses, by name, ascending; of a group with blocks those of each
+            block, nested as `Group.blocks` says.
         params, state: shapes of the model's leaves by path, as `Groups` has them.
     """
 
     groups: tuple[Group, ...]
-    removed: Mapping[str, tuple[int, ...]]
+    removed: Mapping[str, tuple[Any, ...]]
     params: Shapes
     state: Shapes
 
@@ -40,8 +42,13 @@ class Plan:
         return {**self.params, **self.state}
 
     @classmethod
-    def of(cls, groups: Groups, removed: Mapping[str, Sequence[int]]) -> Plan:
+    def of(cls, groups: Groups, removed: Mapping[str, Sequence[Any]]) -> Plan:
         """The plan that removes these elements of these groups.
+
+        Args:
+            groups: of `prune.groups`.
+            removed: elements by group's name. Of a group with blocks either those of each block, equally
+                many, or one list for all blocks.
 
         Raises:
             ValueError: no such group, a locked one, an element that it does not have, or all of them.
@@ -61,44 +68,49 @@ class Plan:
                 )
             if known[name].locked is not None:
                 raise ValueError(f"`removed` names {name!r}, which is locked: {known[name].locked}")
-            _check_elements(name, known[name].size, removed[name])
         chosen = {
-            name: tuple(sorted(map(int, removed[name]))) for name in known if len(removed.get(name, ()))
+            name: elements
+            for name, group in known.items()
+            if (elements := _elements(name, group.size, group.blocks, removed.get(name, ())))
         }
         kept = tuple(dataclasses.replace(known[name], importance=None) for name in chosen)
         return cls(kept, chosen, groups.params, groups.state)
 
     def widths(self) -> dict[str, dict[int, int]]:
         """The new size of every axis that changes, by path and axis: to build the smaller module with."""
-        shapes = self.shapes
-        gone = self._gone()
         return {
-            path: {axis: shapes[path][axis] - len(indices) for axis, indices in axes.items()}
-            for path, axes in gone.items()
+            path: {axis: _left(gone, axis) for axis, gone in axes.items()}
+            for path, axes in self._gone().items()
         }
 
     def sizes(self) -> dict[str, int]:
-        """How many elements each group that loses any keeps, by name."""
-        return {group.name: group.size - len(self.removed[group.name]) for group in self.groups}
+        """How many elements each group that loses any keeps, by name, in each of its blocks."""
+        return {group.name: group.size - np.shape(self.removed[group.name])[-1] for group in self.groups}
 
     def kept(self) -> dict[str, dict[int, np.ndarray]]:
-        """The indices that stay, ascending, by path and axis, of every axis that changes."""
-        shapes = self.shapes
+        """The indices that stay, ascending, by path and axis, of every axis that changes.
+
+        A list of them, or, where each block keeps its own, an array for `jnp.take_along_axis`: of the leaf's
+        rank, with size 1 on axes that make no difference.
+        """
         return {
-            path: {
-                axis: np.setdiff1d(np.arange(shapes[path][axis]), indices) for axis, indices in axes.items()
-            }
+            path: {axis: _indices(gone, axis) for axis, gone in axes.items()}
             for path, axes in self._gone().items()
         }
 
     def _gone(self) -> dict[str, dict[int, np.ndarray]]:
+        """By path and axis, [...] that broadcasts against the leaf: True where an index goes."""
+        shapes = self.shapes
         gone: dict[str, dict[int, np.ndarray]] = {}
         for group in self.groups:
-            elements = list(self.removed[group.name])
+            removed = np.asarray(self.removed[group.name])
             for member in group.members:
-                axes = gone.setdefault(member.path, {})
-                before = axes.get(member.axis, np.array([], int))
-                axes[member.axis] = np.union1d(before, member.indices[elements])
+                axes, shape = gone.setdefault(member.path, {}), shapes[member.path]
+                along = np.zeros((*group.blocks, shape[member.axis]), bool)
+                held = member.indices[removed].reshape(*group.blocks, -1)
+                np.put_along_axis(along, held, True, axis=-1)
+                along = _laid_out(along, (*member.block_axes, member.axis), len(shape))
+                axes[member.axis] = axes.get(member.axis, np.False_) | along
         return {path: dict(sorted(axes.items())) for path, axes in sorted(gone.items())}
 
     def masks(self, params: Any) -> Any:
@@ -107,8 +119,8 @@ class Plan:
         The large model with these masks computes what the small one does.
         """
         self.check(params)
-        kept = self.kept()
-        return map_named(lambda path, leaf: _mask(jnp.shape(leaf), kept.get(path, {})), params)
+        gone = self._gone()
+        return map_named(lambda path, leaf: _mask(jnp.shape(leaf), gone.get(path, {})), params)
 
     def check(self, params: Any) -> None:
         """That these are of the plan's model: its params, its state, or both."""
@@ -130,7 +142,7 @@ class Plan:
     def to_json(self) -> str:
         """The plan as text that `Plan.from_json` reads in any process."""
         model = self._model()
-        removed = {name: list(elements) for name, elements in self.removed.items()}
+        removed = {name: np.asarray(elements).tolist() for name, elements in self.removed.items()}
         return json.dumps({"version": _VERSION, "signature": _signature(model), "removed": removed, **model})
 
     def _model(self) -> dict[str, Any]:
@@ -140,8 +152,10 @@ class Plan:
             "groups": {
                 group.name: {
                     "size": group.size,
+                    "blocks": list(group.blocks),
                     "members": [
-                        [m.path, m.axis, [_encoded(column) for column in m.indices.T]] for m in group.members
+                        [m.path, m.axis, [_encoded(column) for column in m.indices.T], list(m.block_axes)]
+                        for m in group.members
                     ],
                 }
                 for group in self.groups
@@ -173,22 +187,37 @@ class Plan:
             raise ValueError(
                 f"the plan removes of {unknown!r}, which is none of its groups: {[*model['groups']]}"
             )
-        for name, elements in removed.items():
-            _check_elements(name, model["groups"][name]["size"], elements)
-        chosen = {name: tuple(sorted(removed[name])) for name in model["groups"] if removed.get(name)}
+        chosen = {
+            name: elements
+            for name, group in model["groups"].items()
+            if (elements := _elements(name, group["size"], tuple(group["blocks"]), removed.get(name, ())))
+        }
         groups = tuple(_decoded_group(name, model["groups"][name]) for name in chosen)
         shapes = ({path: tuple(shape) for path, shape in model[name].items()} for name in ("params", "state"))
         return cls(groups, chosen, *shapes)
 
 
-def _mask(shape: tuple[int, ...], axes: Mapping[int, np.ndarray]) -> jax.Array:
-    if not axes:
+def _laid_out(along: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
+    """An array whose dimensions are these axes of a leaf, with size 1 on all others."""
+    sizes = dict(zip(axes, along.shape, strict=True))
+    return along.transpose(np.argsort(axes)).reshape([sizes.get(axis, 1) for axis in range(rank)])
+
+
+def _left(gone: np.ndarray, axis: int) -> int:
+    """How many indices of an axis stay: in all blocks as many."""
+    return gone.shape[axis] - int(np.count_nonzero(gone, axis=axis).flat[0])
+
+
+def _indices(gone: np.ndarray, axis: int) -> np.ndarray:
+    # False comes first, and a stable sort keeps the order of the indices.
+    kept = np.argsort(gone, axis=axis, kind="stable").take(range(_left(gone, axis)), axis=axis)
+    return kept.ravel() if kept.size == kept.shape[axis] else kept
+
+
+def _mask(shape: tuple[int, ...], gone: Mapping[int, np.ndarray]) -> jax.Array:
+    if not gone:
         return jnp.asarray(True)
-    mask = np.ones(shape, bool)
-    for axis, indices in axes.items():
-        along = np.isin(np.arange(shape[axis]), indices)
-        mask &= along.reshape([-1 if other == axis else 1 for other in range(len(shape))])
-    return jnp.asarray(mask)
+    return jnp.asarray(np.broadcast_to(~functools.reduce(np.logical_or, gone.values()), shape))
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -226,25 +255,49 @@ def _decoded(encoded: Sequence[int], size: int) -> np.ndarray:
 def _decoded_group(name: str, found: Mapping[str, Any]) -> Group:
     size = found["size"]
     members = tuple(
-        Member(path, axis, np.stack([_decoded(column, size) for column in columns], axis=1))
-        for path, axis, columns in found["members"]
+        Member(path, axis, np.stack([_decoded(column, size) for column in columns], axis=1), tuple(axes))
+        for path, axis, columns, axes in found["members"]
     )
-    return Group(name, size, members, None)
+    return Group(name, size, members, None, blocks=tuple(found["blocks"]))
 
 
-def _check_elements(name: str, size: int, elements: Any) -> None:
-    whole = isinstance(elements, (Sequence, np.ndarray)) and not isinstance(elements, str)
-    if not whole or any(isinstance(e, bool) or not isinstance(e, (int, np.integer)) for e in elements):
+def _elements(name: str, size: int, blocks: tuple[int, ...], elements: Any) -> tuple[Any, ...]:
+    """What is to be removed of a group, checked and ascending, by block if there are any; () for nothing."""
+    rows = _rows(elements, len(blocks))
+    if rows is None:
+        per_block = f", or {blocks} such lists, equally long" if blocks else ""
         raise ValueError(
-            f"the elements to remove of {name!r} must be a list of whole numbers, got {elements!r}"
+            f"the elements to remove of {name!r} must be a list of whole numbers{per_block}, got {elements!r}"
         )
-    wrong = [int(element) for element in elements if not 0 <= int(element) < size]
-    if wrong:
+    if not rows.size:
+        return ()
+    if rows.ndim > 1 and rows.shape[:-1] != blocks:
+        raise ValueError(f"{name!r} has {blocks} blocks, and elements of {rows.shape[:-1]} are to be removed")
+    wrong = rows[(rows < 0) | (rows >= size)]
+    if wrong.size:
         raise ValueError(f"{name!r} has elements 0 to {size - 1}, and {wrong[0]} is to be removed")
-    if len(set(map(int, elements))) != len(elements):
+    rows = np.sort(np.broadcast_to(rows, (*blocks, rows.shape[-1])), axis=-1)
+    if (np.diff(rows, axis=-1) == 0).any():
         raise ValueError(f"an element of {name!r} is to be removed twice")
-    if len(elements) == size:
+    if rows.shape[-1] == size:
         raise ValueError(f"all {size} elements of {name!r} are to be removed: a group cannot be emptied")
+    return _nested(rows.tolist())
+
+
+def _rows(elements: Any, blocks: int) -> np.ndarray | None:
+    """[n] or, of each block, [*blocks, n]; None where elements are something else."""
+    if not isinstance(elements, (Sequence, np.ndarray)) or isinstance(elements, str):
+        return None
+    try:
+        rows = np.asarray(elements)
+    except ValueError:
+        return None
+    whole = rows.dtype.kind in "iu" or not rows.size
+    return rows if whole and rows.ndim in (1, 1 + blocks) else None
+
+
+def _nested(rows: Any) -> Any:
+    return tuple(map(_nested, rows)) if isinstance(rows, list) else rows
 
 
 def plan(
@@ -307,25 +360,36 @@ def plan(
     counts = _of_each(ranked, sparsity) if scope == "layer" else _of_all(ranked, float(sparsity), limits)  # pyright: ignore
     removed = {}
     for name, found in ranked.items():
-        kept = max(found.size - counts[name], found.size - limits[name])
-        kept = min(found.size, math.ceil(kept / round_to) * round_to)
-        removed[name] = np.sort(np.argsort(found, kind="stable")[: found.size - kept])
+        size = found.shape[-1]
+        kept = max(size - counts[name], size - limits[name])
+        kept = min(size, math.ceil(kept / round_to) * round_to)
+        removed[name] = np.argsort(found, axis=-1, kind="stable")[..., : size - kept]
     return Plan.of(groups, removed)
 
 
 def _of_each(ranked: Mapping[str, np.ndarray], sparsity: Shares) -> dict[str, int]:
     shares = sparsity if isinstance(sparsity, Mapping) else dict.fromkeys(ranked, sparsity)
-    return {name: round(shares[name] * found.size) for name, found in ranked.items()}
+    return {name: round(shares[name] * found.shape[-1]) for name, found in ranked.items()}
 
 
 def _of_all(ranked: Mapping[str, np.ndarray], sparsity: float, limits: Mapping[str, int]) -> dict[str, int]:
-    """How many of each group are among the lowest of all, where none loses more than its limit."""
+    """How many of each group are among the lowest of all, where none loses more than its limit.
+
+    Blocks lose equally many: their lowest elements go together, at their mean importance, and so on upwards.
+    """
+    lowest = [
+        np.sort(found, kind="stable").reshape(-1, found.shape[-1]).mean(axis=0)[: limits[name]]
+        for name, found in ranked.items()
+    ]
+    if not lowest:
+        return {}
+    owners = np.repeat(np.arange(len(lowest)), [len(found) for found in lowest])
+    blocks = np.array([found.size // found.shape[-1] for found in ranked.values()])
+    order = np.argsort(np.concatenate(lowest), kind="stable")
     total = round(sparsity * sum(found.size for found in ranked.values()))
-    lowest = [(np.sort(found, kind="stable")[: limits[name]], name) for name, found in ranked.items()]
-    owners = np.repeat(np.arange(len(lowest)), [len(found) for found, _ in lowest])
-    order = np.argsort(np.concatenate([found for found, _ in lowest]), kind="stable") if lowest else owners
-    counts = np.bincount(owners[order[:total]], minlength=len(lowest))
-    return {name: int(count) for (_, name), count in zip(lowest, counts, strict=True)}
+    taken = order[np.cumsum(blocks[owners[order]]) <= total]
+    counts = np.bincount(owners[taken], minlength=len(lowest))
+    return dict(zip(ranked, counts.tolist(), strict=True))
 
 
 def _limits(unlocked: Mapping[str, Group], minimum: Widths, max_sparsity: Shares) -> dict[str, int]:

@@ -56,15 +56,19 @@ def _taken(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
     if not axes:
         return own_arrays(leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        shape = [len(axes[axis]) if axis in axes else size for axis, size in enumerate(leaf.shape)]
-        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
-    for axis, indices in axes.items():
+        return jax.eval_shape(lambda array: _taken(array, axes), leaf)
+    # What differs from block to block goes first, while all blocks are there.
+    for axis, indices in sorted(
+        axes.items(), key=lambda pair: -np.count_nonzero(np.shape(pair[1]) != np.int_(1))
+    ):
         leaf = by_compiler(functools.partial(_along, indices, axis), leaf, like=leaf)
     return leaf
 
 
 def _along(indices: np.ndarray, axis: int, leaf: Any) -> Any:
-    return leaf.take(indices, axis=axis)
+    if indices.ndim == 1:
+        return leaf.take(indices, axis=axis)
+    return jnp.take_along_axis(jnp.asarray(leaf), indices, axis=axis)
 
 
 def _shrunk_state(opt_state: Any, plan: Plan, kept: Mapping[str, Mapping[int, np.ndarray]]) -> Any:
