@@ -139,7 +139,7 @@ def bind(
     Args:
         abstract: whether shapes (`jax.ShapeDtypeStruct`) will do for arrays.
     """
-    _check_apply(apply_fn)
+    check_apply(apply_fn)
     batch = batch if isinstance(batch, tuple) else (batch,)
     batch_size = leaves.batch_size(batch, abstract=abstract)
     core, state = leaves.split_variables(params)
@@ -147,7 +147,7 @@ def bind(
     keywords = {**bound, **keywords, **({} if rngs is None else {"rngs": rngs})}
     if isinstance(keywords.get("mutable"), list):
         keywords["mutable"] = tuple(keywords["mutable"])
-    arrays = {name: value for name, value in keywords.items() if _has_array(value)}
+    arrays = {name: value for name, value in keywords.items() if has_array(value)}
     statics = tuple(sorted((name, value) for name, value in keywords.items() if name not in arrays))
     function: Function | None = None
     identity = None
@@ -167,7 +167,7 @@ def bind(
     return Bound(call, function, identity is not None, core, inputs, origins, batch_size)
 
 
-def _check_apply(apply_fn: Any) -> None:
+def check_apply(apply_fn: Any) -> None:
     if isinstance(apply_fn, nn.Module):
         raise TypeError(
             f"`apply_fn` is the module {type(apply_fn).__name__} itself: pass its `apply` (`model.apply`)"
@@ -190,7 +190,7 @@ def _call(apply_fn: Callable, whole: bool, statics: tuple, params: Any, inputs: 
     return named_misfit(functools.partial(apply_fn, **dict(statics), **arrays), variables, batch)
 
 
-def _has_array(value: Any) -> bool:
+def has_array(value: Any) -> bool:
     kinds = jax.Array, np.ndarray, jax.ShapeDtypeStruct
     return any(isinstance(leaf, kinds) for leaf in jax.tree.leaves(value))
 

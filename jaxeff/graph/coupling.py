@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def couple(program: Program, leaves: Sequence[bool], allowed: frozenset[str] = f
         lock = None if is_leaf and value in used else UNREAD if is_leaf else INPUT
         dims = tuple(labels.dim(size, True, lock) for size in value.shape)
         inputs.append(Described(dims, WEIGHT if is_leaf else DATA))
-    for output in _Walk(labels).run(program, inputs):
+    for output in Walk(labels).run(program, inputs):
         labels.lock_dims(output.dims, OUTPUT)
     found = [described.dims for described, is_leaf in zip(inputs, leaves, strict=True) if is_leaf]
     values = [value for value, is_leaf in zip(program.inputs, leaves, strict=True) if is_leaf]
@@ -97,7 +97,7 @@ def _collected(labels: Labels, leaves: Sequence[Sequence[Dim]], order: Sequence[
     whole = [leaves[leaf][axis].factors[0] for leaf, axis in axes]
     owner = np.repeat(np.arange(len(axes)), [len(axis) for axis in whole])
     index = np.concatenate([np.arange(len(axis)) for axis in whole])
-    owner, index, atom = _resolved(labels, owner, index, labels.find(np.concatenate(whole)))
+    owner, index, atom = resolved(labels, owner, index, labels.find(np.concatenate(whole)))
     reasons, locked = _locked(labels)
     # Of each label the first place where it stands, which is how elements and groups are ordered.
     first = np.full(len(labels), len(atom))
@@ -173,7 +173,7 @@ def _numbered(signatures: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first))[inverse]
 
 
-def _resolved(
+def resolved(
     labels: Labels, owner: np.ndarray, index: np.ndarray, found: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The labels that are no products behind each index, each once, by owner and index."""
@@ -203,10 +203,10 @@ def _resolved(
 
 def _locked(labels: Labels) -> tuple[list[str], np.ndarray]:
     """The reasons in the order in which they were met, and [reason, label], whether it locks it."""
-    reasons = list(dict.fromkeys(reason for reason, _ in labels.locks))
+    reasons = list(dict.fromkeys(lock.reason for lock in labels.locks))
     locked = np.zeros((len(reasons), len(labels)), bool)
-    for reason, held in labels.locks:
-        locked[reasons.index(reason), labels.find(held)] = True
+    for lock in labels.locks:
+        locked[reasons.index(lock.reason), labels.find(lock.labels)] = True
     every = np.arange(len(labels))
     products = every[(labels.of_all() == every) & labels.is_product(every)]
     major, minor = (labels.find(part) for part in labels.parts(products))
@@ -241,24 +241,28 @@ def _signatures(labels: Labels, owner: np.ndarray, atom: np.ndarray, locked: np.
 # --- The walk ------------------------------------------------------------------------------------------
 
 
-class _Walk:
-    """Describes the values of a program, operation by operation."""
+class Walk:
+    """Describes the values of a program, operation by operation.
+
+    Attributes:
+        described: every value so far, also inside the bodies of loops.
+    """
 
     def __init__(self, labels: Labels):
         self.labels = labels
+        self.described: dict[Value, Described] = {}
 
     def run(self, program: Program, inputs: Sequence[Described]) -> list[Described]:
-        known = dict(zip(program.inputs, inputs, strict=True))
+        self.described.update(zip(program.inputs, inputs, strict=True))
         for value, constant in program.constants.items():
-            known[value] = self._constant(constant)
-
-        def read(operand: Value | Literal) -> Described:
-            return known[operand] if isinstance(operand, Value) else self._constant(operand.val)
-
+            self.described[value] = self._constant(constant)
         for operation in program.operations:
-            results = self._step(operation, [read(operand) for operand in operation.inputs])
-            known.update(zip(operation.outputs, results, strict=True))
-        return [read(output) for output in program.outputs]
+            results = self._step(operation, [self._read(operand) for operand in operation.inputs])
+            self.described.update(zip(operation.outputs, results, strict=True))
+        return [self._read(output) for output in program.outputs]
+
+    def _read(self, operand: Value | Literal) -> Described:
+        return self.described[operand] if isinstance(operand, Value) else self._constant(operand.val)
 
     def _constant(self, constant: Any) -> Described:
         shape = np.shape(constant)
@@ -278,9 +282,13 @@ class _Walk:
         return Described(tuple(dims), CONSTANT, zero)
 
     def _step(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
+        around, self.labels.during = self.labels.during, operation
         if operation.name in _LOOPS:
-            return _LOOPS[operation.name](self, operation, inputs)
-        return through(self.labels, operation, inputs)
+            results = _LOOPS[operation.name](self, operation, inputs)
+        else:
+            results = through(self.labels, operation, inputs)
+        self.labels.during = around
+        return results
 
     def scan(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
         constants, carried = scan_operands(operation)
@@ -288,8 +296,11 @@ class _Walk:
         for operand in stacked:
             self.labels.lock_dims(operand.dims[:1], "the iterations of a scan")
         slices = [operand._replace(dims=operand.dims[1:]) for operand in stacked]
-        results = self.run(operation.bodies[0], [*inputs[:constants], *map(_carried, initial), *slices])
-        ends = self._tied(initial, results[:carried])
+
+        def body(carry: Sequence[Described]) -> list[Described]:
+            return self.run(operation.bodies[0], [*inputs[:constants], *carry, *slices])
+
+        ends, results = self._repeated(body, initial)
         time = self.labels.dim(int(operation.params["length"]), False, "the iterations of a scan")
         return ends + [result._replace(dims=(time, *result.dims)) for result in results[carried:]]
 
@@ -297,9 +308,27 @@ class _Walk:
         test, body = operation.bodies
         for_test, for_body = operation.params["cond_nconsts"], operation.params["body_nconsts"]
         initial = inputs[for_test + for_body :]
-        carried = [_carried(operand) for operand in initial]
-        _ = self.run(test, [*inputs[:for_test], *carried])
-        return self._tied(initial, self.run(body, [*inputs[for_test : for_test + for_body], *carried]))
+
+        def once(carry: Sequence[Described]) -> list[Described]:
+            _ = self.run(test, [*inputs[:for_test], *carry])
+            return self.run(body, [*inputs[for_test : for_test + for_body], *carry])
+
+        return self._repeated(once, initial)[0]
+
+    def _repeated(
+        self, body: Callable[[Sequence[Described]], list[Described]], initial: Sequence[Described]
+    ) -> tuple[list[Described], list[Described]]:
+        """What a loop carries in the end, and all that its body returns.
+
+        What it carries is 0 somewhere if it is so at first, and each iteration leaves it so.
+        """
+        carry = [operand._replace(made_of=DATA) for operand in initial]
+        while True:
+            results = body(carry)
+            ends = self._tied(carry, results[: len(carry)])
+            if list(map(_zeros, ends)) == list(map(_zeros, carry)):
+                return ends, results
+            carry = ends
 
     def branches(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
         first, *others = [self.run(body, inputs[1:]) for body in operation.bodies]
@@ -322,10 +351,9 @@ class _Walk:
         ]
 
 
-def _carried(described: Described) -> Described:
-    """What a loop carries, of whose later values nothing is known yet but their shape."""
-    dims = tuple(dim._replace(zero=False) for dim in described.dims)
-    return Described(dims, DATA, False)
+def _zeros(described: Described) -> tuple[bool, ...]:
+    """Where it is 0: everywhere, and where labels of each dimension are removed."""
+    return (described.zero, *(dim.zero for dim in described.dims))
 
 
-_LOOPS = {"scan": _Walk.scan, "while": _Walk.loop, "cond": _Walk.branches}
+_LOOPS = {"scan": Walk.scan, "while": Walk.loop, "cond": Walk.branches}

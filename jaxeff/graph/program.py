@@ -60,6 +60,7 @@ class Operation:
     Attributes:
         bodies: the programs of a loop or branch.
         scope: the names around it, joined by '/': of Flax's modules, and of `jax.named_scope`.
+        source_info: where it was written, for `jax.extend.source_info_util`.
     """
 
     primitive: Any
@@ -70,6 +71,7 @@ class Operation:
     effects: bool
     bodies: tuple[Program, ...]
     scope: str
+    source_info: Any = None
 
     @property
     def name(self) -> str:
@@ -245,6 +247,7 @@ def _operation(
         bool(equation.effects),
         _bodies(equation, scope),
         scope,
+        equation.source_info,
     )
 
 

@@ -19,9 +19,10 @@ from jaxeff.graph.primitives import LOCKED, RANDOM
 from jaxeff.graph.program import ENTERED, Operation
 from jaxeff.graph.provenance import value_shape
 
-# Kinds of locks that a caller who knows better may leave out.
-STATISTICS, SCALE = "statistics", "scale"
-KINDS = frozenset({STATISTICS, SCALE})
+# Kinds of locks that a caller who knows better may leave out. A module that is rebuilt computes numbers from its
+# widths anew (1/n, 1/sqrt(d)); a program that is replayed keeps those it was traced with: REPLAY.
+STATISTICS, SCALE, REPLAY = "statistics", "scale", "replay"
+KINDS = frozenset({STATISTICS, SCALE, REPLAY})
 
 CONSTANT, WEIGHT, DATA = range(3)
 _SCALED = "data multiplies data and is summed over it: a scale by its size (1/sqrt(d)) would change"
@@ -269,7 +270,9 @@ def _reduce(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
     for operand in inputs:
         for axis in reduced & set(range(len(operand.dims))):
             reason = f"{operation.name} over it" + (" (a norm or a mean, which would change)" if sums else "")
-            labels.lock_dims([operand.dims[axis]], reason, STATISTICS if sums else None)
+            # What is 0 adds nothing to a sum, in whose place only a count taken from the width would change.
+            kinds = (STATISTICS, *([REPLAY] if operand.dims[axis].zero else [])) if sums else ()
+            labels.lock_dims([operand.dims[axis]], reason, *kinds)
     kept = tuple(dim for i, dim in enumerate(inputs[0].dims) if i not in reduced)
     zero = sums or operation.name == "reduce_max"
     return [tuple(dim._replace(zero=dim.zero and zero) for dim in kept) for _ in operation.outputs]
@@ -298,7 +301,7 @@ def _contract(labels: Labels, name: str, one: Described, other: Described, pair:
     if not any(dim.zero for dim in pair):
         labels.lock_dims([tied], f"{name} sums over it, and neither side is 0 where it is removed")
     if WEIGHT not in (one.made_of, other.made_of):
-        labels.lock_dims([tied], _SCALED, SCALE)
+        labels.lock_dims([tied], _SCALED, SCALE, REPLAY)
 
 
 def _dot_general(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:
@@ -335,7 +338,7 @@ def _convolution(labels: Labels, operation: Operation, inputs: Sequence[Describe
         channels = labels.match(channels, Dim((group, *within.factors), within.zero))
         features = labels.match(features, Dim((group, *each.factors), features.zero))
         if WEIGHT not in (data.made_of, kernel.made_of):
-            labels.lock_dims([channels], _SCALED, SCALE)
+            labels.lock_dims([channels], _SCALED, SCALE, REPLAY)
         if within.factors and not within.zero:
             labels.lock_dims([channels], "neither side of a convolution is 0 where it is removed")
     else:

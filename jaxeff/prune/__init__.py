@@ -10,6 +10,7 @@ pruned = prune.iterative_magnitude(state, step, batches, evaluate, sparsity=0.95
 groups = prune.groups(params, model.apply, batch)      # which axes of which leaves shrink together
 plan = prune.plan(groups, importance, sparsity=0.5)    # JSON
 small = prune.shrink(params, plan)                     # for a module of `plan.widths()`
+small, small_apply = prune.compact(params, model.apply, batch, plan)  # without another module
 prune.before_and_after((params, model.apply), (small, smaller.apply), [x[:1], x[:32]])  # measured
 """
 
@@ -17,6 +18,8 @@ from jaxeff.prune.allocation import ALLOCATIONS as ALLOCATIONS
 from jaxeff.prune.batch_norm import recalibrate as recalibrate
 from jaxeff.prune.before_and_after import BeforeAndAfter as BeforeAndAfter
 from jaxeff.prune.before_and_after import before_and_after as before_and_after
+from jaxeff.prune.compacting import CompactApply as CompactApply
+from jaxeff.prune.compacting import compact as compact
 from jaxeff.prune.criteria import calibrated as calibrated
 from jaxeff.prune.dynamic import rigl as rigl
 from jaxeff.prune.dynamic import sparse_evolution as sparse_evolution
