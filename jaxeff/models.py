@@ -44,8 +44,18 @@ class Model:
     batch_size: int | None
 
 
+class StatefulApply:
+    """`apply_fn(params, *batch)` that holds variables which are no parameters, as a dataclass with a `state`."""
+
+    state: Any
+
+    def with_state(self, state: Any) -> Any:
+        """The same function with other variables."""
+        return dataclasses.replace(self, state=state)  # pyright: ignore
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class NNXApply:
+class NNXApply(StatefulApply):
     """`apply_fn(params, *batch)` of an NNX model, in the mode (train or eval) that it was in.
 
     Attributes:
@@ -157,6 +167,8 @@ def bind(
     elif isinstance(apply_fn, NNXApply):
         identity = _content((apply_fn.structure, statics))
         function, state = NNXFunction(apply_fn.structure, statics, identity), apply_fn.state
+    elif isinstance(apply_fn, StatefulApply) and jax.tree.leaves(apply_fn.state):
+        state = apply_fn.state
     inputs = (state, batch, arrays)
     origins = tuple(
         origin
@@ -186,6 +198,8 @@ def check_apply(apply_fn: Any) -> None:
 
 def _call(apply_fn: Callable, whole: bool, statics: tuple, params: Any, inputs: Any) -> Any:
     state, batch, arrays = inputs
+    if isinstance(apply_fn, StatefulApply) and jax.tree.leaves(apply_fn.state):
+        apply_fn, whole = apply_fn.with_state(state), False
     variables = {**state, "params": params} if whole else params
     return named_misfit(functools.partial(apply_fn, **dict(statics), **arrays), variables, batch)
 

@@ -251,18 +251,26 @@ class Walk:
     def __init__(self, labels: Labels):
         self.labels = labels
         self.described: dict[Value, Described] = {}
+        self._constants: dict[Value, Any] = {}
 
     def run(self, program: Program, inputs: Sequence[Described]) -> list[Described]:
         self.described.update(zip(program.inputs, inputs, strict=True))
-        for value, constant in program.constants.items():
-            self.described[value] = self._constant(constant)
+        self._constants.update(program.constants)
+        around = self.labels.during
         for operation in program.operations:
+            self.labels.during = operation
             results = self._step(operation, [self._read(operand) for operand in operation.inputs])
             self.described.update(zip(operation.outputs, results, strict=True))
+        self.labels.during = around
         return [self._read(output) for output in program.outputs]
 
     def _read(self, operand: Value | Literal) -> Described:
-        return self.described[operand] if isinstance(operand, Value) else self._constant(operand.val)
+        if isinstance(operand, Literal):
+            return self._constant(operand.val)
+        if operand not in self.described:
+            # Here, and not at first, so that what it locks names the operation that reads it.
+            self.described[operand] = self._constant(self._constants[operand])
+        return self.described[operand]
 
     def _constant(self, constant: Any) -> Described:
         shape = np.shape(constant)
@@ -282,13 +290,9 @@ class Walk:
         return Described(tuple(dims), CONSTANT, zero)
 
     def _step(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
-        around, self.labels.during = self.labels.during, operation
         if operation.name in _LOOPS:
-            results = _LOOPS[operation.name](self, operation, inputs)
-        else:
-            results = through(self.labels, operation, inputs)
-        self.labels.during = around
-        return results
+            return _LOOPS[operation.name](self, operation, inputs)
+        return through(self.labels, operation, inputs)
 
     def scan(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
         constants, carried = scan_operands(operation)

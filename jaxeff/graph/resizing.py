@@ -8,8 +8,10 @@ Numbers in the program (1/n, 1/sqrt(d)) stay those that it was traced with. Impo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -94,36 +96,28 @@ class Resized:
         derivative: bool = False,
     ):
         self.program = program
-        labels = Labels(frozenset({SCALE, REPLAY, STATISTICS} if derivative else {SCALE, REPLAY}))
-        walk = Walk(labels)
-        given = [
-            Described(tuple(labels.dim(len(mask), True, one.lock) for mask in one.kept), one.made_of)
-            for one in inputs
-        ]
-        results = walk.run(program, given)
-        expected = [kept for kept in outputs if kept is not None]
-        asked = [
-            Described(tuple(labels.dim(len(m), True, OUTPUT if m.all() else None) for m in kept), DATA)
-            for kept in expected
-        ]
-        resulting = [result for result, kept in zip(results, outputs, strict=True) if kept is not None]
-        for one, other in zip(resulting, asked, strict=True):
-            for pair in zip(one.dims, other.dims, strict=True):
-                _ = labels.match(*pair)
-        self._described = walk.described
-        self._gone = _gone(labels, [*given, *asked], [*(one.kept for one in inputs), *expected])
+        allowed = frozenset({SCALE, REPLAY, STATISTICS} if derivative else {SCALE, REPLAY})
+        labelled = _Labelled(Labels(allowed), inputs)
+        walk = Walk(labelled.labels)
+        labelled.tie(walk.run(program, labelled.inputs), outputs)
+        self._described, self._gone = walk.described, labelled.gone()
         self._known: dict[Value, Kept] = {}
-        for lock in labels.locks:
+        for lock in labelled.labels.locks:
             if self._gone[lock.labels].any():
                 raise MisfitError(lock.reason, lock.during)
-        for value, one in zip(program.inputs, inputs, strict=True):
-            for axis, (mask, wanted) in enumerate(zip(self.kept(value), one.kept, strict=True)):
-                if not np.array_equal(mask, wanted):
-                    raise MisfitError(f"axis {axis} of {one.name} holds other indices that go with them")
-        self._constants = {value: self._cut(value, array) for value, array in program.constants.items()}
+        if found := labelled.tied_to_what_stays(self._gone):
+            why = f"axis {found[1]} of {found[0]} is tied to indices that stay"
+            raise MisfitError(why, _first_to_tie(program, inputs, allowed))
+        constants = {value: array for value, array in program.constants.items() if value in self._described}
+        self._constants = {value: self._cut(value, array) for value, array in constants.items()}
 
-    def __call__(self, arguments: Arrays) -> list[Any]:
-        return self._run(self.program, arguments, "")
+    def __call__(self, arguments: Arrays, scope: str = "") -> list[Any]:
+        """The outputs, of inputs of the sizes that are left.
+
+        Args:
+            scope: leave this out of the names around operations.
+        """
+        return self._run(self.program, arguments, scope)
 
     def kept(self, operand: Value | Literal) -> Kept:
         """Which indices of a value stay."""
@@ -161,11 +155,10 @@ class Resized:
 
     def _run(self, program: Program, arguments: Arrays, scope: str) -> list[Any]:
         """The outputs of the program, or of a body of one of its loops, which stands in a scope."""
-        constants = (
-            self._constants
-            if program is self.program
-            else {value: self._cut(value, array) for value, array in program.constants.items()}
-        )
+        constants = self._constants
+        if program is not self.program:
+            found = program.constants.items()
+            constants = {value: self._cut(value, array) for value, array in found if value in self._described}
         values = {**constants, **dict(zip(program.inputs, arguments, strict=True))}
         return self._steps(program.steps, values, program.outputs, scope)
 
@@ -370,33 +363,110 @@ class Resized:
         return function(*operands)
 
 
-def _gone(labels: Labels, described: Sequence[Described], kept: Sequence[Kept]) -> np.ndarray:
-    """Of every label whether it is removed: it is where it stands at nothing but removed indices."""
-    pairs = [
-        (dim.factors[0], mask)
-        for one, masks in zip(described, kept, strict=True)
-        for dim, mask in zip(one.dims, masks, strict=True)
-        if dim.factors
-    ]
-    gone = np.zeros(len(labels), bool)
-    if not pairs:
-        return gone
-    owner = np.repeat(np.arange(len(pairs)), [len(mask) for _, mask in pairs])
-    index = np.concatenate([np.arange(len(mask)) for _, mask in pairs])
-    starts = np.cumsum([0, *(len(mask) for _, mask in pairs)])
-    found = labels.find(np.concatenate([standing for standing, _ in pairs]))
-    owner, index, atoms = resolved(labels, owner, index, found)
-    stays = np.zeros(len(labels), bool)
-    stays[atoms[np.concatenate([mask for _, mask in pairs])[starts[owner] + index]]] = True
-    gone[atoms] = ~stays[atoms]
-    # A product goes where either of its parts does.
-    root, every = labels.of_all(), np.arange(len(labels))
-    products = every[(root == every) & labels.is_product(every)]
-    major, minor = (labels.find(part) for part in labels.parts(products))
-    before = -1
-    while before != (before := int(gone.sum())):
-        gone[products] |= gone[major] | gone[minor]
-    return gone[root]
+class _Labelled:
+    """Labels for the inputs of a program, and of which of them it is known whether they stay."""
+
+    def __init__(self, labels: Labels, inputs: Sequence[Input]):
+        self.labels, self._named = labels, inputs
+        self.inputs = [
+            Described(tuple(labels.dim(len(mask), True, one.lock) for mask in one.kept), one.made_of)
+            for one in inputs
+        ]
+        self._known = [
+            (dim, mask)
+            for described, one in zip(self.inputs, inputs, strict=True)
+            for dim, mask in zip(described.dims, one.kept, strict=True)
+        ]
+
+    def tie(self, results: Sequence[Described], outputs: Sequence[Kept | None]) -> None:
+        """Let results have the indices that are expected of them."""
+        for result, expected in zip(results, outputs, strict=True):
+            for dim, mask in zip(result.dims, expected or (), strict=expected is not None):
+                if mask.all():
+                    self.labels.lock_dims([dim], OUTPUT)
+                    continue
+                asked = self.labels.dim(len(mask), True)
+                _ = self.labels.match(dim, asked)
+                self._known.append((asked, mask))
+
+    def gone(self) -> np.ndarray:
+        """Of every label whether it is removed: it is where it stands at nothing but removed indices."""
+        labels = self.labels
+        known = [(dim.factors[0], mask) for dim, mask in self._known if dim.factors]
+        gone = np.zeros(len(labels), bool)
+        if not known:
+            return gone
+        sizes = [len(mask) for _, mask in known]
+        owner = np.repeat(np.arange(len(known)), sizes)
+        index = np.concatenate([np.arange(size) for size in sizes])
+        found = labels.find(np.concatenate([standing for standing, _ in known]))
+        owner, index, atoms = resolved(labels, owner, index, found)
+        stays = np.concatenate([mask for _, mask in known])[np.cumsum([0, *sizes])[owner] + index]
+        gone[atoms] = True
+        gone[atoms[stays]] = False
+        # A product goes where either of its parts does.
+        root, every = labels.of_all(), np.arange(len(labels))
+        products = every[(root == every) & labels.is_product(every)]
+        major, minor = (labels.find(part) for part in labels.parts(products))
+        before = -1
+        while before != (before := int(gone.sum())):
+            gone[products] |= gone[major] | gone[minor]
+        return gone[root]
+
+    def tied_to_what_stays(self, gone: np.ndarray) -> tuple[str, int] | None:
+        """The name and axis of an input that is not left with the indices that it should be."""
+        for described, one in zip(self.inputs, self._named, strict=True):
+            for axis, (dim, mask) in enumerate(zip(described.dims, one.kept, strict=True)):
+                if dim.factors and not np.array_equal(~gone[dim.factors[0]], mask):
+                    return one.name, axis
+        return None
+
+
+class _Halted(Exception):
+    pass
+
+
+class _Beginning(Walk):
+    """A walk over the first of a program's operations, those in the bodies of loops included.
+
+    Attributes:
+        walked: how many, with the last of them.
+    """
+
+    def __init__(self, labels: Labels, most: int):
+        super().__init__(labels)
+        self.most = most
+        self.walked: tuple[int, Operation | None] = 0, None
+
+    def _step(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
+        if self.walked[0] == self.most:
+            raise _Halted
+        self.walked = self.walked[0] + 1, operation
+        return super()._step(operation, inputs)
+
+
+def _first_to_tie(program: Program, inputs: Sequence[Input], allowed: frozenset[str]) -> Operation | None:
+    """The operation that ties what is removed to what stays, found by bisection; None where none does."""
+
+    def walked(most: int) -> tuple[bool, int, Operation | None]:
+        labelled = _Labelled(Labels(allowed), inputs)
+        walk = _Beginning(labelled.labels, most)
+        with contextlib.suppress(_Halted):
+            _ = walk.run(program, labelled.inputs)
+        return labelled.tied_to_what_stays(labelled.gone()) is not None, *walk.walked
+
+    tied, most, last = walked(sys.maxsize)
+    if not tied:
+        return None
+    least = 0
+    while least < most:
+        middle = (least + most) // 2
+        tied, _, operation = walked(middle)
+        if tied:
+            most, last = middle, operation
+        else:
+            least = middle + 1
+    return last
 
 
 def _strong(arrays: Arrays, values: Sequence[Value | Literal]) -> list[Any]:
@@ -416,7 +486,7 @@ def _floats(operands: Sequence[Value | Literal]) -> list[int]:
 def _abstract(operand: Value | Literal) -> jax.ShapeDtypeStruct:
     if isinstance(operand, Literal):
         return jax.ShapeDtypeStruct(np.shape(operand.val), jnp.result_type(operand.val))
-    return jax.ShapeDtypeStruct(operand.shape, operand.dtype)
+    return jax.ShapeDtypeStruct(operand.shape, operand.dtype, sharding=operand.sharding)
 
 
 def _inside(scope: str, outer: str) -> str:

@@ -18,14 +18,14 @@ import numpy as np
 from jaxeff.functions import bound_module, content, named_misfit
 from jaxeff.graph.program import flatten
 from jaxeff.graph.resizing import Input, Kept, Resized, whole
-from jaxeff.models import NNXApply, check_apply, has_array
+from jaxeff.models import StatefulApply, check_apply, has_array
 from jaxeff.prune.groups import named_variables
 from jaxeff.prune.plans import Plan
 from jaxeff.prune.shrinking import shrink
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class CompactApply:
+class CompactApply(StatefulApply):
     """`small_apply(small_params, *batch)`: what `apply_fn` computes, at the sizes that a plan leaves.
 
     Attributes:
@@ -63,12 +63,12 @@ class CompactApply:
         inputs += [Input.of_data(shape) for shape in shapes[len(leaves) :]]
         wanted = self._wanted(statics.keywords, outputs)
         resized = Resized(flatten(closed), inputs, wanted)
-        return jax.tree.unflatten(jax.tree.structure(outputs), resized(given))
+        return jax.tree.unflatten(jax.tree.structure(outputs), resized(given, self._root()))
 
     def _large(self, keywords: Mapping[str, Any], params: Any, state: Any, batch: tuple, arrays: Any) -> Any:
         apply_fn = self.apply_fn
-        if isinstance(apply_fn, NNXApply):
-            apply_fn = dataclasses.replace(apply_fn, state=state)
+        if isinstance(apply_fn, StatefulApply):
+            apply_fn = apply_fn.with_state(state)
         return named_misfit(functools.partial(apply_fn, **keywords, **arrays), params, batch)
 
     def _leaves(self, tree: Any) -> list[tuple[str, Kept]]:
@@ -90,6 +90,11 @@ class CompactApply:
                 )
             leaves.append((path, kept))
         return leaves
+
+    def _root(self) -> str:
+        """How a Linen module names itself in the names around its operations."""
+        module, _ = bound_module(self.apply_fn)
+        return "" if module is None else module.name or type(module).__name__
 
     def _wanted(self, keywords: Mapping[str, Any], outputs: Any) -> list[Kept | None]:
         """Which indices of each output stay: all, but for a Linen model's updated collections, which shrink."""
@@ -117,7 +122,9 @@ class _Statics:
 def _abstract(leaf: Any, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
     """An array like this one, of another shape."""
     kind = jax.typeof(leaf)
-    return jax.ShapeDtypeStruct(tuple(shape), kind.dtype, weak_type=getattr(kind, "weak_type", False))
+    weak = getattr(kind, "weak_type", False)
+    sharding = kind.sharding if any(names is not None for names in kind.sharding.spec) else None
+    return jax.ShapeDtypeStruct(tuple(shape), kind.dtype, weak_type=weak, sharding=sharding)
 
 
 def compact(
@@ -163,7 +170,7 @@ def compact(
     ((3, 2), (8, 2))
     """
     check_apply(apply_fn)
-    state = apply_fn.state if isinstance(apply_fn, NNXApply) else {}
+    state = apply_fn.state if isinstance(apply_fn, StatefulApply) else {}
     small_params = shrink(params, plan)
     keywords = {**apply_kwargs, **({} if rngs is None else {"rngs": rngs})}
     small_state = shrink(state, plan) if jax.tree.leaves(state) else state

@@ -20,7 +20,7 @@ from jaxeff.functions import TracedFunction
 from jaxeff.graph.coupling import UNREAD, couple
 from jaxeff.graph.rules import KINDS
 from jaxeff.leaves import is_variables, named_leaves, split_variables
-from jaxeff.models import NNXApply, from_apply
+from jaxeff.models import StatefulApply, from_apply
 from jaxeff.numerics.precision import widened
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -227,8 +227,8 @@ def groups(
         raise ValueError(
             f"`allow` may hold {', '.join(map(repr, sorted(KINDS)))}, got {sorted(unknown)[0]!r}"
         )
-    if isinstance(apply_fn, NNXApply):
-        apply_fn = dataclasses.replace(apply_fn, state=jax.tree.map(stand_in, apply_fn.state))
+    if isinstance(apply_fn, StatefulApply):
+        apply_fn = apply_fn.with_state(jax.tree.map(stand_in, apply_fn.state))
     params, batch = (jax.tree.map(stand_in, tree) for tree in (params, batch))
     core, _ = split_variables(params)
     named = named_leaves(core)
