@@ -45,7 +45,7 @@ class Model:
 
 
 class StatefulApply:
-    """`apply_fn(params, *batch)` that holds variables which are no parameters, as a dataclass with a `state`."""
+    """An `apply_fn(params, *batch)` that holds variables besides the parameters: a dataclass with a `state`."""
 
     state: Any
 

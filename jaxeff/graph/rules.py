@@ -19,8 +19,8 @@ from jaxeff.graph.primitives import LOCKED, RANDOM
 from jaxeff.graph.program import ENTERED, Operation
 from jaxeff.graph.provenance import value_shape
 
-# Kinds of locks that a caller who knows better may leave out. A module that is rebuilt computes numbers from its
-# widths anew (1/n, 1/sqrt(d)); a program that is replayed keeps those it was traced with: REPLAY.
+# Kinds of locks that a caller who knows better may leave out. REPLAY: those that only a rebuilt module needs,
+# because it computes numbers from its widths anew (1/n, 1/sqrt(d)), where a replayed program keeps them.
 STATISTICS, SCALE, REPLAY = "statistics", "scale", "replay"
 KINDS = frozenset({STATISTICS, SCALE, REPLAY})
 

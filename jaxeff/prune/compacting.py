@@ -17,7 +17,8 @@ import numpy as np
 
 from jaxeff.functions import bound_module, content, named_misfit
 from jaxeff.graph.program import flatten
-from jaxeff.graph.resizing import Input, Kept, Resized, whole
+from jaxeff.graph.remaining import Input, Kept, whole
+from jaxeff.graph.resizing import Resized
 from jaxeff.models import StatefulApply, check_apply, has_array
 from jaxeff.prune.groups import named_variables
 from jaxeff.prune.plans import Plan
@@ -78,7 +79,9 @@ class CompactApply(StatefulApply):
         every, chosen, leaves = self.plan.shapes, self.plan.kept(), []
         for path, leaf in named_variables(tree).items():
             if path not in every:
-                raise ValueError(f"`params` holds {path!r}, which the model that was made smaller did not have")
+                raise ValueError(
+                    f"`params` holds {path!r}, which the model that was made smaller did not have"
+                )
             kept = tuple(
                 np.isin(np.arange(size), chosen.get(path, {}).get(axis, np.arange(size)))
                 for axis, size in enumerate(every[path])
@@ -97,7 +100,7 @@ class CompactApply(StatefulApply):
         return "" if module is None else module.name or type(module).__name__
 
     def _wanted(self, keywords: Mapping[str, Any], outputs: Any) -> list[Kept | None]:
-        """Which indices of each output stay: all, but for a Linen model's updated collections, which shrink."""
+        """Which indices of each output stay: all of them, but a Linen model's updated collections shrink."""
         wanted: list[Kept | None] = [whole(output.shape) for output in jax.tree.leaves(outputs)]
         module, bound = bound_module(self.apply_fn)
         if module is not None and {**bound, **keywords}.get("mutable", False) is not False:
@@ -136,30 +139,29 @@ def compact(
     rngs: Any = None,
     **apply_kwargs: Any,
 ) -> tuple[Any, CompactApply]:
-    """Make a model smaller without building another module.
+    """Carry out a plan without rebuilding the module.
 
-    The large model's program is traced, and run at the sizes that the plan leaves, which `small_apply` does anew for
-    each shape of batch, as `jax.jit` would. Any model will do whose module cannot be built at these sizes,
-    or would take work to: of Keras, of Equinox, of a library.
+    `small_apply` traces the large model and runs its program at the sizes that the plan leaves. Use it for models
+    whose module cannot be built at these sizes, or only with work: those of Keras, Equinox, or a library.
 
-    What is computed is what `apply_fn` computes of `prune.apply(params, plan.masks(params))`. Numbers that the
-    model takes from its widths (1/n, 1/sqrt(d)) stay those of the large one, so a plan may also remove what
+    It computes what `apply_fn` computes with `prune.apply(params, plan.masks(params))`. Numbers that the model
+    takes from its widths (1/n, 1/sqrt(d)) stay those of the large model, so a plan may also remove what
     `prune.groups(..., allow="replay")` opens.
 
     Args:
-        params, apply_fn, batch, rngs, apply_kwargs: as `prune.groups` takes them. `batch` is what the
-            smaller model is checked with; it takes others.
-        plan: of `prune.plan`, for the groups of this model.
+        params, apply_fn, rngs, apply_kwargs: as `prune.groups` takes them.
+        batch: to check the smaller model with, as `prune.groups` takes it. Batches of other shapes are traced anew,
+            as `jax.jit` does.
+        plan: from `prune.plan`, for this model.
 
     Returns:
         The smaller params, as `prune.shrink` makes them, and `small_apply(small_params, *batch, **apply_kwargs)`,
-        which is jitted, and can be differentiated, mapped, exported and analysed as `apply_fn` can. It
-        returns what `apply_fn` does; of a Linen module with `mutable`, the collections that are
-        updated come smaller.
+        a jitted function that can be transformed, exported, timed and analysed like `apply_fn`. It returns what
+        `apply_fn` returns; the collections that a Linen module with `mutable` updates are smaller.
 
     Raises:
-        ValueError: the plan is of another model; or the program does not run without what the plan removes, as where
-            a size is written into the code. The message names the operation and its line.
+        ValueError: the plan is of another model, or the program cannot run without what the plan removes, for
+            example because a size is written into the code. The message names the operation and its line.
 
     >>> from jaxeff import prune
     >>> model = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]
