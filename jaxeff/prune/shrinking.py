@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxeff.leaves import leaves_by_path, own_arrays
 from jaxeff.meshes import by_compiler
@@ -61,9 +62,21 @@ def _taken(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         shape = [len(axes[axis]) if axis in axes else size for axis, size in enumerate(leaf.shape)]
         return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+    if _on_one_device(leaf):
+        # Compiling a gather for every shape would take longer than all of the copying.
+        array = np.asarray(leaf)
+        for axis, indices in axes.items():
+            array = array.take(indices, axis)
+        return jax.device_put(array, leaf.sharding if getattr(leaf, "committed", False) else None)
     for axis, indices in axes.items():
         leaf = by_compiler(functools.partial(_along, indices, axis), leaf, like=leaf)
     return leaf
+
+
+def _on_one_device(leaf: Any) -> bool:
+    if isinstance(leaf, Tracer) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return False
+    return isinstance(leaf, np.ndarray) or len(leaf.sharding.device_set) == 1
 
 
 def _along(indices: np.ndarray, axis: int, leaf: Any) -> Any:
