@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def couple(program: Program, leaves: Sequence[bool], allowed: frozenset[str] = f
         lock = None if is_leaf and value in used else UNREAD if is_leaf else INPUT
         dims = tuple(labels.dim(size, True, lock) for size in value.shape)
         inputs.append(Described(dims, WEIGHT if is_leaf else DATA))
-    walk = _Walk(labels)
+    walk = Walk(labels)
     for output in walk.run(program, inputs):
         labels.lock_dims(output.dims, OUTPUT)
     found = [described.dims for described, is_leaf in zip(inputs, leaves, strict=True) if is_leaf]
@@ -108,7 +108,7 @@ def _collected(
     whole = [leaves[leaf][axis].factors[0] for leaf, axis in axes]
     owner = np.repeat(np.arange(len(axes)), [len(axis) for axis in whole])
     index = np.concatenate([np.arange(len(axis)) for axis in whole])
-    owner, index, atom = _resolved(labels, owner, index, labels.find(np.concatenate(whole)))
+    owner, index, atom = resolved(labels, owner, index, labels.find(np.concatenate(whole)))
     reasons, locked = _locked(labels)
     # Of each label the first place where it stands, which is how elements and groups are ordered.
     first = np.full(len(labels), len(atom))
@@ -183,7 +183,7 @@ def _numbered(signatures: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first))[inverse]
 
 
-def _resolved(
+def resolved(
     labels: Labels, owner: np.ndarray, index: np.ndarray, found: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The labels that are no products behind each index, each once, by owner and index."""
@@ -213,10 +213,10 @@ def _resolved(
 
 def _locked(labels: Labels) -> tuple[list[str], np.ndarray]:
     """The reasons in the order in which they were met, and [reason, label], whether it locks it."""
-    reasons = list(dict.fromkeys(reason for reason, _ in labels.locks))
+    reasons = list(dict.fromkeys(lock.reason for lock in labels.locks))
     locked = np.zeros((len(reasons), len(labels)), bool)
-    for reason, held in labels.locks:
-        locked[reasons.index(reason), labels.find(held)] = True
+    for lock in labels.locks:
+        locked[reasons.index(lock.reason), labels.find(lock.labels)] = True
     every = np.arange(len(labels))
     products = every[(labels.of_all() == every) & labels.is_product(every)]
     major, minor = (labels.find(part) for part in labels.parts(products))
@@ -251,32 +251,47 @@ def _signatures(labels: Labels, owner: np.ndarray, atom: np.ndarray, locked: np.
 # --- The walk ------------------------------------------------------------------------------------------
 
 
-class _Walk:
-    """Describes the values of a program, operation by operation."""
+class Walk:
+    """Describes the values of a program, operation by operation.
+
+    Attributes:
+        described: every value so far, also inside the bodies of loops.
+    """
+
+    def __init__(self, labels: Labels):
+        self.labels = labels
 
     def __init__(self, labels: Labels):
         self.labels = labels
         self.seen = Seen([], [])
+        self.described: dict[Value, Described] = {}
+        self._constants: dict[Value, Any] = {}
         self._iterations: tuple[np.ndarray, ...] = ()
 
     def run(self, program: Program, inputs: Sequence[Described]) -> list[Described]:
-        known = dict(zip(program.inputs, inputs, strict=True))
+        self.described.update(zip(program.inputs, inputs, strict=True))
+        self._constants.update(program.constants)
         self._see(inputs)
-        for value, constant in program.constants.items():
-            known[value] = self._constant(constant)
-
-        def read(operand: Value | Literal) -> Described:
-            return known[operand] if isinstance(operand, Value) else self._constant(operand.val)
-
+        around = self.labels.during
         for operation in program.operations:
-            operands, locked = [read(operand) for operand in operation.inputs], len(self.labels.locks)
+            self.labels.during = operation
+            operands, locked = [self._read(operand) for operand in operation.inputs], len(self.labels.locks)
             results = self._step(operation, operands)
             self._see(results)
             if operation.name not in _LOOPS:
                 dims = [dim for described in (*operands, *results) for dim in described.dims]
-                self.seen.locked.extend((dims, labels) for _, labels in self.labels.locks[locked:])
-            known.update(zip(operation.outputs, results, strict=True))
-        return [read(output) for output in program.outputs]
+                self.seen.locked.extend((dims, lock.labels) for lock in self.labels.locks[locked:])
+            self.described.update(zip(operation.outputs, results, strict=True))
+        self.labels.during = around
+        return [self._read(output) for output in program.outputs]
+
+    def _read(self, operand: Value | Literal) -> Described:
+        if isinstance(operand, Literal):
+            return self._constant(operand.val)
+        if operand not in self.described:
+            # Here, and not at first, so that what it locks names the operation that reads it.
+            self.described[operand] = self._constant(self._constants[operand])
+        return self.described[operand]
 
     def _see(self, arrays: Sequence[Described]) -> None:
         # What is the same all along an axis is so in every block.
@@ -313,12 +328,15 @@ class _Walk:
         time = self._iterated([operand.dims[0] for operand in stacked if operand.made_of == WEIGHT])
         time = time or self.labels.dim(int(operation.params["length"]), False, _ITERATIONS)
         slices = [operand._replace(dims=operand.dims[1:]) for operand in stacked]
+
+        def body(carry: Sequence[Described]) -> list[Described]:
+            return self.run(operation.bodies[0], [*inputs[:constants], *carry, *slices])
+
         outside = self._iterations
         if len(time.factors) == 1:
             self._iterations = (*outside, time.factors[0])
-        results = self.run(operation.bodies[0], [*inputs[:constants], *map(_carried, initial), *slices])
+        ends, results = self._repeated(body, initial)
         self._iterations = outside
-        ends = self._tied(initial, results[:carried])
         time = time._replace(zero=False)
         return ends + [result._replace(dims=(time, *result.dims)) for result in results[carried:]]
 
@@ -330,9 +348,27 @@ class _Walk:
         test, body = operation.bodies
         for_test, for_body = operation.params["cond_nconsts"], operation.params["body_nconsts"]
         initial = inputs[for_test + for_body :]
-        carried = [_carried(operand) for operand in initial]
-        _ = self.run(test, [*inputs[:for_test], *carried])
-        return self._tied(initial, self.run(body, [*inputs[for_test : for_test + for_body], *carried]))
+
+        def once(carry: Sequence[Described]) -> list[Described]:
+            _ = self.run(test, [*inputs[:for_test], *carry])
+            return self.run(body, [*inputs[for_test : for_test + for_body], *carry])
+
+        return self._repeated(once, initial)[0]
+
+    def _repeated(
+        self, body: Callable[[Sequence[Described]], list[Described]], initial: Sequence[Described]
+    ) -> tuple[list[Described], list[Described]]:
+        """What a loop carries in the end, and all that its body returns.
+
+        What it carries is 0 somewhere if it is so at first, and each iteration leaves it so.
+        """
+        carry = [operand._replace(made_of=DATA) for operand in initial]
+        while True:
+            results = body(carry)
+            ends = self._tied(carry, results[: len(carry)])
+            if list(map(_zeros, ends)) == list(map(_zeros, carry)):
+                return ends, results
+            carry = ends
 
     def branches(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
         first, *others = [self.run(body, inputs[1:]) for body in operation.bodies]
@@ -355,10 +391,9 @@ class _Walk:
         ]
 
 
-def _carried(described: Described) -> Described:
-    """What a loop carries, of whose later values nothing is known yet but their shape."""
-    dims = tuple(dim._replace(zero=False) for dim in described.dims)
-    return Described(dims, DATA, False)
+def _zeros(described: Described) -> tuple[bool, ...]:
+    """Where it is 0: everywhere, and where labels of each dimension are removed."""
+    return (described.zero, *(dim.zero for dim in described.dims))
 
 
-_LOOPS = {"scan": _Walk.scan, "while": _Walk.loop, "cond": _Walk.branches}
+_LOOPS = {"scan": Walk.scan, "while": Walk.loop, "cond": Walk.branches}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,9 +23,10 @@ _NONE = -1
 DEEPEST = 32
 BY_POSITION = "one element is taken by its position"
 UNFIT = "reshapes that do not fit together"
-# Kinds of locks that a caller who knows better may leave out.
-STATISTICS, SCALE = "statistics", "scale"
-KINDS = frozenset({STATISTICS, SCALE})
+# Kinds of locks that a caller who knows better may leave out. REPLAY: those that only a rebuilt module needs,
+# because it computes numbers from its widths anew (1/n, 1/sqrt(d)), where a replayed program keeps them.
+STATISTICS, SCALE, REPLAY = "statistics", "scale", "replay"
+KINDS = frozenset({STATISTICS, SCALE, REPLAY})
 
 
 class Dim(NamedTuple):
@@ -45,18 +46,32 @@ class Dim(NamedTuple):
         return math.prod(len(factor) for factor in self.factors)
 
 
+class Lock(NamedTuple):
+    """Labels that stay.
+
+    Attributes:
+        during: what was being described when the lock was set: an operation, or None.
+    """
+
+    reason: str
+    labels: IntArray
+    during: Any
+
+
 class Labels:
     """A union-find over labels, with products.
 
     Attributes:
         allowed: kinds of locks that are not to be set.
-        locks: what was locked, with the reason, in the order of the program.
+        locks: what was locked, in the order of the program.
+        during: what is being described; each lock notes it.
         heads: of each product of data with data, the dimensions it runs over in parallel, and the others.
     """
 
     def __init__(self, allowed: frozenset[str] = frozenset()):
         self.allowed = allowed
-        self.locks: list[tuple[str, IntArray]] = []
+        self.locks: list[Lock] = []
+        self.during: Any = None
         self.heads: list[tuple[Sequence[Dim], Sequence[Dim]]] = []
         self.colors = 0
         self._count = 0
@@ -99,14 +114,15 @@ class Labels:
                 return found
             found = above
 
-    def lock(self, labels: IntArray, reason: str, kind: str | None = None) -> None:
-        if kind not in self.allowed:
-            self.locks.append((reason, labels))
+    def lock(self, labels: IntArray, reason: str, *kinds: str) -> None:
+        """Let labels stay, unless one of the lock's kinds is allowed to go."""
+        if self.allowed.isdisjoint(kinds):
+            self.locks.append(Lock(reason, labels, self.during))
 
-    def lock_dims(self, dims: Sequence[Dim], reason: str, kind: str | None = None) -> None:
+    def lock_dims(self, dims: Sequence[Dim], reason: str, *kinds: str) -> None:
         for dim in dims:
             for factor in dim.factors:
-                self.lock(factor, reason, kind)
+                self.lock(factor, reason, *kinds)
 
     def color(self) -> IntArray:
         """Of every label: equal colors came into being together, and were never cut apart."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from jaxeff.graph.coupling_labels import DATA, SCALE, STATISTICS, WEIGHT, Described, Dim, Labels, Rule
+from jaxeff.graph.coupling_labels import DATA, REPLAY, SCALE, STATISTICS, WEIGHT, Described, Dim, Labels, Rule
 from jaxeff.graph.program import Operation
 
 _SCALED = "data multiplies data and is summed over it: a scale by its size (1/sqrt(d)) would change"
@@ -16,7 +16,7 @@ def _contract(labels: Labels, name: str, one: Described, other: Described, pair:
     if not any(dim.zero for dim in pair):
         labels.lock_dims([tied], f"{name} sums over it, and neither side is 0 where it is removed")
     if WEIGHT not in (one.made_of, other.made_of):
-        labels.lock_dims([tied], _SCALED, SCALE)
+        labels.lock_dims([tied], _SCALED, SCALE, REPLAY)
 
 
 def _dot_general(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:
@@ -55,7 +55,7 @@ def _convolution(
         channels = labels.match(channels, Dim((group, *within.factors), within.zero))
         features = labels.match(features, Dim((group, *each.factors), features.zero))
         if WEIGHT not in (data.made_of, kernel.made_of):
-            labels.lock_dims([channels], _SCALED, SCALE)
+            labels.lock_dims([channels], _SCALED, SCALE, REPLAY)
         if within.factors and not within.zero:
             labels.lock_dims([channels], "neither side of a convolution is 0 where it is removed")
     else:
@@ -73,7 +73,9 @@ def _reduce(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
     for operand in inputs:
         for axis in reduced & set(range(len(operand.dims))):
             reason = f"{operation.name} over it" + (" (a norm or a mean, which would change)" if sums else "")
-            labels.lock_dims([operand.dims[axis]], reason, STATISTICS if sums else None)
+            # What is 0 adds nothing to a sum, in whose place only a count taken from the width would change.
+            kinds = (STATISTICS, *([REPLAY] if operand.dims[axis].zero else [])) if sums else ()
+            labels.lock_dims([operand.dims[axis]], reason, *kinds)
     kept = tuple(dim for i, dim in enumerate(inputs[0].dims) if i not in reduced)
     zero = sums or operation.name == "reduce_max"
     return [tuple(dim._replace(zero=dim.zero and zero) for dim in kept) for _ in operation.outputs]

@@ -1,8 +1,8 @@
 """A traced function as one flat list of operations: what every other pass reads.
 
 In: a ClosedJaxpr. Out: a `Program`, in which calls (jit, remat, closed calls, custom derivatives) are
-inlined, so that a weight and the nonlinearity three wrappers away stand in one list. What a custom
-derivative wraps is also kept as a `Call`, since its rule is worth keeping when the program is run.
+inlined, so that a weight and the nonlinearity three wrappers away stand in one list. What remat or a custom
+derivative wraps is also kept as a `Call`, since what it says is worth keeping when the program is run.
 Loops and branches keep their bodies as programs of their own.
 """
 
@@ -26,17 +26,16 @@ _INLINED = {
     "composite": "jaxpr",
     "custom_vmap_call": "call",
     "eval_jaxpr": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
 }
-# Inlined too, and kept as a `Call`: these carry a derivative rule.
+# Inlined too, and kept as a `Call`: these say how they are differentiated, by keeping less or by a rule.
+_REMAT = {"remat2": "jaxpr", "checkpoint": "jaxpr"}
 _CUSTOM = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 _BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
-ENTERED = frozenset({*_INLINED, *_CUSTOM, *_BODIES})
+ENTERED = frozenset({*_INLINED, *_REMAT, *_CUSTOM, *_BODIES})
 """Primitives that run a program, which is inlined or kept as a body."""
 
 
@@ -60,6 +59,7 @@ class Operation:
     Attributes:
         bodies: the programs of a loop or branch.
         scope: the names around it, joined by '/': of Flax's modules, and of `jax.named_scope`.
+        source_info: where it was written, for `jax.extend.source_info_util`.
     """
 
     primitive: Any
@@ -70,6 +70,7 @@ class Operation:
     effects: bool
     bodies: tuple[Program, ...]
     scope: str
+    source_info: Any = None
 
     @property
     def name(self) -> str:
@@ -78,10 +79,10 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """A function with a derivative rule of its own, which may be run whole or step by step.
+    """A function that says how it is differentiated, and may be run whole or step by step.
 
     Attributes:
-        whole: the call itself, which brings its rule. Its outputs are made by `steps`, each once.
+        whole: the call itself, remat or a custom derivative. Its outputs are made by `steps`, each once.
         steps: what it does. These carry no rule, but for that of a call among them.
     """
 
@@ -100,7 +101,7 @@ class Program:
         steps: the operations, with calls to run whole where nobody looks inside.
         constants: the arrays that the function closed over.
         operations: all of them, those inside of calls included.
-        wrapped: the operations inside of calls.
+        wrapped: the operations inside of calls with a derivative rule of their own.
     """
 
     inputs: tuple[Value, ...]
@@ -111,9 +112,8 @@ class Program:
     wrapped: frozenset[Operation] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        calls = [step for step in self.steps if isinstance(step, Call)]
         object.__setattr__(self, "operations", tuple(operations_of(self.steps)))
-        object.__setattr__(self, "wrapped", frozenset(operations_of(calls)))
+        object.__setattr__(self, "wrapped", frozenset(_wrapped(self.steps)))
 
 
 def operations_of(steps: Sequence[Step]) -> Iterator[Operation]:
@@ -123,6 +123,11 @@ def operations_of(steps: Sequence[Step]) -> Iterator[Operation]:
             yield from operations_of(step.steps)
         else:
             yield step
+
+
+def _wrapped(steps: Sequence[Step]) -> Iterator[Operation]:
+    for call in (step for step in steps if isinstance(step, Call)):
+        yield from (operations_of if call.whole.name in _CUSTOM else _wrapped)(call.steps)
 
 
 def flatten(closed: ClosedJaxpr, scope: str = "") -> Program:
@@ -204,7 +209,7 @@ def _inline(
         if name in _INLINED:
             called = _closed(_parameter(equation, _INLINED[name]))
             results = _inline(called.jaxpr, called.consts, operands, steps, constants, inner)
-        elif name in _CUSTOM:
+        elif name in _REMAT or name in _CUSTOM:
             call = _call(equation, operands, constants, inner)
             steps.append(call)
             results = call.whole.outputs
@@ -219,7 +224,7 @@ def _call(
     equation: Any, operands: tuple[Value | Literal, ...], constants: dict[Value, Any], scope: str
 ) -> Call:
     steps: list[Step] = []
-    called = _closed(_parameter(equation, _CUSTOM[equation.primitive.name]))
+    called = _closed(_parameter(equation, {**_REMAT, **_CUSTOM}[equation.primitive.name]))
     results = _inline(called.jaxpr, called.consts, operands, steps, constants, scope)
     made = {output for operation in operations_of(steps) for output in operation.outputs}
     outputs: list[Value] = []
@@ -245,6 +250,7 @@ def _operation(
         bool(equation.effects),
         _bodies(equation, scope),
         scope,
+        equation.source_info,
     )
 
 

@@ -51,8 +51,18 @@ class Model:
         return dict(zip(self.paths, jax.tree.leaves(self.params), strict=True))
 
 
+class StatefulApply:
+    """An `apply_fn(params, *batch)` that holds variables besides the parameters: a dataclass with a `state`."""
+
+    state: Any
+
+    def with_state(self, state: Any) -> Any:
+        """The same function with other variables."""
+        return dataclasses.replace(self, state=state)  # pyright: ignore
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class NNXApply:
+class NNXApply(StatefulApply):
     """`apply_fn(params, *batch)` of an NNX model, in the mode (train or eval) that it was in.
 
     Attributes:
@@ -148,7 +158,7 @@ def bind(
         params: as the user has them, or `Params`.
         abstract: whether shapes (`jax.ShapeDtypeStruct`) will do for arrays.
     """
-    _check_apply(apply_fn)
+    check_apply(apply_fn)
     batch = batch if isinstance(batch, tuple) else (batch,)
     examples = batch_size(batch, abstract=abstract)
     params = Params.of(params, abstract=abstract)
@@ -157,7 +167,7 @@ def bind(
     keywords = {**bound, **keywords, **({} if rngs is None else {"rngs": rngs})}
     if isinstance(keywords.get("mutable"), list):
         keywords["mutable"] = tuple(keywords["mutable"])
-    arrays = {name: value for name, value in keywords.items() if _has_array(value)}
+    arrays = {name: value for name, value in keywords.items() if has_array(value)}
     statics = tuple(sorted((name, value) for name, value in keywords.items() if name not in arrays))
     function: Function | None = None
     identity = None
@@ -167,6 +177,8 @@ def bind(
     elif isinstance(apply_fn, NNXApply):
         identity = _content((apply_fn.structure, statics))
         function, state = NNXFunction(apply_fn.structure, statics, identity), apply_fn.state
+    elif isinstance(apply_fn, StatefulApply) and jax.tree.leaves(apply_fn.state):
+        state = apply_fn.state
     inputs = (state, batch, arrays)
     origins = tuple(
         origin
@@ -177,7 +189,7 @@ def bind(
     return Bound(call, function, identity is not None, params.paths, params.tree, inputs, origins, examples)
 
 
-def _check_apply(apply_fn: Any) -> None:
+def check_apply(apply_fn: Any) -> None:
     if isinstance(apply_fn, nn.Module):
         raise TypeError(
             f"`apply_fn` is the module {type(apply_fn).__name__} itself: pass its `apply` (`model.apply`)"
@@ -196,11 +208,13 @@ def _check_apply(apply_fn: Any) -> None:
 
 def _call(apply_fn: Callable, whole: bool, statics: tuple, params: Any, inputs: Any) -> Any:
     state, batch, arrays = inputs
+    if isinstance(apply_fn, StatefulApply) and jax.tree.leaves(apply_fn.state):
+        apply_fn, whole = apply_fn.with_state(state), False
     variables = {**state, "params": params} if whole else params
     return named_misfit(functools.partial(apply_fn, **dict(statics), **arrays), variables, batch)
 
 
-def _has_array(value: Any) -> bool:
+def has_array(value: Any) -> bool:
     kinds = jax.Array, np.ndarray, jax.ShapeDtypeStruct
     return any(isinstance(leaf, kinds) for leaf in jax.tree.leaves(value))
 

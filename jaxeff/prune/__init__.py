@@ -17,6 +17,8 @@ from jaxeff.prune._allocation import ALLOCATIONS as ALLOCATIONS
 from jaxeff.prune._batch_norm import recalibrate as recalibrate
 from jaxeff.prune._before_and_after import BeforeAndAfter as BeforeAndAfter
 from jaxeff.prune._before_and_after import before_and_after as before_and_after
+from jaxeff.prune._compact import CompactApply as CompactApply
+from jaxeff.prune._compact import compact as compact
 from jaxeff.prune._criteria import criterion as criterion
 from jaxeff.prune._dynamic import rigl as rigl
 from jaxeff.prune._dynamic import sparse_evolution as sparse_evolution

@@ -18,7 +18,7 @@ import numpy as np
 from jaxeff import graph
 from jaxeff.graph.coupling import UNREAD, couple
 from jaxeff.graph.coupling_labels import KINDS
-from jaxeff.model.apply import NNXApply, from_apply
+from jaxeff.model.apply import StatefulApply, from_apply
 from jaxeff.model.functions import TracedFunction
 from jaxeff.model.params import Params, is_variables, named_leaves
 from jaxeff.numerics.precision import widened
@@ -211,7 +211,9 @@ def groups(
         batch: the model's input, or a tuple of several; also of `jax.ShapeDtypeStruct`.
         allow: kinds of locks to leave out: 'statistics', over which data are summed, such as the residual
             stream under LayerNorm: the smaller model then differs from the masked one; 'scale', the size of
-            queries and keys: right where the module keeps its scale at that of the larger size.
+            queries and keys: right where the module keeps its scale at that of the larger size; 'replay', all
+            that `prune.compact` can remove and a rebuilt module cannot: the size of queries and keys, and
+            sums over what is 0 where it is removed, such as the stream under RMSNorm.
         rngs: passed to a Linen model.
         apply_kwargs: passed to `apply_fn`. The model should run as it serves: dropout off, BatchNorm on
             running averages.
@@ -229,10 +231,10 @@ def groups(
     allowed = frozenset([allow] if isinstance(allow, str) else allow)
     if unknown := allowed - KINDS:
         raise ValueError(
-            f"`allow` may hold {' and '.join(map(repr, sorted(KINDS)))}, got {sorted(unknown)[0]!r}"
+            f"`allow` may hold {', '.join(map(repr, sorted(KINDS)))}, got {sorted(unknown)[0]!r}"
         )
-    if isinstance(apply_fn, NNXApply):
-        apply_fn = dataclasses.replace(apply_fn, state=jax.tree.map(stand_in, apply_fn.state))
+    if isinstance(apply_fn, StatefulApply):
+        apply_fn = apply_fn.with_state(jax.tree.map(stand_in, apply_fn.state))
     params, batch = (jax.tree.map(stand_in, tree) for tree in (params, batch))
     params = Params.of(params)
     named = params.named

@@ -87,6 +87,16 @@ class Plan:
         """How many elements each group that loses any keeps, by name, in each of its blocks."""
         return {group.name: group.size - np.shape(self.removed[group.name])[-1] for group in self.groups}
 
+    def alike(self) -> Plan:
+        """A plan of the same sizes, which removes the same elements of every block."""
+        removed = {
+            group.name: _nested(np.broadcast_to(np.arange(np.shape(gone)[-1]), np.shape(gone)).tolist())
+            if group.blocks
+            else gone
+            for group, gone in zip(self.groups, self.removed.values(), strict=True)
+        }
+        return dataclasses.replace(self, removed=removed)
+
     def kept(self) -> dict[str, dict[int, np.ndarray]]:
         """The indices that stay, ascending, by path and axis, of every axis that changes.
 

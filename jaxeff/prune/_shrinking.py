@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxeff.model.params import leaves_by_path, own_arrays
 from jaxeff.numerics.meshes import by_compiler
+from jaxeff.numerics.summation import namespace
 from jaxeff.prune._groups import map_named
 from jaxeff.prune._plans import Plan
 
@@ -58,17 +60,33 @@ def _taken(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda array: _taken(array, axes), leaf)
     # What differs from block to block goes first, while all blocks are there.
-    for axis, indices in sorted(
-        axes.items(), key=lambda pair: -np.count_nonzero(np.shape(pair[1]) != np.int_(1))
-    ):
+    order = sorted(axes.items(), key=lambda pair: _blocks(pair[1]), reverse=True)
+    if _on_one_device(leaf):
+        # Compiling a gather for every shape would take longer than all of the copying.
+        array = np.asarray(leaf)
+        for axis, indices in order:
+            array = _along(indices, axis, array)
+        return jax.device_put(array, leaf.sharding if getattr(leaf, "committed", False) else None)
+    for axis, indices in order:
         leaf = by_compiler(functools.partial(_along, indices, axis), leaf, like=leaf)
     return leaf
+
+
+def _on_one_device(leaf: Any) -> bool:
+    if isinstance(leaf, Tracer) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return False
+    return isinstance(leaf, np.ndarray) or len(leaf.sharding.device_set) == 1
+
+
+def _blocks(indices: np.ndarray) -> int:
+    """Along how many axes blocks keep indices of their own."""
+    return 0 if indices.ndim == 1 else sum(size > 1 for size in indices.shape)
 
 
 def _along(indices: np.ndarray, axis: int, leaf: Any) -> Any:
     if indices.ndim == 1:
         return leaf.take(indices, axis=axis)
-    return jnp.take_along_axis(jnp.asarray(leaf), indices, axis=axis)
+    return namespace(leaf).take_along_axis(leaf, indices, axis=axis)
 
 
 def _shrunk_state(opt_state: Any, plan: Plan, kept: Mapping[str, Mapping[int, np.ndarray]]) -> Any:

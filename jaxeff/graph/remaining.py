@@ -1,0 +1,251 @@
+"""Which indices of every value of a program remain when some indices of its inputs are removed.
+
+In: a `Program`, and which indices of each of its inputs stay. The labels of `coupling` say what goes with the
+others: a label is gone if it stands at removed indices of inputs only. An index that cannot go is an error, which
+names the operation that needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.core import Tracer
+from jax.extend import source_info_util
+from jax.extend.core import Literal
+
+from jaxeff.graph.coupling import INPUT, OUTPUT, Walk, resolved
+from jaxeff.graph.coupling_labels import DATA, REPLAY, SCALE, STATISTICS, WEIGHT, Described, Labels
+from jaxeff.graph.program import Operation, Program, Value
+
+Kept = tuple[np.ndarray, ...]
+"""Of each dimension of an array, which indices stay: boolean."""
+
+
+class MisfitError(ValueError):
+    """The program does not run at these sizes.
+
+    Args:
+        why: what does not fit.
+        operation: which asks for it.
+    """
+
+    def __init__(self, why: str, operation: Operation | None = None):
+        super().__init__(f"the program does not run without what is removed: {why}{_place(operation)}")
+
+
+def _place(operation: Operation | None) -> str:
+    if operation is None:
+        return ""
+    scope = f" in {operation.scope}" if operation.scope else ""
+    source = source_info_util.summarize(operation.source_info) if operation.source_info else ""
+    return f" ({operation.name}{scope}{', ' + source if source else ''})"
+
+
+class Input(NamedTuple):
+    """An input of a program that is to be resized.
+
+    Attributes:
+        kept: which indices stay.
+        made_of: as `Described` has it: DATA or WEIGHT.
+        lock: why all of them have to; None where they need not.
+        name: in messages.
+    """
+
+    kept: Kept
+    made_of: int
+    lock: str | None = None
+    name: str = "an input"
+
+    @classmethod
+    def of_data(cls, shape: Sequence[int]) -> Input:
+        return cls(whole(shape), DATA, INPUT)
+
+    @classmethod
+    def of_weights(cls, kept: Kept, path: str) -> Input:
+        return cls(kept, WEIGHT, None, repr(path))
+
+
+def whole(shape: Sequence[int]) -> Kept:
+    return tuple(np.ones(size, bool) for size in shape)
+
+
+class Remaining:
+    """Which indices of a program's values stay.
+
+    Args:
+        program: traced at its original sizes.
+        inputs: one for each of the program's.
+        outputs: of each of the program's outputs which indices stay; None where the program says so.
+        derivative: whether the program is a derivative of another that is replayed. What is removed then has
+            no influence, and a sum may leave it out.
+
+    Raises:
+        MisfitError: what is removed cannot be left out. The message names the operation.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        inputs: Sequence[Input],
+        outputs: Sequence[Kept | None],
+        derivative: bool = False,
+    ):
+        allowed = frozenset({SCALE, REPLAY, STATISTICS} if derivative else {SCALE, REPLAY})
+        labelled = _Labelled(Labels(allowed), inputs)
+        walk = Walk(labelled.labels)
+        labelled.tie(walk.run(program, labelled.inputs), outputs)
+        self._described, self._gone = walk.described, labelled.gone()
+        self._known: dict[Value, Kept] = {}
+        for lock in labelled.labels.locks:
+            if self._gone[lock.labels].any():
+                raise MisfitError(lock.reason, lock.during)
+        if found := labelled.tied_to_what_stays(self._gone):
+            why = f"axis {found[1]} of {found[0]} is tied to indices that stay"
+            raise MisfitError(why, _first_to_tie(program, inputs, allowed))
+
+    def kept(self, operand: Value | Literal) -> Kept:
+        """Which indices of a value stay."""
+        if isinstance(operand, Literal):
+            return whole(np.shape(operand.val))
+        if operand not in self._known:
+            masks = []
+            for dim, size in zip(self._described[operand].dims, operand.shape, strict=True):
+                mask = np.ones(1 if dim.factors else size, bool)
+                for factor in dim.factors:
+                    mask = np.logical_and.outer(mask, ~self._gone[factor]).ravel()
+                masks.append(mask)
+            self._known[operand] = tuple(masks)
+        return self._known[operand]
+
+    def shape(self, operand: Value | Literal) -> tuple[int, ...]:
+        return tuple(int(mask.sum()) for mask in self.kept(operand))
+
+    def is_whole(self, *operands: Value | Literal) -> bool:
+        return all(mask.all() for operand in operands for mask in self.kept(operand))
+
+    def made(self, operation: Operation) -> list[Value]:
+        """The outputs of an operation that the program has use for."""
+        return [output for output in operation.outputs if output in self._described]
+
+    def constants(self, program: Program) -> dict[Value, Any]:
+        """What is left of the constants that the program, or a body of one of its loops, has use for."""
+        found = program.constants.items()
+        return {value: self._cut(value, array) for value, array in found if value in self._described}
+
+    def _cut(self, value: Value, array: Any) -> Any:
+        if self.is_whole(value):
+            return array
+        array = array if isinstance(array, Tracer) else np.asarray(array)
+        for axis, mask in enumerate(self.kept(value)):
+            array = array if mask.all() else array.take(np.flatnonzero(mask), axis)
+        return array
+
+
+class _Labelled:
+    """Labels for the inputs of a program, and of which of them it is known whether they stay."""
+
+    def __init__(self, labels: Labels, inputs: Sequence[Input]):
+        self.labels, self._named = labels, inputs
+        self.inputs = [
+            Described(tuple(labels.dim(len(mask), True, one.lock) for mask in one.kept), one.made_of)
+            for one in inputs
+        ]
+        self._known = [
+            (dim, mask)
+            for described, one in zip(self.inputs, inputs, strict=True)
+            for dim, mask in zip(described.dims, one.kept, strict=True)
+        ]
+
+    def tie(self, results: Sequence[Described], outputs: Sequence[Kept | None]) -> None:
+        """Let results have the indices that are expected of them."""
+        for result, expected in zip(results, outputs, strict=True):
+            for dim, mask in zip(result.dims, expected or (), strict=expected is not None):
+                if mask.all():
+                    self.labels.lock_dims([dim], OUTPUT)
+                    continue
+                asked = self.labels.dim(len(mask), True)
+                _ = self.labels.match(dim, asked)
+                self._known.append((asked, mask))
+
+    def gone(self) -> np.ndarray:
+        """Of every label whether it is removed: it is where it stands at nothing but removed indices."""
+        labels = self.labels
+        known = [(dim.factors[0], mask) for dim, mask in self._known if dim.factors]
+        gone = np.zeros(len(labels), bool)
+        if not known:
+            return gone
+        sizes = [len(mask) for _, mask in known]
+        owner = np.repeat(np.arange(len(known)), sizes)
+        index = np.concatenate([np.arange(size) for size in sizes])
+        found = labels.find(np.concatenate([standing for standing, _ in known]))
+        owner, index, atoms = resolved(labels, owner, index, found)
+        stays = np.concatenate([mask for _, mask in known])[np.cumsum([0, *sizes])[owner] + index]
+        gone[atoms] = True
+        gone[atoms[stays]] = False
+        # A product goes where either of its parts does.
+        root, every = labels.of_all(), np.arange(len(labels))
+        products = every[(root == every) & labels.is_product(every)]
+        major, minor = (labels.find(part) for part in labels.parts(products))
+        before = -1
+        while before != (before := int(gone.sum())):
+            gone[products] |= gone[major] | gone[minor]
+        return gone[root]
+
+    def tied_to_what_stays(self, gone: np.ndarray) -> tuple[str, int] | None:
+        """The name and axis of an input that is not left with the indices that it should be."""
+        for described, one in zip(self.inputs, self._named, strict=True):
+            for axis, (dim, mask) in enumerate(zip(described.dims, one.kept, strict=True)):
+                if dim.factors and not np.array_equal(~gone[dim.factors[0]], mask):
+                    return one.name, axis
+        return None
+
+
+class _Halted(Exception):
+    pass
+
+
+class _Beginning(Walk):
+    """A walk over the first of a program's operations, those in the bodies of loops included.
+
+    Attributes:
+        walked: how many, with the last of them.
+    """
+
+    def __init__(self, labels: Labels, most: int):
+        super().__init__(labels)
+        self.most = most
+        self.walked: tuple[int, Operation | None] = 0, None
+
+    def _step(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
+        if self.walked[0] == self.most:
+            raise _Halted
+        self.walked = self.walked[0] + 1, operation
+        return super()._step(operation, inputs)
+
+
+def _first_to_tie(program: Program, inputs: Sequence[Input], allowed: frozenset[str]) -> Operation | None:
+    """The operation that ties what is removed to what stays, found by bisection; None where none does."""
+
+    def walked(most: int) -> tuple[bool, int, Operation | None]:
+        labelled = _Labelled(Labels(allowed), inputs)
+        walk = _Beginning(labelled.labels, most)
+        with contextlib.suppress(_Halted):
+            _ = walk.run(program, labelled.inputs)
+        return labelled.tied_to_what_stays(labelled.gone()) is not None, *walk.walked
+
+    tied, most, last = walked(sys.maxsize)
+    if not tied:
+        return None
+    least = 0
+    while least < most:
+        middle = (least + most) // 2
+        tied, _, operation = walked(middle)
+        if tied:
+            most, last = middle, operation
+        else:
+            least = middle + 1
+    return last
