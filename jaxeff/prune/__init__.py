@@ -42,8 +42,8 @@ from jaxeff.prune._patterns import Block as Block
 from jaxeff.prune._patterns import NByM as NByM
 from jaxeff.prune._patterns import Units as Units
 from jaxeff.prune._patterns import Unstructured as Unstructured
+from jaxeff.prune._planning import plan as plan
 from jaxeff.prune._plans import Plan as Plan
-from jaxeff.prune._plans import plan as plan
 from jaxeff.prune._recipes import entropy_regularized as entropy_regularized
 from jaxeff.prune._recipes import gradual as gradual
 from jaxeff.prune._recipes import iterative_magnitude as iterative_magnitude
