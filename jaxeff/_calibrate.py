@@ -81,14 +81,18 @@ def calibrate(
         prepare, params, apply_fn, criteria=criteria, loss_fn=loss_fn, rngs=rngs, apply_kwargs=apply_kwargs
     )
     key = jax.random.key(seed)
-    sums: _Sums | None = None
+    sums: _CompensatedSums | None = None
     ranks: list[tuple[int, list[jax.Array]]] = []
     total = len(batches) if isinstance(batches, Sized) else None
     count = 0
     with progress_bar("Calibrating", total, progress) as step:
         for run, batch, targets in _bound(_items(batches, loss_fn), bind):
             found = run.statistics(batch, targets, jax.random.fold_in(key, count))
-            sums = _Sums(found, jax.tree.map(jnp.zeros_like, found)) if sums is None else _add(sums, found)
+            sums = (
+                _CompensatedSums(found, jax.tree.map(jnp.zeros_like, found))
+                if sums is None
+                else _add(sums, found)
+            )
             count += 1
             if math.log2(count).is_integer():
                 ranks.append((count, _sampled_ranks(criteria[0], params, _rounded(sums))))
@@ -149,14 +153,14 @@ def _described(tree: Any) -> tuple[Any, Any, str]:
     return structure, tuple((dtype, shape[1:]) for dtype, shape in zip(dtypes, shapes, strict=True)), words
 
 
-class _Sums(NamedTuple):
+class _CompensatedSums(NamedTuple):
     """The sum of the batches' statistics so far, and its rounding error."""
 
     total: Statistics
     error: Statistics
 
 
-def _add(sums: _Sums, found: Statistics) -> _Sums:
+def _add(sums: _CompensatedSums, found: Statistics) -> _CompensatedSums:
     check_alike(sums.total, found)
     # Batches of two leading sizes may differ in what is static of a site.
     alike = jax.tree.unflatten(jax.tree.structure(sums.total), jax.tree.leaves(found))
@@ -164,7 +168,7 @@ def _add(sums: _Sums, found: Statistics) -> _Sums:
 
 
 @jax.jit
-def _added(sums: _Sums, found: Statistics) -> _Sums:
+def _added(sums: _CompensatedSums, found: Statistics) -> _CompensatedSums:
     """With the rounding errors kept apart, thousands of batches add up as exactly as one."""
 
     def add(path: Any, total: jax.Array, error: jax.Array, found: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -175,10 +179,10 @@ def _added(sums: _Sums, found: Statistics) -> _Sums:
 
     added = jax.tree_util.tree_map_with_path(add, sums.total, sums.error, found)
     total, error = jax.tree.transpose(jax.tree.structure(sums.total), jax.tree.structure((0, 0)), added)
-    return _Sums(total, error)
+    return _CompensatedSums(total, error)
 
 
-def _rounded(sums: _Sums) -> Statistics:
+def _rounded(sums: _CompensatedSums) -> Statistics:
     return jax.tree.map(jnp.add, sums.total, sums.error)
 
 

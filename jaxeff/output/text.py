@@ -49,7 +49,7 @@ def aligned(
 
     empty = _empty(lines)
     # Names are not shortened for the sake of a column that tells nothing.
-    wanted = [(header, widths[0]) for header in empty if header in dispensable]
+    wanted = [(header, widths[0]) for header in empty]
     wanted += [(header, min(widths[0], _NAME)) for header in dispensable if header not in empty]
     for header, least in wanted:
         if room() < least:
@@ -68,7 +68,8 @@ def aligned(
         for line in lines
     ]
     said = wrapped(f"(columns left out for want of width: {', '.join(gone)})", width or WIDTH) if gone else []
-    return [texts[0], "-" * max(map(len, texts)), *texts[1:], *said]
+    rule = "-" * min(max(map(len, texts)), width or WIDTH)
+    return [texts[0], rule, *texts[1:], *said]
 
 
 def _empty(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -72,7 +72,7 @@ class Pruned:
     def __str__(self) -> str:
         rows = [("dense", f"{0:.2%}", "", f"{self.dense:.4f}")]
         for number, (sparsity, before, after) in enumerate(self.rounds, 1):
-            rows.append((str(number), f"{sparsity:.2%}", f"{before:.4f}", f"{after:.4f}"))
+            rows.append((f"{number:>5}", f"{sparsity:.2%}", f"{before:.4f}", f"{after:.4f}"))
         header = ("round", "sparsity", "before", "after")
         stopped = [f"Stopped: {self.stopped}."] if self.stopped else []
         return "\n".join([*aligned([header, *rows], gap=2), *stopped])

@@ -147,11 +147,11 @@ def _watch_site(
     watch: _Watch, site: graph.Site, shape: tuple[int, ...]
 ) -> tuple[_Watched, _Watched, list[_Watched]]:
     activation = site.activation
-    pre = _Sums(OverAxes(activation.pre_dims, site.unit_axes, shape))
+    pre = _UnitSums(OverAxes(activation.pre_dims, site.unit_axes, shape))
     # The parts of a fused layer are joined: all count their saturated values, or none.
     bounded = any(emission.nonlinearity in BOUNDS for emission in activation.post)
     post = [
-        watch.add(emission.value, _Sums(over, _edges(emission.nonlinearity) if bounded else None))
+        watch.add(emission.value, _UnitSums(over, _edges(emission.nonlinearity) if bounded else None))
         for emission, over in zip(activation.post, of_emissions(site), strict=True)
     ]
     return watch.add(site.input, _over_input(site, shape)), watch.add(activation.pre, pre), post
@@ -168,12 +168,12 @@ def _over_input(site: graph.Site, shape: tuple[int, ...]) -> _Reduction:
     if site.kind == "embedding":
         return functools.partial(_count_rows, next(iter(site.input_axes)), shape)
     if site.groups == 1:
-        return _Sums(OverAxes(site.input_dims, site.input_axes, shape))
+        return _UnitSums(OverAxes(site.input_dims, site.input_axes, shape))
     return functools.partial(_grouped_input, site, shape)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sums:
+class _UnitSums:
     """The statistics of an array; values beyond the edges count as saturated."""
 
     over: OverAxes
@@ -190,7 +190,7 @@ class _Sums:
 def _last_axis(value: Value) -> _Reduction:
     units = len(value.shape) - 1
     dims = (*axes.of_data(value.shape[:-1]), (axes.Factor(0, value.shape[units]),))
-    return _Sums(OverAxes(dims, frozenset({0}), value.shape[-1:]))
+    return _UnitSums(OverAxes(dims, frozenset({0}), value.shape[-1:]))
 
 
 def _count_rows(axis: int, shape: tuple[int, ...], indices: jax.Array) -> UnitStatistics:
@@ -208,7 +208,7 @@ def _grouped_input(site: graph.Site, shape: tuple[int, ...], array: jax.Array) -
     (inputs,), (outputs,) = site.input_axes, site.unit_axes
     channels = (site.groups, shape[inputs])
     dims = tuple(_numbered(dim) for dim in site.input_dims)
-    per_channel = _Sums(OverAxes(dims, frozenset({0, 1}), channels))(array)
+    per_channel = _UnitSums(OverAxes(dims, frozenset({0, 1}), channels))(array)
     laid = [size if axis in (inputs, outputs) else 1 for axis, size in enumerate(shape)]
 
     def lay(sums: jax.Array) -> jax.Array:
