@@ -260,9 +260,6 @@ class Walk:
 
     def __init__(self, labels: Labels):
         self.labels = labels
-
-    def __init__(self, labels: Labels):
-        self.labels = labels
         self.seen = Seen([], [])
         self.described: dict[Value, Described] = {}
         self._constants: dict[Value, Any] = {}
