@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 HEADER = (
-    "layer", "shape", "emits", "weights", "bytes", "MACs", "used", "null", "gini", "units", "fan-in", "dead"
+    "layer", "shape", "emits", "weights", "bytes", "MACs",
+    "utilization", "null", "gini", "units", "fan-in", "dead",
 )  # fmt: skip
 _DISPENSABLE = ("fan-in", "bytes", "shape", "emits", "weights", "dead", "units", "MACs", "gini")
 _LEFT = ("shape", "emits")
@@ -67,35 +69,36 @@ def no_weights(report: Report) -> str:
 def aligned(lines: Sequence[Sequence[str]], width: int, dispensable: Sequence[str]) -> list[str]:
     """Lines of cells, the first of them headers, in columns; names take what is left of the width.
 
+    A column without a number in any row has nothing to show, and is not there.
+
     Args:
-        dispensable: headers of columns that are left out until names have room, the first of them first, but
-            after those that tell nothing of any row; a last line then says so.
+        dispensable: headers of columns to leave out until names have room, the first of them first; a last
+            line says so.
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    headers, kept, gone = list(lines[0]), list(range(1, len(widths))), []
-    untold = _untold(lines)
-    # Names are not shortened for the sake of a column that tells nothing.
-    wanted = [(header, widths[0]) for header in untold]
-    wanted += [(header, min(widths[0], _NAME)) for header in dispensable if header not in untold]
-    for header, room in wanted:
-        if width - sum(widths[index] + 1 for index in kept) < room:
+    headers, empty, gone = list(lines[0]), _empty(lines), []
+    kept = [index for index in range(1, len(widths)) if headers[index] not in empty]
+    for header in dispensable:
+        room = width - sum(widths[index] + 1 for index in kept)
+        if header not in empty and room < min(widths[0], _NAME):
             gone.append(header)
             kept.remove(headers.index(header))
     first = max(min(widths[0], width - sum(widths[index] + 1 for index in kept)), 1)
+    names = [lines[0][0], *shorten_all([line[0] for line in lines[1:]], first)]
     texts = [
         " ".join(
             [
-                shorten(line[0], first).ljust(first),
+                shorten(name, first).ljust(first),
                 *(_placed(line[index], widths[index], lines[0][index]) for index in kept),
             ]
         ).rstrip()
-        for line in lines
+        for name, line in zip(names, lines, strict=True)
     ]
     said = wrapped(f"(columns left out for want of width: {', '.join(gone)})", width) if gone else []
     return [texts[0], "-" * max(map(len, texts)), *texts[1:], *said]
 
 
-def _untold(lines: Sequence[Sequence[str]]) -> list[str]:
+def _empty(lines: Sequence[Sequence[str]]) -> list[str]:
     """Headers of columns in which nothing is known of any row."""
     _, *columns = zip(*lines, strict=True)
     return [header for header, *column in columns if set(column) == {_UNKNOWN}]
@@ -116,6 +119,43 @@ def shorten(path: str, width: int) -> str:
         return path
     end = max(width - 1 - (width - 1) * 2 // 5 - 1, 1)
     return f"{path[: width - 1 - end]}…{path[-end:]}"
+
+
+def shorten_all(names: Sequence[str], width: int) -> list[str]:
+    """Names in at most `width` characters each, so shortened that they stay apart where they can.
+
+    They lose what all of them begin and end with, in whole words of a path, and then a middle.
+
+    >>> shorten_all([f"encoder.layer.{index}.attention.self.query.weight" for index in (2, 3)], 24)
+    ['…2.attention.self.query…', '…3.attention.self.query…']
+    """
+    if max(map(len, names), default=0) <= width:
+        return list(names)
+    if len(names) > 1:
+        names = _without_common_ends(names, width)
+    best: list[str] = []
+    for head in sorted(range(width), key=lambda head: abs(head - 0.4 * width)):
+        shortened = [_without_middle(name, head, width) for name in names]
+        best = max(best, shortened, key=lambda each: len(set(each)))
+        if len(set(best)) == len(set(names)):
+            break
+    return best
+
+
+def _without_common_ends(names: Sequence[str], width: int) -> list[str]:
+    start = os.path.commonprefix(names)
+    start = start[: max(start.rfind("/"), start.rfind(".")) + 1]
+    names = [f"…{name[len(start) :]}" for name in names] if start else list(names)
+    if max(map(len, names)) <= width:
+        return names
+    end = os.path.commonprefix([name[::-1] for name in names])
+    end = end[: max(end.rfind("/"), end.rfind(".")) + 1]
+    return [f"{name[: -len(end)]}…" for name in names] if end else names
+
+
+def _without_middle(name: str, head: int, width: int) -> str:
+    tail = width - 1 - head
+    return name if len(name) <= width else f"{name[:head]}…{name[len(name) - tail :]}"
 
 
 def cells(row: LayerReport) -> tuple[str, ...]:
@@ -142,9 +182,9 @@ def model(report: Report) -> list[str]:
     model = report.model
     counted = sum(row.size for row in report.rows if math.isfinite(float(row.metrics.effective_params)))
     lines = [
-        f"Model: {percent(float(model.utilization))} of {number(counted)} weights used "
-        f"({number(float(model.effective_params))} effective), noise under the same activations: "
-        f"{percent(float(model.null_utilization))}. Scored by {report.criterion}.",
+        f"Model: utilization {percent(float(model.utilization))} ({number(float(model.effective_params))} "
+        f"effective of {number(counted)} weights), null {percent(float(model.null_utilization))}. "
+        f"Scored by {report.criterion}.",
         f"Parameters: {model.total_params:,} in all; {shares(report)}.",
     ]
     known = [row.macs for row in report.rows if row.macs is not None]
@@ -173,12 +213,14 @@ def shares(report: Report) -> str:
     magnitude = report.model.weights - analysed
     roles = sorted({other.role for other in report.others})
     named = f" ({', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''})" if roles else ""
-    parts = [
-        f"{analysed / total:.1%} analysed with activations",
-        f"{magnitude / total:.1%} by magnitude only",
-        f"{others / total:.1%} not weights{named}",
-    ]
-    return ", ".join(parts)
+    read = [f"{analysed / total:.1%} analysed with activations", f"{magnitude / total:.1%} by magnitude only"]
+    unread = [f"{magnitude / total:.1%} weights"]
+    return ", ".join([*(read if ran(report) else unread), f"{others / total:.1%} not weights{named}"])
+
+
+def ran(report: Report) -> bool:
+    """Whether the report is of a model that ran on a batch, and not of its weights alone."""
+    return any(row.activity is not None or row.macs is not None or row.reason for row in report.rows)
 
 
 def _attentions(report: Report, width: int) -> list[str]:

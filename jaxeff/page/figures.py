@@ -25,7 +25,7 @@ def summary(report: Report) -> dict[str, Any]:
     """The tiles at the head of the page, and the sentence on what was analysed."""
     model = report.model
     tiles = [
-        ("Weights in use", table.percent(float(model.utilization)), f"noise: {_noise(report)}"),
+        ("Utilization", table.percent(float(model.utilization)), f"null: {_noise(report)}"),
         ("Effective weights", table.number(float(model.effective_params)), f"of {model.weights:,}"),
         ("Parameters", f"{model.total_params:,}", table.shares(report)),
         ("Layers", f"{len(report.rows):,}", _excluded(report)),
@@ -174,7 +174,7 @@ def utilization(layers: Sequence[LayerReport]) -> Chart:
         if math.isfinite(used):
             points.append(Point(x, _height(used), f"{row.path}: {table.percent(used)}"))
         if null is not None:
-            marks.append(Point(x, _height(null), f"{row.path}, noise: {table.percent(null)}"))
+            marks.append(Point(x, _height(null), f"{row.path}, null: {table.percent(null)}"))
     every = -(-len(layers) // 10) or 1
     ticks = [(round(_LEFT + (i + 0.5) * step, 1), str(i + 1)) for i in range(0, len(layers), every)]
     return Chart(points, marks, ticks, [(_height(part / 4), f"{25 * part}%") for part in range(5)])
@@ -185,7 +185,7 @@ def _height(fraction: float) -> float:
 
 
 def cost(layers: Sequence[LayerReport]) -> Chart:
-    """Each layer's share of the cost, and how much less of it is in use than of noise would be."""
+    """Each layer's share of the cost, and how far its utilization lies below its null."""
     found = [(row, spare) for row in layers if (spare := _spare(row)) is not None]
     by_macs = has_macs(layers)
     costs = [float(row.macs or 0) if by_macs else float(row.size) for row, _ in found]
@@ -237,7 +237,7 @@ def _spare(row: LayerReport) -> float | None:
 
 
 def ranking(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
-    """The layers with the most weights that noise would use and they do not, the most first."""
+    """The layers with the most weights to spare: null less utilization, times the size."""
     total = sum(row.size for row in layers)
     found = [(index, spare) for index, row in enumerate(layers) if (spare := _spare(row) or 0.0) > _NOISE]
     at_stake = sorted(

@@ -65,6 +65,7 @@ def render(report: Report, title: str = "jaxeff report") -> str:
         data=jinja.utils.htmlsafe_json_dumps(details.of(layers), separators=(",", ":")),
         summary=figures.summary(concrete),
         rows=figures.rows(layers),
+        ran=table.ran(concrete),
         utilization=figures.utilization(layers),
         cost=figures.cost(layers),
         cost_unit="multiply-accumulates" if figures.has_macs(layers) else "weights",
