@@ -75,7 +75,7 @@ def _exit_when_interrupted() -> Iterator[None]:
         os._exit(130)
 
     in_main = threading.current_thread() is threading.main_thread()
-    # A handler of the caller's stays, and so does the shell's, which ignores interrupts of jobs in the background.
+    # The caller's own handler stays; a shell ignores interrupts of jobs in the background.
     if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return

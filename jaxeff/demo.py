@@ -207,10 +207,8 @@ def run(seed: int = SEED, epochs: int = EPOCHS) -> None:
         pruned, _ = train_pruned(state, seed, epochs, progress)
     with _shown_progress("Without pruning", epochs) as progress:
         whole, _ = train_further(state, seed, epochs, progress)
-    print(
-        f"\nTrained for {epochs} more epochs, with the smallest {100 * SPARSITY:.0f} % of the weights removed "
-        "on the way, and without:\n"
-    )
+    shares = f"{100 * SPARSITY:.0f} % of the weights pruned on the way, and with none"
+    print(f"\nAfter {epochs} more epochs, with {shares}:\n")
     print(_table(state, pruned, whole, test))
     print("\nA step takes the same time in all three: zeros in a dense array cost as much as other numbers.")
 

@@ -124,7 +124,7 @@ def shorten(path: str, width: int) -> str:
 def shorten_all(names: Sequence[str], width: int) -> list[str]:
     """Names in at most `width` characters each, so shortened that they stay apart where they can.
 
-    They lose what all of them begin and end with, in whole words of a path, and then a middle.
+    They lose the words of the path that all begin with, then the word that all end with, and then a middle.
 
     >>> shorten_all([f"encoder.layer.{index}.attention.self.query.weight" for index in (2, 3)], 24)
     ['…2.attention.self.query…', '…3.attention.self.query…']
@@ -148,9 +148,14 @@ def _without_common_ends(names: Sequence[str], width: int) -> list[str]:
     names = [f"…{name[len(start) :]}" for name in names] if start else list(names)
     if max(map(len, names)) <= width:
         return names
-    end = os.path.commonprefix([name[::-1] for name in names])
-    end = end[: max(end.rfind("/"), end.rfind(".")) + 1]
-    return [f"{name[: -len(end)]}…" for name in names] if end else names
+    # The last word at most, as in `kernel` or `weight`.
+    end = max(names[0].rfind("/"), names[0].rfind("."))
+    last = names[0][end:] if end > 1 else ""
+    return [f"{name.removesuffix(last)}…" for name in names] if last and _all_end(names, last) else names
+
+
+def _all_end(names: Sequence[str], last: str) -> bool:
+    return all(name.endswith(last) and len(name) > len(last) + 1 for name in names)
 
 
 def _without_middle(name: str, head: int, width: int) -> str:
