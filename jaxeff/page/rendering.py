@@ -34,7 +34,7 @@ def _jinja() -> Any:
     try:
         return importlib.import_module("jinja2")
     except ImportError as error:
-        raise ImportError("an HTML page needs Jinja: pip install 'jaxeff[html]'") from error
+        raise ImportError("an HTML page needs Jinja: pip install jinja2") from error
 
 
 def render(report: Report, title: str = "jaxeff report") -> str:
