@@ -26,10 +26,14 @@ def render(report: Report) -> str:
         return f"<pre>{html.escape(str(report))}</pre>"
     concrete = report.single()
     rows = concrete.rows
-    body = "".join(_line(_ROW, table.cells(row)) for row in rows[:SHOWN])
+    lines = [table.HEADER, *map(table.cells, rows[:SHOWN])]
+    empty = table.empty(lines)
+    kept = [index for index, header in enumerate(table.HEADER) if header not in empty]
+    header, *cells = [[line[index] for index in kept] for line in lines]
+    body = "".join(_line(_ROW, line) for line in cells)
     more = "{:,} more layers: print(report) and the page of report.to_html have all."
     parts = [
-        f"{_BOX}<table><thead>{_line(_HEADER, table.HEADER)}</thead><tbody>{body}</tbody></table></div>",
+        f"{_BOX}<table><thead>{_line(_HEADER, header)}</thead><tbody>{body}</tbody></table></div>",
         _paragraphs([] if rows else [table.no_weights(concrete)]),
         _paragraphs([more.format(len(rows) - SHOWN)] if len(rows) > SHOWN else []),
         _paragraphs(table.model(concrete)),

@@ -76,11 +76,11 @@ def aligned(lines: Sequence[Sequence[str]], width: int, dispensable: Sequence[st
             line says so.
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    headers, empty, gone = list(lines[0]), _empty(lines), []
-    kept = [index for index in range(1, len(widths)) if headers[index] not in empty]
+    headers, untold, gone = list(lines[0]), empty(lines), []
+    kept = [index for index in range(1, len(widths)) if headers[index] not in untold]
     for header in dispensable:
         room = width - sum(widths[index] + 1 for index in kept)
-        if header not in empty and room < min(widths[0], _NAME):
+        if header not in untold and room < min(widths[0], _NAME):
             gone.append(header)
             kept.remove(headers.index(header))
     first = max(min(widths[0], width - sum(widths[index] + 1 for index in kept)), 1)
@@ -98,7 +98,7 @@ def aligned(lines: Sequence[Sequence[str]], width: int, dispensable: Sequence[st
     return [texts[0], "-" * max(map(len, texts)), *texts[1:], *said]
 
 
-def _empty(lines: Sequence[Sequence[str]]) -> list[str]:
+def empty(lines: Sequence[Sequence[str]]) -> list[str]:
     """Headers of columns in which nothing is known of any row."""
     _, *columns = zip(*lines, strict=True)
     return [header for header, *column in columns if set(column) == {_UNKNOWN}]

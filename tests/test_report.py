@@ -248,6 +248,12 @@ def test_scalars_are_floats_under_flat_names():
 # In notebooks and tables
 
 
+def test_a_notebook_leaves_out_columns_that_are_empty_throughout():
+    shown = report_of(layer(activity=None, macs=None))._repr_html_()
+    assert ">MACs<" not in shown and ">dead<" not in shown and ">utilization<" in shown
+    assert ">MACs<" in report_of(layer())._repr_html_()
+
+
 def test_a_notebook_shows_the_table_without_scripts_or_colours():
     rows = [layer("<script>alert(1)</script>", dead=2, reason="<b>&")]
     rows += [layer(name, utilization=0.1) for name in "ab" * 40]

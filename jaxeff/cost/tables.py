@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jaxeff.table import WIDTH, number, percent, shorten
+from jaxeff.table import WIDTH, number, percent, shorten_all
 
 if TYPE_CHECKING:
     from jaxeff.cost.compiling import Compiled
@@ -98,12 +98,13 @@ def rows(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
     lines = [header, *cells]
     widths = [max(len(line[i]) for line in lines) for i in range(1, len(header))]
     first = min(max(len(line[0]) for line in lines), max(width() - sum(widths) - len(widths), 8))
+    names = [header[0], *shorten_all([line[0] for line in cells], first)]
 
-    def line(found: Sequence[str]) -> str:
+    def line(name: str, found: Sequence[str]) -> str:
         numbers = [cell.rjust(size) for cell, size in zip(found[1:], widths, strict=True)]
-        return " ".join([shorten(found[0], first).ljust(first), *numbers]).rstrip()
+        return " ".join([name.ljust(first), *numbers]).rstrip()
 
-    top, *rest = map(line, lines)
+    top, *rest = map(line, names, lines)
     return [top, "-" * len(top), *rest]
 
 
