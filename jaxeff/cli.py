@@ -70,7 +70,7 @@ def _exit_when_interrupted() -> Iterator[None]:
     Not by an exception: raised while JAX's extensions are initialized, it would crash the process.
     """
 
-    def exit_at_once(*_: object) -> NoReturn:
+    def exit_at_once(*arguments: object) -> NoReturn:
         _ = os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{_INTERRUPTED}\n".encode())
         os._exit(130)
 
