@@ -460,7 +460,7 @@ def test_axes_of_its_own():
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"pip install 'jaxeff\[plot\]'"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         _ = plot.sensitivity(measured([1, 2, 3]))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from jaxeff.output.text import empty
 from jaxeff.report import _table as table
 from jaxeff.report._recommendations import recommend
 from jaxeff.report._records import Snapshot
@@ -21,10 +22,14 @@ _BOX = '<div tabindex="0" style="max-height: 32em; overflow: auto">'
 def render(report: Snapshot) -> str:
     """HTML in which every name is escaped."""
     rows = report.rows
-    body = "".join(_line(_ROW, table.cells(row)) for row in rows[:SHOWN])
+    lines = [table.HEADER, *map(table.cells, rows[:SHOWN])]
+    unknown = empty(lines)
+    kept = [index for index, header in enumerate(table.HEADER) if header not in unknown]
+    header, *cells = [[line[index] for index in kept] for line in lines]
+    body = "".join(_line(_ROW, line) for line in cells)
     more = "{:,} more layers: print(report) and the page of report.to_html have all."
     parts = [
-        f"{_BOX}<table><thead>{_line(_HEADER, table.HEADER)}</thead><tbody>{body}</tbody></table></div>",
+        f"{_BOX}<table><thead>{_line(_HEADER, header)}</thead><tbody>{body}</tbody></table></div>",
         _paragraphs([] if rows else [table.no_weights(report)]),
         _paragraphs([more.format(len(rows) - SHOWN)] if len(rows) > SHOWN else []),
         _paragraphs(table.model(report)),

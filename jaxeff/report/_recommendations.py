@@ -162,7 +162,7 @@ def _below_null(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
     yield Recommendation(
         "below null",
         row.path,
-        f"uses {utilization:.1%} of its weights where noise would use {null:.1%}; {where}. "
+        f"utilization {utilization:.1%}, null {null:.1%}; {where}. "
         "Measure the loss as you remove: concentration is a reason to try, not a proof.",
         {
             "utilization": utilization,
@@ -238,8 +238,8 @@ def _model_utilization(report: Snapshot, limits: Limits) -> Iterator[Recommendat
         yield Recommendation(
             "model utilization",
             None,
-            f"the model uses {utilization:.1%} of its weights (noise: {null:.1%}): it is oversized for this "
-            "data. Try layers narrower by 30-50 %, and measure.",
+            f"utilization {utilization:.1%}, null {null:.1%}: the model is oversized for this data. Try "
+            "layers narrower by 30-50 %, and measure.",
             {"utilization": utilization, "null_utilization": null, "limit": limits.model_utilization},
         )
 

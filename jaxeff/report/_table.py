@@ -13,7 +13,8 @@ from jaxeff.report._recommendations import recommend
 from jaxeff.report._records import AttentionReport, LayerReport, Snapshot
 
 HEADER = (
-    "layer", "shape", "emits", "weights", "bytes", "MACs", "used", "null", "gini", "units", "fan-in", "dead"
+    "layer", "shape", "emits", "weights", "bytes", "MACs",
+    "utilization", "null", "gini", "units", "fan-in", "dead",
 )  # fmt: skip
 _DISPENSABLE = ("fan-in", "bytes", "shape", "emits", "weights", "dead", "units", "MACs", "gini")
 _LEFT = ("shape", "emits")
@@ -79,9 +80,9 @@ def model(report: Snapshot) -> list[str]:
     model = report.model
     counted = sum(row.size for row in report.rows if math.isfinite(float(row.metrics.effective_params)))
     lines = [
-        f"Model: {percent(float(model.utilization))} of {number(counted)} weights used "
-        f"({number(float(model.effective_params))} effective), noise under the same activations: "
-        f"{percent(float(model.null_utilization))}. Scored by {report.criterion}.",
+        f"Model: utilization {percent(float(model.utilization))} ({number(float(model.effective_params))} "
+        f"effective of {number(counted)} weights), null {percent(float(model.null_utilization))}. "
+        f"Scored by {report.criterion}.",
         f"Parameters: {model.total_params:,} in all; {shares(report)}.",
     ]
     known = [row.macs for row in report.rows if row.macs is not None]
@@ -110,12 +111,18 @@ def shares(report: Snapshot) -> str:
     magnitude = report.model.weights - analysed
     roles = sorted({other.role for other in report.others})
     named = f" ({', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''})" if roles else ""
-    parts = [
+    weights = [
         f"{analysed / total:.1%} analysed with activations",
         f"{magnitude / total:.1%} by magnitude only",
-        f"{others / total:.1%} not weights{named}",
     ]
-    return ", ".join(parts)
+    if not ran(report):
+        weights = [f"{magnitude / total:.1%} weights"]
+    return ", ".join([*weights, f"{others / total:.1%} not weights{named}"])
+
+
+def ran(report: Snapshot) -> bool:
+    """Whether the report is of a model that ran on a batch, and not of its weights alone."""
+    return any(row.activity is not None or row.macs is not None or row.reason for row in report.rows)
 
 
 def _attentions(report: Snapshot, width: int) -> list[str]:

@@ -20,7 +20,7 @@ def summary(report: Snapshot) -> dict[str, Any]:
     """The tiles at the head of the page, and the sentence on what was analysed."""
     model = report.model
     tiles = [
-        ("Weights in use", text.percent(float(model.utilization)), f"noise: {_noise(report)}"),
+        ("Utilization", text.percent(float(model.utilization)), f"null: {_noise(report)}"),
         ("Effective weights", text.number(float(model.effective_params)), f"of {model.weights:,}"),
         ("Parameters", f"{model.total_params:,}", table.shares(report)),
         ("Layers", f"{len(report.rows):,}", _excluded(report)),
@@ -169,7 +169,7 @@ def utilization(layers: Sequence[LayerReport]) -> Chart:
         if math.isfinite(used):
             points.append(Point(x, _height(used), f"{row.path}: {text.percent(used)}"))
         if null is not None:
-            marks.append(Point(x, _height(null), f"{row.path}, noise: {text.percent(null)}"))
+            marks.append(Point(x, _height(null), f"{row.path}, null: {text.percent(null)}"))
     every = -(-len(layers) // 10) or 1
     ticks = [(round(_LEFT + (i + 0.5) * step, 1), str(i + 1)) for i in range(0, len(layers), every)]
     return Chart(points, marks, ticks, [(_height(part / 4), f"{25 * part}%") for part in range(5)])
@@ -180,7 +180,7 @@ def _height(fraction: float) -> float:
 
 
 def cost(layers: Sequence[LayerReport]) -> Chart:
-    """Each layer's share of the cost, and how much less of it is in use than of noise would be."""
+    """Each layer's share of the cost, and how far its utilization lies below its null."""
     found = [(row, spare) for row in layers if (spare := _spare(row)) is not None]
     by_macs = has_macs(layers)
     costs = [float(row.macs or 0) if by_macs else float(row.size) for row, _ in found]
@@ -190,13 +190,14 @@ def cost(layers: Sequence[LayerReport]) -> Chart:
     named = sorted(range(len(found)), key=lambda i: -costs[i] * max(found[i][1], 0))[:_LABELLED]
     heights = [_height(spare / scale) for _, spare in found]
     labelled = _apart([index for index in named if found[index][1] > 0], heights)
+    names = text.shorten([found[index][0].path for index in labelled], _LABEL)
+    labels = dict(zip(labelled, names, strict=True))
     points = []
     for index, (row, spare) in enumerate(found):
         share = costs[index] / total
         x = round(_LEFT + share / most * (WIDTH - _LEFT - _RIGHT - 8), 1)
         title = f"{row.path}: {text.percent(share)} of the cost, {text.percent(spare)} spare"
-        label = text.shorten(row.path, _LABEL) if index in labelled else ""
-        points.append(Point(x, heights[index], title, label, end=x > WIDTH / 2))
+        points.append(Point(x, heights[index], title, labels.get(index, ""), end=x > WIDTH / 2))
     places = [_LEFT + part / 4 * (WIDTH - _LEFT - _RIGHT - 8) for part in range(5)]
     x_ticks = [(round(x, 1), f"{100 * most * part / 4:.3g}%") for part, x in enumerate(places)]
     y_ticks = [(_height(part / 4), f"{25 * part * scale:.3g}%") for part in range(5)]
@@ -232,7 +233,7 @@ def _spare(row: LayerReport) -> float | None:
 
 
 def ranking(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
-    """The layers with the most weights that noise would use and they do not, the most first."""
+    """The layers with the most weights to spare: null less utilization, times the size."""
     total = sum(row.size for row in layers)
     found = [(index, spare) for index, row in enumerate(layers) if (spare := _spare(row) or 0.0) > _NOISE]
     at_stake = sorted(

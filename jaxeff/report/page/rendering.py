@@ -33,7 +33,7 @@ def _jinja() -> Any:
     try:
         return importlib.import_module("jinja2")
     except ImportError as error:
-        raise ImportError("an HTML page needs Jinja: pip install 'jaxeff[html]'") from error
+        raise ImportError("an HTML page needs Jinja: pip install jinja2") from error
 
 
 def render(report: Snapshot, title: str = "jaxeff report") -> str:
@@ -62,6 +62,7 @@ def render(report: Snapshot, title: str = "jaxeff report") -> str:
         data=jinja.utils.htmlsafe_json_dumps(details.of(layers), separators=(",", ":")),
         summary=figures.summary(report),
         rows=figures.rows(layers),
+        ran=table.ran(report),
         utilization=figures.utilization(layers),
         cost=figures.cost(layers),
         cost_unit="multiply-accumulates" if figures.has_macs(layers) else "weights",
