@@ -426,7 +426,7 @@ def test_stacked_layers_are_spoken_of_once_each():
 
 def test_a_sensitivity_of_other_params_is_refused(report):
     with pytest.raises(
-        ValueError, match="`sensitivity` is of other params: the report has no 'layer0/kernel'"
+        ValueError, match="`sensitivity` belongs to other params: the report has no 'layer0/kernel'"
     ):
         _ = report.recommendations(measured([1, 1, 1]))
 

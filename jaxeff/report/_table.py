@@ -24,13 +24,13 @@ _MARK = "*"
 def render(
     report: Snapshot, shown: Sequence[int] | None = None, width: int = WIDTH, advised: int | None = None
 ) -> str:
-    """The table: a row per layer in forward order, the model, what was analysed, what to do.
+    """Render a row per layer in forward order, the model, the share that was analysed, and recommendations.
 
     Args:
-        shown: numbers of the rows to show, in that order; all of them unless given. What follows the rows
-            speaks of all.
+        shown: indices of the rows to show, in that order; all rows by default. The text below the rows
+            always covers all of them.
         width: of the lines, in columns.
-        advised: how many recommendations to show, the first of them; all unless given.
+        advised: number of recommendations to show; all by default.
     """
     rows = report.rows
     chosen = rows if shown is None else [rows[index] for index in shown]
@@ -43,7 +43,7 @@ def render(
 
 
 def of_several(members: int, layers: int) -> str:
-    """What is printed of a report of several models (from `vmap` or `scan`), which is not one table."""
+    """Return the text of a report of several models (from `vmap`) or steps (from `scan`), which has no table."""
     return (
         f"Report of {members} models or steps, {layers} layers each. "
         "jax.tree.map(lambda x: x[0], report) is the first."
@@ -51,13 +51,13 @@ def of_several(members: int, layers: int) -> str:
 
 
 def no_weights(report: Snapshot) -> str:
-    """What is said in place of the rows of a report that has none."""
+    """Return the sentence that replaces the rows of a report without any."""
     arrays = [(other.path, other.shape, other.role.removesuffix(" array")) for other in report.others]
     return f"No weights: no floating leaf of two axes or more multiplies data.{whole_numbers(arrays)}"
 
 
 def cells(row: LayerReport) -> tuple[str, ...]:
-    """What stands under each word of HEADER."""
+    """Return the cells of a row, one per word of HEADER."""
     dead = "" if row.activity is None else number(float(row.activity.dead))
     return (
         row.path + (_MARK if row.note else ""),
@@ -76,7 +76,7 @@ def cells(row: LayerReport) -> tuple[str, ...]:
 
 
 def model(report: Snapshot) -> list[str]:
-    """What is said of the model as a whole, in sentences."""
+    """Return sentences on the model as a whole."""
     model = report.model
     counted = sum(row.size for row in report.rows if math.isfinite(float(row.metrics.effective_params)))
     lines = [
@@ -104,7 +104,7 @@ def model(report: Snapshot) -> list[str]:
 
 
 def shares(report: Snapshot) -> str:
-    """What part of all parameters was analysed, and how."""
+    """Return which part of all parameters was analysed, and how."""
     total = max(report.model.total_params, 1)
     analysed = report.analysed_params
     others = sum(other.size for other in report.others)
@@ -121,7 +121,7 @@ def shares(report: Snapshot) -> str:
 
 
 def ran(report: Snapshot) -> bool:
-    """Whether the report is of a model that ran on a batch, and not of its weights alone."""
+    """Return whether the report is of a model that ran on a batch, rather than of weights alone."""
     return any(row.activity is not None or row.macs is not None or row.reason for row in report.rows)
 
 
@@ -130,7 +130,7 @@ def _attentions(report: Snapshot, width: int) -> list[str]:
 
 
 def attentions(report: Snapshot) -> list[str]:
-    """A line for every softmax that weighs data: its heads, or why none were found."""
+    """Return a line per softmax that weighs data: its heads, or why none were found."""
     return [
         *(attention(found) for found in report.attentions),
         *(f"{each.path or 'model'}: no heads found: {each.reason}" for each in report.headless),
@@ -138,7 +138,7 @@ def attentions(report: Snapshot) -> list[str]:
 
 
 def attention(found: AttentionReport) -> str:
-    """The spread of the heads' entropies, and of the units' shares of the importance."""
+    """Return a sentence on the range of the heads' entropies, and of the units' shares of the importance."""
     entropy, importance = np.asarray(found.entropy), np.asarray(found.importance)
     shares = importance / np.sum(importance, axis=-1, keepdims=True)
     units = "" if found.units == found.heads else f" in {found.units} groups"
@@ -155,7 +155,7 @@ def _notes(report: Snapshot, width: int) -> list[str]:
 
 
 def notes(report: Snapshot) -> list[tuple[str, str]]:
-    """Paths and what a reader must know of them."""
+    """Return paths, and what readers must know about them."""
     noted = [(row.path, row.note) for row in report.rows if row.note]
     damaged = [
         (o.path, f"{int(o.nonfinite):,} elements are nan or infinite")
