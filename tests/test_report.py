@@ -512,7 +512,7 @@ def test_a_report_holds_paths():
     report = report_of(layer())
     (path,) = report
     assert path in report and "elsewhere" not in report and report[path].path == path
-    with pytest.raises(TypeError, match="found by its path, got 0"):
+    with pytest.raises(TypeError, match="by its path, got 0"):
         _ = report[0]
 
 
