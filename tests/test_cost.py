@@ -660,7 +660,7 @@ def test_a_cost_is_plain_data():
         ({"batch": shape(B, D + 1)}, ValueError, "`apply_fn` failed on"),
         ({"loss_fn": lambda outputs, targets: outputs["x"]}, ValueError, "`targets` were not given"),
         ({"loss_fn": "mse"}, TypeError, "`loss_fn` must be a function"),
-        ({"targets": jnp.ones(3)}, ValueError, "`targets` are given without `loss_fn`"),
+        ({"targets": jnp.ones(3)}, ValueError, "`targets` need a `loss_fn`"),
     ],
 )
 def test_wrong_arguments_are_named(changes, error, message):

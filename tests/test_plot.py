@@ -125,7 +125,7 @@ def test_history_takes_lists_and_stacks(axes):
         ((reports, "beauty"), "must be one of"),
         (([],), "empty"),
         ((reports[0],), "list"),
-        (([reports[0], report_of(layer("c"))],), "other layers"),
+        (([reports[0], report_of(layer("c"))],), "the same layers"),
     ):
         with pytest.raises(ValueError, match=said):
             plot.history(*wrong)

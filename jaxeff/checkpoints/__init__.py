@@ -1,4 +1,4 @@
-"""Checkpoints without the code of their model: files in, reports out, an array at a time.
+"""Analysis of checkpoint files, one array at a time, without the code of their model.
 
 path -> opening (safetensors, orbax, msgpack: names and shapes)
      -> reading (pieces of a large array, small arrays together) -> counting, measuring (in NumPy)

@@ -1,4 +1,4 @@
-"""A checkpoint -> the report of its magnitudes."""
+"""The report of a checkpoint's magnitudes."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from jaxeff.report import _totals as totals
 
 
 def analyze_checkpoint(path: str | os.PathLike, *, curves: bool = False, progress: bool = True) -> Report:
-    """Which weights of a checkpoint hold its magnitude, without the code of its model.
+    """Analyze the magnitudes of a checkpoint's weights, without the code of its model.
 
-    Reads one array at a time and a piece of it at a time, so that a checkpoint larger than the memory can be
-    analysed. A weight is a floating array of two axes or more that is not called bias or scale; its numbers
-    are those of `jaxeff.analyze(params)` to 2e-5.
+    Reads one array at a time, in pieces, so a checkpoint may be larger than the memory. A weight is a floating
+    array of two axes or more whose name is not that of a bias or scale; its numbers agree with those of
+    `jaxeff.analyze(params)` to 2e-5.
 
     Args:
         path: of a .safetensors file, a directory of shards with their index, an Orbax checkpoint, or a Flax
             .msgpack file.
-        curves: whether to count how the magnitudes of each weight are spread, as `jaxeff.analyze` has it.
-        progress: whether to show a bar on a terminal.
+        curves: also record how the magnitudes of each weight are distributed, as in `jaxeff.analyze`.
+        progress: show a progress bar if stderr is a terminal.
 
     Returns:
-        One row for every weight, by name; every other array is counted as what it is. Of variables or a
-        train state, the `params` alone: `open_checkpoint(path).left_out` tells the rest.
+        A report with one row per weight, by name. Every other array is listed with its role. Of variables or a
+        train state, only the `params` are analyzed; `open_checkpoint(path).left_out` lists the rest.
 
     Raises:
-        CheckpointError: it is of no format that is read here, or damaged.
-        OSError: it cannot be read.
+        CheckpointError: the format is unknown, or the checkpoint is damaged.
+        OSError: the checkpoint cannot be read.
 
     >>> import flax.serialization, pathlib, tempfile
     >>> params = {"kernel": np.ones((3, 4), np.float32)}
@@ -55,7 +55,7 @@ def analyze_checkpoint(path: str | os.PathLike, *, curves: bool = False, progres
 
 
 def analyze(checkpoint: Checkpoint, *, curves: bool = False, progress: bool = True) -> Report:
-    """The same of a checkpoint that `open_checkpoint` opened."""
+    """Analyze a checkpoint that `open_checkpoint` opened."""
     arrays = checkpoint.arrays.values()
     weights = [array for array in arrays if array.role == "weight"]
     others = [array for array in arrays if array.role != "weight"]

@@ -1,4 +1,4 @@
-"""Two checkpoints -> what changed between them."""
+"""Comparison of two checkpoints, array by array."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ ORDERS = ("path", "change", "size")
 
 @dataclasses.dataclass(frozen=True)
 class WeightChange:
-    """One weight in both checkpoints; a number that is not known is nan.
+    """One weight in both checkpoints. Unknown numbers are nan.
 
     Attributes:
         utilization: in A and in B.
         gini: in A and in B.
-        change: ||a - b|| / ||a||; infinite where only a is 0.
+        change: ||a - b|| / ||a||; infinite if only a is 0.
     """
 
     path: str
@@ -42,7 +42,7 @@ class WeightChange:
 
 @dataclasses.dataclass(frozen=True)
 class OtherChange:
-    """The same of an array that is no weight in both; nan where it could not be read."""
+    """One array that is not a weight, in both checkpoints; nan if it could not be read."""
 
     path: str
     shape: tuple[int, ...]
@@ -51,13 +51,13 @@ class OtherChange:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointComparison:
-    """What changed from checkpoint A to B. `str(comparison)` is a table of 100 columns.
+    """Changes from checkpoint A to B. `str(comparison)` is a table of 100 columns.
 
     Attributes:
-        weights: in both, of one shape.
-        others: likewise.
-        only_a, only_b: names in one alone.
-        reshaped: in both, of two shapes: name, shape in A and in B.
+        weights: weights in both, of equal shape.
+        others: other arrays in both, of equal shape.
+        only_a, only_b: names in only one checkpoint.
+        reshaped: arrays in both, of different shapes: name, shape in A, shape in B.
     """
 
     weights: tuple[WeightChange, ...]
@@ -70,24 +70,24 @@ class CheckpointComparison:
         return render(self)
 
     def to_json(self, *, indent: int | None = None) -> str:
-        """The fields as JSON; nan is null, infinity the string "Infinity"."""
+        """Return the fields as JSON, with nan as null and infinity as the string "Infinity"."""
         return json.dumps(encoded(self), allow_nan=False, indent=indent)
 
 
 def compare_checkpoints(
     a: str | os.PathLike, b: str | os.PathLike, *, progress: bool = True
 ) -> CheckpointComparison:
-    """What changed from checkpoint `a` to checkpoint `b`, array by array.
+    """Compare checkpoint `a` with checkpoint `b`, array by array.
 
-    Arrays are matched by name, and read as `analyze_checkpoint` reads them; dtypes may differ.
+    Arrays are matched by name, and read as by `analyze_checkpoint`; dtypes may differ.
 
     Args:
-        a, b: paths of checkpoints, as `analyze_checkpoint` takes them; of any two formats.
-        progress: whether to show a bar on a terminal.
+        a, b: paths of checkpoints, as in `analyze_checkpoint`; their formats may differ.
+        progress: show a progress bar if stderr is a terminal.
 
     Raises:
-        CheckpointError: one is of no format that is read here, or damaged.
-        OSError: one cannot be read.
+        CheckpointError: a format is unknown, or a checkpoint is damaged.
+        OSError: a checkpoint cannot be read.
 
     >>> import flax.serialization, pathlib, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +103,7 @@ def compare_checkpoints(
 
 
 def compare(a: Checkpoint, b: Checkpoint, *, progress: bool = True) -> CheckpointComparison:
-    """The same of two checkpoints that `open_checkpoint` opened."""
+    """Compare two checkpoints that `open_checkpoint` opened."""
     both = [name for name in a.arrays if name in b.arrays]
     alike = {name for name in both if a.arrays[name].shape == b.arrays[name].shape}
     total = sum(checkpoint.arrays[name].nbytes for checkpoint in (a, b) for name in alike)
@@ -154,7 +154,7 @@ def _weight_changes(pairs: Sequence[tuple[Stored, Stored]], progress: Progress) 
 
 
 def _measured(a: Stored, b: Stored, progress: Progress) -> tuple[MeasuredWeight, MeasuredWeight, float]:
-    """A large weight, piece by piece of both."""
+    """Measure a large weight, reading both checkpoints piece by piece."""
     assert a.dtype is not None and b.dtype is not None
     counts, distance = (counts_of(a.dtype), counts_of(b.dtype)), _Distance()
     for one, two in zip(pieces(a, progress), pieces(b, progress), strict=True):
@@ -176,13 +176,13 @@ def _other_change(a: Stored, b: Stored, progress: Progress) -> OtherChange:
 
 
 class _Distance:
-    """||a - b|| / ||a|| in float64 of several arrays, as their pieces come."""
+    """Accumulates ||a - b|| / ||a|| of several arrays, in float64, from their pieces."""
 
     def __init__(self, arrays: int = 1) -> None:
         self.apart, self.all = np.zeros(arrays), np.zeros(arrays)
 
     def add(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Pieces [arrays, n]."""
+        """Add pieces [arrays, n]."""
         wide = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
         x, y = a.astype(wide), b.astype(wide)
         with np.errstate(invalid="ignore"):
@@ -208,7 +208,7 @@ def _relative(apart: float, all_: float) -> float:
 def render(
     comparison: CheckpointComparison, order: str = "path", top: int | None = None, width: int = text.WIDTH
 ) -> str:
-    """The table, in an order of ORDERS; of each list the first `top`, and how many were left out."""
+    """Render the table in an order of ORDERS; lists show their first `top` entries, and how many were left out."""
     weights = in_order(comparison.weights, order)
     reshaped = [f"{name} {list(one)} -> {list(two)}" for name, one, two in comparison.reshaped]
     return "\n".join(
@@ -229,7 +229,7 @@ def _listed(title: str, names: Sequence[str], top: int | None, width: int) -> li
 
 
 def in_order(weights: Sequence[WeightChange], order: str) -> list[WeightChange]:
-    """The largest first, and what is unknown before it; by path as it is."""
+    """Return the weights with the largest change first and unknown ones before them; 'path' keeps their order."""
     if order == "path":
         return list(weights)
     if order == "size":

@@ -1,7 +1,7 @@
-"""Large arrays in pieces -> how their weights are spread, counted by bit pattern on the host.
+"""Counts of large arrays by bit pattern, in pieces and on the host.
 
-NumPy counts about as fast as a compiled scatter (a float32 in 5.5 ns, 16 bits in 1.6 ns), compiles nothing,
-and leaves an accelerator to whoever uses it.
+NumPy counts about as fast as a compiled scatter (a float32 in 5.5 ns, 16 bits in 1.6 ns), compiles nothing, and
+leaves accelerators to others.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from jaxeff.metrics._weighted import Spread, Weighted
 
 _BLOCK = 1 << 17  # weights at a time: they stay in a core's cache
 _PACKED = 36
-"""A bin sums 2^36 and the place of each weight: exact in float64 for a block, and in int64 for a run."""
+"""A bin sums 2^36 and the position of each weight: exact in float64 for a block, and in int64 for a run."""
 _RUN = 1 << 21
 _TINY = 1e-300  # below the smallest float32
 
 
 class Counted(NamedTuple):
-    """What the weights of an array are reduced to.
+    """Counts of the weights of an array.
 
     Attributes:
         spread: of single weights or of bins.
-        integers: [3], counts of zeros, of invalid importances, and of all weights.
-        squares: sum (v - mean)^2 relative to the largest; None where the spread tells it.
+        integers: [3], numbers of zeros, of invalid importances, and of all weights.
+        squares: sum (v - mean)^2 relative to the largest; None if the spread determines it.
     """
 
     spread: Spread
@@ -36,7 +36,7 @@ class Counted(NamedTuple):
 
 
 class Counts(Protocol):
-    """Counts of magnitudes, to which pieces of an array are added one by one."""
+    """Running counts of magnitudes, to which pieces of an array are added."""
 
     def add(self, elements: np.ndarray) -> None: ...
 
@@ -107,7 +107,7 @@ class BinCounts:
         self.packed[used], self.size = 0, 0
 
     def _add_squares(self, magnitudes: np.ndarray, buffer: np.ndarray) -> None:
-        """About one of the weights, for the digits of nearly equal ones; unused where one is not finite."""
+        """Sum squares about one of the weights, to keep digits of nearly equal ones; unused if one is not finite."""
         if self.pivot is None:
             self.pivot = float(magnitudes[0])
         with np.errstate(over="ignore", invalid="ignore"):

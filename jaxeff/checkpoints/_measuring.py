@@ -1,6 +1,6 @@
-"""Arrays of a checkpoint -> their numbers, on the host.
+"""The numbers of a checkpoint's arrays, on the host.
 
-Large arrays are counted piece by piece; small ones are read whole and sorted, those of one shape at once.
+Large arrays are counted piece by piece. Small ones are read whole, and sorted together with others of their shape.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ SORTED = 1 << 14  # up to here an array is sorted
 
 
 def magnitudes(elements: np.ndarray) -> np.ndarray:
-    """abs in float32."""
+    """Return abs in float32."""
     wide = elements.astype(np.float32)
     return np.abs(wide, out=wide)
 
 
 class MeasuredWeight(NamedTuple):
-    """What one weight's magnitudes are reduced to.
+    """The numbers of one weight's magnitudes.
 
     Attributes:
-        sums: [16], that its metrics are formulas of.
-        integers: [3], as `metrics_of` takes them.
-        cells: how the weights are spread, as `cells_of` has it, where that was asked for.
+        sums: [16], from which its metrics are computed.
+        integers: [3], as in `metrics_of`.
+        cells: its distribution, as in `cells_of`, if curves were asked for.
     """
 
     sums: np.ndarray
@@ -47,9 +47,9 @@ class Units(NamedTuple):
     """The units of one weight.
 
     Attributes:
-        sums: [units], importance summed over the weights of each.
-        effective: exp(entropy) of these.
-        largest: max |w|, nan where one is.
+        sums: [units], sum of the importance of each unit's weights.
+        effective: exp(entropy) of these sums.
+        largest: max |w|; nan if any weight is nan.
     """
 
     sums: Any
@@ -58,7 +58,7 @@ class Units(NamedTuple):
 
 
 def measured(counted: Counted, curves: bool = False) -> MeasuredWeight:
-    """A weight that was counted."""
+    """Return the numbers of a weight that was counted."""
     sums = sums_of(counted.spread)
     if counted.squares is not None:
         sums[SQUARES] = counted.squares
@@ -66,7 +66,7 @@ def measured(counted: Counted, curves: bool = False) -> MeasuredWeight:
 
 
 def measured_rows(x: np.ndarray, curves: bool = False) -> list[MeasuredWeight]:
-    """The weights in the rows of x [weights, n], magnitudes in float32."""
+    """Measure the weights in the rows of x [weights, n], magnitudes in float32."""
     bits = np.sort(x.view(np.uint32), axis=1)  # in half the time of floats
     ends = [1, *limits(np.float32), np.uint32(0x7F800000)]
     zeros, *below, finite = (np.count_nonzero(bits < end, axis=1) for end in ends)
@@ -91,7 +91,7 @@ def measured_rows(x: np.ndarray, curves: bool = False) -> list[MeasuredWeight]:
 
 
 def units_of_rows(x: np.ndarray, shape: tuple[int, ...], axis: int) -> list[Units]:
-    """The units of the weights in the rows of x [weights, n], each of this shape."""
+    """Return the units of the weights in the rows of x [weights, n], each of this shape."""
     x = x.reshape(len(x), *shape)
     others = tuple(1 + other for other in range(len(shape)) if other != axis)
     return units_of(x.sum(axis=others, dtype=np.float64), x.reshape(len(x), -1).max(axis=1))
@@ -118,7 +118,7 @@ def _narrowed(numbers: np.ndarray) -> np.ndarray:
 
 
 def measure(stored: Stored, unit_axis: int, progress: Progress, curves: bool) -> tuple[MeasuredWeight, Units]:
-    """A large weight, in one pass over it."""
+    """Measure a large weight in one pass."""
     assert stored.dtype is not None
     counts, units = counts_of(stored.dtype), UnitSums(stored.shape, unit_axis)
     for piece in pieces(stored, progress):
@@ -136,7 +136,7 @@ class UnitSums:
         self.row = shape[axis] if self.last else int(np.prod(shape[1:], dtype=np.int64))
 
     def add(self, start: int, x: np.ndarray) -> None:
-        """Of the rows that a piece begins and ends in, it may have a part only."""
+        """Add a piece, which may begin and end inside rows."""
         self.largest = np.maximum(self.largest, x.max())
         row, column = divmod(start, self.row)
         head = min(-column % self.row, x.size)
@@ -157,11 +157,11 @@ class UnitSums:
             self.sums[row_after : row_after + whole] += middle.sum(axis=1, dtype=np.float64)
 
 
-# Arrays that are no weights.
+# Arrays that are not weights.
 
 
 def measure_other(stored: Stored, progress: Progress) -> OtherNumbers:
-    """The numbers of an array that is no weight; nan where it holds none."""
+    """Return the numbers of an array that is not a weight; nan if it holds none."""
     if stored.dtype is None or stored.dtype.kind == "b" or not stored.size:
         progress(stored.nbytes)
         return _other(np.nan, np.nan, np.nan, 0, 0)

@@ -1,7 +1,7 @@
-"""Flax's msgpack: a tree of maps whose leaves are arrays, each a shape, a dtype and bytes.
+"""Flax's msgpack format: a tree of maps whose leaves are arrays, each a shape, a dtype and bytes.
 
-`flax.serialization.msgpack_restore` reads a whole file into memory; this walks over it and remembers where
-each array lies. Nothing in the format can hold code.
+`flax.serialization.msgpack_restore` reads a whole file into memory. This module walks over the file and remembers
+where each array lies. Nothing in the format can hold code.
 
 References:
     https://github.com/msgpack/msgpack/blob/master/spec.md
@@ -54,11 +54,11 @@ class _Extension(NamedTuple):
 
 
 def list_tree(path: str | os.PathLike) -> dict[tuple[str, ...], Stored]:
-    """The arrays by their keys; numbers that are no arrays are arrays without axes.
+    """List the arrays by their keys; plain numbers are arrays without axes.
 
     Raises:
-        CheckpointError: it is no msgpack of Flax, or is cut off.
-        OSError: it cannot be read.
+        CheckpointError: the file is not a Flax msgpack file, or is cut off.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
@@ -69,7 +69,7 @@ def list_tree(path: str | os.PathLike) -> dict[tuple[str, ...], Stored]:
 
 
 def begins(start: bytes) -> bool:
-    """Whether a file that begins so may be msgpack: a map."""
+    """Return whether a file that begins with these bytes may be msgpack: a map."""
     return bool(start) and (start[0] & 0xF0 == 0x80 or start[0] in (0xDE, 0xDF))
 
 
@@ -78,9 +78,9 @@ def _whole(data: mmap.mmap, path: str | os.PathLike) -> dict[str, Any]:
     try:
         tree = scanner.value(0)
     except _Malformed as error:
-        raise CheckpointError(f"{quoted(path)} is no msgpack of Flax, or cut off: {error}") from None
+        raise CheckpointError(f"{quoted(path)} is not a Flax msgpack file, or is cut off: {error}") from None
     if not isinstance(tree, dict) or scanner.at != len(data):
-        raise CheckpointError(f"{quoted(path)} is no msgpack of Flax: it should be one map, and is not")
+        raise CheckpointError(f"{quoted(path)} is not a Flax msgpack file: it does not hold one map")
     return tree
 
 
@@ -126,7 +126,7 @@ def _constant(name: str, number: float) -> Stored:
 
 
 def _joined(node: dict[str, Any], where: str) -> _Array:
-    """The array that Flax cut into chunks of 2^30 bytes."""
+    """Return the array that Flax split into chunks of 2^30 bytes."""
     shape, chunks = (_in_order(node.get(key)) for key in ("shape", "chunks"))
     if shape is None or not chunks or not all(isinstance(chunk, _Array) for chunk in chunks):
         raise CheckpointError(f"{where} is in chunks, some of which are missing")
@@ -137,7 +137,7 @@ def _joined(node: dict[str, Any], where: str) -> _Array:
 
 
 def _in_order(node: Any) -> list[Any] | None:
-    """{'0': a, '1': b} as [a, b]."""
+    """Return {'0': a, '1': b} as [a, b]."""
     if not isinstance(node, dict) or any(str(index) not in node for index in range(len(node))):
         return None
     return [node[str(index)] for index in range(len(node))]
@@ -148,7 +148,7 @@ class _Malformed(Exception):
 
 
 class _Scanner:
-    """Reads msgpack values one after the other; of bytes only where they lie."""
+    """Reads msgpack values one after the other, but only the location of bytes."""
 
     def __init__(self, data: mmap.mmap, start: int, stop: int) -> None:
         self.data, self.at, self.stop = data, start, stop
@@ -179,7 +179,7 @@ class _Scanner:
         return struct.unpack_from(layout, self.data, start)[0]
 
     def skip(self, size: int) -> int:
-        """Where the next bytes begin, which are passed over."""
+        """Skip the next bytes and return where they begin."""
         start = self.at
         if size > self.stop - start:
             raise _Malformed(f"{size:,} bytes should follow byte {start:,}, and {self.stop - start:,} do")
@@ -238,7 +238,7 @@ def _sized(layout: str, read: Callable[[_Scanner, int, int], Any]) -> Callable[[
 
 
 def _kinds() -> dict[int, Callable[[_Scanner, int], Any]]:
-    """What follows each first byte that does not itself hold the value or its length."""
+    """Return what follows each first byte that does not itself hold the value or its length."""
     lengths, kinds = (">B", ">H", ">I"), {}
     for first, layouts, read in (
         (0xC4, lengths, lambda scanner, size, depth: scanner.raw(size)),

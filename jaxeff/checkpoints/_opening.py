@@ -1,4 +1,4 @@
-"""A path -> the arrays of the checkpoint that lies there, whatever its format."""
+"""Opening of checkpoints of any format: a path -> names and shapes of its arrays."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _FORMATS = (
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds, unread.
+    """The contents of a checkpoint, unread.
 
     Attributes:
-        path: where.
-        arrays: of the model, by name, numbers in names in their order.
-        units_first: whether units are the first axis of a weight, as PyTorch has it, or the last.
-        left_out: what lies beside the model's parameters: 'opt_state', 'step', ..., and its arrays.
+        path: of the checkpoint.
+        arrays: of the model, by name; numbers in names are in numerical order.
+        units_first: whether units are the first axis of a weight, as in PyTorch, or the last.
+        left_out: contents other than the model's parameters ('opt_state', 'step', ...), and their arrays.
     """
 
     path: Path
@@ -42,21 +42,21 @@ class Checkpoint:
     left_out: dict[str, tuple[Stored, ...]]
 
     def unit_axis(self, array: Stored) -> int:
-        """The axis of a weight that indexes its units."""
+        """Return the axis of a weight that indexes its units."""
         return 0 if self.units_first else len(array.shape) - 1
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """What the checkpoint at a path holds; reads names and shapes, and no array.
+    """Open a checkpoint, reading names and shapes but no array.
 
     Raises:
-        CheckpointError: it is of no format that is read here, or damaged.
-        OSError: it cannot be read.
+        CheckpointError: the format is unknown, or the checkpoint is damaged.
+        OSError: the checkpoint cannot be read.
     """
     path = Path(path)
-    # Before its suffix is looked at: a file that is not there is just that.
+    # Check first that the file exists, before its suffix is looked at.
     if not stat.S_ISDIR(mode := path.stat().st_mode) and not stat.S_ISREG(mode):
-        # A pipe would be waited for.
+        # Reading a pipe would block.
         raise CheckpointError(f"{quoted(path)} is neither a file nor a directory")
     return _of_directory(path) if path.is_dir() else _of_file(path)
 
@@ -75,17 +75,17 @@ def _of_file(path: Path) -> Checkpoint:
     for kind in FILE_FORMATS:
         if kind.begins(start):
             return kind.checkpoint(path, kind.list_arrays(path))
-    raise CheckpointError(f"{quoted(path)} is no checkpoint that jaxeff reads: pass {_FORMATS}")
+    raise CheckpointError(f"{quoted(path)} is not a checkpoint that jaxeff reads: pass {_FORMATS}")
 
 
 def _is_pickle(start: bytes) -> bool:
-    """By the protocol that a pickle begins with; a zip archive is how PyTorch wraps one."""
+    """Recognize a pickle by its protocol, or by the zip archive in which PyTorch wraps one."""
     return start == b"PK" or (len(start) == 2 and start[0] == 0x80 and start[1] <= 5)
 
 
 def _pickled(path: Path) -> str:
     return (
-        f"{quoted(path)} is a pickle, which can run any code when it is loaded, so jaxeff does not: where "
+        f"{quoted(path)} is a pickle, which can run any code when loaded, so jaxeff does not load it. If "
         "you trust it, convert it with safetensors.torch.save_file(torch.load(path, weights_only=True), "
         "'model.safetensors')"
     )
@@ -97,7 +97,7 @@ def _of_directory(path: Path) -> Checkpoint:
         if indices := [name for name in names if name.endswith(kind.index_suffix)]:
             return _of_file(path / _only(path, indices, "indices of shards"))
         if any(name.endswith(kind.suffix) for name in names):
-            # A whole file of one format goes before shards of the next.
+            # A whole file of one format is preferred to shards of the next.
             break
     if orbax.is_item(path):
         return _of_tree(path, orbax.list_tree(path))
@@ -125,13 +125,13 @@ def _only(path: Path, names: list[str], what: str) -> str:
 
 
 def _item(path: Path, items: list[str]) -> str:
-    """The one that holds the model, by the names that Orbax and its users give it."""
+    """Return the item that holds the model, by the names that Orbax and its users give it."""
     usual = [name for name in ("params", "default", "state") if name in items]
     return usual[0] if usual else _only(path, items, "items")
 
 
 def _of_names(path: Path, arrays: Mapping[Keys, Stored]) -> Checkpoint:
-    """Of arrays in no tree, whose names Flax and PyTorch join from theirs."""
+    """Open arrays without a tree, whose names Flax and PyTorch join."""
     separator = "/" if any("/" in array.name for array in arrays.values()) else "."
     named = {tuple(array.name.split(separator, 1)): array for array in arrays.values()}
     return _checkpoint(path, named, separator, not safetensors.is_flax(arrays.values()))
@@ -148,7 +148,7 @@ def _of_tree(path: Path, tree: Mapping[Keys, Stored]) -> Checkpoint:
 
 
 def _checkpoint(path: Path, tree: Mapping[Keys, Stored], separator: str, units_first: bool) -> Checkpoint:
-    """Of variables or a train state only the parameters, as `jaxeff.analyze` has it."""
+    """Keep only the parameters of variables or a train state, as `jaxeff.analyze` does."""
     has_params = any(len(keys) > 1 and keys[0] == "params" for keys in tree)
     arrays: dict[str, Stored] = {}
     left_out: dict[str, tuple[Stored, ...]] = {}
@@ -166,13 +166,13 @@ def _checkpoint(path: Path, tree: Mapping[Keys, Stored], separator: str, units_f
 
 
 class FileFormat(NamedTuple):
-    """One format of files; shards of it have an index beside them.
+    """A file format. Shards of a checkpoint have an index beside them.
 
     Attributes:
         suffix: of its files.
-        list_arrays: the arrays of one file by their keys, unread.
-        checkpoint: what the arrays of a file, or of all shards, are as a whole.
-        begins: whether a file of another suffix is one, by its first two bytes.
+        list_arrays: lists the arrays of one file by their keys, unread.
+        checkpoint: makes a checkpoint of the arrays of a file, or of all shards.
+        begins: recognizes a file of another suffix, by its first two bytes.
     """
 
     suffix: str
@@ -189,16 +189,16 @@ FILE_FORMATS = (
     FileFormat(".safetensors", safetensors.list_named, _of_names, lambda start: False),
     FileFormat(".msgpack", msgpack.list_tree, _of_tree, msgpack.begins),
 )
-"""The formats that are read; of a directory that holds several, the first."""
+"""The file formats. If a directory holds several, the first is read."""
 
 
 def _in_order(names: list[str]) -> list[str]:
-    """By name, 'layers.2' before 'layers.10'."""
+    """Sort names, with 'layers.2' before 'layers.10'."""
     return sorted(names, key=natural)
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
-    """A key to sort by that reads the numbers in a name as numbers."""
+    """Return a key to sort by that reads the numbers in a name as numbers."""
     parts = re.findall(r"[0-9]+|[^0-9]+", name)
     # Longer runs of digits are no numbers, and Python refuses to read the longest.
     return [

@@ -1,7 +1,7 @@
-"""Orbax: a directory with a tree of names, and one array of tensorstore for each.
+"""The Orbax format: a directory with a tree of names, and one tensorstore array for each.
 
-The tree is read from Orbax's file, for Orbax itself would open all arrays at once, and report one that is
-missing in several lines. The arrays are read by tensorstore, as many rows at a time as are stored together.
+The tree is read from Orbax's file, since Orbax itself would open all arrays at once, and report a missing one in
+several lines. Arrays are read by tensorstore, as many rows at a time as are stored together.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ _MOST = 1 << 36  # bytes of rows to read together
 
 
 def is_item(directory: Path) -> bool:
-    """Whether the directory itself holds a tree of arrays."""
+    """Return whether the directory itself holds a tree of arrays."""
     return (directory / _TREE).is_file()
 
 
 def items(directory: Path) -> list[Path]:
-    """Directories directly below that hold trees: 'default', 'params', 'state' ..."""
+    """Return the subdirectories that hold trees: 'default', 'params', 'state' ..."""
     return sorted(child for child in directory.iterdir() if child.is_dir() and is_item(child))
 
 
 def steps(directory: Path) -> list[Path]:
-    """Directories below that hold such items: the steps of a training run."""
+    """Return the subdirectories that hold such items: the steps of a training run."""
     return sorted(child for child in directory.iterdir() if child.is_dir() and items(child))
 
 
 def list_tree(directory: Path) -> dict[tuple[str, ...], Stored]:
-    """The arrays by their keys.
+    """List the arrays by their keys.
 
     Raises:
-        CheckpointError: it is no checkpoint, or damaged.
-        OSError: it cannot be read.
+        CheckpointError: the directory is not a checkpoint, or is damaged.
+        OSError: the directory cannot be read.
     """
     try:
         tree = json.loads((directory / _TREE).read_bytes())
@@ -56,13 +56,13 @@ def list_tree(directory: Path) -> dict[tuple[str, ...], Stored]:
         raise CheckpointError(
             f"{quoted(directory)} has no tree of Orbax in its {_TREE} ({_first_line(error)})"
         ) from error
-    # Where zeros are stored too, what is missing is damage, which would otherwise read as zeros.
+    # If zeros are stored too, missing data is damage, which would otherwise read as zeros.
     spec = {"driver": driver, "fill_missing_data_reads": not is_whole}
     return {keys: _stored(directory, spec, keys, kind) for keys, kind in leaves.items() if kind not in _EMPTY}
 
 
 def _leaf(entry: dict[str, Any]) -> tuple[tuple[str, ...], str]:
-    """Keys and what Orbax calls the type of one leaf."""
+    """Return the keys of one leaf, and Orbax's name of its type."""
     return tuple(str(key["key"]) for key in entry["key_metadata"]), str(entry["value_metadata"]["value_type"])
 
 

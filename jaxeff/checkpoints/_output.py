@@ -1,4 +1,4 @@
-"""A report of a checkpoint as text."""
+"""The report of a checkpoint as text."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jaxeff.metrics import Metrics
 from jaxeff.output import text
 from jaxeff.report import LayerReport, Report, _table
 
-# Of what tells of weights to spare the largest first, of what tells of weights in use the smallest.
+# Metrics of weights to spare sort largest first, metrics of weights in use sort smallest first.
 _USED = (
     *("utilization", "effective_params", "entropy", "normalized_entropy", "mean", "std", "max"),
     *("coverage_50", "coverage_80", "coverage_90"),
 )
 _SPARE = tuple(field.name for field in dataclasses.fields(Metrics) if field.name not in (*_USED, "size"))
-# Columns of the table that a checkpoint has something to say in: its headings are orders too.
+# Columns that a checkpoint's table can have; its headings are orders too.
 _HEADINGS = {"layer": "path", "weights": "size"}
 _COLUMNS = ("layer", "shape", "weights", "bytes", "utilization", "null", "gini", "units", "fan-in")
 ORDERS = (*_COLUMNS, *(name for name in ("path", "size", *_USED, *_SPARE) if name not in _COLUMNS))
@@ -30,10 +30,9 @@ def render(
     top: int | None = None,
     width: int = text.WIDTH,
 ) -> str:
-    """The report's table in an order of ORDERS, and what was left out of it.
+    """Render the report's table in an order of ORDERS, and what was left out of the report.
 
-    Of the rows and of the recommendations the first `top` are shown. What is said of the model and the notes
-    are of all rows.
+    `top` limits the rows and the recommendations. The text on the model and the notes always cover all rows.
     """
     shown = in_order(report, order)[:top]
     table = _table.render(report.snapshot(), shown, width, advised=top)
@@ -41,7 +40,7 @@ def render(
 
 
 def in_order(report: Report, order: str) -> list[int]:
-    """The rows' numbers; a row whose number is not known comes last."""
+    """Return the indices of the rows in order; rows with an unknown number come last."""
     rows, order = report.single().rows, _HEADINGS.get(order, order)
     if order == "path":
         return list(range(len(rows)))  # as the checkpoint has them
@@ -60,7 +59,7 @@ def _key(order: str) -> Callable[[LayerReport], tuple]:
 
 
 def _number(row: LayerReport, order: str) -> float:
-    """What rows are sorted by, the smallest first."""
+    """Return the number by which rows are sorted, smallest first."""
     match order:
         case "size":
             return -row.size

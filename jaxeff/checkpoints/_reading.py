@@ -1,4 +1,4 @@
-"""Arrays that stream by in pieces, or whole where they are small."""
+"""Arrays read in pieces, or whole if they are small."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 
 class Piece(NamedTuple):
-    """Elements of an array, in C order from one of them on."""
+    """Consecutive elements of an array, in C order."""
 
     start: int
     elements: np.ndarray
 
 
 def pieces(stored: Stored, progress: Progress = lambda count: None) -> Iterator[Piece]:
-    """The array from its first element to its last; calls `progress` with the bytes of each piece."""
+    """Yield the pieces of an array from its first element to its last; call `progress` with the bytes of each."""
     with stored.open() as read:
         for start in range(0, stored.size, PIECE):
             elements = read(start, min(start + PIECE, stored.size))
@@ -37,7 +37,7 @@ def pieces(stored: Stored, progress: Progress = lambda count: None) -> Iterator[
 
 
 def whole(stored: Stored, progress: Progress) -> np.ndarray:
-    """A small array, [n]."""
+    """Read a small array as [n]."""
     with stored.open() as read:
         elements = read(0, stored.size)
     progress(elements.nbytes)
@@ -45,7 +45,7 @@ def whole(stored: Stored, progress: Progress) -> np.ndarray:
 
 
 def narrowed(elements: np.ndarray) -> np.ndarray:
-    """float64 as the float32 that it is measured as."""
+    """Return float64 as float32, in which it is measured."""
     if elements.dtype != np.float64:
         return elements
     with np.errstate(over="ignore"):
@@ -53,10 +53,11 @@ def narrowed(elements: np.ndarray) -> np.ndarray:
 
 
 def batches(items: Iterable[tuple[Hashable, int, T]]) -> Iterator[list[T]]:
-    """Items of one key, several at a time.
+    """Yield items of one key, several at a time.
 
     Args:
-        items: of each its key, how many elements it has, the same for all of its key, and what to pass on.
+        items: each with its key, its number of elements, which is the same for all items of the key, and the
+            value to yield.
     """
     waiting: defaultdict[Hashable, list[T]] = defaultdict(list)
     in_all = 0
@@ -76,11 +77,11 @@ def batches(items: Iterable[tuple[Hashable, int, T]]) -> Iterator[list[T]]:
 
 @contextmanager
 def progress_bar(title: str, total: int, shown: bool) -> Iterator[Progress]:
-    """Gives a function to call with the bytes of each step."""
+    """Yield a function to call with the bytes of each step."""
     if not (shown and sys.stderr.isatty()):
         yield lambda count: None
         return
-    # Here and not above: Rich is for those who look.
+    # Imported here, because only a visible progress bar needs Rich.
     from jaxeff.output.progress import bytes_bar
 
     with bytes_bar(title, total, shown) as advance:

@@ -1,7 +1,6 @@
-"""safetensors: the length of a JSON header, the header, and the arrays one after the other.
+"""The safetensors format: the length of a JSON header, the header, and the arrays one after the other.
 
-Only the header of a file is read. The rules are those of the format: the arrays fill the file without overlap
-or gap.
+Only the header of a file is read. By the rules of the format, the arrays fill the file without overlap or gap.
 
 References:
     https://github.com/huggingface/safetensors, "Format"
@@ -52,23 +51,23 @@ _DTYPES = {
 
 
 def list_file(path: str | os.PathLike) -> list[Stored]:
-    """The arrays of one file, in the order in which they lie.
+    """List the arrays of one file, in the order in which they lie.
 
     Raises:
-        CheckpointError: it is not as the format has it.
-        OSError: it cannot be read.
+        CheckpointError: the file does not follow the format.
+        OSError: the file cannot be read.
     """
     with open(path, "rb", buffering=0) as file:
         length, size = bytearray(8), os.fstat(file.fileno()).st_size
         if size < 8:
             raise CheckpointError(
-                f"{quoted(path)} is cut off: a safetensors file has 8 bytes at least, this {size}"
+                f"{quoted(path)} is cut off: a safetensors file has at least 8 bytes, this one {size}"
             )
         fill(file, memoryview(length))
         header_size = int.from_bytes(length, "little")
         if header_size > min(size - 8, _LONGEST_HEADER):
             raise CheckpointError(
-                f"{quoted(path)} is no safetensors file, or cut off: its header has {header_size:,} bytes, "
+                f"{quoted(path)} is not a safetensors file, or is cut off: its header has {header_size:,} bytes, "
                 f"the file {size:,}"
             )
         header = bytearray(header_size)
@@ -77,12 +76,12 @@ def list_file(path: str | os.PathLike) -> list[Stored]:
 
 
 def list_named(path: str | os.PathLike) -> dict[tuple[str, ...], Stored]:
-    """The same by name."""
+    """List the arrays of one file by name."""
     return {(array.name,): array for array in list_file(path)}
 
 
 def parse(header: bytes, size: int, path: str | os.PathLike) -> list[Stored]:
-    """The arrays that a header tells of.
+    """List the arrays of a header.
 
     Args:
         header: JSON, without the 8 bytes before it.
@@ -90,7 +89,7 @@ def parse(header: bytes, size: int, path: str | os.PathLike) -> list[Stored]:
         path: of the file.
 
     Raises:
-        CheckpointError: the header is not as the format has it, or the file is not as the header has it.
+        CheckpointError: the header does not follow the format, or the file does not match the header.
 
     >>> header = b'{"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}'
     >>> [(array.name, array.shape) for array in parse(header, 8 + len(header) + 24, "model.safetensors")]
@@ -108,9 +107,9 @@ def parse(header: bytes, size: int, path: str | os.PathLike) -> list[Stored]:
             raise CheckpointError(f"{quoted(path)}: array {quoted(name)} {what}")
         end = last
     if begin + end != size:
-        what = "is cut off" if begin + end > size else "has bytes of no array at its end"
+        what = "is cut off" if begin + end > size else "has unused bytes at its end"
         raise CheckpointError(
-            f"{quoted(path)} {what}: its header tells of {begin + end:,} bytes, it has {size:,}"
+            f"{quoted(path)} {what}: its header describes {begin + end:,} bytes, it has {size:,}"
         )
     return [_stored(name, entry, begin + first, last - first, path) for first, last, name, entry in placed]
 
@@ -144,5 +143,5 @@ def _stored(name: str, entry: dict[str, Any], begin: int, length: int, path: str
 
 
 def is_flax(arrays: Iterable[Stored]) -> bool:
-    """Whether the names are Flax's: then units come last, where PyTorch has them first."""
+    """Return whether the names are Flax's; units are then the last axis, and the first in PyTorch."""
     return any(array.name.replace("/", ".").rsplit(".", 1)[-1] == "kernel" for array in arrays)

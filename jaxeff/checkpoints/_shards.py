@@ -1,7 +1,7 @@
-"""Checkpoints in several files: an index in JSON says which file holds which array.
+"""Checkpoints in several files, with a JSON index that says which file holds which array.
 
-Only the index and the names in each file are read. The index is as Hugging Face writes it, for safetensors
-and for Flax's msgpack.
+Only the index and the names in each file are read. The index has the form that Hugging Face writes, for
+safetensors and for Flax's msgpack.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ Key = TypeVar("Key")
 
 
 def list_shards(index: Path, list_file: Callable[[Path], Mapping[Key, Stored]]) -> dict[Key, Stored]:
-    """The arrays of all shards that an index names.
+    """List the arrays of all shards that an index names.
 
     Args:
-        index: its path.
-        list_file: the arrays of one shard.
+        index: path of the index.
+        list_file: lists the arrays of one shard.
 
     Raises:
-        CheckpointError: the index, or a shard, is not as the format has it, a shard is missing or outside
-            the directory, or an array is missing or in two shards.
-        OSError: one cannot be read.
+        CheckpointError: the index or a shard does not follow the format, a shard is missing or outside the
+            directory, or an array is missing or in two shards.
+        OSError: a file cannot be read.
     """
     if index.stat().st_size > _LONGEST_INDEX:
         raise CheckpointError(f"{quoted(index)} is too long for an index")
@@ -49,7 +49,7 @@ def list_shards(index: Path, list_file: Callable[[Path], Mapping[Key, Stored]]) 
 
 
 def _beside(index: Path, shard: str) -> Path:
-    """The path of a shard: a name, so that an index cannot have any other file read."""
+    """Return the path of a shard, which must be a plain name, so that an index cannot point at any other file."""
     if (
         shard in ("", ".", "..")
         or "/" in shard

@@ -1,4 +1,4 @@
-"""One array as it lies in a checkpoint: what it is called, what it holds, and how to read a part of it.
+"""One array of a checkpoint: its name, its contents, and how to read a part of it.
 
 Every format is a function from a path to these.
 """
@@ -35,20 +35,20 @@ _DTYPES = frozenset(
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read: which one and why, in one line."""
+    """A checkpoint cannot be read; the message says which one and why, in one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """An array of a checkpoint, of which nothing has been read but its name and shape.
+    """An array of a checkpoint, of which only the name and shape have been read.
 
     Attributes:
         name: in the checkpoint.
         shape: [...]
-        dtype: None where the kind of number is not known.
-        kind: what the checkpoint calls its dtype.
-        open: for the time that it is read; gives `read(start, stop)` of elements in C order. What is read
-            in sequence is read once.
+        dtype: None if it is not a known kind of number.
+        kind: the checkpoint's name for its dtype.
+        open: context manager that yields `read(start, stop)`, which returns elements in C order. Data read in
+            sequence is read only once.
     """
 
     name: str
@@ -63,12 +63,12 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Bytes to read."""
+        """Number of bytes to read."""
         return 0 if self.dtype is None else self.size * self.dtype.itemsize
 
     @property
     def role(self) -> str:
-        """'weight', or what else it is: as `jaxeff.analyze` has it where there is no model."""
+        """'weight' or another role, as in `jaxeff.analyze` without a model."""
         if self.dtype is None:
             return f"{printable(self.kind)[:40]} (not read)"
         return role_of(self.name, self.shape, self.dtype)
@@ -76,14 +76,14 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Elements that lie one after the other in a file."""
+    """Consecutive elements in a file."""
 
     offset: int
     size: int
 
 
 def in_file(path: str | os.PathLike, spans: Sequence[Span], dtype: np.dtype) -> Callable:
-    """`Stored.open` of an array whose elements are these spans of a file, one after the other."""
+    """Return `Stored.open` for an array that consists of these spans of a file."""
 
     @contextmanager
     def opened() -> Iterator[Read]:
@@ -106,7 +106,7 @@ def _read_spans(file: FileIO, spans: Sequence[Span], dtype: np.dtype, start: int
 
 
 def fill(file: FileIO, buffer: memoryview) -> None:
-    """Reads until the buffer is full."""
+    """Read until the buffer is full."""
     done = 0
     while done < len(buffer):
         # No more than a system call may return.
@@ -119,7 +119,7 @@ def fill(file: FileIO, buffer: memoryview) -> None:
 
 
 def checked_shape(shape: object, where: str) -> tuple[int, ...]:
-    """The shape, if it is one."""
+    """Return the shape if it is valid."""
     if not isinstance(shape, (list, tuple)) or len(shape) > _RANK:
         raise CheckpointError(f"{where} has no shape, a list of up to {_RANK} lengths")
     if not all(type(length) is int and 0 <= length <= LARGEST for length in shape):
@@ -128,16 +128,16 @@ def checked_shape(shape: object, where: str) -> tuple[int, ...]:
 
 
 def dtype_named(name: str) -> np.dtype | None:
-    """The dtype of that name, if it is one of numbers that are read here."""
-    # Not whatever NumPy makes of a text: it parses some as Python.
+    """Return the dtype of a name, if it is a supported kind of number."""
+    # Only known names, because NumPy parses some strings as Python.
     return jnp.dtype(name) if name in _DTYPES else None
 
 
 def json_object(text: bytes, path: str | os.PathLike) -> dict[str, Any]:
-    """A JSON object in which no name comes twice.
+    """Parse a JSON object without duplicate names.
 
     Raises:
-        CheckpointError: the text is another.
+        CheckpointError: the text is anything else.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def first_line(error: Exception) -> str:
 
 
 def quoted(name: object) -> str:
-    """A name for a message: on one line, and not longer than that.
+    """Return a name for a message, on one line and of limited length.
 
     >>> quoted("a\\nb")
     "'a\\\\nb'"
@@ -173,7 +173,7 @@ def quoted(name: object) -> str:
 
 
 def printable(name: str) -> str:
-    """The name with what would move a terminal's cursor or colour it written as an escape.
+    """Return the name with characters that would move or colour a terminal's cursor written as escapes.
 
     >>> printable("a\\x1b[31m")
     'a\\\\x1b[31m'

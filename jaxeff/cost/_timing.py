@@ -253,7 +253,7 @@ def _check_counts(repeats: int, warmup: int) -> None:
 def _prepared(
     function: Callable, arguments: tuple, keywords: Mapping[str, Any]
 ) -> tuple[Callable[[], Any], Cost, Compiled]:
-    """Compile a function for its arguments; return it with them."""
+    """Compile a function; return a call on its arguments, its cost and XLA's figures."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((arguments, keywords))):
         raise ValueError(
             "an argument is a jax.ShapeDtypeStruct: `latency` runs the function and needs arrays"

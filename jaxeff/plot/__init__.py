@@ -1,6 +1,6 @@
-"""Pictures of what was measured, with Matplotlib, which is imported when one is drawn.
+"""Plots of reports and measurements, with Matplotlib, which is imported when one is drawn.
 
-Every function takes what is drawn and optional axes, and returns the axes; nothing is shown or saved.
+Every function takes what to draw and optional axes, and returns the axes; nothing is shown or saved.
 """
 
 from jaxeff.plot._distributions import cumulative as cumulative

@@ -1,4 +1,4 @@
-"""What is asked for, axes to draw it on, and colours that all people tell apart."""
+"""Checks of arguments, axes to draw on, and colours that are distinguishable for the colour-blind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#000000")
-"""Okabe and Ito, Color Universal Design, 2008; yellow, which is faint on white, left out."""
+"""Okabe and Ito, Color Universal Design, 2008, without yellow, which is faint on white."""
 DASHES = ("-", "--", ":", "-.")
 
 NO_LAYER = "There is no layer to draw."
@@ -22,15 +22,16 @@ NO_IMPORTANCE = "No weight has a finite importance above 0."
 
 
 def check_kind(name: str, given: Any, kind: type, source: str) -> None:
-    """
+    """Check the type of an argument.
+
     Args:
         name: of the argument.
-        given: for it.
-        kind: what it must be.
-        source: where one comes from.
+        given: its value.
+        kind: its required type.
+        source: the function that makes one.
 
     Raises:
-        TypeError: it is of another kind.
+        TypeError: it has another type.
     """
     if not isinstance(given, kind):
         came = "None" if given is None else type(given).__name__
@@ -39,23 +40,23 @@ def check_kind(name: str, given: Any, kind: type, source: str) -> None:
 
 
 def single(report: Report) -> Report:
-    """The report with its numbers on the host.
+    """Return the report with its numbers on the host.
 
     Raises:
-        TypeError: it is none.
-        ValueError: it is of several models.
+        TypeError: it is not a report.
+        ValueError: it holds several models.
     """
     check_kind("report", report, Report, "jaxeff.analyze")
     return report.single()
 
 
 def chosen(report: Report, paths: Sequence[str] | None) -> list[LayerReport]:
-    """The layers of these paths; all unless given.
+    """Return the layers of these paths; all by default.
 
     Raises:
-        KeyError: a path is none of the report's.
-        TypeError: an argument is not of its kind.
-        ValueError: the report is of several models.
+        KeyError: the report has no such path.
+        TypeError: an argument has the wrong type.
+        ValueError: the report holds several models.
     """
     concrete = single(report)
     if paths is None:
@@ -68,10 +69,11 @@ def chosen(report: Report, paths: Sequence[str] | None) -> list[LayerReport]:
 
 
 def axes_or_new(ax: Axes | None, **subplot: Any) -> Axes:
-    """
+    """Return `ax`, or the axes of a new pyplot figure.
+
     Raises:
         ImportError: Matplotlib is not installed.
-        TypeError: `ax` is something else.
+        TypeError: `ax` is not a Matplotlib Axes.
     """
     if ax is None:
         return _matplotlib("pyplot").subplots(subplot_kw=subplot, layout="constrained")[1]
@@ -87,7 +89,7 @@ def _matplotlib(part: str) -> Any:
 
 
 def say(axes: Axes, sentence: str) -> Axes:
-    """The axes with a sentence in place of a drawing, which would be blank."""
+    """Write a sentence on axes that would otherwise be blank, and return them."""
     _ = axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center", va="center", wrap=True)
     _ = axes.set_xticks([])
     _ = axes.set_yticks([])
@@ -99,11 +101,11 @@ def any_finite(values: Any) -> bool:
 
 
 def outlined() -> list[Any]:
-    """What sets a mark apart from a bar that it lies on, in grey too: a white edge, as `path_effects`."""
+    """Return a white edge, as `path_effects`, which sets a mark apart from a bar below it, in grey too."""
     effects = _matplotlib("patheffects")
     return [effects.withStroke(linewidth=5, foreground="white")]
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Of the line of this number: no two of 28 are alike, and neighbours differ in colour and dash."""
+    """Return the style of line number `index`: 28 styles differ, and neighbours differ in colour and dash."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}

@@ -1,4 +1,4 @@
-"""How the importance of layers is spread over their weights."""
+"""Plots of how the importance of layers is distributed over their weights."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 
 
 def importances(report: Report, paths: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
-    """A histogram for each layer: how many weights have so many times the mean importance.
+    """Draw a histogram per layer of the importance of its weights, relative to their mean.
 
-    Heights are fractions of the weights per octave. What is below 2^-10 of the mean, zeros included, is left
-    of the axis, and the legend says how much it is.
+    Heights are fractions of the weights per octave. Weights below 2^-10 of the mean, zeros included, are left of
+    the axis; the legend gives their fraction.
 
     Args:
         report: of one model, from `jaxeff.analyze(..., curves=True)`.
-        paths: of the layers to draw; all unless given.
-        ax: to draw on; those of a new pyplot figure unless given.
+        paths: of the layers to draw; all by default.
+        ax: axes to draw on; those of a new pyplot figure by default.
 
     Raises:
         ImportError: Matplotlib is not installed.
-        KeyError: a path is none of the report's.
-        TypeError: an argument is not of its kind.
-        ValueError: the report has no curves, or is of several models.
+        KeyError: the report has no such path.
+        TypeError: an argument has the wrong type.
+        ValueError: the report has no curves, or holds several models.
     """
     rows, drawn = chosen(report, paths), axes_or_new(ax)
     if why := _nothing(rows):
@@ -60,21 +60,21 @@ def importances(report: Report, paths: Sequence[str] | None = None, ax: Axes | N
 
 
 def lorenz(report: Report, path: str, ax: Axes | None = None) -> Axes:
-    """The Lorenz curve of one layer: the share of the importance that the faintest weights hold.
+    """Draw the Lorenz curve of one layer: the share of the importance that its faintest weights hold.
 
-    Beside that of its weights (drawn where the report has curves; else at the three coverages alone), that of
-    its units, three points of noise, and the diagonal, on which all weights are equal.
+    Shown beside it are the curve of its units, three points of its null, and the diagonal of equal weights. A
+    report without curves gives the three coverages instead of the curve of the weights.
 
     Args:
         report: of one model.
         path: of the layer.
-        ax: to draw on; those of a new pyplot figure unless given.
+        ax: axes to draw on; those of a new pyplot figure by default.
 
     Raises:
         ImportError: Matplotlib is not installed.
-        KeyError: the path is none of the report's.
-        TypeError: an argument is not of its kind.
-        ValueError: the report is of several models.
+        KeyError: the report has no such path.
+        TypeError: an argument has the wrong type.
+        ValueError: the report holds several models.
     """
     row, drawn = single(report)[path], axes_or_new(ax)
     _ = drawn.set_title(path)
@@ -97,17 +97,17 @@ def lorenz(report: Report, path: str, ax: Axes | None = None) -> Axes:
 
 
 def cumulative(report: Report, paths: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
-    """For each layer, the share of the importance that its most important weights hold.
+    """Draw for each layer the share of the importance that its most important weights hold.
 
-    The Lorenz curve from the other end: where a line crosses 80 %, the layer's `coverage_80` is read off.
+    This is the Lorenz curve from the other end: a line crosses 80 % at the layer's `coverage_80`.
 
     Args:
         report: of one model, from `jaxeff.analyze(..., curves=True)`.
-        paths: of the layers to draw; all unless given.
-        ax: to draw on; those of a new pyplot figure unless given.
+        paths: of the layers to draw; all by default.
+        ax: axes to draw on; those of a new pyplot figure by default.
 
     Raises:
-        ImportError, KeyError, TypeError, ValueError: as of `importances`.
+        ImportError, KeyError, TypeError, ValueError: as in `importances`.
     """
     rows, drawn = chosen(report, paths), axes_or_new(ax)
     if why := _nothing(rows):
@@ -122,7 +122,7 @@ def cumulative(report: Report, paths: Sequence[str] | None = None, ax: Axes | No
 
 
 def _nothing(rows: Sequence[LayerReport]) -> str:
-    """Why there is no curve to draw; nothing where there is one."""
+    """Return why there is no curve to draw; empty if there is one."""
     if not rows:
         return NO_LAYER
     return "" if any(any_finite(_spread(row).weights) for row in rows) else NO_IMPORTANCE
@@ -135,7 +135,7 @@ def _spread(row: LayerReport) -> Distribution:
 
 
 def _covered(metrics: object) -> tuple[list[float], list[float]]:
-    """Three points of the Lorenz curve."""
+    """Return three points of the Lorenz curve."""
     shares = (50, 80, 90)
     kept = [1 - float(getattr(metrics, f"coverage_{share}")) for share in shares]
     return kept, [1 - share / 100 for share in shares]

@@ -1,4 +1,4 @@
-"""Layers beside each other, over training, and unit by unit."""
+"""Plots that compare layers, follow them over training, and map their units."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _METRICS = tuple(field.name for field in dataclasses.fields(Metrics))
 
 
 def layers(report: Report, metric: str = "utilization", ax: Axes | None = None) -> Axes:
-    """A bar for each layer in forward order, from above; a line across it is where noise would be.
+    """Draw a bar per layer in forward order, first layer on top, with a line across it at its null.
 
     Args:
         report: of one model.
         metric: a field of `jaxeff.metrics.Metrics`.
-        ax: to draw on; those of a new pyplot figure unless given.
+        ax: axes to draw on; those of a new pyplot figure by default.
 
     Raises:
         ImportError: Matplotlib is not installed.
-        TypeError: an argument is not of its kind.
-        ValueError: no such metric, or the report is of several models.
+        TypeError: an argument has the wrong type.
+        ValueError: there is no such metric, or the report holds several models.
     """
     name, rows, drawn = _known(metric), single(report).rows, axes_or_new(ax)
     values = [float(getattr(row.metrics, name)) for row in rows]
@@ -82,21 +82,21 @@ SPOKES = ("utilization", "entropy", "equality", "units", "coverage of 80 %", "no
 
 
 def radar(report: Report, paths: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
-    """Six numbers of each layer around a circle, from 0 at its centre to 1: the larger, the more even.
+    """Draw six numbers of each layer around a circle, from 0 at its centre to 1; larger is more even.
 
-    utilization; normalized entropy; 1 - Gini; effective units over units; coverage_80; and what part of the
-    weights has at least 1 % of the mean importance. The area means nothing: it depends on their order.
+    utilization; normalized entropy; 1 - Gini; effective units over units; coverage_80; and the fraction of
+    weights with at least 1 % of the mean importance. The area has no meaning, as it depends on their order.
 
     Args:
         report: of one model.
-        paths: of the layers to draw; all unless given.
-        ax: polar axes to draw on; those of a new pyplot figure unless given.
+        paths: of the layers to draw; all by default.
+        ax: polar axes to draw on; those of a new pyplot figure by default.
 
     Raises:
         ImportError: Matplotlib is not installed.
-        KeyError: a path is none of the report's.
-        TypeError: an argument is not of its kind.
-        ValueError: the axes are not polar, or the report is of several models.
+        KeyError: the report has no such path.
+        TypeError: an argument has the wrong type.
+        ValueError: the axes are not polar, or the report holds several models.
     """
     rows, drawn = chosen(report, paths), axes_or_new(ax, projection="polar")
     if drawn.name != "polar":
@@ -109,7 +109,7 @@ def radar(report: Report, paths: Sequence[str] | None = None, ax: Axes | None = 
         _ = drawn.plot(angles, [*values, values[0]], label=row.path, **line_style(index))
     _ = drawn.set_xticks(angles[:-1], SPOKES)
     for label, angle in zip(drawn.get_xticklabels(), angles[:-1], strict=True):
-        # Away from the circle, which a centred label would lie on.
+        # Away from the circle, which a centred label would cover.
         label.set_horizontalalignment("left" if math.cos(angle) > 0 else "right")
     _ = drawn.set_ylim(0, 1)
     _ = drawn.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.05, 1.05))
@@ -130,20 +130,20 @@ def _spokes(row: LayerReport) -> list[float]:
 
 
 def units(report: Report, path: str, ax: Axes | None = None, *, columns: int = 32) -> Axes:
-    """The importance of every unit of a layer over their mean, as a map.
+    """Draw a map of the units of a layer, by their importance over the units' mean.
 
     Args:
         report: of one model.
         path: of the layer.
-        ax: to draw on; those of a new pyplot figure unless given.
-        columns: units in a line; where the units have two axes (heads and their features), a line is one
-            index of the first.
+        ax: axes to draw on; those of a new pyplot figure by default.
+        columns: units per row. If the units have two axes (heads and their features), a row is one index of the
+            first.
 
     Raises:
         ImportError: Matplotlib is not installed.
-        KeyError: the path is none of the report's.
-        TypeError: an argument is not of its kind.
-        ValueError: the report is of several models.
+        KeyError: the report has no such path.
+        TypeError: an argument has the wrong type.
+        ValueError: the report holds several models.
     """
     row, drawn = single(report)[path], axes_or_new(ax)
     _ = drawn.set_title(path)
@@ -170,19 +170,19 @@ def history(
     *,
     steps: Sequence[float] | None = None,
 ) -> Axes:
-    """A line for each layer: one metric over training.
+    """Draw one metric over training, a line per layer.
 
     Args:
-        reports: of one model at several steps: in a list, or stacked, as `jax.lax.scan` gives them.
+        reports: of one model at several steps, in a list, or stacked, as returned by `jax.lax.scan`.
         metric: a field of `jaxeff.metrics.Metrics`.
-        ax: to draw on; those of a new pyplot figure unless given.
-        steps: where on the horizontal axis each report stands; 0, 1, 2, ... unless given.
+        ax: axes to draw on; those of a new pyplot figure by default.
+        steps: position of each report on the horizontal axis; 0, 1, 2, ... by default.
 
     Raises:
         ImportError: Matplotlib is not installed.
-        TypeError: an argument is not of its kind.
-        ValueError: no such metric; the reports are of models of other layers, or stacked more than once; or
-            there are not as many steps.
+        TypeError: an argument has the wrong type.
+        ValueError: there is no such metric, the reports have different layers or are stacked more than once, or
+            the number of steps is not that of the reports.
     """
     values, paths = _over_training(reports, _known(metric))
     at = range(len(values)) if steps is None else steps
@@ -200,7 +200,7 @@ def history(
 
 
 def _over_training(reports: Report | Sequence[Report], metric: str) -> tuple[np.ndarray, list[str]]:
-    """[reports, layers], and the paths of the layers."""
+    """Return [reports, layers], and the paths of the layers."""
     if isinstance(reports, Report):
         values = np.asarray(jax.device_get(getattr(reports.numbers.metrics, metric)))
         if values.ndim != 2:
@@ -216,5 +216,5 @@ def _over_training(reports: Report | Sequence[Report], metric: str) -> tuple[np.
         check_kind(f"reports[{index}]", report, Report, "jaxeff.analyze")
     paths = [[row.path for row in report.structure] for report in reports]
     if any(other != paths[0] for other in paths):
-        raise ValueError("`reports` are of models of other layers")
+        raise ValueError("`reports` must have the same layers")
     return np.stack([getattr(report.single().numbers.metrics, metric) for report in reports]), paths[0]

@@ -1,4 +1,4 @@
-"""What was measured beside a report: losses of pruned layers, speed-ups, criteria, and routes."""
+"""Plots of measurements: sensitivity, speed-ups, criteria, and pathways."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 def sensitivity(sensitivity: Sensitivity, ax: Axes | None = None) -> Axes:
-    """A line for each layer: the loss over the sparsity of that layer alone, from 0; dashed, the dense loss.
+    """Draw the loss over the sparsity of each layer alone, a line per layer from 0; the dashed line is the dense loss.
 
     Args:
         sensitivity: from `jaxeff.prune.sensitivity`.
-        ax: to draw on; those of a new pyplot figure unless given.
+        ax: axes to draw on; those of a new pyplot figure by default.
 
     Returns:
         The axes, for labels and limits of your own; `axes.figure.savefig(path)` saves them.
 
     Raises:
         ImportError: Matplotlib is not installed.
-        TypeError: an argument is not of its kind.
+        TypeError: an argument has the wrong type.
     """
     check_kind("sensitivity", sensitivity, Sensitivity, "jaxeff.prune.sensitivity")
     drawn = axes_or_new(ax)
@@ -47,19 +47,20 @@ def sensitivity(sensitivity: Sensitivity, ax: Axes | None = None) -> Axes:
 
 
 def speedups(found: Mapping[float | str, BeforeAndAfter], ax: Axes | None = None) -> Axes:
-    """A line for each size of batch: how many times faster the smaller networks ran, measured.
+    """Draw how many times faster the smaller networks ran, a line per batch size.
 
-    A bar goes from the 10th to the 90th percentile of the runs; dashed, how many times fewer
-    multiply-accumulates they have, which is what the time would fall by if nothing else took any.
+    A bar reaches from the 10th to the 90th percentile of the runs. Dashed lines show the ratio of
+    multiply-accumulates, which would be the speed-up if nothing else took time.
 
     Args:
-        found: by where it stands along the axis: the fraction removed, or a name. All of the same batches.
-        ax: to draw on; those of a new pyplot figure unless given.
+        found: measurements by their position on the horizontal axis: the fraction removed, or a name. All need
+            the same batches.
+        ax: axes to draw on; those of a new pyplot figure by default.
 
     Raises:
         ValueError: there is nothing to draw, or the batches differ in size.
         ImportError: Matplotlib is not installed.
-        TypeError: an argument is not of its kind.
+        TypeError: an argument has the wrong type.
     """
     check_kind("found", found, Mapping, "{0.5: jaxeff.prune.before_and_after(...), ...}")
     for place, each in found.items():
@@ -86,15 +87,15 @@ def speedups(found: Mapping[float | str, BeforeAndAfter], ax: Axes | None = None
 
 
 def criteria(comparison: Comparison, ax: Axes | None = None) -> Axes:
-    """A line for each criterion: the loss over the fraction of weights removed; grey, removal at random.
+    """Draw the loss over the fraction of weights removed, a line per criterion; grey lines are removal at random.
 
     Args:
         comparison: from `jaxeff.compare_criteria`.
-        ax: to draw on; those of a new pyplot figure unless given.
+        ax: axes to draw on; those of a new pyplot figure by default.
 
     Raises:
         ImportError: Matplotlib is not installed.
-        TypeError: an argument is not of its kind.
+        TypeError: an argument has the wrong type.
     """
     check_kind("comparison", comparison, Comparison, "jaxeff.compare_criteria")
     drawn = axes_or_new(ax)
@@ -115,17 +116,17 @@ def criteria(comparison: Comparison, ax: Axes | None = None) -> Axes:
 
 
 def pathways(pathways: Pathways, ax: Axes | None = None) -> Axes:
-    """The strongest routes as lines from the first units, left, to the last, right; the thicker the stronger.
+    """Draw the strongest routes as lines from the first units, left, to the last, right; thicker is stronger.
 
-    Units stand in each group's column by their number, the first above.
+    Each group of units is a column, with its first unit on top.
 
     Args:
         pathways: from `jaxeff.pathways`.
-        ax: to draw on; those of a new pyplot figure unless given.
+        ax: axes to draw on; those of a new pyplot figure by default.
 
     Raises:
         ImportError: Matplotlib is not installed.
-        TypeError: an argument is not of its kind.
+        TypeError: an argument has the wrong type.
     """
     check_kind("pathways", pathways, Pathways, "jaxeff.pathways")
     drawn = axes_or_new(ax)
