@@ -225,7 +225,7 @@ WRONG = {
         r"must name each layer that is pruned, and no other: see 'blocks/out\[1\]'",
     ),
     "pattern": (lambda: prune.masks(SCORES, 0.5, scope="unit", pattern=prune.Units()), "'unit' ranks"),
-    "layout": (lambda: prune.scored({"head": jnp.ones((2, 2))}, prunable=LAYOUT), "layout of other params"),
+    "layout": (lambda: prune.scored({"head": jnp.ones((2, 2))}, prunable=LAYOUT), "layout for other params"),
     "exception": (lambda: prune.layout(PARAMS, model, X, prunable={"v": True}), "`prunable` names 'v'"),
     "batch": (lambda: prune.layout(PARAMS, model), "`batch` is missing"),
 }  # fmt: skip

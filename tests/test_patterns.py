@@ -218,7 +218,7 @@ ALONG = {"inputs": (None, prune.NByM(2, 4)), "outputs": (0.5, prune.Units())}
 @pytest.mark.parametrize("params", UNKNOWN.values(), ids=UNKNOWN)
 @pytest.mark.parametrize(("sparsity", "pattern"), ALONG.values(), ids=ALONG)
 def test_without_a_model_anything_else_is_refused(params, sparsity, pattern):
-    with pytest.raises(ValueError, match=r"without a model nothing says which.*prunable=prune.layout\("):
+    with pytest.raises(ValueError, match=r"which are unknown without a model.*prunable=prune.layout\("):
         prune.masks(prune.scored(params), sparsity, pattern=pattern)
 
 
@@ -260,12 +260,12 @@ def test_in_training_the_axes_are_those_of_the_model():
 
 WRONG = {
     "axis": (ValueError, lambda: prune.NByM(2, 4, axis="rows"), "`axis` must be 'input', 'output' or a"),
-    "both": (ValueError, lambda: prune.Units(0, axes={}), "`axes` say where inputs and outputs are"),
-    "no axes": (TypeError, lambda: prune.Units(axes={"w": (0, 1)}), "`axes` must be what `prune.layout"),
+    "both": (ValueError, lambda: prune.Units(0, axes={}), "`axes` name the inputs and outputs"),
+    "no axes": (TypeError, lambda: prune.Units(axes={"w": (0, 1)}), "`axes` must be a layout from `prune.layout"),
     "not named": (
         ValueError,
         lambda: prune.masks({"kernel": jnp.abs(W)}, 0.5, pattern=prune.Units(axes={})),
-        "`axes`, and they do not name 'kernel'",
+        "`axes` that do not name 'kernel'",
     ),
     "no units": (
         ValueError,

@@ -209,7 +209,7 @@ WRONG = {
     "n": (lambda: prune.NByM(5, 4), "`n` must be"),
     "nan": (lambda: prune.masks({"a": jnp.array([1.0, jnp.nan])}, 0.5), "`importance` of 'a' holds nan"),
     "negative": (lambda: prune.masks({"a": jnp.array([1.0, -1.0])}, 0.5), "`importance` of 'a' holds nan"),
-    "other params": (lambda: prune.apply({"w": jnp.ones(2)}, {"v": jnp.ones(2, bool)}), "of other params"),
+    "other params": (lambda: prune.apply({"w": jnp.ones(2)}, {"v": jnp.ones(2, bool)}), "must match the params"),
     "other shapes": (lambda: prune.apply({"w": jnp.ones(2)}, {"w": jnp.ones(3, bool)}), "params: 'w'"),
     "prunable": (lambda: prune.scored({"w": jnp.ones((2, 2))}, prunable={"v": True}), "names 'v'"),
     "statistics": (lambda: prune.scored({"w": jnp.ones((2, 2))}, criterion="wanda"), "`statistics` are"),

@@ -204,7 +204,7 @@ def test_scores_of_gradients_bring_back_only_what_the_masks_keep():
 
 def test_packed_masks_are_unpacked_first():
     masks = prune.pack(GIVEN)
-    with pytest.raises(ValueError, match="`masks` of other params"):
+    with pytest.raises(ValueError, match="`masks` must match the params"):
         prune.sparsify(optax.sgd(0.1), masks=masks).init(PARAMS)
     _ = prune.sparsify(optax.sgd(0.1), masks=prune.unpack(masks)).init(PARAMS)
 
@@ -220,7 +220,7 @@ WRONG = {
         lambda: prune.sparsify(optax.sgd(0.1), masks=GIVEN).init(
             {"layer": {"kernel": jnp.ones((2, 6)), "bias": jnp.ones(6)}}
         ),
-        "`masks` of other params: 'layer/kernel'",
+        "`masks` must match the params: 'layer/kernel'",
     ),
 }  # fmt: skip
 

@@ -1,10 +1,10 @@
-"""Masks made of importance, an optimizer that keeps to them, and recipes that do it all.
+"""Pruning: masks from importance, an optimizer that maintains them, recipes, and smaller networks.
 
-importance = prune.scored(params)                      # or of a criterion, from statistics
+importance = prune.scored(params)                      # or by a criterion, from statistics
 masks = prune.masks(importance, sparsity=0.9)          # True = kept
 params = prune.apply(params, masks)
 optimizer = prune.sparsify(optax.adamw(1e-3), prune.cubic(0.9, begin=100, end=1000, every=50))
-optimizer = prune.sparsify(optax.adamw(1e-3), masks=masks)  # or under masks that exist already
+optimizer = prune.sparsify(optax.adamw(1e-3), masks=masks)  # or under existing masks
 pruned = prune.iterative_magnitude(state, step, batches, evaluate, sparsity=0.95, rounds=8, steps=500)
 
 groups = prune.groups(params, model.apply, batch)      # which axes of which leaves shrink together

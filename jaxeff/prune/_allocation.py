@@ -1,4 +1,4 @@
-"""How much of each layer goes, where each is pruned by itself."""
+"""Allocation of a sparsity to layers that are pruned separately."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @runtime_checkable
 class MeasuredAllocation(Protocol):
-    """What knows by measurement how much of each layer may go: a `Sensitivity`."""
+    """A measurement of how far each layer can be pruned: a `Sensitivity`."""
 
     def allocation(self, sparsity: Any) -> Mapping[str, Any]:
-        """By path, the fraction of the layer that goes where so much of all goes."""
+        """Return by path the fraction to remove from each layer, for a fraction of all."""
         ...
 
 
 def uniform(shapes: Shapes, sparsity: float | Array) -> dict[str, float | Array]:
-    """The same of every layer."""
+    """Remove the same fraction of every layer."""
     return dict.fromkeys(shapes, sparsity)
 
 
 def erk(shapes: Shapes, sparsity: float | Array) -> dict[str, float | Array]:
-    """Erdos-Renyi-kernel: a layer's density is proportional to the sum of its axes over their product.
+    """Allocate by Erdos-Renyi-kernel: a layer's density is proportional to the sum of its axes over their product.
 
-    Small layers stay denser; those that would be denser than full are full, and the others make up for it.
+    Small layers stay denser. Layers that would be denser than full are full, and the others make up for it.
 
     References:
         Evci, Gale, Menick, Castro and Elsen, Rigging the Lottery, 2020, arXiv:1911.11134
@@ -57,9 +57,9 @@ ALLOCATIONS: Mapping[str, Callable[[Shapes, float | Array], dict[str, float | Ar
 
 
 def lamp(scores: Array) -> Array:
-    """Scores that compare across layers: s^2 over the sum of the squares of those not below it.
+    """Return scores that compare across layers: s^2 over the sum of squares of the scores that are not below s.
 
-    Pruned by them in one global order, each layer keeps at least its largest weight.
+    Pruned by these scores in one global order, each layer keeps at least its largest weight.
 
     References:
         Lee, Park, Mo, Ahn and Shin, Layer-Adaptive Sparsity for the Magnitude-Based Pruning, 2021,

@@ -1,7 +1,4 @@
-"""The statistics of BatchNorm, made anew over many batches.
-
-In: Linen variables and batches. Out: their `batch_stats`.
-"""
+"""Recalibration of BatchNorm statistics over many batches."""
 
 from __future__ import annotations
 
@@ -17,32 +14,33 @@ from jaxeff.model.functions import named_misfit
 from jaxeff.model.params import batch_size, is_variables, named_leaves
 
 Values = dict[str, np.ndarray]
-"""Of running averages, by path."""
+"""Running averages by path."""
 
 _BATCH_STATS = "batch_stats"
 _AVERAGES = ("mean", "var")
 
 
 def recalibrate(variables: Any, apply_fn: Callable, batches: Iterable[Any], **apply_kwargs: Any) -> Any:
-    """The mean and variance of each BatchNorm over all batches, in place of its running averages.
+    """Compute the mean and variance of each BatchNorm over all batches, to replace its running averages.
 
-    Pruning changes what a BatchNorm sees, and a running average takes long to follow. Over batches of n_b
-    examples, mean m_b and variance v_b, these are m = mean(m_b) and v = mean(v_b) + mean((m_b - m)^2), each
-    mean weighed by n_b. Each batch is normalised by its own statistics, as in training.
+    Pruning changes the inputs of a BatchNorm, and its running averages follow slowly. Over batches of n_b
+    examples with mean m_b and variance v_b, the new statistics are m = mean(m_b) and
+    v = mean(v_b) + mean((m_b - m)^2), each mean weighted by n_b. Each batch is normalized by its own statistics,
+    as in training.
 
-    A module writes a = k a + (1 - k) b, with k its momentum and b the batch's. Two passes, from two values
-    of a, give k and b, so that b is exact to float32 rounding over 1 - k. What the batches do not change, a
-    BatchNorm that the model keeps frozen, stays as it is, and so does what is not called `mean` or `var`.
+    A module writes a = k a + (1 - k) b, with k its momentum and b the batch's statistic. Two passes with different a
+    give k and b, so b is exact to float32 rounding over 1 - k. Averages that the batches do not change, such as
+    those of a frozen BatchNorm, stay as they are, and so do leaves not called `mean` or `var`.
 
     Args:
         variables: a Linen variables dict with `params` and `batch_stats`.
         apply_fn: `model.apply`.
-        batches: of model inputs, gone through once; a tuple is several inputs.
-        **apply_kwargs: passed to `apply_fn`: what makes it use the batch's statistics, such as `train=True`
-            or `use_running_average=False`; `rngs` for dropout, the same for each batch.
+        batches: of model inputs, read once; a tuple holds several inputs.
+        **apply_kwargs: passed to `apply_fn`, to make it use the batch's statistics: such as `train=True`
+            or `use_running_average=False`; also `rngs` for dropout, the same for each batch.
 
     Returns:
-        The new `batch_stats` collection. Of a TrainState that has one:
+        The new `batch_stats` collection. For a TrainState that has one:
         `state.replace(batch_stats=prune.recalibrate(...))`.
 
     Raises:
@@ -76,7 +74,7 @@ def recalibrate(variables: Any, apply_fn: Callable, batches: Iterable[Any], **ap
 
 
 def _of_batches(update: Callable, stats: Any, batches: Iterable[Any]) -> Iterator[tuple[int, Values]]:
-    """The size of each batch, and its own value of each running average."""
+    """Yield the size of each batch, and its own value of each running average."""
     momenta: dict[str, float] = {}
     zeros: Values = {}
     for batch in batches:
@@ -84,7 +82,7 @@ def _of_batches(update: Callable, stats: Any, batches: Iterable[Any]) -> Iterato
         if not momenta:
             named = named_leaves(stats)
             zeros = {path: np.zeros(named[path].shape) for path in named if path.split("/")[-1] in _AVERAGES}
-            # What the model reads as it is must be as it is, or it would change the batch further on.
+            # Averages that the model reads in this mode must keep their values, or they would change the activations.
             zeros = _changing(*_probed(update, stats, zeros, batch))
             momenta = _momenta(*_probed(update, stats, zeros, batch))
         low = named_leaves(update(_with_values(stats, zeros), batch))
@@ -93,7 +91,7 @@ def _of_batches(update: Callable, stats: Any, batches: Iterable[Any]) -> Iterato
 
 
 def _probed(update: Callable, stats: Any, zeros: Values, batch: tuple) -> tuple[Values, Values, Values]:
-    """What a batch makes of averages of 0, some other averages, and what it makes of those."""
+    """Return a batch's update of averages of 0, some other averages, and its update of those."""
     low = named_leaves(update(_with_values(stats, zeros), batch))
     # As large as what the batch adds, so that the momentum is not lost in its rounding.
     start = {path: np.maximum(np.abs(low[path]), 1) for path in zeros}
@@ -103,14 +101,14 @@ def _probed(update: Callable, stats: Any, zeros: Values, batch: tuple) -> tuple[
 
 
 def _over_all(means: Values, spread: Values) -> Values:
-    """A variance is the mean of the batches' variances and the variance of their means."""
+    """Combine the batches; a variance is the mean of their variances plus the variance of their means."""
     pairs = {path: path.removesuffix("var") + "mean" for path in means if path.endswith("var")}
     return {path: mean + spread.get(pairs.get(path, ""), 0) for path, mean in means.items()}
 
 
 def _with_values(stats: Any, values: Values) -> Any:
     named = named_leaves(stats)
-    # Copies of those that stay as they are.
+    # Copies of the averages that do not change.
     leaves = [jnp.array(values.get(path, leaf), jnp.result_type(leaf)) for path, leaf in named.items()]
     return jax.tree.unflatten(jax.tree.structure(stats), leaves)
 
@@ -119,14 +117,14 @@ def _with_values(stats: Any, values: Values) -> Any:
 def _updated(
     apply_fn: Callable, statics: tuple, variables: Any, arrays: dict[str, Any], stats: Any, batch: tuple
 ) -> Any:
-    """What a batch makes of running averages."""
+    """Return a batch's update of running averages."""
     apply = functools.partial(apply_fn, **dict(statics), **arrays, mutable=[_BATCH_STATS])
     _, updates = named_misfit(apply, {**variables, _BATCH_STATS: stats}, batch)
     return updates[_BATCH_STATS]
 
 
 def _changing(low: Values, start: Values, high: Values) -> Values:
-    """Zeros for those averages that a batch does change.
+    """Return zeros for the averages that a batch changes.
 
     Raises:
         ValueError: there are none.
@@ -134,24 +132,24 @@ def _changing(low: Values, start: Values, high: Values) -> Values:
     found = [path for path in low if np.any(low[path] != 0) or np.any(high[path] != start[path])]
     if not found:
         raise ValueError(
-            "`apply_fn` does not change the means and variances of `batch_stats`: pass what makes it use the "
-            "batch's own, such as `train=True` or `use_running_average=False`"
+            "`apply_fn` does not change the means and variances of `batch_stats`: pass the argument that makes "
+            "it use the batch's own, such as `train=True` or `use_running_average=False`"
         )
     return {path: np.zeros_like(low[path]) for path in found}
 
 
 def _momenta(low: Values, start: Values, high: Values) -> dict[str, float]:
-    """The momentum of each running average, by path.
+    """Return the momentum of each running average, by path.
 
     Raises:
-        ValueError: one follows another rule.
+        ValueError: an average follows another rule.
     """
     found: dict[str, float] = {}
     for path in low:
         each = (high[path].astype(np.float64) - low[path]) / start[path]
         found[path] = float(np.mean(each))
         if not (np.all(np.abs(each - found[path]) < 1e-5) and -1e-5 < found[path] < 1 - 1e-5):
-            raise ValueError(f"`batch_stats` has {path!r}, which is no running average of the batches")
+            raise ValueError(f"`batch_stats` has {path!r}, which is not a running average of the batches")
     return found
 
 

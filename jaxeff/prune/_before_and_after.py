@@ -1,8 +1,4 @@
-"""What a smaller network saves and what it loses, measured beside the large one.
-
-In: the two networks, batches to run them on, a score. Out: a `BeforeAndAfter`, whose speed-ups are those of
-runs that took place.
-"""
+"""Measurement of a smaller network beside the large one: scores, sizes, and times of actual runs."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ from jaxeff.output.text import duration
 
 
 class Ratios(NamedTuple):
-    """Of runs beside each other, how many times as long the one before took as the one after."""
+    """Ratios of the times of neighbouring runs: how many times as long the run before took as the run after."""
 
     percentile_10: float
     median: float
@@ -32,13 +28,13 @@ class Ratios(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredNetwork:
-    """One network.
+    """Measurements of one network.
 
     Attributes:
-        parameters: numbers in `params`.
+        parameters: number of elements of `params`.
         bytes: of `params` and of the other variables (running averages).
         scores: by name.
-        latencies: of each batch, each with the `cost` that was counted of its program.
+        latencies: for each batch, with the `cost` counted from its program.
     """
 
     parameters: int
@@ -48,11 +44,11 @@ class MeasuredNetwork:
 
     @property
     def macs(self) -> tuple[int, ...]:
-        """Multiply-accumulates of each batch; where they are not all, `cost.statements` says so."""
+        """Multiply-accumulates of each batch; `cost.statements` lists operations that are not counted."""
         return tuple(latency.cost.macs for latency in self.latencies)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python data; a score that is nan or infinite is None."""
+        """Return plain Python data, with None for scores that are nan or infinite."""
         return {
             "parameters": self.parameters,
             "bytes": self.bytes,
@@ -63,12 +59,12 @@ class MeasuredNetwork:
 
 @dataclasses.dataclass(frozen=True)
 class BeforeAndAfter:
-    """Two networks on the same batches. `str` of it is a table.
+    """Two networks measured on the same batches. `str(measured)` is a table.
 
     Attributes:
-        before, after: the large and the small one.
-        batch_sizes: the leading size of each batch; None where it has none.
-        device: that both ran on.
+        before, after: the large and the small network.
+        batch_sizes: leading size of each batch; None for a batch without one.
+        device: on which both ran.
     """
 
     before: MeasuredNetwork
@@ -78,13 +74,13 @@ class BeforeAndAfter:
 
     @property
     def speedups(self) -> tuple[Ratios, ...]:
-        """Of each batch, from neighbouring runs, which suffer alike from what else the machine does."""
+        """Speed-up for each batch, from neighbouring runs, which other load on the machine affects alike."""
         pairs = zip(self.before.latencies, self.after.latencies, strict=True)
         ratios = [np.divide(before.seconds, after.seconds) for before, after in pairs]
         return tuple(Ratios(*np.percentile(ratio, (10, 50, 90)).tolist()) for ratio in ratios)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python data, every run included."""
+        """Return plain Python data, including every run."""
         return {
             "device": self.device,
             "batch_sizes": list(self.batch_sizes),
@@ -115,20 +111,21 @@ def before_and_after(
 ) -> BeforeAndAfter:
     """Measure a large network and a smaller one beside each other.
 
-    Both are compiled for each batch, run three times, and then timed, in turn, every run waited for, with all
-    arrays on the device beforehand.
+    Both are compiled for each batch and run three times. They are then timed in turn, waiting for every run, with
+    all arrays already on the device.
 
     Args:
-        before, after: `(params, apply_fn)`, each as `jaxeff.analyze` takes it: `(variables, model.apply)`, or
-            what `jaxeff.from_nnx` gives.
-        batches: a list, a batch for each size to time: `[x[:1], x[:32]]`. A batch that is a tuple is several
+        before, after: `(params, apply_fn)`, as in `jaxeff.analyze`: `(variables, model.apply)`, or the result of
+            `jaxeff.from_nnx`.
+        batches: a list with a batch for each size to time: `[x[:1], x[:32]]`. A tuple as a batch holds several
             positional inputs.
         evaluate: `(params, apply_fn) -> score`, such as the accuracy on held-out data; or a dict of scores.
-        repeats: timed runs of each network on each batch.
+        repeats: number of timed runs of each network on each batch.
         rngs, **apply_kwargs: passed to both.
 
     Raises:
-        TypeError, ValueError: an argument is not of its kind, or a network does not take a batch.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is invalid, or a network does not accept a batch.
 
     >>> model = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]
     >>> large, small = ({"a": jnp.ones((3, n)), "b": jnp.ones((n, 2))} for n in (8, 4))
@@ -174,12 +171,12 @@ def _checked_network(name: str, network: Any) -> tuple[Any, Callable]:
         raise TypeError(f"`{name}` must be a pair (params, apply_fn), got {got}")
     params, apply_fn = network
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-        raise TypeError(f"`{name}` holds shapes without numbers: what is timed needs arrays")
+        raise TypeError(f"`{name}` holds shapes without numbers: timing needs arrays")
     return params, apply_fn
 
 
 def _check_fit(name: str, bound: Sequence[Bound]) -> None:
-    """That the network takes all batches, before anything that takes long."""
+    """Check that the network accepts all batches, before anything that takes long."""
     for each in bound:
         try:
             _ = jax.eval_shape(each.plain, each.params, each.inputs)
@@ -215,7 +212,7 @@ def _device(bound: Bound) -> str:
 
 
 def _render(found: BeforeAndAfter) -> str:
-    """Counts and scores, then for each batch its multiply-accumulates and its time."""
+    """Render counts and scores, then multiply-accumulates and time for each batch."""
     before, after = found.before, found.after
     rows = [("", "before", "after", "before / after")]
     rows += [_counted(name, getattr(before, name), getattr(after, name)) for name in ("parameters", "bytes")]
@@ -244,7 +241,7 @@ def _counted(name: str, before: int, after: int) -> tuple[str, str, str, str]:
 
 
 def _timed(found: Latency) -> str:
-    """The percentiles in the unit of the median."""
+    """Return the percentiles in the unit of the median."""
     median = duration(found.median)
     scale = {"s": 1.0, "ms": 1e3, "µs": 1e6, "ns": 1e9}[median.split()[1]]
     low, high = scale * found.percentile_10, scale * found.percentile_90

@@ -1,4 +1,4 @@
-"""Importance by any criterion, measured anew of each state."""
+"""Importance by any criterion, measured for each state anew."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def criterion(
     prunable: Prunable = None,
     seed: int = 0,
 ) -> Importance:
-    """The importance of a state by a criterion, measured anew whenever it is asked for.
+    """Return a function that measures the importance of a state by a criterion.
 
     Args:
-        criterion: as `jaxeff.analyze` takes it.
-        batches: of model inputs, or with a `loss_fn` of `(inputs, targets)` pairs; a list, or what can be
-            gone through again.
-        loss_fn: as `jaxeff.calibrate` takes it.
-        apply_fn: `state.apply_fn` unless given. In evaluation mode: `functools.partial(model.apply,
-            train=False)` where the model asks.
-        prunable: as `prune.scored` takes it.
-        seed: of what a criterion draws at random.
+        criterion: as in `jaxeff.analyze`.
+        batches: of model inputs, or `(inputs, targets)` pairs if `loss_fn` is given; a list, or an iterable that
+            can be read repeatedly.
+        loss_fn: as in `jaxeff.calibrate`.
+        apply_fn: `state.apply_fn` by default. It should be in evaluation mode, for example
+            `functools.partial(model.apply, train=False)`.
+        prunable: as in `prune.scored`.
+        seed: for criteria that draw random numbers.
 
     Returns:
         A function for the `importance` of `prune.iterative`.

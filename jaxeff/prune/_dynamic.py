@@ -1,7 +1,6 @@
 """Dynamic sparse training: sparse from the first step, with masks that move.
 
-An optimizer and a sparsity -> an optimizer that every few steps drops the smallest weights and grows as many
-others.
+These optimizers drop the smallest weights every few steps and grow as many others.
 """
 
 from __future__ import annotations
@@ -34,33 +33,33 @@ def rigl(
     allocation: str | Mapping[str, float] = "erk",
     prunable: Prunable = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Rigging the lottery: what is dropped is small, what is grown has a large gradient.
+    """Rigging the lottery: drop weights of small magnitude, and grow weights of large gradient.
 
-    Masks are random at first. At a step t where they are due, each layer of n active weights drops
+    Masks are random at first. At a step t at which masks change, each layer of n active weights drops
 
         k = round(a(t) n),  a(t) = fraction / 2 (1 + cos(pi t / end))
 
-    of them, those of the smallest abs(w), and then grows k of all that are not active now, those of the
-    largest abs(dL/dw); of equal ones the first. So n is the same at every step.
+    active weights with the smallest abs(w), and then grows the k inactive weights with the largest abs(dL/dw);
+    ties go by index. So n is the same at every step.
 
-    A weight that is dropped and grown in one step stays as it is. Others that are grown start at 0, and so
-    does what the optimizer inside holds of them: momentum, second moments, copies of the weights, any array
-    of their path and shape. What stays is trained in that step too. The first update makes dense params
+    A weight that is dropped and grown in one step keeps its value. Other grown weights start at 0, and so does
+    their part of the inner optimizer's state: momentum, second moments, copies of the weights, any array of their
+    path and shape. The remaining weights are trained in that step too. The first update makes dense params
     sparse, and moves no mask.
 
-    As with `sparsify`, updates of inactive weights are minus the weight, and it goes last in a chain.
-    `update` takes the gradients of all weights, as `jax.grad` gives them.
+    As with `sparsify`, the update of an inactive weight is minus the weight, and the transformation goes last in a
+    chain. `update` takes the gradients of all weights, as returned by `jax.grad`.
 
     Args:
-        optimizer: what trains the active weights.
-        sparsity: the fraction that is inactive, in [0, 1).
+        optimizer: trains the active weights.
+        sparsity: fraction of inactive weights, in [0, 1).
         key: of the random masks.
-        end: the step after which masks stay; the paper's is 3/4 of all steps.
-        every: steps from one change of the masks to the next; the paper's is 100.
-        begin: the first step at which they may change.
-        fraction: of the active weights, dropped at first, in (0, 1].
-        allocation: 'erk', 'uniform', or fractions by path, as `prune.masks` takes them.
-        prunable: as `prune.scored` takes it.
+        end: step after which masks no longer change; 3/4 of all steps in the paper.
+        every: steps from one change of the masks to the next; 100 in the paper.
+        begin: first step at which masks may change.
+        fraction: initial fraction of the active weights to drop, in (0, 1].
+        allocation: 'erk', 'uniform', or fractions by path, as in `prune.masks`.
+        prunable: as in `prune.scored`.
 
     Returns:
         A transformation whose `update` needs the params, with a `SparseState`.
@@ -96,14 +95,14 @@ def sparse_evolution(
     allocation: str | Mapping[str, float] = "erk",
     prunable: Prunable = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Sparse evolutionary training: what is dropped is small, what is grown is random.
+    """Sparse evolutionary training: drop weights of small magnitude, and grow random ones.
 
-    As `rigl` in all else, in the form in which Evci et al. compare the two. Mocanu et al. drop the same
-    fraction all along, of the positive and of the negative weights, and draw the values of what they grow.
+    Otherwise it equals `rigl`, in the form in which Evci et al. compare the two. Mocanu et al. drop a constant
+    fraction of the positive and of the negative weights, and draw the values of grown weights.
 
     Args:
-        key: of the random masks, and, with the step, of what is grown.
-        optimizer, sparsity, end, every, begin, fraction, allocation, prunable: as `rigl` takes them.
+        key: of the random masks and, with the step, of the random growth.
+        optimizer, sparsity, end, every, begin, fraction, allocation, prunable: as in `rigl`.
 
     Returns:
         A transformation whose `update` needs the params, with a `SparseState`.
@@ -126,7 +125,7 @@ def sparse_evolution(
     return _dynamic(optimizer, sparsity, promise, key, begin, end, every, fraction, allocation, prunable)
 
 
-# (gradients, shapes of the scores, step) -> scores; of the inactive weights the highest are grown.
+# (gradients, shapes of the scores, step) -> scores; the inactive weights with the highest scores are grown.
 Promise = Callable[[Any, Any, Array], Any]
 
 
@@ -169,7 +168,7 @@ def _dynamic(
 
         kept = jax.lax.cond(due, moved, lambda: before)
         stayed = jax.tree.map(jnp.logical_and, before, kept)
-        # What is grown is updated as pruned in this step: it starts at 0, and so does its state.
+        # Grown weights count as pruned in this step, so that they start at 0, and so does their state.
         found, inner = masked_update(inside, stayed, updates, state.inner, params, **extra)
         return found, SparseState(step + 1, kept, inner)
 
@@ -184,7 +183,7 @@ def _random(key: Array, shapes: Any) -> Any:
 
 
 def _moved(before: Any, magnitudes: Any, promises: Any, share: Array) -> Any:
-    """The masks after, in each layer, the lowest magnitudes went and as many of the highest promises came."""
+    """In each layer, remove the lowest magnitudes from the masks and add as many of the highest promises."""
     leaves, structure = jax.tree.flatten(before)
     moving = [i for i, mask in enumerate(leaves) if mask.ndim]
     small, promised = ([jax.tree.leaves(unboxed(tree))[i] for i in moving] for tree in (magnitudes, promises))

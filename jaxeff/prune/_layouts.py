@@ -1,6 +1,6 @@
-"""What each leaf of `params` is to the program: a weight or not, and what its axes index.
+"""The role of each leaf of `params` in the program: whether it is a weight, and what its axes index.
 
-Of a program, or of statistics, which hold what it says; without either, by names and shapes.
+It comes from a program, or from statistics, which know their program; without either, from names and shapes.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _NOT_PRUNED = (*BIASES, "embedding")
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """What the axes of a weight index.
+    """Meaning of the axes of a weight.
 
-    An axis may be among inputs and units: that of the members of a batched product, each of which has inputs
-    and units of its own.
+    An axis may be among both inputs and units: the axis over the members of a batched product, each of which has
+    inputs and units of its own.
 
     Attributes:
-        inputs: what a product sums over; None where the weight's products sum over different axes.
-        units: the weight's outputs; None where its uses have different ones.
-        layers: what a scan runs over: each index is a layer.
+        inputs: axes that a product sums over; None if the weight's products sum over different axes.
+        units: axes of the weight's outputs; None if its uses have different ones.
+        layers: axes that a scan runs over, where each index is a layer.
     """
 
     inputs: tuple[int, ...] | None = ()
@@ -53,7 +53,7 @@ class Axes:
 
     @property
     def of_layer(self) -> Axes:
-        """Those of a single layer."""
+        """Return the axes of a single layer."""
 
         def within(axes: tuple[int, ...] | None) -> tuple[int, ...] | None:
             return axes and tuple(axis - sum(layer < axis for layer in self.layers) for axis in axes)
@@ -62,9 +62,9 @@ class Axes:
 
 
 class Scores(struct.PyTreeNode, AxisMetadata[Any]):
-    """The scores of one weight, with what its axes index: a box as Flax's `nn.Partitioned` is one.
+    """The scores of one weight with the meaning of its axes, in a box like Flax's `nn.Partitioned`.
 
-    NumPy and JAX read it as the array that it holds. `flax.linen.unbox` takes the boxes off a tree.
+    NumPy and JAX read it as the array that it holds. `flax.linen.unbox` removes the boxes of a tree.
     """
 
     value: Any
@@ -103,7 +103,7 @@ class Scores(struct.PyTreeNode, AxisMetadata[Any]):
         return self.replace(value=val)
 
     def add_axis(self, index: int, params: Any) -> Any:
-        raise TypeError("`Scores` are no parameters: make them of parameters that have their axes already")
+        raise TypeError("`Scores` are not parameters: make them from parameters that already have their axes")
 
     def remove_axis(self, index: int, params: Any) -> Any:
         return self.add_axis(index, params)
@@ -114,22 +114,22 @@ def is_scores(node: Any) -> bool:
 
 
 def unboxed(tree: Any) -> Any:
-    """A tree without the boxes of `Scores`."""
+    """Remove the boxes of `Scores` from a tree."""
     return jax.tree.map(lambda node: node.value if is_scores(node) else node, tree, is_leaf=is_scores)
 
 
 def axes_of(tree: Any) -> list[Axes | None]:
-    """Of each leaf of the tree without boxes; None where it was in none."""
+    """Return the axes of each leaf of the unboxed tree; None if it was in no box."""
     return [node.axes if is_scores(node) else None for node in jax.tree.leaves(tree, is_leaf=is_scores)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What one leaf is.
+    """The role of one leaf.
 
     Attributes:
-        role: 'weight', or what it is instead: 'bias', 'scale', 'vector', ...
-        axes: of a weight; None where nothing is known of them.
+        role: 'weight' or another role: 'bias', 'scale', 'vector', ...
+        axes: of a weight; None if they are unknown.
         prunable: whether it may be pruned.
         reason: why, in words.
     """
@@ -144,13 +144,13 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Layout(Mapping[str, Leaf]):
-    """What each leaf is, by path. `str(layout)` is a table.
+    """The role of each leaf, by path. `str(layout)` is a table.
 
-    Give it as `prunable` wherever one is asked for, or as the `axes` of a pattern.
+    Pass it as `prunable` wherever that is an argument, or as the `axes` of a pattern.
 
     Attributes:
         leaves: in the order of the params.
-        stacked: paths under which layers were taken to be stacked by their shapes alone.
+        stacked: paths under which layers were assumed to be stacked because of their shapes alone.
     """
 
     leaves: tuple[Leaf, ...]
@@ -188,19 +188,19 @@ def layout(
     rngs: Any = None,
     **apply_kwargs: Any,
 ) -> Layout:
-    """Say what each leaf of `params` is: by the program, which is traced and not run, or by names and shapes.
+    """Describe the role of each leaf of `params`, from the program, which is only traced, or by names and shapes.
 
     Args:
-        params, apply_fn, batch: as `jaxeff.analyze` takes them.
+        params, apply_fn, batch: as in `jaxeff.analyze`.
         prunable: exceptions by path.
         rngs, **apply_kwargs: passed to `apply_fn`.
 
     Returns:
-        A `Layout`, for `prunable` of `prune.scored`, `prune.sparsify`, the recipes and the rest, and for
+        A `Layout`, for the `prunable` of `prune.scored`, `prune.sparsify`, the recipes and others, and for the
         `axes` of `prune.NByM` and `prune.Units`.
 
     Raises:
-        ValueError: `prunable` names no leaf, or `batch` is missing.
+        ValueError: `prunable` names an unknown leaf, or `batch` is missing.
 
     >>> def model(params, x):
     ...     step = lambda x, layer: (jax.nn.relu(x * layer["norm"][None] @ layer["q"]), None)
@@ -233,17 +233,17 @@ def layout(
 
 def check_named(exceptions: Mapping[str, bool], named: Mapping[str, Any]) -> None:
     if unknown := exceptions.keys() - named.keys():
-        raise ValueError(f"`prunable` names {sorted(unknown)[0]!r}, which is no leaf: {', '.join(named)}")
+        raise ValueError(f"`prunable` names {sorted(unknown)[0]!r}, which is not a leaf: {', '.join(named)}")
 
 
 def of_model(model: models.Model) -> Layout:
-    """What the program says."""
+    """Return the layout of a program."""
     arguments = model.function, model.paths, model.origins, model.batch_size, model.params, model.inputs
     return of_statistics(observe.eval_shape(*arguments), model.named)
 
 
 def of_statistics(statistics: Statistics, named: Mapping[str, Any]) -> Layout:
-    """What the program says, from which the statistics come."""
+    """Return the layout of the program from which the statistics come."""
     infos = {info.path: info for info in statistics.params}
     sites = _uses(statistics)
     leaves = []
@@ -271,7 +271,7 @@ def _uses(statistics: Statistics) -> dict[str, list[SiteStatistics]]:
 
 
 def _axes_of_uses(uses: Sequence[SiteStatistics]) -> Axes:
-    # A look-up sums over nothing: of an embedding that is also multiplied (`attend`), products have inputs.
+    # A look-up sums over nothing. If an embedding is also multiplied (`attend`), the inputs are those of the products.
     products = [site for site in uses if site.kind != "embedding"] or uses
     return Axes(
         _only({site.input_axes for site in products}),
@@ -285,16 +285,16 @@ def _only(found: set[tuple[int, ...]]) -> tuple[int, ...] | None:
 
 
 def is_prunable(path: str, leaf: Any) -> bool:
-    """Floating arrays of two axes or more, but for biases, scales and embeddings."""
+    """Return whether a leaf is a floating array of two axes or more that is not a bias, scale or embedding."""
     floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     return floating and jnp.ndim(leaf) > 1 and last_name(path) not in _NOT_PRUNED
 
 
 def by_shape(named: Mapping[str, Any]) -> Layout:
-    """What names and shapes say.
+    """Return the layout that names and shapes suggest.
 
-    Layers are taken to be stacked under a path if all floating arrays there have two axes or more, the first
-    of one size, and some have two and others more: matrices and vectors of as many layers.
+    Layers are assumed to be stacked under a path if all floating arrays there have two axes or more, share their
+    first size, and some have two axes and others more: they are as many matrices as vectors.
     """
     shapes = {
         path: tuple(jnp.shape(leaf))
@@ -324,23 +324,23 @@ def by_shape(named: Mapping[str, Any]) -> Layout:
 
 
 def _guessed(name: str, shape: tuple[int, ...], layers: int) -> Axes:
-    """Of a kernel of two axes Flax's layout, inputs first; of others the layers alone."""
+    """Assume Flax's layout for a kernel of two axes, inputs first; for other leaves only the axis of layers."""
     if name == "kernel" and len(shape) == layers + 2:
         return Axes((layers,), (layers + 1,), tuple(range(layers)))
     return Axes(layers=tuple(range(layers)))
 
 
 def assumed(path: str, shape: tuple[int, ...]) -> Axes:
-    """The axes of a weight of which no program tells."""
+    """Return the axes of a weight without a program."""
     return _guessed(last_name(path), shape, 0)
 
 
 AxesByPath = Layout | Statistics | Mapping[str, Axes | Leaf] | tuple[tuple[str, Axes], ...]
-"""What a pattern may be given for `axes`."""
+"""Types of the argument `axes` of a pattern."""
 
 
 def axes_by_path(given: AxesByPath) -> tuple[tuple[str, Axes], ...]:
-    """What is given for `axes` as pairs, so that equal patterns are equal and can be hashed."""
+    """Return `axes` as pairs, so that equal patterns are equal and hashable."""
     if isinstance(given, Statistics):
         given = {path: _axes_of_uses(uses) for path, uses in _uses(given).items()}
     if isinstance(given, Mapping):
@@ -348,14 +348,14 @@ def axes_by_path(given: AxesByPath) -> tuple[tuple[str, Axes], ...]:
         given = tuple((path, one) for path, one in axes if one is not None)
     if not isinstance(given, tuple) or not all(isinstance(one, Axes) for _, one in given):
         raise TypeError(
-            "`axes` must be what `prune.layout(params, apply_fn, batch)` gives, `prune.Axes` by path, or "
-            f"statistics of `jaxeff.collect`, got {given!r}"
+            "`axes` must be a layout from `prune.layout(params, apply_fn, batch)`, `prune.Axes` by path, or "
+            f"statistics from `jaxeff.collect`, got {given!r}"
         )
     return given
 
 
 def _stacks(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The outermost paths under which layers are stacked; '' for all."""
+    """Return the outermost paths under which layers are stacked; '' for all."""
     ranks: dict[str, set[int]] = {}
     sizes: dict[str, set[int]] = {}
     for path, shape in shapes.items():
@@ -373,7 +373,7 @@ def _under(path: str, top: str) -> bool:
 
 
 def layer_names(path: str, shape: tuple[int, ...], layers: tuple[int, ...]) -> tuple[str, ...]:
-    """What a report calls the layers of a weight: 'blocks/kernel[3]' where a scan stacks them.
+    """Return the names of a weight's layers, as in a report: 'blocks/kernel[3]' if a scan stacks them.
 
     >>> layer_names("blocks/kernel", (2, 4, 4), (0,))
     ('blocks/kernel[0]', 'blocks/kernel[1]')
@@ -385,15 +385,15 @@ def layer_names(path: str, shape: tuple[int, ...], layers: tuple[int, ...]) -> t
 
 
 def unknown_layers(given: Mapping[str, Any], layers: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """The names that are neither those of leaves nor those of their layers."""
+    """Return the names that are neither leaves nor layers of leaves."""
     return sorted(given.keys() - layers.keys() - {name for names in layers.values() for name in names})
 
 
 def by_layer(given: Mapping[str, Any], layers: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """What is given of leaves, 'blocks/kernel', or of single layers, 'blocks/kernel[3]', by layer.
+    """Expand values given for leaves, 'blocks/kernel', or single layers, 'blocks/kernel[3]', to all layers.
 
     Args:
-        layers: the names of the layers of each leaf.
+        layers: names of the layers of each leaf.
 
     >>> by_layer({"w": 0.5, "w[1]": 0.2}, {"w": ("w[0]", "w[1]")})
     {'w[0]': 0.5, 'w[1]': 0.2}

@@ -1,4 +1,4 @@
-"""Masks that are made, applied to weights, counted and packed."""
+"""Masks applied to weights, counted and packed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from jaxeff.numerics.meshes import by_compiler, laid_like
 
 
 def apply(params: Any, masks: Any) -> Any:
-    """`params` with 0 where a mask is False.
+    """Set the entries of `params` to 0 where a mask is False.
 
     Raises:
-        ValueError: the masks are of another tree, or of other shapes.
+        ValueError: the masks have another tree or other shapes.
 
     >>> apply({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})["w"]
     Array([1., 0.], dtype=float32)
@@ -34,11 +34,11 @@ def _masked(leaf: Array, mask: Array) -> Array:
 
 
 def straight_through(params: Any, masks: Any) -> Any:
-    """`apply(params, masks)` in value, `params` in derivative: what is pruned is trained all the same.
+    """Apply masks, but pass gradients straight through to `params`, so that pruned weights are trained too.
 
-    With w~ = mask w, the gradient of a weight is dL/dw~, mask or not. So the weights stay dense, each step
-    goes by the loss of the pruned network, and masks that are made anew of the weights may bring one back.
-    What a pruned weight gets is not the derivative of the loss, which is 0.
+    With w~ = mask w, the gradient of a weight is dL/dw~, masked or not. So the weights stay dense, each step
+    follows the loss of the pruned network, and masks recomputed from the weights may restore one. The gradient of
+    a pruned weight is not the derivative of the loss, which is 0.
 
     Args:
         params: a tree of arrays.
@@ -48,11 +48,11 @@ def straight_through(params: Any, masks: Any) -> Any:
         A tree like `params`: exactly 0 where a mask is False, exactly the weight where it is True.
 
     Raises:
-        ValueError: the masks are of another tree, or of other shapes.
+        ValueError: the masks have another tree or other shapes.
 
     References:
         Bengio, Leonard and Courville, Estimating or Propagating Gradients Through Stochastic Neurons, 2013,
-        arXiv:1308.3432; of pruned weights: Lin, Stich, Barba, Dmitriev and Jaggi, Dynamic Model Pruning with
+        arXiv:1308.3432; for pruned weights: Lin, Stich, Barba, Dmitriev and Jaggi, Dynamic Model Pruning with
         Feedback, 2020, arXiv:2006.07253
 
     >>> from jaxeff.prune import masks, scored
@@ -75,21 +75,21 @@ _through.defjvps(lambda tangent, value, leaf, mask: tangent, None)
 
 
 def check_alike(params: Any, tree: Any, name: str = "masks") -> None:
-    """That masks, or what else the argument is called, are of these params."""
+    """Check that masks, or another tree of this argument name, match the params."""
     leaves, given = named_leaves(params), named_leaves(tree)
     if leaves.keys() != given.keys():
         different = sorted(leaves.keys() ^ given.keys())[0]
-        raise ValueError(f"`{name}` of other params: {different!r} is in one of them alone")
+        raise ValueError(f"`{name}` must match the params: {different!r} is in only one of them")
     for path, leaf in given.items():
         if jnp.shape(leaf) not in ((), jnp.shape(leaves[path])):
             raise ValueError(
-                f"`{name}` of other params: {path!r} has shape {jnp.shape(leaf)} there and "
+                f"`{name}` must match the params: {path!r} has shape {jnp.shape(leaf)} there and "
                 f"{jnp.shape(leaves[path])} here"
             )
 
 
 def sparsity(masks: Any) -> float:
-    """The fraction that masks remove, of the leaves that may be pruned."""
+    """Return the fraction of weights that masks remove, among the leaves that may be pruned."""
     pruned = [mask for mask in jax.tree.leaves(masks) if jnp.ndim(mask)]
     return 1 - sum(int(jnp.sum(mask)) for mask in pruned) / sum(mask.size for mask in pruned)
 
@@ -97,7 +97,7 @@ def sparsity(masks: Any) -> float:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A mask in an eighth of its bytes. `flax.serialization` saves its shape beside its bits."""
+    """A mask in an eighth of its bytes. `flax.serialization` saves its bits with their shape."""
 
     bits: Array
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -118,9 +118,9 @@ serialization.register_serialization_state(Packed, _to_state, _from_state)
 
 
 def pack(masks: Any) -> Any:
-    """Masks with eight weights to a byte.
+    """Pack masks with eight weights per byte.
 
-    `flax.serialization.to_bytes` saves them; the target of `from_bytes` is any packed masks of these shapes.
+    `flax.serialization.to_bytes` saves them; the target of `from_bytes` may be any packed masks of these shapes.
 
     >>> pack({"w": jnp.ones((3, 5), bool)})["w"].bits.shape
     (2,)
@@ -129,7 +129,7 @@ def pack(masks: Any) -> Any:
 
 
 def unpack(packed: Any) -> Any:
-    """What `pack` was given."""
+    """Unpack masks packed by `pack`."""
 
     def one(mask: Packed) -> Array:
         size = int(np.prod(mask.shape))

@@ -1,4 +1,4 @@
-"""Importance -> which weights stay: a mask for each leaf, True = kept."""
+"""Masks from importance: for each leaf, which weights to keep."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ def masks(
     allocation: str | Mapping[str, float] | MeasuredAllocation = "uniform",
     max_sparsity: Limits = None,
 ) -> Any:
-    """Which weights stay if the least important go.
+    """Choose which weights to keep, removing the least important.
 
-    Exactly round(sparsity x groups) groups of the pattern go, of each layer or of all; of equal scores the
-    first.
+    Exactly round(sparsity x groups) groups of the pattern are removed, from each layer or from all together; ties
+    are removed by index.
 
     Args:
-        importance: a tree of non-negative scores, such as `scored` gives; a leaf that is one number stays
-            whole.
+        importance: a tree of non-negative scores, such as from `scored`; a leaf that is a single number is not
+            pruned.
         sparsity: the fraction to remove, in [0, 1), which may be traced. None for `NByM`, which has its own.
-        scope: 'layer' removes from each layer by itself, 'unit' from the weights of each output by
-            themselves, 'global' in one order over all. Layers that a scan stacks in one leaf are layers, as
-            in a report, if the scores come of statistics or of a `prune.layout`; else a leaf is a layer, and
-            of units only those of a kernel of two axes are known.
-        pattern: `Unstructured()`, `Block(shape)`, `Units()` or `NByM(n, m)`. The last two go along the inputs
-            or outputs of each weight: as the scores know them, or as their `axes` say.
-        allocation: with scope 'layer' or 'unit', how much of each layer: 'uniform', 'erk', fractions by
-            name ('blocks/q[3]', or 'blocks/q' for all layers of a leaf), or what `sensitivity` measured.
-            With scope 'global', 'lamp' makes the scores of layers comparable first.
-        max_sparsity: at most so much of any layer goes, or of those named; with scope 'global' others make
-            up for it.
+        scope: 'layer' prunes each layer separately, 'unit' the weights of each output separately, 'global' all
+            weights in one order. Layers that a scan stacks in one leaf are layers, as in a report, if the scores
+            come from statistics or a `prune.layout`; otherwise a leaf is a layer, and units are only known for
+            kernels of two axes.
+        pattern: `Unstructured()`, `Block(shape)`, `Units()` or `NByM(n, m)`. The last two follow the inputs
+            or outputs of each weight, as given by the scores or by their `axes`.
+        allocation: with scope 'layer' or 'unit', how to divide the sparsity among layers: 'uniform', 'erk',
+            fractions by name ('blocks/q[3]', or 'blocks/q' for all layers of a leaf), or the result of
+            `sensitivity`. With scope 'global', 'lamp' first makes the scores of layers comparable.
+        max_sparsity: the largest fraction to remove from any layer, or from those named; with scope 'global'
+            others make up for it.
 
     Returns:
         Masks, True = kept, shaped like `importance`.
@@ -93,7 +93,7 @@ def masks(
 
 
 def _by_path(importance: Any) -> dict[str, Any]:
-    """The leaves by path; those of the `params` collection of variables by their path below it."""
+    """Return the leaves by path; those of the `params` collection of variables by their path below it."""
     named = named_leaves(importance)
     above = "params/" if is_variables(importance) else ""
     return {path.removeprefix(above): leaf for path, leaf in named.items()}
@@ -101,13 +101,13 @@ def _by_path(importance: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Grouped:
-    """One leaf, what goes together in each of its layers having one score.
+    """One leaf with one score per group of weights that are removed together.
 
     Attributes:
-        scores: of the groups, with the layers at the axes where the leaf has them; of `NByM` the mask.
+        scores: of the groups, with the layers at the axes where the leaf has them; for `NByM` the mask.
         shape: of the leaf.
-        axes: of the leaf, as the pattern or the scores have them.
-        layers: their names.
+        axes: of the leaf, from the pattern or the scores.
+        layers: names of the layers.
     """
 
     path: str
@@ -131,11 +131,11 @@ class _Grouped:
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
-        """Of the groups of one layer."""
+        """Shape of the groups of one layer."""
         return tuple(size for axis, size in enumerate(self.scores.shape) if axis not in self.axes.layers)
 
     def apart(self, scope: str) -> tuple[int, ...]:
-        """The axes along which each index is pruned by itself."""
+        """Axes along which each index is pruned separately."""
         if scope == "layer":
             return tuple(sorted(self.axes.layers))
         if not self.axes.units:
@@ -146,7 +146,7 @@ class _Grouped:
         return tuple(sorted({*self.axes.layers, *self.axes.units}))
 
     def of_rows(self, by_name: Mapping[str, Any], scope: str, size: int) -> Any:
-        """round(share x size) of each row, by the share of its layer; shaped like the axes `apart`."""
+        """Return round(share x size) for each row, by the share of its layer; shaped like the axes `apart`."""
         counts = [counted(by_name[name], size) for name in self.layers]
         traced = any(isinstance(count, Tracer) for count in counts)
         each = jnp.stack(counts) if traced else np.array(counts, np.int32)
@@ -156,7 +156,7 @@ class _Grouped:
 
 
 def in_layers(function: Callable[[Array], Array], layers: tuple[int, ...]) -> Callable[[Array], Array]:
-    """The function on each layer of an array that stacks them along these axes."""
+    """Apply a function to each layer of an array that stacks them along these axes."""
     for axis in sorted(layers):
         function = _along(function, axis)
     return function
@@ -197,14 +197,14 @@ def _of_all(
     most = [group.of_rows(limits, "layer", math.prod(group.layer_shape)) for group in limited.values()]
     may_go = lowest_of_each([scores[path] for path in limited], most, apart) if limited else []
     for path, may in zip(limited, may_go, strict=True):
-        # What a layer must keep goes after everything else.
+        # Weights that a layer must keep are removed after all others.
         scores[path] = jnp.where(may, scores[path], jnp.inf)
     removed = lowest([*scores.values()], jnp.minimum(count, free))
     return {path: ~mask for path, mask in zip(groups, removed, strict=True)}
 
 
 def counted(share: Any, size: int) -> Any:
-    """round(share x size); in float32 where the share is traced."""
+    """Return round(share x size), in float32 if the share is traced."""
     if isinstance(share, Tracer):
         return jnp.round(share * size).astype(jnp.int32)
     return round(float(share) * size)
@@ -215,7 +215,7 @@ def _at_most(share: Any, limit: float) -> Any:
 
 
 def _limits(max_sparsity: Limits, layers: Mapping[str, tuple[str, ...]]) -> dict[str, float]:
-    """By layer."""
+    """Return the limits by layer."""
     one = 1.0 if max_sparsity is None else max_sparsity
     given = one if isinstance(one, Mapping) else dict.fromkeys(layers, one)
     found = _by_layer("max_sparsity", given, layers)
@@ -243,8 +243,8 @@ def _by_layer(
 def _check(scores: Mapping[str, Array], sparsity: Any, scope: str, pattern: Any) -> None:
     if not scores:
         raise ValueError(
-            "`importance` holds no scores: every leaf is a single number, which `prune.scored` gives for "
-            "what may not be pruned, such as biases and arrays of whole numbers. Score floating weights; "
+            "`importance` holds no scores: every leaf is a single number, as `prune.scored` returns for "
+            "leaves that may not be pruned, such as biases and integer arrays. Score floating weights; "
             "pass quantized ones as floats: `.astype(jnp.float32)`, times their scale."
         )
     if scope not in SCOPES:
@@ -252,7 +252,7 @@ def _check(scores: Mapping[str, Array], sparsity: Any, scope: str, pattern: Any)
     check_pattern(pattern)
     if scope == "unit" and not isinstance(pattern, Unstructured):
         raise ValueError(
-            f"`scope` 'unit' ranks the single weights of an output: {pattern} takes scope 'layer'"
+            f"`scope` 'unit' ranks the single weights of an output: {pattern} needs scope 'layer'"
         )
     _check_sparsity(sparsity, pattern)
     check_scores(scores)
@@ -264,7 +264,7 @@ def check_pattern(pattern: Any) -> None:
 
 
 def check_scores(scores: Mapping[str, Array]) -> None:
-    """That they are numbers, none negative."""
+    """Check that scores are non-negative numbers."""
     for path, score in scores.items():
         if isinstance(score, Tracer):
             continue
@@ -275,7 +275,7 @@ def check_scores(scores: Mapping[str, Array]) -> None:
 
 
 def _valid(score: Array) -> bool:
-    # NumPy compiles nothing for each shape; it is slow at the dtypes that it has from elsewhere.
+    # NumPy compiles nothing per shape, but is slow at dtypes that are not its own.
     native = np.dtype(score.dtype).kind in "biuf" and score.size
     if native and jax.default_backend() == "cpu" and getattr(score, "is_fully_addressable", True):
         return bool(np.min(np.asarray(score)) >= 0)
@@ -297,7 +297,7 @@ def _check_sparsity(sparsity: Any, pattern: Any) -> None:
 
 
 def _check_allocation(layers: Mapping[str, tuple[str, ...]], scope: str, allocation: Any) -> Any:
-    """The allocation; fractions by layer."""
+    """Check the allocation, and return fractions by layer."""
     if isinstance(allocation, Mapping):
         if scope == "global":
             raise ValueError("`allocation` by path is for scope 'layer' or 'unit'")
@@ -322,7 +322,7 @@ def _warn_of_collapse(groups: Mapping[str, _Grouped], kept: Mapping[str, Array])
     for path, mask in kept.items():
         if isinstance(mask, Tracer):
             continue
-        # NumPy reads what lies on the host where it is, and nothing is compiled for each shape.
+        # NumPy reads host arrays in place, and compiles nothing per shape.
         numpy = np.asarray(mask) if mask.is_fully_addressable else mask
         layers = groups[path].axes.layers
         left = numpy.any(tuple(axis for axis in range(mask.ndim) if axis not in layers))

@@ -1,4 +1,4 @@
-"""An optimizer that prunes as it goes, and keeps what it pruned at 0."""
+"""An optimizer that prunes while it trains, and keeps pruned weights at 0."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from jaxeff.prune._scoring import Prunable, after_pruned, scored
 
 
 class SparseState(NamedTuple):
-    """Of `sparsify`, `rigl` and `sparse_evolution`.
+    """State of `sparsify`, `rigl` and `sparse_evolution`.
 
     Attributes:
         step: [], steps so far.
         masks: shaped like the params, True = kept.
-        inner: the state of the optimizer inside, 0 where a weight is pruned.
-        given: the masks inside which a schedule prunes further; None where there are none.
+        inner: state of the inner optimizer, 0 where a weight is pruned.
+        given: masks inside which a schedule prunes further; None if there are none.
     """
 
     step: Array
@@ -52,33 +52,32 @@ def sparsify(
     allocation: str | Mapping[str, float] | MeasuredAllocation = "uniform",
     max_sparsity: Limits = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer whose updates bring pruned weights to 0 and leave them there.
+    """Wrap an optimizer so that pruned weights go to 0 and stay there.
 
     The update of a weight whose mask is False is minus the weight, so that neither weight decay nor momentum
-    revives it and `optax.apply_updates` is all there is to call. The optimizer inside sees gradients of 0
-    there, and what its state holds of the weight is 0: momentum, and copies of the weights such as those of
-    `optax.contrib.schedule_free`, which evaluation reads. With `optax.lookahead` fast and slow weights have
-    the same masks. Goes last in a chain, and around optimizers that keep copies: what follows it would change
-    its updates.
+    revives it, and `optax.apply_updates` suffices. The inner optimizer sees gradients of 0 there, and its state of
+    that weight is 0: momentum, and copies of the weights such as those of `optax.contrib.schedule_free`, which
+    evaluation reads. With `optax.lookahead` fast and slow weights have the same masks. Put it last in a chain and
+    around optimizers that keep copies, since a later transformation would change its updates.
 
     Args:
-        optimizer: what trains the weights that stay.
-        schedule: `one_shot`, `periodic`, `cubic`, or a function of the step that gives a `Target`. None to
+        optimizer: trains the weights that are kept.
+        schedule: `one_shot`, `periodic`, `cubic`, or a function from the step to a `Target`. None to
             train under `masks` as they are.
-        masks: shaped like the params, True = kept, as `prune.masks` gives. The first update brings what they
-            remove to 0. A schedule prunes further inside them: its sparsity counts what they remove.
-        importance: `f(params, gradients)` -> scores, shaped like the params, where masks are due; magnitudes
-            unless given, by which pruned weights never come back. By scores of gradients they may, inside
-            `masks`.
-        prunable: as `prune.scored` takes it, for magnitudes.
-        scope, pattern, allocation, max_sparsity: as `prune.masks` takes them, for a schedule.
+        masks: shaped like the params, True = kept, as returned by `prune.masks`. The first update sets the weights
+            that they remove to 0. A schedule prunes further inside them: its sparsity includes what they remove.
+        importance: `f(params, gradients)` -> scores, shaped like the params, at steps where masks are due.
+            Magnitudes by default, by which pruned weights never come back; by scores of gradients they may,
+            inside `masks`.
+        prunable: as in `prune.scored`, for magnitudes.
+        scope, pattern, allocation, max_sparsity: as in `prune.masks`, for a schedule.
 
     Returns:
         A transformation whose `update` needs the params, with a `SparseState`.
 
     Raises:
-        ValueError: `schedule` and `masks` are both missing, or an argument is for a schedule and there is
-            none. From `init`: the masks are of other params, or the optimizer's state holds a copy of the
+        ValueError: `schedule` and `masks` are both missing, or an argument needs a schedule and there is
+            none. From `init`: the masks do not match the params, or the optimizer's state holds a copy of the
             weights in another shape (`optax.flatten`), which cannot be masked.
 
     >>> from jaxeff.prune import one_shot
@@ -140,14 +139,14 @@ _DEFAULTS = {
 
 
 def _check_fixed(masks: Any, options: Mapping[str, Any]) -> None:
-    """That without a schedule there are masks, and nothing that says how a schedule makes them."""
+    """Check that without a schedule there are masks, and no arguments of a schedule."""
     if masks is None:
         raise ValueError(
             "`schedule` is missing: pass one, such as `prune.cubic(...)`, or the `masks` to train under"
         )
     for name, value in options.items():
         if value != _DEFAULTS[name]:
-            raise ValueError(f"`{name}` is for a `schedule`, and there is none: `masks` stay as they are")
+            raise ValueError(f"`{name}` needs a `schedule`: without one, `masks` do not change")
 
 
 def check_given(params: Any) -> None:
@@ -156,12 +155,12 @@ def check_given(params: Any) -> None:
 
 
 def trained(params: Any) -> Any:
-    """The weights that gradients are taken of: the fast ones of `optax.lookahead`, or all there are."""
+    """Return the weights whose gradients are taken: the fast ones of `optax.lookahead`, otherwise all."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
 def beside(mask: Array, leaf: Array) -> Array:
-    """The mask, on the devices of the leaf."""
+    """Put the mask on the devices of the leaf."""
     return laid_like(mask, leaf) & jnp.ones_like(leaf, bool) if mask.ndim else mask
 
 
@@ -173,7 +172,7 @@ def masked_update(
     params: Any,
     **extra: Any,
 ) -> tuple[Any, Any]:
-    """One step of the optimizer inside for the weights that are kept; minus the weight for the others."""
+    """Update kept weights by one step of the inner optimizer, and the others by minus the weight."""
 
     def pruned(found: Any, params: Any) -> Any:
         return jax.tree.map(lambda mask, update, leaf: jnp.where(mask, update, -leaf), kept, found, params)
@@ -187,7 +186,7 @@ def masked_update(
 
 
 def _masked_state(inner: Any, kept: Any) -> Any:
-    """The state of an optimizer with 0 for what is pruned, in arrays of the path and shape of a mask."""
+    """Set an optimizer's state to 0 for pruned weights, in arrays of the path and shape of a mask."""
     masks = _by_keys(kept)
 
     def one(keys: tuple, leaf: Any) -> Any:
@@ -204,12 +203,12 @@ def _by_keys(tree: Any) -> dict[tuple, Any]:
 
 
 def _of_state(of: Mapping[tuple, Any], keys: tuple) -> Any:
-    """What belongs to the weight whose state lies at these keys: at the weight's, behind others."""
+    """Return the value for the weight whose state has these keys, which end with the weight's."""
     return next((of[keys[start:]] for start in range(len(keys) + 1) if keys[start:] in of), None)
 
 
 def check_copies(inside: optax.GradientTransformation, params: Any, kept: Any) -> None:
-    """That what an optimizer's state copies of the weights is shaped like them, and so can be masked."""
+    """Check that an optimizer's copies of the weights have their shapes, so that they can be masked."""
     weights = _by_keys(trained(params))
     least = min((mask.size for mask in jax.tree.leaves(kept) if mask.ndim), default=math.inf)
     closed, state = jax.make_jaxpr(inside.init, return_shape=True)(params)
@@ -221,12 +220,12 @@ def check_copies(inside: optax.GradientTransformation, params: Any, kept: Any) -
     for (keys, leaf), (path, _), value in zip(
         jax.tree_util.tree_flatten_with_path(state)[0], leaves_by_path(state), program.outputs, strict=True
     ):
-        # Numbers made of the weights, such as norms, are no copies.
+        # Single numbers computed from the weights, such as norms, are not copies.
         if not isinstance(value, Value) or value not in made or math.prod(leaf.shape) < least:
             continue
         weight = _of_state(weights, keys)
         if weight is None or jnp.shape(weight) != leaf.shape:
             raise ValueError(
                 f"`optimizer` keeps a copy of the weights at {path!r} of its state, in the shape "
-                f"{leaf.shape}, which no mask fits: leave out what reshapes the weights (`optax.flatten`)"
+                f"{leaf.shape}, which no mask fits: do not reshape the weights (`optax.flatten`)"
             )

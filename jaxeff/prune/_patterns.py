@@ -1,4 +1,4 @@
-"""Which weights go together: alone, in blocks, as whole units, or so many of every few."""
+"""Patterns: which weights are removed together, singly, in blocks, as whole units, or n of every m."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jaxeff.prune._layouts import Axes, AxesByPath, assumed, axes_by_path
 
 
 class _Anywhere:
-    """A pattern that goes by the axes of a weight as they are known."""
+    """A pattern that follows the known axes of a weight."""
 
     def located(self, path: str, scores: Array, known: Axes | None) -> Axes:
-        """What the axes of a leaf index: as is known, or else as its name and shape say."""
+        """Return the axes of a leaf: the known ones, or else those that its name and shape suggest."""
         return assumed(path, scores.shape) if known is None else known
 
 
@@ -25,16 +25,16 @@ class Unstructured(_Anywhere):
     """Each weight by itself."""
 
     def groups(self, scores: Array, path: str, axes: Axes | None = None) -> Array:
-        """One score for each group of weights that goes as one.
+        """Return one score per group of weights that are removed together.
 
         Args:
             scores: of one layer.
-            axes: what its axes index.
+            axes: of the layer.
         """
         return scores
 
     def expanded(self, kept: Array, shape: tuple[int, ...]) -> Array:
-        """The mask of the weights, of that of the groups."""
+        """Return the mask of the weights from that of the groups."""
         return kept
 
 
@@ -74,9 +74,9 @@ def _cut(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class _Along(_Anywhere):
-    """A pattern that goes along the inputs or the outputs of a weight.
+    """A pattern along the inputs or the outputs of a weight.
 
-    Which axes these are is a matter of the operation that consumes the weight: a Flax attention kernel is
+    The operation that consumes a weight determines which axes these are: a Flax attention kernel is
     (inputs, heads, size), Equinox's weights are (outputs, inputs).
     """
 
@@ -89,11 +89,11 @@ class _Along(_Anywhere):
         if self.axes is None:
             return
         if isinstance(self.axis, int):
-            raise ValueError(f"`axes` say where inputs and outputs are, and `axis` is {self.axis}: pass one")
+            raise ValueError(f"`axes` name the inputs and outputs, but `axis` is {self.axis}: pass only one")
         object.__setattr__(self, "axes", axes_by_path(self.axes))
 
     def located(self, path: str, scores: Array, known: Axes | None) -> Axes:
-        """What the axes of a leaf index: as `axes` say, or else as is known.
+        """Return the axes of a leaf, from `axes`, or else the known ones.
 
         Raises:
             ValueError: `axes` are given, and do not name the leaf.
@@ -102,14 +102,14 @@ class _Along(_Anywhere):
             return super().located(path, scores, known)
         found = next((axes for name, axes in axes_by_path(self.axes) if name == path), None)
         if found is None:
-            raise ValueError(f"`pattern` {self} has `axes`, and they do not name {path!r}: {_ADVICE}")
+            raise ValueError(f"`pattern` {self} has `axes` that do not name {path!r}: {_ADVICE}")
         return found
 
     def along(self, scores: Array, path: str, axes: Axes | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The axes of a layer along which the pattern goes, and those that it never crosses.
+        """Return the axes of a layer along which the pattern goes, and those that it never crosses.
 
         Raises:
-            ValueError: nothing says which they are.
+            ValueError: these axes are unknown.
         """
         if isinstance(self.axis, int):
             return (self.axis % scores.ndim,), ()
@@ -123,8 +123,7 @@ class _Along(_Anywhere):
         which = f"`pattern` {self} goes along {self.axis} axes"
         if axes.inputs == axes.units == ():
             raise ValueError(
-                f"{which}, and without a model nothing says which are those of {path!r}, shape "
-                f"{scores.shape}: {_ADVICE}"
+                f"{which}, which are unknown without a model for {path!r}, shape {scores.shape}: {_ADVICE}"
             )
         uses = "none" if own is not None else "different ones in different uses"
         raise ValueError(
@@ -145,10 +144,9 @@ class Units(_Along):
     """Whole units (neurons, channels, features of heads), scored by their sum.
 
     Attributes:
-        axis: 'output' for the outputs of a weight, all that one unit reads; 'input' for its inputs; or the
-            number of one axis. Units along several axes, (heads, size) of an attention kernel, are one for
-            each index of all of them.
-        axes: as `NByM` has them.
+        axis: 'output' for the outputs of a weight, 'input' for its inputs, or the number of one axis. If units
+            span several axes, such as (heads, size) of an attention kernel, each index of all of them is a unit.
+        axes: as in `NByM`.
 
     >>> Units(axis=0).groups(jnp.array([[1.0, 2.0], [0.0, 1.0]]), "w")
     Array([[3.],
@@ -169,20 +167,20 @@ class Units(_Along):
 
 @dataclasses.dataclass(frozen=True)
 class NByM(_Along):
-    """n weights kept of every m in a row along an axis: a sparsity of 1 - n / m in every layer.
+    """Keep n of every m consecutive weights along an axis, which is a sparsity of 1 - n / m in every layer.
 
-    Inputs that are several axes, (heads, size) of the kernel after an attention, are one row, as in the
-    matrix that the product reads; the same of outputs.
+    Inputs that span several axes, such as (heads, size) of the kernel after an attention, are one row, as in the
+    matrix that the product reads; so are outputs.
 
     Attributes:
-        n: kept; hardware knows 2 of 4.
-        m: in a row.
-        axis: 'input', what the product sums over, which hardware asks for; 'output', the weight's units;
+        n: weights kept; hardware supports 2 of 4.
+        m: consecutive weights.
+        axis: 'input', which the product sums over and hardware requires; 'output', the weight's units;
             or the number of one axis.
-        axes: the axes of each weight, in place of those that its scores know: what
-            `prune.layout(params, apply_fn, batch)` gives, statistics of `jaxeff.collect`, or `prune.Axes` by
-            path. Where nothing says, a `kernel` of two axes is (inputs, outputs), as in Flax, and anything
-            else is refused.
+        axes: the axes of each weight, to replace those in its scores: a layout from
+            `prune.layout(params, apply_fn, batch)`, statistics from `jaxeff.collect`, or `prune.Axes` by path. If
+            the axes are unknown, a `kernel` of two axes is (inputs, outputs), as in Flax, and anything else is
+            refused.
 
     >>> NByM(1, 2).kept(jnp.array([[1.0], [2.0], [4.0], [3.0]]), "kernel")[:, 0]
     Array([False,  True,  True, False], dtype=bool)
@@ -203,7 +201,7 @@ class NByM(_Along):
         return 1 - self.n / self.m
 
     def kept(self, scores: Array, path: str, axes: Axes | None = None) -> Array:
-        """The mask of one layer; of equal scores the first go."""
+        """Return the mask of one layer; ties are removed by index."""
         along, _ = self.along(scores, path, axes)
         length = math.prod(scores.shape[axis] for axis in along)
         if length % self.m:

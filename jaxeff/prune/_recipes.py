@@ -1,6 +1,6 @@
-"""Published ways to prune, each one function of a training state and the user's own step and evaluation.
+"""Published recipes for pruning, each a function of a training state and your own step and evaluation.
 
-All but `gradual` are `rounds.iterative` with something done before it, or with scores of their own.
+All but `gradual` call `rounds.iterative`, after some preparation or with their own scores.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Evaluate = Callable[[State], Any]
 
 
 class Options(TypedDict, total=False):
-    """What every recipe of rounds takes besides its own, as `iterative` says."""
+    """Options of every recipe that prunes in rounds, as in `iterative`."""
 
     scope: str
     pattern: Pattern
@@ -60,15 +60,14 @@ def iterative_magnitude(
     prunable: Prunable = None,
     **options: Unpack[Options],
 ) -> Pruned:
-    """The smallest weights go, the others are trained on, and again.
+    """Remove the smallest weights, train the others, and repeat.
 
-    Han et al. set a threshold by hand for each layer; here it follows from the sparsity, over all layers or,
-    with `scope="layer"`, in each.
+    Han et al. set a threshold by hand for each layer. Here it follows from the sparsity, over all layers, or with
+    `scope="layer"` in each.
 
     Args:
         state: trained.
-        step, batches, evaluate, sparsity, rounds, steps, prunable, **options: as `prune.iterative` takes
-            them.
+        step, batches, evaluate, sparsity, rounds, steps, prunable, **options: as in `prune.iterative`.
 
     References:
         Han, Pool, Tran and Dally, Learning both Weights and Connections for Efficient Neural Networks, 2015,
@@ -101,21 +100,20 @@ def lottery_ticket(
     prunable: Prunable = None,
     **options: Unpack[Options],
 ) -> Pruned:
-    """Train, prune, put what is kept back to what it was early on, and train it again from there.
+    """Train, prune, rewind the kept weights to an early state, and train again from there.
 
-    With `rewind=0` weights, optimizer and all else of the state go back to what was given; with more, to what
-    they were after so many steps, which larger networks need.
+    With `rewind=0` the weights, the optimizer and the rest of the state go back to the given state. Larger networks
+    need a positive `rewind`, which goes back to the state after that many steps.
 
     Args:
         state: not trained yet.
-        step, batches, evaluate, sparsity, rounds, importance, prunable, **options: as `prune.iterative` takes
-            them.
+        step, batches, evaluate, sparsity, rounds, importance, prunable, **options: as in `prune.iterative`.
         steps: of one whole training; each round trains for `steps - rewind`.
         rewind: from 0 to below `steps`.
 
     Returns:
-        As `prune.iterative`; its dense score is that of the whole training, and `before` that of the pruned
-        weights put back.
+        As `prune.iterative`; the dense score is that of the whole training, and `before` that of the pruned and
+        rewound weights.
 
     References:
         Frankle and Carbin, The Lottery Ticket Hypothesis, 2019, arXiv:1803.03635
@@ -159,14 +157,14 @@ def iterative_taylor(
     prunable: Prunable = None,
     **options: Unpack[Options],
 ) -> Pruned:
-    """The weights go whose removal changes the loss least to first order, mean (g w)^2 over batches.
+    """Remove the weights whose removal changes the loss least to first order: mean (g w)^2 over batches.
 
     Molchanov et al. remove whole filters: `pattern=prune.Units()`.
 
     Args:
         state: trained.
-        loss_fn, calibration, apply_fn, prunable: as `prune.criterion` takes them, `calibration` its batches.
-        step, batches, evaluate, sparsity, rounds, steps, **options: as `prune.iterative` takes them.
+        loss_fn, calibration, apply_fn, prunable: as in `prune.criterion`, with `calibration` as its batches.
+        step, batches, evaluate, sparsity, rounds, steps, **options: as in `prune.iterative`.
 
     References:
         Molchanov, Mallya, Tyree, Frosio and Kautz, Importance Estimation for Neural Network Pruning, 2019,
@@ -202,15 +200,15 @@ def iterative_obd(
     seed: int = 0,
     **options: Unpack[Options],
 ) -> Pruned:
-    """Optimal Brain Damage: the weights go whose removal costs least to second order, w^2 |h| / 2.
+    """Optimal Brain Damage: remove the weights whose removal costs least to second order, w^2 |h| / 2.
 
-    h, of the Hessian's diagonal, is estimated from random signs (see docs/criteria.md).
+    h is the diagonal of the Hessian, estimated from random signs (see docs/criteria.md).
 
     Args:
         state: trained to a minimum, where the first order vanishes.
-        loss_fn, calibration, apply_fn, prunable, seed: as `prune.criterion` takes them, `calibration` its
+        loss_fn, calibration, apply_fn, prunable, seed: as in `prune.criterion`, with `calibration` as its
             batches.
-        step, batches, evaluate, sparsity, rounds, steps, **options: as `prune.iterative` takes them.
+        step, batches, evaluate, sparsity, rounds, steps, **options: as in `prune.iterative`.
 
     References:
         LeCun, Denker and Solla, Optimal Brain Damage, NIPS 1990
@@ -251,23 +249,23 @@ def gradual(
     recalibrate: Rebuild | None = None,
     progress: bool = True,
 ) -> Pruned:
-    """Prune during one training, every few steps, to the sparsity of `prune.cubic`; then train on.
+    """Prune every few steps of one training, to the sparsity of `prune.cubic`; then train on.
 
-    `prune.sparsify` does the same inside an optimizer. Zhu and Gupta prune each layer alike: `scope="layer"`.
+    `prune.sparsify` does the same inside an optimizer. Zhu and Gupta prune all layers equally: `scope="layer"`.
 
     Args:
         state: trained, or not yet.
         step, batches, evaluate, importance, prunable, scope, pattern, allocation, max_sparsity, recalibrate,
-            progress: as `prune.iterative` takes them.
-        sparsity: in the end, in [0, 1).
+            progress: as in `prune.iterative`.
+        sparsity: final sparsity, in [0, 1).
         steps: until it is reached.
         fine_tune: steps after that.
-        every: steps from masks to masks.
-        initial: the sparsity at first.
+        every: steps between changes of the masks.
+        initial: initial sparsity.
 
     Returns:
         As `prune.iterative`, with one round: its `before` is the score when the sparsity is reached. The
-        dense score is that of the state given.
+        dense score is that of the given state.
 
     References:
         Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878
@@ -279,7 +277,7 @@ def gradual(
         raise ValueError(
             f"`pattern` {pattern} has one sparsity: pass it to `prune.iterative`, with `rounds=1`"
         )
-    _ = cubic(sparsity, 0, steps, every, initial)  # Refuses what is wrong before anything is trained.
+    _ = cubic(sparsity, 0, steps, every, initial)  # Raises on invalid arguments before anything is trained.
     selection = Selection(importance, prunable, scope, pattern, allocation, max_sparsity)
     state, kept = copied(state), None
     with progress_bar("Pruning", steps + fine_tune, progress) as advance:
@@ -294,7 +292,7 @@ def gradual(
 
 
 def _gone(step: int, steps: int, every: int, initial: float, final: float) -> float:
-    """What is gone at a step, if `final` is in the end."""
+    """Return the sparsity at a step, for a final sparsity."""
     return float(cubic(final, 0, steps, every, min(initial, final))(step).sparsity)
 
 
@@ -312,28 +310,28 @@ def entropy_regularized(
     prunable: Prunable = None,
     **options: Unpack[Options],
 ) -> Pruned:
-    """Train with a penalty on the entropy of each layer's magnitudes, prune by magnitude, train without it.
+    """Train with a penalty on the entropy of each layer's magnitudes, prune by magnitude, and train without it.
 
-    The penalty is `prune.add_entropy_gradient`: strength x H(|w|) / ln N of each layer, of jaxeff's own
-    metrics. Bayandorian (2023) penalises another entropy of the weights, of their arrangement, to the same
+    The penalty is `prune.add_entropy_gradient`: strength x H(|w|) / ln N for each layer, with jaxeff's own
+    metrics. Bayandorian (2023) penalizes another entropy of the weights, that of their arrangement, to the same
     end.
 
     Args:
-        state: with a `tx`, the Optax transformation that `step` reads from it, and its `opt_state`, as a Flax
-            `TrainState` has. Of other states: put `prune.add_entropy_gradient` into the optimizer, train, and
-            give the trained state to `prune.iterative_magnitude`.
-        strength: of the penalty, 0 or more. A step changes weights by strength x slope besides what the
-            optimizer does, whatever its learning rate: within the gradient, Adam would scale it up where the
-            loss has nearly none.
+        state: with a `tx`, the Optax transformation that `step` reads from it, and its `opt_state`, as in a Flax
+            `TrainState`. For other states, put `prune.add_entropy_gradient` into the optimizer, train, and
+            pass the trained state to `prune.iterative_magnitude`.
+        strength: of the penalty, 0 or more. Each step changes the weights by strength x slope in addition to the
+            optimizer's update, whatever its learning rate. Within the gradient, Adam would scale it up wherever
+            the loss has nearly no gradient.
         steps: with the penalty.
         fine_tune: steps without it, after each pruning.
-        step, batches, evaluate, sparsity, rounds, prunable, **options: as `prune.iterative` takes them.
+        step, batches, evaluate, sparsity, rounds, prunable, **options: as in `prune.iterative`.
 
     Returns:
-        As `prune.iterative`; its dense score is that after the training with the penalty.
+        As `prune.iterative`; the dense score is that after training with the penalty.
 
     Raises:
-        ValueError: `step` did not use `state.tx`, besides what `prune.iterative` raises.
+        ValueError: `step` did not use `state.tx`; also as in `prune.iterative`.
 
     References:
         Bayandorian, A Novel Sparse Regularizer, 2023, arXiv:2301.07285
@@ -347,7 +345,7 @@ def entropy_regularized(
         )
     if not strength >= 0:
         raise ValueError(f"`strength` must be 0 or more, got {strength}")
-    # Behind an optimizer updates descend.
+    # After an optimizer, updates descend.
     penalty = add_entropy_gradient(-strength, prunable)
     state = copied(state)
     penalised = replaced(

@@ -1,4 +1,4 @@
-"""A gradient that draws magnitudes together, for any Optax chain."""
+"""A gradient of the entropy of magnitudes, for any Optax chain."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxeff.prune._scoring import Prunable, prunable_paths
 
 
 class EntropyState(NamedTuple):
-    """Of `add_entropy_gradient`.
+    """State of `add_entropy_gradient`.
 
     Attributes:
         step: [], steps so far.
@@ -29,20 +29,20 @@ class EntropyState(NamedTuple):
 
 
 def add_entropy_gradient(strength: float, prunable: Prunable = None) -> optax.GradientTransformation:
-    """Adds to the gradients those of strength x the sum over layers of H(|w|) / ln N.
+    """Add the gradient of strength x the sum over layers of H(|w|) / ln N.
 
-    H is the entropy of p = |w| / sum |w| of a layer's N weights. Its slope by |w| is -(ln p + H) / sum |w|:
-    weights below exp(-H) of the sum shrink, those above it grow, and a few come to hold what many held. The
-    penalty knows nothing of a layer's scale. The slope of a weight that is 0 is taken as 0, and so is that of
-    a layer of zeros.
+    H is the entropy of p = |w| / sum |w| of a layer's N weights. Its slope with respect to |w| is
+    -(ln p + H) / sum |w|: weights below exp(-H) of the sum shrink, larger ones grow, and the magnitude concentrates
+    in few weights. The penalty does not depend on a layer's scale. The slope at a weight of 0 is taken as 0, and so
+    are those of a layer of zeros.
 
-    In a chain it stands where `optax.add_decayed_weights` would. Before Adam it does harm: Adam scales small
-    gradients up, and those of the penalty are small. Behind `optax.scale_by_adam` it is left as it is, and
-    behind a whole optimizer, whose updates descend, with -strength.
+    In a chain it belongs where `optax.add_decayed_weights` would be. Before Adam it does harm: Adam scales small
+    gradients up, and those of the penalty are small. Put it after `optax.scale_by_adam`, or after a whole
+    optimizer, whose updates descend, with -strength.
 
     Args:
         strength: a number.
-        prunable: which leaves, as `prune.scored` takes it.
+        prunable: the leaves to penalize, as in `prune.scored`.
 
     Returns:
         A transformation whose `update` needs the params.

@@ -1,7 +1,4 @@
-"""Prune and train, round by round.
-
-In: a training state and the user's functions of it. Out: `Pruned`.
-"""
+"""Pruning and training in rounds."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ class Round(NamedTuple):
     """One round: masks, then training.
 
     Attributes:
-        sparsity: the fraction removed of the leaves that may be pruned.
+        sparsity: fraction removed from the leaves that may be pruned.
         before: score right after pruning.
         after: score after training.
     """
@@ -52,15 +49,15 @@ class Round(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pruned:
-    """A pruned network, and how it came about. `str` of it is a table.
+    """A pruned network and its history. `str(pruned)` is a table.
 
     Attributes:
-        state: the training state, its pruned weights exactly 0.
+        state: training state, with pruned weights exactly 0.
         masks: shaped like its params, True = kept.
-        dense: score before anything was pruned.
-        rounds: all that ran. Where `stopped` says why, the last one did not hold: state and masks are those
-            of the round before it, or of the dense network.
-        stopped: None where every round ran and held.
+        dense: score before pruning.
+        rounds: all rounds that ran. If `stopped` is set, the last one failed, and state and masks are those of the
+            round before it, or of the dense network.
+        stopped: why pruning stopped early; None if all rounds ran and held.
     """
 
     state: State
@@ -98,38 +95,39 @@ def iterative(
     recalibrate: Rebuild | None = None,
     progress: bool = True,
 ) -> Pruned:
-    """Prune a little, train, and again: `rounds` times, to a sparsity.
+    """Prune a little, train, and repeat for `rounds` rounds, up to a sparsity.
 
-    After round r of R, (1 - sparsity)^(r / R) of the weights are left: the same fraction of what is left
-    goes each time. A weight that is pruned stays pruned. Masks are applied after every step, so that pruned
-    weights are exactly 0 whatever the optimizer does.
+    After round r of R, (1 - sparsity)^(r / R) of the weights are left: each round removes the same fraction of the
+    remaining weights. Pruned weights stay pruned. Masks are applied after every step, so that pruned weights are
+    exactly 0 whatever the optimizer does.
 
     Args:
         state: a pytree with `.params`, such as a Flax `TrainState`, a NamedTuple or a registered dataclass.
-            It is copied first: a step that donates its input deletes nothing of the caller's.
+            It is copied first, so that a step that donates its input deletes none of your arrays.
         step: `(state, batch) -> state`, or a tuple that begins with the state.
-        batches: a list or a loader, gone through again and again, from one round on to the next.
+        batches: a list or a loader, read repeatedly, continuing from one round to the next.
         evaluate: `state -> number`, higher is better.
-        sparsity: the fraction to remove in the end, in [0, 1). None for `NByM`, which has its own.
+        sparsity: final fraction to remove, in [0, 1). None for `NByM`, which has its own.
         rounds: 1 or more; 1 with `NByM`.
-        steps: of training, after each pruning.
-        importance: `state -> scores`, shaped like the params, as `prune.scored` gives them; magnitudes unless
-            given.
-        restart: `state -> state`, what a round trains from once masks are made of the trained state; the
-            trained state itself unless given.
-        prunable: as `prune.scored` takes it, for magnitudes.
-        scope, pattern, allocation, max_sparsity: as `prune.masks` takes them. Fractions by path are those of
-            the last round.
-        max_drop: stop when a round ends more than this below the dense score.
+        steps: training steps after each pruning.
+        importance: `state -> scores`, shaped like the params, as returned by `prune.scored`; magnitudes by
+            default.
+        restart: `state -> state`, from which a round trains once masks are made from the trained state; the
+            trained state itself by default.
+        prunable: as in `prune.scored`, for magnitudes.
+        scope, pattern, allocation, max_sparsity: as in `prune.masks`. Fractions by path are those of the
+            last round.
+        max_drop: stop if a round ends more than this below the dense score.
         recalibrate: `state -> state`, called before each evaluation of a pruned state, such as for BatchNorm
             (`prune.recalibrate`).
-        progress: whether a bar on standard error, where that is a terminal, shows how far it is.
+        progress: show a progress bar if stderr is a terminal.
 
     Returns:
-        The pruned state and its masks, with the score before and after the training of each round.
+        The pruned state and its masks, with the scores before and after the training of each round.
 
     Raises:
-        TypeError, ValueError: an argument is not of its kind, or a function gave what it should not.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is invalid, or a function returned an invalid result.
 
     >>> from typing import NamedTuple
     >>> class Trained(NamedTuple):
@@ -156,7 +154,7 @@ def iterative(
         training = Training(step, repeated(batches), evaluate, recalibrate, advance)
         dense = training.score(state, "before pruning")
         for number in range(1, rounds + 1):
-            # The steps of this round may donate what the last one left.
+            # The steps of this round may donate the state of the last.
             held = (state if max_drop is None else copied(state)), kept
             kept = selection.masks(state, sparsity, kept, partial(_share, number, rounds))
             start = state if restart is None else restarted(restart, state)
@@ -170,16 +168,16 @@ def iterative(
 
 
 def _share(number: int, rounds: int, final: float) -> float:
-    """What is gone after a round, if `final` is after the last: the same part of what is left each time."""
+    """Return the fraction removed after a round, for `final` after the last: each removes the same part of the rest."""
     if number == rounds or not 0 <= final < 1:
-        # To the bit in the end; what is out of range is for `masks` to refuse.
+        # Exact to the bit at the end; `masks` raises on values out of range.
         return final
     return 1 - (1 - final) ** (number / rounds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """How masks are made of a state."""
+    """How to make masks from a state."""
 
     importance: Importance | None
     prunable: Prunable
@@ -196,13 +194,13 @@ class Selection:
             )
 
     def masks(self, state: State, sparsity: float | None, kept: Any, way: Way) -> Any:
-        """Masks of the scores of a state; what is pruned already goes first.
+        """Make masks from the scores of a state; weights that are already pruned are removed first.
 
         Args:
             state: whose weights are scored.
-            sparsity: in the end.
-            kept: the masks until now; None where nothing is pruned.
-            way: what of a final fraction is gone now.
+            sparsity: final sparsity.
+            kept: the masks until now; None if nothing is pruned.
+            way: the part of the final fraction to remove now.
         """
         scores = self._scores(state)
         if kept is not None:
@@ -231,12 +229,12 @@ class Selection:
         )
         if not alike:
             raise ValueError(
-                "`importance` gave scores of another tree or other shapes than the params: give what "
-                "`prune.scored(state.params, ...)` gives"
+                "`importance` returned scores of another tree or other shapes than the params: return the "
+                "result of `prune.scored(state.params, ...)`"
             )
         return scores
 
 
 def everything(kept: Any) -> Any:
-    """Masks that remove nothing."""
+    """Return masks that remove nothing."""
     return jax.tree.map(jnp.ones_like, kept)

@@ -1,4 +1,4 @@
-"""When to prune, and how far: functions of the step."""
+"""Schedules: when to prune, and how far, as functions of the step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 
 class Target(NamedTuple):
-    """What a schedule asks for at a step: the sparsity, and whether masks are made anew."""
+    """The target at a step: the sparsity, and whether to make new masks."""
 
     sparsity: Array
     due: Array
@@ -21,7 +21,7 @@ Schedule = Callable[[ArrayLike], Target]
 
 
 def one_shot(sparsity: float, step: int = 0) -> Schedule:
-    """All at one step.
+    """Prune at one step.
 
     >>> bool(one_shot(0.9, step=5)(5).due)
     True
@@ -31,13 +31,13 @@ def one_shot(sparsity: float, step: int = 0) -> Schedule:
 
 
 def periodic(sparsity: float, begin: int, end: int, every: int) -> Schedule:
-    """The same sparsity, of masks that are made anew every few steps from `begin` to `end`."""
+    """Keep one sparsity, with new masks every few steps from `begin` to `end`."""
     _check(sparsity, begin, end, every)
     return lambda count: Target(jnp.float32(sparsity), _due(count, begin, end, every))
 
 
 def cubic(sparsity: float, begin: int, end: int, every: int, initial: float = 0.0) -> Schedule:
-    """s - (s - s_0) (1 - t)^3, t from 0 at `begin` to 1 at `end`: much at first, little in the end.
+    """Prune to s - (s - s_0) (1 - t)^3, with t from 0 at `begin` to 1 at `end`: much at first, little at the end.
 
     References:
         Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878
@@ -58,7 +58,7 @@ def cubic(sparsity: float, begin: int, end: int, every: int, initial: float = 0.
 def _due(count: ArrayLike, begin: int, end: int, every: int) -> Array:
     count = jnp.asarray(count)
     at = (count - begin) % every == 0
-    # The last one too where the steps do not meet it.
+    # Include the last step even if `every` does not divide the range.
     return (count >= begin) & (count <= end) & (at | (count == end))
 
 

@@ -1,4 +1,4 @@
-"""What may be pruned, and the importance of its weights."""
+"""Which leaves may be pruned, and the importance of their weights."""
 
 from __future__ import annotations
 
@@ -34,27 +34,26 @@ def scored(
     *,
     prunable: Prunable = None,
 ) -> Any:
-    """The importance of every weight, shaped like `params`.
+    """Score the importance of every weight, shaped like `params`.
 
     Args:
-        params: a tree of arrays, or variables, of which the `params` collection alone may be pruned.
+        params: a tree of arrays, or variables, of which only the `params` collection may be pruned.
         statistics: from `jaxeff.collect` or `jaxeff.calibrate`, for this criterion; without them, magnitudes.
-        criterion: as `jaxeff.analyze` takes it.
-        prunable: which leaves may be pruned: what `prune.layout` makes of the program, a function
+        criterion: as in `jaxeff.analyze`.
+        prunable: which leaves may be pruned: a layout of the program from `prune.layout`, a function
             `(path, leaf) -> bool`, or exceptions by path.
 
     Returns:
-        Scores where a leaf may be pruned; a number, 0, where it may not. By the program, where statistics or
-        a layout tell, weights may; without it floating arrays of two axes or more in each layer. Leaves
-        named `bias`, `scale` or `embedding` stay whole. Where a weight is no kernel of inputs by outputs,
-        what its axes index goes with its scores, in a box (`prune.Scores`) that reads as the array.
+        Scores for a leaf that may be pruned; the number 0 for one that may not. With statistics or a layout,
+        weights of the program may be pruned; without, floating arrays of two axes or more in each layer. Leaves
+        named `bias`, `scale` or `embedding` stay whole. If a weight is not a kernel of inputs by outputs,
+        its scores come with the meaning of its axes, in a box (`prune.Scores`) that reads as the array.
 
     Raises:
-        ValueError: a path of `prunable` is none of the leaves', or has no scores; or the criterion needs
-            statistics.
+        ValueError: a path of `prunable` is not a leaf, or has no scores; or the criterion needs statistics.
 
     Warns:
-        UserWarning: without a program, layers look stacked; says how each leaf was taken.
+        UserWarning: without a program, layers look stacked; says how each leaf was interpreted.
 
     >>> scored({"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.zeros(2)})["kernel"]
     Array([[1., 2.]], dtype=float32)
@@ -69,7 +68,7 @@ def scored(
         known = prunable if isinstance(prunable, Layout) else by_shape(named)
         _warn_of_stacks(known, prunable)
     else:
-        raise ValueError(f"`statistics` are missing: criterion {criterion!r} is made of them")
+        raise ValueError(f"`statistics` are missing: criterion {criterion!r} needs them")
     chosen = prunable_paths(prunable, named, known)
     if missing := sorted(_asked_for(prunable, chosen) - found.keys()):
         raise ValueError(f"`prunable` asks for {missing[0]!r}, which multiplies no data and has no scores")
@@ -84,22 +83,22 @@ def scored(
 
 
 def _boxed(path: str, scores: Array, axes: Axes | None) -> Any:
-    """Scores in a box where `masks` would not know what their axes index."""
+    """Box scores if `masks` would not know the meaning of their axes."""
     return scores if axes in (None, assumed(path, scores.shape)) else Scores(scores, axes)
 
 
 def _asked_for(prunable: Prunable, chosen: set[str]) -> set[str]:
-    """The leaves that the user named."""
+    """Return the leaves that the user named."""
     if isinstance(prunable, Layout) or callable(prunable):
         return chosen
     return {path for path, may in (prunable or {}).items() if may}
 
 
 def prunable_paths(prunable: Prunable, named: Mapping[str, Any], known: Layout | None = None) -> set[str]:
-    """The leaves that may be pruned.
+    """Return the leaves that may be pruned.
 
     Args:
-        known: what says so of those that `prunable` does not name; names and shapes unless given.
+        known: decides for leaves that `prunable` does not name; names and shapes by default.
     """
     if isinstance(prunable, Layout):
         _check_layout(prunable, named)
@@ -118,7 +117,7 @@ def _check_layout(layout: Layout, named: Mapping[str, Any]) -> None:
     if found != wanted:
         different = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
         raise ValueError(
-            f"`prunable` is a layout of other params: {different[0]!r} has shape {found.get(different[0])} "
+            f"`prunable` is a layout for other params: {different[0]!r} has shape {found.get(different[0])} "
             f"there and {wanted.get(different[0])} here"
         )
 
@@ -135,11 +134,11 @@ def _warn_of_stacks(known: Layout, prunable: Prunable) -> None:
 
 
 def after_pruned(kept: Array, scores: Any) -> Any:
-    """Scores of one leaf by which pruned weights are the lowest, and no other is as low."""
+    """Return scores of one leaf in which pruned weights are the lowest, below all others."""
     if is_scores(scores):
         return scores.replace_boxed(after_pruned(kept, scores.value))
     if not jnp.ndim(scores):
         return scores
-    # The order of scores is that of float32, whose zero must be left to them.
+    # Scores are ordered in float32, whose zero must be left to the pruned weights.
     wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     return jnp.where(kept, jnp.maximum(wide, jnp.finfo(jnp.float32).tiny), 0)

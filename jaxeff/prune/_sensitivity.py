@@ -1,8 +1,4 @@
-"""What each layer costs when it alone is pruned: the loss, measured, not predicted.
-
-In: a model, a loss, sparsities. Out: a `Sensitivity`, which says how far each layer may go and how a total
-is best spread over the layers.
-"""
+"""The measured loss with one layer at a time pruned."""
 
 from __future__ import annotations
 
@@ -49,13 +45,13 @@ class Sensitivity:
     """The loss with each layer pruned alone. `str(sensitivity)` is a table.
 
     Attributes:
-        paths: of the layers: leaves of `params`, or 'blocks/q[3]' of one that a scan stacks, as in a report.
-        sizes: weights of each.
+        paths: of the layers: leaves of `params`, or 'blocks/q[3]' for one that a scan stacks, as in a report.
+        sizes: number of weights of each layer.
         sparsities: fractions removed, increasing.
-        scores: which went first: 'magnitude', or 'importance' for scores of one's own.
-        pattern: which went together.
-        losses: [layers, sparsities], the mean loss with that much of that layer at 0 and the rest whole.
-        dense: [], the mean loss with nothing removed.
+        scores: order of removal: 'magnitude', or 'importance' for scores of your own.
+        pattern: which weights were removed together.
+        losses: [layers, sparsities], mean loss with that fraction of that layer at 0 and the other layers whole.
+        dense: [], mean loss with nothing removed.
     """
 
     paths: tuple[str, ...] = dataclasses.field(metadata=_STATIC)
@@ -67,15 +63,15 @@ class Sensitivity:
     dense: Array
 
     def highest(self, tolerance: float = 0.0) -> dict[str, float]:
-        """The highest measured sparsity of each layer up to which its loss stays within a tolerance.
+        """Return the highest measured sparsity up to which each layer's loss stays within a tolerance.
 
-        A layer that fails at one sparsity is not asked about higher ones.
+        A layer that fails at one sparsity fails at all higher ones.
 
         Args:
-            tolerance: how much more than the dense loss, in units of the loss.
+            tolerance: rise above the dense loss, in units of the loss.
 
         Returns:
-            By path, a measured sparsity; 0 where there is none.
+            By path, a measured sparsity; 0 if there is none.
 
         Raises:
             ValueError: the tolerance is negative or nan.
@@ -91,21 +87,21 @@ class Sensitivity:
         return {path: (0.0, *self.sparsities)[n] for path, n in zip(self.paths, held.tolist(), strict=True)}
 
     def allocation(self, sparsity: float | Array) -> dict[str, Any]:
-        """How much of each layer goes where so much of all goes: the same rise of the loss in each.
+        """Divide a sparsity among the layers so that the loss rises equally in each.
 
-        Between measured sparsities the rise is taken to be linear, from 0 at 0; where the loss falls, it
-        counts as level. Each layer goes as far as one rise allows, which is raised until the total is met,
-        and never beyond what was measured as a finite loss.
+        Between measured sparsities the rise is assumed to be linear, from 0 at 0; falls of the loss count as level.
+        Each layer is pruned as far as one common rise allows, which is raised until the total is met, but never beyond
+        the last sparsity measured with a finite loss.
 
         Args:
-            sparsity: the fraction of all measured weights, in [0, 1). Traced, one beyond the largest that can
-                be reached counts as that.
+            sparsity: the fraction of all measured weights, in [0, 1). If it is traced, values out of reach count as
+                the largest that can be reached.
 
         Returns:
-            Fractions by path, for `allocation` of `prune.masks`, which also takes the `Sensitivity` itself.
+            Fractions by path, for the `allocation` of `prune.masks`, which also takes the `Sensitivity` itself.
 
         Raises:
-            ValueError: the sparsity is out of range, or beyond what the measured ones reach.
+            ValueError: the sparsity is out of range, or beyond the measured ones.
 
         >>> found = Sensitivity(("a", "b"), (8, 8), (0.5, 0.8), "magnitude", UNSTRUCTURED,
         ...                     jnp.array([[1.1, 1.2], [1.2, 2.0]]), jnp.array(1.0))
@@ -126,16 +122,16 @@ class Sensitivity:
         return {path: float(np.interp(float(sparsity), totals, column)) for path, column in columns}
 
     def table(self, tolerance: float | None = None) -> str:
-        """A row for each layer: its loss by sparsity, and the highest sparsity within the tolerance.
+        """Return a table with a row per layer: its loss by sparsity, and the highest sparsity within the tolerance.
 
         Args:
-            tolerance: in units of the loss; a tenth of the dense loss unless given.
+            tolerance: in units of the loss; a tenth of the dense loss by default.
         """
         return _render(self, self.tolerance if tolerance is None else tolerance)
 
     @property
     def order(self) -> str:
-        """In words, what went first, and together."""
+        """The order of removal and the pattern, in words."""
         return self.scores if self.pattern == UNSTRUCTURED else f"{self.scores} in {self.pattern}"
 
     @property
@@ -144,9 +140,9 @@ class Sensitivity:
         return LIMITS.loss_rise * abs(float(self.dense))
 
     def rises(self) -> np.ndarray:
-        """[layers, sparsities], how far the loss ever was above the dense one up to that sparsity.
+        """Return [layers, sparsities]: the largest rise above the dense loss up to that sparsity.
 
-        0 where it only fell, infinity where it was nan.
+        0 if the loss only fell, infinity if it was nan.
         """
         rises = np.asarray(self.losses, np.float64) - float(self.dense)
         return np.maximum.accumulate(np.where(np.isnan(rises), np.inf, np.maximum(rises, 0)), axis=1)
@@ -155,15 +151,15 @@ class Sensitivity:
         return self.table()
 
     def _allocations(self) -> tuple[np.ndarray, np.ndarray]:
-        """All allocations of equal rise, at the corners between which they are linear.
+        """Return all allocations of equal rise, at the corners between which they are linear.
 
         Returns:
-            [corners], the fraction of all weights removed, ascending, and [corners, layers], that of each.
+            [corners], fraction of all weights removed, ascending, and [corners, layers], fraction of each layer.
         """
         sparsities = np.array((0.0, *self.sparsities))
         rises = np.pad(self.rises(), ((0, 0), (1, 0)))
         corners = np.unique(rises[np.isfinite(rises)])
-        # Where a layer's loss is level it jumps at one rise: from just below it to just above.
+        # A layer whose loss is level jumps at one rise, from just below it to just above.
         sides = [[_reached(own, sparsities, corners, side) for side in ("left", "right")] for own in rises]
         shares = np.moveaxis(np.array(sides), 0, -1).swapaxes(0, 1).reshape(-1, len(rises))
         weights = np.array(self.sizes, np.float64)
@@ -171,7 +167,7 @@ class Sensitivity:
 
 
 def _reached(rises: np.ndarray, sparsities: np.ndarray, allowed: np.ndarray, side: Any) -> np.ndarray:
-    """The sparsity at which a layer's rise meets what is allowed ('left'), or exceeds it ('right')."""
+    """Return the sparsity at which a layer's rise meets the limit ('left'), or exceeds it ('right')."""
     after = np.searchsorted(rises, allowed, side)
     before = np.maximum(after - 1, 0)
     after = np.minimum(after, len(rises) - 1)
@@ -194,25 +190,26 @@ def sensitivity(
     rngs: Any = None,
     **apply_kwargs: Any,
 ) -> Sensitivity:
-    """Prune each layer alone, to each sparsity, and measure the loss. Nothing is retrained.
+    """Prune each layer alone, to each sparsity, and measure the loss without retraining.
 
-    What is removed is what `prune.masks(importance, sparsity, pattern=pattern)` removes of that layer. The
-    model is compiled once and run 1 + layers x sparsities times, in a loop with one copy of the weights.
+    The weights removed are those that `prune.masks(importance, sparsity, pattern=pattern)` removes from that layer.
+    The model is compiled once and run 1 + layers x sparsities times, in a loop with one copy of the weights.
 
     Args:
-        params, apply_fn, batch: as `jaxeff.analyze` takes them.
-        sparsities: of the layer pruned, increasing, in [0, 1).
-        loss_fn, targets: as `jaxeff.analyze` takes them.
-        importance: a tree of scores, such as `prune.scored` gives; magnitudes unless given. What is one
-            number there is not pruned.
-        pattern: as `prune.masks` takes it; its inputs and outputs are those of this model, unless it says
-            otherwise. `NByM` has one sparsity, its own.
-        prunable: as `prune.scored` takes it, for magnitudes.
+        params, apply_fn, batch: as in `jaxeff.analyze`.
+        sparsities: of the pruned layer, increasing, in [0, 1).
+        loss_fn, targets: as in `jaxeff.analyze`.
+        importance: a tree of scores, such as from `prune.scored`; magnitudes by default. Leaves that are a single
+            number are not pruned.
+        pattern: as in `prune.masks`; inputs and outputs come from this model unless the pattern names them. `NByM`
+            has one sparsity, its own.
+        prunable: as in `prune.scored`, for magnitudes.
         rngs, **apply_kwargs: passed to `apply_fn`, the same in each run.
 
     Raises:
-        TypeError, ValueError: an argument is not of its kind, the arguments do not fit each other, a score is
-            nan, or the loss is not finite before anything is removed.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is invalid, the arguments do not match each other, a score is nan, or the loss is
+            not finite before anything is removed.
 
     >>> w, x = jnp.array([[3.0], [1e-3]]), jnp.eye(2)
     >>> loss = lambda outputs, targets: jnp.mean(jnp.square(outputs - targets))
@@ -259,12 +256,12 @@ def sensitivity(
 
 
 def _chosen(params: Params, importance: Any, prunable: Prunable, layout: Layout) -> dict[str, Array | None]:
-    """The leaves to prune with their scores, in the order of the params; None stands for magnitudes."""
+    """Return the leaves to prune with their scores, in the order of the params; None stands for magnitudes."""
     if importance is None:
         paths = prunable_paths(prunable, params.named, layout)
         found: dict[str, Array | None] = dict.fromkeys([path for path in params.named if path in paths])
     elif prunable is not None:
-        raise ValueError("`prunable` is for magnitudes: give it to `prune.scored`, which makes `importance`")
+        raise ValueError("`prunable` is for magnitudes: pass it to `prune.scored`, which makes `importance`")
     else:
         scores, _ = split_variables(unboxed(importance))
         check_alike(params.tree, scores, "importance")
@@ -279,7 +276,7 @@ def _chosen(params: Params, importance: Any, prunable: Prunable, layout: Layout)
 def _axes(
     importance: Any, layout: Layout, named: Mapping[str, Any], chosen: tuple[str, ...], pattern: Pattern
 ) -> tuple[Axes, ...]:
-    """What the axes of each leaf index: as the pattern says, or the scores, or else the program."""
+    """Return the axes of each leaf, from the pattern, the scores, or else the program."""
     boxed = {}
     if importance is not None:
         scores, _ = split_variables(importance)
@@ -309,7 +306,7 @@ def _magnitude(path: str, weight: Array) -> Array:
 def _grouped(
     path: str, score: Array, axes: Axes, pattern: Pattern, sparsities: Sequence[float]
 ) -> tuple[Array, Threshold]:
-    """What goes together, scored, and [layers, sparsities] up to where it goes."""
+    """Return scores of the groups, and [layers, sparsities] thresholds up to which they are removed."""
     grouped = pattern.kept if isinstance(pattern, NByM) else pattern.groups
     of_layers = in_layers(lambda layer: grouped(layer, path, axes.of_layer), axes.layers)
     group = by_compiler(of_layers, score, like=score)
@@ -331,7 +328,7 @@ def _losses(
     groups: list[Array | None],
     found: Threshold,
 ) -> tuple[Array, Array]:
-    """The mean loss of the whole model, [], and with one layer pruned, [layers, sparsities]."""
+    """Return the mean loss of the whole model, [], and with one layer pruned, [layers, sparsities]."""
     weight_loss = WeightLoss(objective, params, arrays)
 
     def loss(run: tuple[Array, Array, Threshold]) -> Array:

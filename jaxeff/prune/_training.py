@@ -1,4 +1,4 @@
-"""A user's training state, and the functions that train and evaluate it, each checked where it is called."""
+"""A user's training state, and the functions that train and evaluate it, each checked when it is called."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _masked = jax.jit(apply)
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What the user gave to train with.
+    """The user's training functions.
 
     Attributes:
         step: `(state, batch) -> state`, or a tuple that begins with the state.
-        batches: without end.
+        batches: an endless iterator.
         evaluate: `state -> number`.
         recalibrate: `state -> state`, before each evaluation of a pruned state.
         advance: called after each step.
@@ -41,17 +41,17 @@ class Training:
     advance: Callable[[], None]
 
     def round(self, state: State, masks: Any, steps: int, where: str) -> tuple[State, float, float]:
-        """The state pruned, then trained; with the scores of both."""
+        """Prune the state, then train it; return it with both scores."""
         state = self.recalibrated(masked(state, masks), masks)
         before = self.score(state, f"after the pruning of {where}")
         state = self.recalibrated(self.run(state, masks, steps), masks)
         return state, before, self.score(state, f"after the training of {where}")
 
     def run(self, state: State, masks: Any | None, steps: int) -> State:
-        """So many steps; the weights that the masks remove are 0 after each."""
+        """Run training steps, setting the weights that the masks remove to 0 after each."""
         for _ in range(steps):
             batch = next(self.batches)
-            # What a step is given it may donate: its shapes are read before.
+            # A step may donate its input, so the shapes are read before.
             before = described(state.params)
             found = self.step(state, batch)
             if isinstance(found, tuple) and not hasattr(found, "params") and found:
@@ -68,29 +68,31 @@ class Training:
         return masked(checked(self.recalibrate(state), before, "recalibrate"), masks)
 
     def score(self, state: State, when: str) -> float:
-        """What `evaluate` says of a state."""
+        """Return the score that `evaluate` gives a state."""
         value = self.evaluate(state)
         if not is_array(value) or np.ndim(value):
             what = f"an array of shape {np.shape(value)}" if is_array(value) else f"a {type(value).__name__}"
-            raise ValueError(f"`evaluate` gave {what} {when}: it must give one number, higher is better")
+            raise ValueError(
+                f"`evaluate` returned {what} {when}: it must return one number, higher is better"
+            )
         if math.isnan(float(value)):
             raise ValueError(
-                f"`evaluate` gave nan {when}: training may have diverged; lower its learning rate"
+                f"`evaluate` returned nan {when}: training may have diverged; lower its learning rate"
             )
         return float(value)
 
 
 def copied(state: State) -> State:
-    """A state of its own arrays, which a step may donate.
+    """Return a state with its own arrays, which a step may donate.
 
     Raises:
-        TypeError: it is no pytree with params, or cannot be rebuilt with others.
-        ValueError: its optimizer prunes by itself.
+        TypeError: it is not a pytree with params, or its params cannot be replaced.
+        ValueError: its optimizer already prunes.
     """
     if not hasattr(state, "params"):
         raise TypeError(
             f"`state` must have `.params`, got {type(state).__name__}: pass a TrainState, or a NamedTuple of "
-            "params and whatever else is trained"
+            "params and the rest of the state"
         )
     _ = named_leaves(state.params)
     if not (hasattr(state, "replace") or hasattr(state, "_replace") or dataclasses.is_dataclass(state)):
@@ -98,7 +100,7 @@ def copied(state: State) -> State:
             f"`state` is a {type(state).__name__} without `.replace(params=...)`: use a NamedTuple"
         )
     if jax.tree_util.all_leaves([state]):
-        raise TypeError(f"`state` is a {type(state).__name__}, which is no pytree: register it with JAX")
+        raise TypeError(f"`state` is a {type(state).__name__}, which is not a pytree: register it with JAX")
     parts = jax.tree.leaves(state, is_leaf=lambda part: isinstance(part, SparseState))
     if any(isinstance(part, SparseState) for part in parts):
         raise ValueError(
@@ -109,12 +111,12 @@ def copied(state: State) -> State:
 
 
 def restarted(restart: Rebuild, state: State) -> State:
-    """What the user trains on from; of its own arrays, since it may be the same state each time."""
+    """Return the state to restart from, with its own arrays, since it may be the same state each time."""
     return copied(checked(restart(state), described(state.params), "restart"))
 
 
 def masked(state: State, masks: Any) -> State:
-    """The state with 0 where a mask is False."""
+    """Set the state's params to 0 where a mask is False."""
     return replaced(state, params=_masked(state.params, masks))
 
 
@@ -127,27 +129,25 @@ def replaced(state: State, **fields: Any) -> State:
 
 
 def described(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
-    """The structure of a tree, and the shapes of its leaves."""
+    """Return the structure of a tree, and the shapes of its leaves."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, [np.shape(leaf) for leaf in leaves]
 
 
 def checked(state: State, before: Any, name: str) -> State:
-    """What the function `name` of the user gave, if it is a state whose params are as before."""
+    """Return the result of the user's function `name`, if it is a state with the same kind of params."""
     if not hasattr(state, "params"):
-        raise TypeError(
-            f"`{name}` gave a {type(state).__name__}: it must give the state that it was given, changed"
-        )
+        raise TypeError(f"`{name}` returned a {type(state).__name__}: it must return the new state")
     if described(state.params) != before:
-        raise ValueError(f"`{name}` gave a state whose params have another structure or other shapes")
+        raise ValueError(f"`{name}` returned a state whose params have another structure or other shapes")
     return state
 
 
 def repeated(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches again and again.
+    """Repeat the batches endlessly.
 
     Raises:
-        TypeError: they can be gone through once alone, or are one batch.
+        TypeError: they can be read only once, or are one batch.
         ValueError: there are none.
     """
     if not isinstance(batches, Iterable) or isinstance(batches, (str, dict)) or hasattr(batches, "shape"):
@@ -156,8 +156,8 @@ def repeated(batches: Iterable[Any]) -> Iterator[Any]:
         )
     if isinstance(batches, Iterator):
         raise TypeError(
-            f"`batches` is a {type(batches).__name__}, which can be gone through once alone: pass a list, or "
-            "an object whose `__iter__` begins anew"
+            f"`batches` is a {type(batches).__name__}, which can be read only once: pass a list, or "
+            "an object whose `__iter__` starts anew"
         )
     return _without_end(batches)
 
