@@ -1,4 +1,4 @@
-"""`python -m jaxeff`: the same as the `jaxeff` command."""
+"""`python -m jaxeff`, the same as the `jaxeff` command."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """The command line: arguments in, text on standard output and an exit status out.
 
-0: done. 2: the arguments were wrong, or a file could not be read or written, said in one line. 130:
-interrupted. 141: whoever read the output has left.
+Exit statuses: 0 for success; 2 for wrong arguments, or a file that could not be read or written, with a one-line
+message; 130 if interrupted; 141 if the reader of the output has left.
 """
 
 import argparse
@@ -39,9 +39,9 @@ _PATH = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status; `argv` is `sys.argv[1:]` unless given."""
+    """Run one command and return its exit status; `argv` is `sys.argv[1:]` by default."""
     collects = gc.isenabled()
-    # Nothing here leaves cycles behind, and importing JAX takes an eighth less.
+    # Nothing here leaves reference cycles, and importing JAX takes an eighth less time.
     gc.disable()
     try:
         _run(argv)
@@ -65,9 +65,9 @@ _INTERRUPTED = "jaxeff: interrupted"
 
 @contextmanager
 def _exit_when_interrupted() -> Iterator[None]:
-    """Ctrl-C ends the process on the spot.
+    """End the process at once on Ctrl-C.
 
-    Not by an exception: raised while JAX's extensions are initialized, it would crash the process.
+    An exception would crash the process if it were raised while JAX's extensions are initialized.
     """
 
     def exit_at_once(*arguments: object) -> NoReturn:
@@ -75,7 +75,7 @@ def _exit_when_interrupted() -> Iterator[None]:
         os._exit(130)
 
     in_main = threading.current_thread() is threading.main_thread()
-    # The caller's own handler stays; a shell ignores interrupts of jobs in the background.
+    # Keep the caller's own handler; a shell ignores interrupts of background jobs.
     if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
@@ -87,7 +87,7 @@ def _exit_when_interrupted() -> Iterator[None]:
 
 
 def _told(error: OSError) -> str:
-    """What the system said, and of which file."""
+    """Return the system's message, with the name of the file."""
     said = (error.strerror or str(error)).split("\n", 1)[0]
     return said if error.filename is None else f"{os.fspath(error.filename)!r}: {said}"
 
@@ -101,7 +101,7 @@ def _run(argv: Sequence[str] | None) -> None:
     try:
         with _exit_when_interrupted():
             arguments = _parser().parse_args(argv)
-            # Not at the top: --help and mistyped arguments need not wait for JAX.
+            # Imported here, so that --help and mistyped arguments need not wait for JAX.
             _ = importlib.import_module(arguments.module)
         arguments.command(arguments)
     finally:
@@ -170,7 +170,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _width() -> int:
-    """COLUMNS if set, else the terminal's width, else that of a table anywhere."""
+    """Return COLUMNS if set, else the terminal's width, else that of any table."""
     from jaxeff.output.text import WIDTH
 
     return max(shutil.get_terminal_size((WIDTH, 24)).columns, 20)
@@ -188,7 +188,7 @@ def _check_writable(*paths: str | None) -> None:
 
 
 def _print(json_path: str | None, to_json: Callable[[], str], to_table: Callable[[], str]) -> None:
-    """The table, and a file of JSON where one is asked for; or the JSON alone."""
+    """Print the table and write JSON to a file if requested, or print only the JSON."""
     from jaxeff.output import files
 
     if json_path == _STANDARD_OUTPUT:
@@ -201,7 +201,7 @@ def _print(json_path: str | None, to_json: Callable[[], str], to_table: Callable
 
 @contextmanager
 def _refused() -> Iterator[None]:
-    """A checkpoint that cannot be read ends the command, like a wrong argument."""
+    """End the command if a checkpoint cannot be read, as for a wrong argument."""
     from jaxeff.checkpoints import CheckpointError
 
     try:
@@ -212,14 +212,14 @@ def _refused() -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage above it."""
+    """Reports errors in one line, without the usage above it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 class _Version(argparse.Action):
-    """Looks it up where it is asked for, and not before."""
+    """Looks the version up only when it is requested."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(f"jaxeff {jaxeff.__version__}")
@@ -236,7 +236,7 @@ def _examples(text: str) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="jaxeff",
-        description="Which weights of a JAX network earn their keep, and what can be removed.",
+        description="Find out which weights of a JAX network earn their keep, and what can be removed.",
         **_examples(_DEMO + _ANALYZE + _COMPARE),
     )
     _ = parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
@@ -254,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_checkpoints(commands: Any) -> None:
     analyze = commands.add_parser(
         "analyze",
-        help="the weights of a checkpoint, by magnitude, without its model",
+        help="analyse the weights of a checkpoint by magnitude, without its model",
         **_examples(_ANALYZE),
     )
     _ = analyze.add_argument("path", metavar="PATH", help=_PATH)
@@ -271,15 +271,17 @@ def _add_checkpoints(commands: Any) -> None:
         "those with most to spare first"
     )
     _ = analyze.add_argument("--sort", metavar="ORDER", default="path", type=_order(_metrics), help=help_)
-    help_ = "what changed from one checkpoint to another"
+    help_ = "show what changed from one checkpoint to another"
     compare = commands.add_parser("compare", help=help_, **_examples(_COMPARE))
     _ = compare.add_argument("a", metavar="A", help=_PATH)
-    _ = compare.add_argument("b", metavar="B", help="likewise, of any of the formats")
-    _ = compare.add_argument("--json", metavar="FILE", help="also write what changed; likewise")
+    _ = compare.add_argument("b", metavar="B", help="another checkpoint, in any of these formats")
+    _ = compare.add_argument(
+        "--json", metavar="FILE", help="also write the changes; - prints them instead of the table"
+    )
     help_ = "path, change or size: the largest first"
     _ = compare.add_argument("--sort", metavar="ORDER", default="path", type=_order(_changes), help=help_)
     for command, run in ((analyze, _analyze), (compare, _compare)):
-        help_ = "show the first N of each list: of rows, and of what follows them"
+        help_ = "show only the first N rows, and the first N items of each list after them"
         _ = command.add_argument("--top", metavar="N", type=_integer(0, 10**9), help=help_)
         command.set_defaults(command=run, module="jaxeff.checkpoints")
 
@@ -293,7 +295,7 @@ def _file(text: str) -> str:
 def _order(known: Callable[[], Sequence[str]]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in known():
-            raise argparse.ArgumentTypeError(f"{text!r} is no order: pass one of {', '.join(known())}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not an order: pass one of {', '.join(known())}")
         return text
 
     return parse

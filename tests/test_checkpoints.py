@@ -648,7 +648,7 @@ def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     _ = (tmp_path / "nothing").write_bytes(b"")
     assert "'text'" not in refused(["analyze", str(tmp_path / "text")], capsys).split("jaxeff reads")[1]
     for name in ("empty", "nothing"):
-        assert "no checkpoint" in refused(["analyze", str(tmp_path / name)], capsys)
+        assert "checkpoint that jaxeff reads" in refused(["analyze", str(tmp_path / name)], capsys)
     assert "No such file" in refused(["analyze", str(tmp_path / "none.safetensors")], capsys)
     assert "No such file" in refused(["compare", str(tmp_path / "none"), str(tmp_path)], capsys)
     for name in ("a.safetensors", "b.safetensors"):

@@ -349,7 +349,7 @@ WRONG = {
     "recalibrate": (TypeError, lambda: iterated(recalibrate=lambda s: 1), "`recalibrate` returned a int"),
     "restart": (ValueError, lambda: iterated(restart=lambda s: of([1])), "`restart` returned a state whose"),
     "importance": (ValueError, lambda: iterated(importance=lambda s: {"v": s.params["w"]}), "`importance`"),
-    "its shape": (ValueError, lambda: iterated(importance=lambda s: {"w": jnp.ones(2)}), "`importance` gave"),
+    "its shape": (ValueError, lambda: iterated(importance=lambda s: {"w": jnp.ones(2)}), "`importance` returned"),
     "nan scores": (ValueError, lambda: iterated(importance=lambda s: {"w": s.params["w"] * jnp.nan}),
                    "`importance` of 'w' holds nan"),
     "both": (ValueError, lambda: iterated(importance=lambda s: s.params, prunable={"w": True}), "`prunable`"),

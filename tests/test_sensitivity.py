@@ -498,7 +498,7 @@ WRONG = {
     "n of m": (lambda: run(pattern=prune.NByM(2, 4)), r"`sparsities` must be \(0.5,\) where 2 of 4 stay"),
     "block": (lambda: run(pattern=prune.Block((5, 1))), "does not divide 'Dense_0/kernel'"),
     "other tree": (lambda: run(importance={"w": jnp.ones(2)}), "`importance` must match the params"),
-    "other shape": (lambda: run(importance=_with_kernel(SCORES, jnp.ones((8, 8)))), "`importance` of other"),
+    "other shape": (lambda: run(importance=_with_kernel(SCORES, jnp.ones((8, 8)))), "`importance` must match"),
     "scores": (lambda: run(importance=_with_kernel(SCORES, NAN)), "`importance` of 'Dense_1/kernel' holds"),
     "both": (lambda: run(importance=SCORES, prunable={}), "`prunable` is for magnitudes"),
     "prunable": (lambda: run(prunable={"kernel": True}), "`prunable` names 'kernel', which is not a leaf"),

@@ -211,10 +211,10 @@ def test_packed_masks_are_unpacked_first():
 
 WRONG = {
     "neither": (lambda: prune.sparsify(optax.sgd(0.1)), "`schedule` is missing"),
-    "scope": (lambda: prune.sparsify(optax.sgd(0.1), masks=GIVEN, scope="global"), "`scope` is for a"),
+    "scope": (lambda: prune.sparsify(optax.sgd(0.1), masks=GIVEN, scope="global"), "`scope` needs a"),
     "pattern": (
         lambda: prune.sparsify(optax.sgd(0.1), masks=GIVEN, pattern=prune.NByM(2, 4)),
-        "`pattern` is for a",
+        "`pattern` needs a",
     ),
     "other shapes": (
         lambda: prune.sparsify(optax.sgd(0.1), masks=GIVEN).init(

@@ -1,11 +1,8 @@
-"""Trains a small convolutional network on scanned digits, analyses it, and prunes it.
+"""Train a small convolutional network on scanned digits, analyse it, and prune it.
 
-In: a seed and a number of epochs. Out: a trained state, its history, and the report and what pruning cost,
-printed.
-
-The digits come with the package, so nothing is downloaded. The hidden Dense layer is wider than
-the task needs, on purpose: the report should say so. It takes about 50 CPU seconds, half a
-minute to a minute on two cores.
+The digits come with the package, so nothing is downloaded. The hidden Dense layer is deliberately wider than
+the task needs, and the report should say so. The demo takes about 50 CPU seconds, half a minute to a minute on
+two cores.
 """
 
 import sys
@@ -36,14 +33,14 @@ SPARSITY = 0.9
 
 
 class Examples(NamedTuple):
-    """Digits and what they show: images [n, 8, 8, 1], labels [n]."""
+    """Images of digits [n, 8, 8, 1], and their labels [n]."""
 
     images: jax.Array
     labels: jax.Array
 
 
 class Epoch(NamedTuple):
-    """One pass over the training digits: its number from 1, the mean loss and accuracy during it."""
+    """One pass over the training digits: its number from 1, and the mean loss and accuracy during it."""
 
     number: int
     loss: float
@@ -51,7 +48,7 @@ class Epoch(NamedTuple):
 
 
 def digits() -> Examples:
-    """All 1,797 digits: images float32 in [0, 1], labels int32.
+    """Return all 1,797 digits: images float32 in [0, 1], labels int32.
 
     References:
         Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
@@ -68,13 +65,13 @@ def digits() -> Examples:
 
 
 def split(examples: Examples) -> tuple[Examples, Examples]:
-    """Training and test examples: the same 360 are held out whatever the training seed.
+    """Split into training and test examples; the same 360 are held out whatever the training seed.
 
     >>> training, test = split(digits())
     >>> len(training.labels), len(test.labels)
     (1437, 360)
     """
-    # The file is in the order in which people wrote: a tail would be a few writers.
+    # The file is ordered by writer, so its tail would hold only a few of them.
     order = np.random.default_rng(0).permutation(len(examples.labels))
     training, test = order[:-TEST_SIZE], order[-TEST_SIZE:]
     return jax.tree.map(lambda x: x[training], examples), jax.tree.map(lambda x: x[test], examples)
@@ -98,7 +95,7 @@ class DigitsCNN(nn.Module):
 
 
 def create_state(key: jax.Array) -> TrainState:
-    """A freshly initialised network and its optimizer."""
+    """Return a newly initialized network and its optimizer."""
     params = _init(key, jnp.zeros((1, 8, 8, 1)))["params"]
     return TrainState.create(apply_fn=_MODEL.apply, params=params, tx=_OPTIMIZER)
 
@@ -111,7 +108,7 @@ _init = jax.jit(_MODEL.init)
 
 @jax.jit
 def accuracy(state: TrainState, examples: Examples) -> jax.Array:
-    """The share of `examples` that the network names correctly, []."""
+    """Return the share of `examples` that the network classifies correctly, []."""
     logits = state.apply_fn({"params": state.params}, examples.images)
     return jnp.mean(jnp.argmax(logits, axis=-1) == examples.labels)
 
@@ -119,10 +116,10 @@ def accuracy(state: TrainState, examples: Examples) -> jax.Array:
 def train(
     seed: int = SEED, epochs: int = EPOCHS, progress: Callable[[Epoch], None] = lambda epoch: None
 ) -> tuple[TrainState, tuple[Epoch, ...]]:
-    """Trains a new network with AdamW; `progress` is called after each epoch.
+    """Train a new network with AdamW; `progress` is called after each epoch.
 
-    The seed decides the initial weights and the order of the batches, so equal seeds give equal
-    networks on one machine.
+    The seed determines the initial weights and the order of the batches, so equal seeds give equal networks on one
+    machine.
     """
     initial, order = jax.random.split(jax.random.key(seed))
     return _train(create_state(initial), order, epochs, progress)
@@ -134,7 +131,7 @@ def train_pruned(
     epochs: int = EPOCHS,
     progress: Callable[[Epoch], None] = lambda epoch: None,
 ) -> tuple[TrainState, tuple[Epoch, ...]]:
-    """Trains on while the smallest weights of all layers go: 90 % of them by half of the epochs."""
+    """Train on while the smallest weights of all layers are removed: 90 % of them by half of the epochs."""
     steps = epochs * _steps(split(digits())[0])
     schedule = prune.cubic(SPARSITY, begin=0, end=steps // 2, every=10)
     optimizer = prune.sparsify(_OPTIMIZER, schedule, scope="global")
@@ -148,7 +145,7 @@ def train_further(
     progress: Callable[[Epoch], None] = lambda epoch: None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> tuple[TrainState, tuple[Epoch, ...]]:
-    """Trains on with an optimizer that starts anew, AdamW unless given: what `train_pruned` compares with."""
+    """Train on with a new optimizer, AdamW by default, for comparison with `train_pruned`."""
     state = TrainState.create(apply_fn=state.apply_fn, params=state.params, tx=optimizer or _OPTIMIZER)
     return _train(state, jax.random.fold_in(jax.random.key(seed), 1), epochs, progress)
 
@@ -166,7 +163,7 @@ def _train(
 
 
 def _steps(training: Examples) -> int:
-    """Batches of an epoch."""
+    """Return the number of batches of an epoch."""
     return len(training.labels) // BATCH_SIZE
 
 
@@ -195,7 +192,7 @@ def _train_step(state: TrainState, batch: Examples) -> tuple[TrainState, tuple[j
 
 
 def run(seed: int = SEED, epochs: int = EPOCHS) -> None:
-    """Trains, analyses, prunes and prints: progress to standard error, results to standard output."""
+    """Train, analyse, prune and print: progress to standard error, results to standard output."""
     training, test = split(digits())
     with _shown_progress("Training", epochs) as progress:
         state, _ = train(seed, epochs, progress)
@@ -234,7 +231,7 @@ def _bytes(state: TrainState) -> int:
 
 
 def _packed_bytes(state: TrainState) -> int:
-    """Of a file that holds the parameters that are kept, and which they are."""
+    """Return the bytes of a file that holds the kept parameters, and which they are."""
     opt_state: Any = state.opt_state
     masks = opt_state.masks
     kept = [leaf.nbytes * float(jnp.mean(mask)) for leaf, mask in _pairs(state.params, masks)]

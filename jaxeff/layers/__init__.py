@@ -1,7 +1,7 @@
-"""The weights of a model -> the numbers of each layer.
+"""The numbers of each layer, from the weights of a model.
 
-Up to SMALL scores are sorted, more are counted by bit pattern: on the host, or where they lie if they are
-many.
+Layers of up to SMALL scores are sorted, larger ones are counted by bit pattern: on the host, or in place if they are
+large.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from jaxeff.report import LayerNumbers, none_of
 def measure(
     criterion: Criterion, layers: Sequence[Layer], curves: bool
 ) -> tuple[LayerNumbers, tuple[Any, ...]]:
-    """The numbers of all layers, stacked, and the importance of the units of each.
+    """Measure all layers; return their numbers, stacked, and the importance of the units of each.
 
     Args:
-        curves: whether to count how the importance of each is spread.
+        curves: also record how the importance of each layer is distributed.
     """
     if not layers:
         return none_of(LayerNumbers), ()

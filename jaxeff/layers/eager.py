@@ -1,7 +1,7 @@
 """The numbers of layers whose arrays are concrete.
 
 One program of the model scores all but the large layers, and their scores are read on the host, which
-compiles nothing. A large layer, or one that lies in parts, is counted where it lies.
+compiles nothing. A large layer, or one that lies in parts, is counted in place.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from jaxeff.statistics import (
 )
 
 TOGETHER = 1 << 18
-"""One program scores the layers of at most this many weights, which are no more bytes than a histogram."""
+"""One program scores the layers of at most this many weights, which take no more bytes than a histogram."""
 
 
 def measure_eagerly(
@@ -67,7 +67,7 @@ def measure_eagerly(
     together = [at for at, layer in enumerate(layers) if _goes_with_others(layer)]
     scored = _score_together(criterion, tuple((nameless(layers[at].arrays), seen[at]) for at in together))
     rows = dict(zip(together, scored, strict=True))
-    # All programs are started before the first result is waited for.
+    # Start all programs before waiting for the first result.
     started = [
         rows[at]
         if at in rows
@@ -87,13 +87,13 @@ def measure_eagerly(
 
 
 def _seen_by_part(criterion: Criterion, layer: Layer, sites: Sequence[SiteStatistics]) -> np.ndarray:
-    """Of each of the layers that a weight stacks, from the sums of its uses on the host."""
+    """Return for each layer that a weight stacks whether its activations were seen, from sums on the host."""
     arrays = Arrays(shadow(layer.arrays.weight), tuple(sites), Derivatives())
     return np.asarray([was_seen(criterion, part_of(arrays, index).sites) for index in layer.indices], bool)
 
 
 def _goes_with_others(layer: Layer) -> bool:
-    """Whether its scores may exist beside those of others, so that one program makes all of them."""
+    """Return whether a layer's scores may exist beside those of others, so that one program makes them all."""
     small = layer.size * len(layer.indices) <= TOGETHER
     return small and (layer.size <= SMALL or not _lies_in_parts(layer.arrays))
 
@@ -102,7 +102,7 @@ def _goes_with_others(layer: Layer) -> bool:
 def _score_together(
     criterion: Criterion, layers: tuple[tuple[Arrays, Any], ...]
 ) -> list[tuple[jax.Array, Reduced]]:
-    """The scores of each layer, [stacked layers, ...], and what else is read of it."""
+    """Return the scores of each layer, [stacked layers, ...], and its other numbers."""
 
     def all_of(arrays: Arrays, seen: Any) -> tuple[jax.Array, Reduced]:
         if not layer_axes(arrays):
@@ -119,7 +119,7 @@ def _score_together(
 def _reduce_alone(
     criterion: Criterion, layer: Layer, index: Index, seen: Any, curves: bool
 ) -> tuple[Any, Reduced]:
-    """Of a layer that is large, or lies in parts."""
+    """Reduce a layer that is large, or lies in parts."""
     arrays, at = nameless(layer.arrays), tuple(np.int32(i) for i in index)
     if is_sorted(layer):
         return _sort_alone(criterion, curves, arrays, at, seen)
@@ -132,7 +132,7 @@ def _lies_in_parts(arrays: Arrays) -> bool:
 
 
 def _sharding_of(arrays: Arrays) -> NamedSharding | None:
-    """How each of the stacked layers lies, where that is in parts, and not for the compiler to know."""
+    """Return the layout of each stacked layer, if it lies in parts and the layout is known."""
     sharding = arrays.weight.sharding if _lies_in_parts(arrays) else None
     if sharding is None or AxisType.Explicit in sharding.mesh.axis_types:
         return None
@@ -180,10 +180,10 @@ def _nonfinite_of(arrays: Arrays, index: Index) -> jax.Array:
 def _finish(
     criterion: Criterion, layer: Layer, index: Index, read: Any, reduced: Reduced, curves: bool
 ) -> tuple[LayerNumbers, np.ndarray]:
-    """The numbers of one layer, and the importance of its units, on the host.
+    """Return the numbers of one layer, and the importance of its units, on the host.
 
     Args:
-        read: the layer's scores, or what they were reduced to.
+        read: the layer's scores, or their counts.
     """
     arrays, at = nameless(layer.arrays), tuple(np.int32(i) for i in index)
     if isinstance(read, Read):
@@ -201,7 +201,7 @@ def _finish(
         sample = Spread(null.sample_of(criterion, factors, reduced.usable), untallied(np.zeros(null.SIZE)))
         noise = null.null_of(criterion, null.utilization_of(factors), reduced.usable, sums_of(sample))
     effective = effective_units(reduced.units.astype(np.float64), reduced.units.ndim)
-    # The largest tells whether there are any.
+    # The largest weight tells whether any is not finite.
     nonfinite = np.int32(0) if np.isfinite(reduced.largest) else to_host(_nonfinite_of(arrays, at))
     numbers = layer_numbers(criterion, metrics, noise, effective, reduced, nonfinite, cells)
     dtype = reduced.units.dtype
@@ -218,10 +218,10 @@ def _of_scores(scores: np.ndarray, in_order: bool, curves: bool) -> tuple[Metric
 
 
 def _of_counts(counts: Histogram, size: int, squares: Callable[[], Any], curves: bool) -> tuple[Metrics, Any]:
-    """The metrics of a layer by its bins.
+    """Return the metrics of a layer from its bins.
 
     Args:
-        squares: gives sum (v - mean)^2 relative to the largest, where bins are too wide to tell it.
+        squares: returns sum (v - mean)^2 relative to the largest, if bins are too wide for it.
     """
     sketched = sketch.of_histogram(counts, size)
     spread, integers = sketch.spread_of(sketched, np.float64), sketch.integers_of(sketched)
@@ -241,7 +241,7 @@ def _narrowed(number: Any, dtype: Any) -> np.ndarray:
 
 
 def _apart(parts: Any) -> list[Any]:
-    """One for each of the layers that a weight stacks."""
+    """Split into one for each layer that a weight stacks."""
     if isinstance(parts, list):
         return parts
     return [jax.tree.map(lambda array, at=at: array[at], parts) for at in range(len(parts[0]))]

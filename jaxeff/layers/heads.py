@@ -34,7 +34,7 @@ from jaxeff.statistics import (
 def heads(
     criterion: Criterion, layers: Mapping[str, Layer], attentions: Sequence[AttentionStatistics]
 ) -> list[Any]:
-    """The importance of the heads of each attention, [units]; nan where no weight of it was read.
+    """Return the importance of the heads of each attention, [units]; nan if none of its weights was read.
 
     Equal attentions share a program, or a loop.
     """
@@ -61,7 +61,7 @@ def heads(
 
 
 def _over_alike(function: Callable[[Any], Any], members: Sequence[Any]) -> Any:
-    """The function of each of several equal trees, stacked; in a loop, where there are several."""
+    """Apply a function to each of several equal trees, in a loop, and stack the results."""
     if len(members) == 1:
         return jax.tree.map(lambda array: array[None], function(members[0]))
     branches = [lambda arrays=arrays: arrays for arrays in members]

@@ -1,4 +1,4 @@
-"""Leaves of `params` that are no weights: biases, scales, integers."""
+"""Numbers of leaves of `params` that are not weights: biases, scales, integers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def structure(info: ParamInfo) -> OtherStructure:
 
 
 def measure(leaves: Sequence[Any]) -> OtherNumbers:
-    """The numbers of each leaf, stacked in the order of the leaves.
+    """Measure each leaf; return the numbers stacked in the order of the leaves.
 
-    Small concrete leaves are measured on the host. In a trace all short ones are rows of one array, so that a
+    Small concrete leaves are measured on the host. In a trace all short ones are rows of one array, so that one
     kernel serves them whatever their number and shapes.
     """
     if not leaves:
@@ -44,14 +44,14 @@ def measure(leaves: Sequence[Any]) -> OtherNumbers:
 
 
 def _kind(leaf: Any) -> Hashable:
-    """Equal for leaves that are measured together."""
+    """Return a key that is equal for leaves to be measured together."""
     if not jnp.issubdtype(leaf.dtype, jnp.number) or not leaf.size:
         return "unknown"
     return namespace(leaf), wide(leaf.dtype), leaf.size if leaf.size > _SHORT else None
 
 
 def _measure(leaves: Sequence[Any]) -> OtherNumbers:
-    """Of leaves of one kind."""
+    """Measure leaves of one kind."""
     if _kind(leaves[0]) == "unknown":
         nan: Any = np.full(len(leaves), np.nan, np.float32)
         none: Any = np.zeros(len(leaves), np.int32)

@@ -1,4 +1,4 @@
-"""One layer's arrays -> its scores, and what is read of them."""
+"""Scores of one layer, and their reduction."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ SMALL = 1 << 14
 
 
 class Reduced(NamedTuple):
-    """What one layer's arrays are reduced to beside its scores."""
+    """Numbers of one layer besides its scores."""
 
     units: Any  # the mean importance of each unit's weights
-    factors: Any  # of the null; [1] where there is none that is sampled
+    factors: Any  # of the null; [1] if the null is not sampled
     usable: Any  # whether what the criterion reads is finite
-    largest: Any  # of |w|; nan where one is
+    largest: Any  # of |w|; nan if any weight is nan
 
 
 def reduce(criterion: Criterion, arrays: Arrays, seen: Any) -> tuple[jax.Array, Reduced]:
-    """The scores of a layer, and what is read of it besides.
+    """Return the scores of a layer, and its other numbers.
 
     Args:
         seen: whether the activations that the criterion reads were seen, and are finite.
@@ -58,15 +58,15 @@ def reduce(criterion: Criterion, arrays: Arrays, seen: Any) -> tuple[jax.Array, 
 
 
 def score(criterion: Criterion, arrays: Arrays, seen: Any) -> tuple[jax.Array, Reduced]:
-    """The same without the units, which are sums of scores."""
+    """Return the scores of a layer, and its other numbers without the units, which are sums of scores."""
     usable = seen
     if criterion.needs:
         finite = [jnp.all(jnp.isfinite(sums)) for sums in jax.tree.leaves(arrays.derivatives)]
         usable = functools.reduce(jnp.logical_and, finite, seen)
     magnitudes = importance.magnitude(widened(arrays.weight))
-    # In the weight's own precision, whatever that of the activations, so that equal layers give equal types.
+    # Use the weight's precision, whatever that of the activations, so that equal layers have equal types.
     scores = importance.score(criterion, *arrays).astype(magnitudes.dtype)
-    # By magnitude where what the criterion reads is not finite.
+    # Fall back to magnitude if the criterion's statistics are not finite.
     scores = jnp.where(usable, scores, magnitudes)
     factors = jnp.ones(1, scores.dtype)
     if null.is_sampled(criterion):
@@ -76,15 +76,15 @@ def score(criterion: Criterion, arrays: Arrays, seen: Any) -> tuple[jax.Array, R
 
 
 def means_of_units(scores: Any, axes: Sequence[int]) -> Any:
-    """The mean importance of each unit's weights, from the scores of a layer whose units lie along `axes`."""
+    """Return the mean importance of each unit's weights, for a layer whose units lie along `axes`."""
     within = tuple(axis for axis in range(scores.ndim) if axis not in axes)
     count = math.prod(scores.shape[axis] for axis in within)
-    # Divided first, so that no sum of large ones overflows.
+    # Divide first, so that sums of large scores do not overflow.
     return (scores * np.asarray(1 / count, scores.dtype)).sum(axis=within)
 
 
 def was_seen(criterion: Criterion, sites: Sequence[SiteStatistics]) -> Any:
-    """Whether the activations that the criterion reads were seen at all, and are finite."""
+    """Return whether the activations that the criterion reads were seen at all, and are finite."""
     if not (criterion.reads_activations and sites):
         return np.bool_(True)
     # A branch that was not taken has seen nothing.
@@ -101,7 +101,7 @@ def nonfinite_count(weight: Any) -> jax.Array:
 
 
 def sums_of_units(means: Any, size: int) -> Any:
-    """The importance of each unit: the sum over its weights, of `size` in all."""
+    """Return the importance of each unit: the sum over its weights, of `size` in all."""
     return means * np.asarray(size // max(means.size, 1), means.dtype)
 
 
@@ -119,7 +119,7 @@ def is_small(layer: Layer) -> bool:
 
 
 class Read(NamedTuple):
-    """What is read of the spread of a layer."""
+    """Numbers of a layer's spread."""
 
     sums: Any
     cells: Any
@@ -130,7 +130,7 @@ def read_spread(spread: Spread, curves: bool) -> Read:
 
 
 def untallied(zeros: Any) -> tuple[Any, Any, Any, Any]:
-    """What a sample has of zeros, of entries below a threshold, and of what is no importance: nothing."""
+    """Return the tallies of a sample: no zeros, no entries below a threshold, no invalid entries."""
     return zeros, zeros, zeros, zeros
 
 
@@ -143,10 +143,10 @@ def layer_numbers(
     nonfinite: Any,
     cells: Any,
 ) -> LayerNumbers:
-    """The numbers of one layer, or of several stacked.
+    """Return the numbers of one layer, or of several stacked.
 
     Args:
-        noise: the null where it is sampled.
+        noise: the null, if it is sampled.
     """
     xp = namespace(metrics.utilization)
     if noise is None and criterion.null_power is not None:

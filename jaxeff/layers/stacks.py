@@ -1,4 +1,4 @@
-"""A weight under its name, with all that was seen of it, and the layers that it stacks."""
+"""A weight with its statistics, and the layers that it stacks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Index = tuple[Any, ...]
 
 
 class Arrays(NamedTuple):
-    """A weight, its uses (none for a weight that was not paired), and its derivatives."""
+    """A weight, its uses (none if it was not paired), and its derivatives."""
 
     weight: Any
     sites: tuple[SiteStatistics, ...]
@@ -33,19 +33,19 @@ class Arrays(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A weight under its name."""
+    """A weight with its static facts."""
 
     place: ParamInfo
     arrays: Arrays
 
     @property
     def size(self) -> int:
-        """Weights of each of the layers that it stacks."""
+        """Number of weights of each layer that it stacks."""
         return math.prod(self.place.shape) // math.prod(self.place.shape[a] for a in layer_axes(self.arrays))
 
     @property
     def indices(self) -> list[Index]:
-        """One for each of the layers that it stacks; an empty one where it is one layer."""
+        """One index per layer that it stacks; one empty index if it is a single layer."""
         return [*itertools.product(*(range(self.place.shape[axis]) for axis in layer_axes(self.arrays)))]
 
 
@@ -55,12 +55,12 @@ def layer_axes(arrays: Arrays) -> tuple[int, ...]:
 
 
 def unit_axes(arrays: Arrays) -> tuple[int, ...]:
-    # Flax lays every kernel out with its units last; where no operation was read that has to do.
+    # Without a read operation, assume that units are last, as in all Flax kernels.
     return arrays.sites[0].unit_axes if arrays.sites else (arrays.weight.ndim - 1,)
 
 
 def part_of(arrays: Arrays, index: Index) -> Arrays:
-    """One of the layers that a weight stacks; `index` may be traced."""
+    """Return one of the layers that a weight stacks; `index` may be traced."""
     axes = layer_axes(arrays)
     if not axes:
         return arrays
@@ -105,7 +105,7 @@ def part_of(arrays: Arrays, index: Index) -> Arrays:
 
 
 def structures(criterion: Criterion, layer: Layer) -> list[LayerStructure]:
-    """All that is known before any number, of each of the layers that a weight stacks."""
+    """Return the static facts of each layer that a weight stacks."""
     place, arrays = layer
     part = part_of(jax.tree.map(shadow, arrays), layer.indices[0])
     first = part.sites[0] if part.sites else None
@@ -130,10 +130,10 @@ def structures(criterion: Criterion, layer: Layer) -> list[LayerStructure]:
 
 
 def activities(layer: Layer, sites: Sequence[SiteStatistics]) -> list[Activity | None]:
-    """What the units of each stacked layer emit, over all uses that have the same units as the first.
+    """Return the activations of each stacked layer, over all uses that have the same units as the first.
 
     Args:
-        sites: of all weights; NumPy's are added up on the host.
+        sites: of all weights; NumPy arrays are added on the host.
     """
     own = tuple(site for site in sites if site.path == layer.place.path)
     arrays = Arrays(shadow(layer.arrays.weight), own, Derivatives())
@@ -150,17 +150,17 @@ def _activity(arrays: Arrays) -> Activity | None:
 
 
 def shadow(array: Any) -> np.ndarray:
-    """Zeros of the same shape, in the memory of one."""
+    """Return zeros of the same shape, in the memory of one."""
     return np.broadcast_to(np.zeros((), np.float32), np.shape(array))
 
 
 def positions(arrays: Arrays) -> np.ndarray:
-    """[stacked layers, axes], the index of each."""
+    """Return [stacked layers, axes], the index of each layer."""
     shape = [arrays.weight.shape[axis] for axis in layer_axes(arrays)]
     return np.stack([part.ravel() for part in np.indices(shape, np.int32)], axis=1)
 
 
 def nameless(arrays: Arrays) -> Arrays:
-    """Without what tells equal layers apart, so that they share a program."""
+    """Remove the names of equal layers, so that they share a program."""
     sites = tuple(dataclasses.replace(site, path="", bias=None) for site in arrays.sites)
     return arrays._replace(sites=sites)

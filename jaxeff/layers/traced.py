@@ -58,7 +58,7 @@ def measure_traced(
 
 
 def _differentiable(measured: Callable[[bool, Any], Any], in_order: bool, arrays: list[Arrays]) -> Any:
-    """Counted, where not all layers are sorted anyway; with the derivatives of sorting."""
+    """Count large layers, unless all are sorted anyway; derivatives are those of sorting."""
     if in_order:
         return measured(True, arrays)
     counted = jax.custom_jvp(functools.partial(measured, False))
@@ -71,7 +71,7 @@ def _differentiable(measured: Callable[[bool, Any], Any], in_order: bool, arrays
 
 
 class _Row(NamedTuple):
-    """What one layer is reduced to in a trace, or several stacked."""
+    """Numbers of one layer in a trace, or of several stacked."""
 
     scores: Any  # [SMALL], of a small layer, to be sorted with the others
     read: Read | None  # of a large layer that was sorted
@@ -113,7 +113,7 @@ def _inlined(
 
 
 def _groups(layers: Sequence[Layer]) -> list[list[int]]:
-    """Layers that one compiled loop can go through: of equal structure and shapes."""
+    """Group layers of equal structure and shapes, which one compiled loop can process."""
     groups: dict[Hashable, list[int]] = {}
     for index, layer in enumerate(layers):
         leaves, structure = jax.tree.flatten(nameless(layer.arrays))
@@ -122,7 +122,7 @@ def _groups(layers: Sequence[Layer]) -> list[list[int]]:
 
 
 def _rows_alike(criterion: Criterion, layers: Sequence[Layer], curves: bool, is_counted: bool) -> _Row:
-    """Equal layers, stacked."""
+    """Reduce equal layers; stack the results."""
     return _over_parts(
         [layer.arrays for layer in layers],
         lambda arrays: _row(criterion, layers[0], arrays, curves, is_counted),
@@ -130,7 +130,7 @@ def _rows_alike(criterion: Criterion, layers: Sequence[Layer], curves: bool, is_
 
 
 def _over_parts(members: Sequence[Arrays], function: Callable[[Arrays], Any]) -> Any:
-    """The function of each layer of equal weights, stacked; in a loop where there are several layers."""
+    """Apply a function to each layer of equal weights, in a loop if there are several, and stack the results."""
     members = [nameless(arrays) for arrays in members]
     first, steps = members[0], _steps(members)
     if len(steps) == 1:
@@ -139,7 +139,7 @@ def _over_parts(members: Sequence[Arrays], function: Callable[[Arrays], Any]) ->
 
 
 def _steps(members: Sequence[Arrays]) -> np.ndarray:
-    """[members x stacked layers, 1 + axes], the number of each member and the index of each of its layers."""
+    """Return [members x stacked layers, 1 + axes]: the index of each member and of each of its layers."""
     at = np.arange(len(members), dtype=np.int32)
     if not layer_axes(members[0]):
         return at[:, None]
@@ -169,7 +169,7 @@ def _row(criterion: Criterion, layer: Layer, arrays: Arrays, curves: bool, is_co
 
 
 def _count_all(criterion: Criterion, groups: Sequence[Sequence[Layer]]) -> _Counted:
-    """All layers of some groups in one loop, so that their scores never exist together."""
+    """Count all layers of some groups in one loop, so that their scores never exist together."""
     members = [[nameless(layer.arrays) for layer in group] for group in groups]
 
     def branch(arrays: list[Arrays]) -> Callable[[jax.Array], tuple[Histogram, jax.Array]]:
@@ -206,7 +206,7 @@ def _count_all(criterion: Criterion, groups: Sequence[Sequence[Layer]]) -> _Coun
 def _joined(
     criterion: Criterion, rows: Sequence[_Row], counted: _Counted | None, sizes: Sequence[int], curves: bool
 ) -> LayerNumbers:
-    """The numbers of all rows, those of counted layers first.
+    """Join the numbers of all rows, with those of counted layers first.
 
     One kernel sorts, and one reads the spread of all.
     """
@@ -244,7 +244,7 @@ def _joined(
 
 
 def _exactly(counted: _Counted | None, sums: jax.Array) -> tuple[Any, Any]:
-    """What `metrics_of` takes beside sums [R, 16], of which the first rows are those of counted layers."""
+    """Return the exact counts that `metrics_of` takes with sums [R, 16], whose first rows are counted layers."""
     if counted is None:
         return None, None
     count = len(counted.squares)
@@ -254,7 +254,7 @@ def _exactly(counted: _Counted | None, sums: jax.Array) -> tuple[Any, Any]:
 
 
 def _noise(criterion: Criterion, reduced: Reduced) -> Spread:
-    """A sample of noise with as many entries as other rows have."""
+    """Return a sample of noise with as many entries as other rows have."""
     sample = null.sample_of(criterion, reduced.factors, reduced.usable)
     spread = Spread(sample, untallied(jnp.zeros_like(sample.values)))
     return jax.tree.map(lambda part: jnp.pad(part, (0, SMALL - null.SIZE)) if part.ndim else part, spread)

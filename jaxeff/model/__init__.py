@@ -1,1 +1,1 @@
-"""What users train, as pure functions of named arrays."""
+"""Models as pure functions of named arrays."""

@@ -1,7 +1,7 @@
-"""Models as pure functions: whatever a user trains -> `function(params, inputs)` and all that it reads.
+"""Models as pure functions: `function(params, inputs)`, with all arrays that it reads.
 
-In: `params`, `apply_fn` and `batch` as the user has them, or an NNX model. Out: a `Model`. What does
-not fit is named here, once.
+A `Model` is made from a user's `params`, `apply_fn` and `batch`, or from an NNX model. Arguments that do not match
+are reported here.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ from jaxeff.model.params import Params, batch_size
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A function and all that it reads: `function(params, inputs)`.
+    """A function `function(params, inputs)`, with all arrays that it reads.
 
-    `paths` names the leaves of `params`. `origins` says of each leaf of `inputs` whether it is 'constant'
-    (state, and arrays that the function closed over: the same for every batch), 'batch', or another
-    'argument'.
+    `paths` names the leaves of `params`. `origins` says whether each leaf of `inputs` is 'constant' (state, and
+    arrays that the function closed over, which are the same for every batch), 'batch', or another 'argument'.
     """
 
     function: Function
@@ -57,7 +56,7 @@ class StatefulApply:
     state: Any
 
     def with_state(self, state: Any) -> Any:
-        """The same function with other variables."""
+        """Return the same function with other variables."""
         return dataclasses.replace(self, state=state)  # pyright: ignore
 
 
@@ -66,32 +65,32 @@ class NNXApply(StatefulApply):
     """`apply_fn(params, *batch)` of an NNX model, in the mode (train or eval) that it was in.
 
     Attributes:
-        structure: the model's graph definition.
-        state: all of its variables that are no parameters: running averages, random streams.
+        structure: graph definition of the model.
+        state: all variables that are not parameters: running averages, random streams.
     """
 
     structure: Any
     state: Any
 
     def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
-        # Variables of its own: inside jit or grad, those of the outside may not be written to.
+        # It gets its own variables, because those from outside may not be written inside jit or grad.
         state = jax.tree.map(lambda leaf: leaf, self.state)
         return merged(self.structure, params, state)(*batch, **keywords)
 
 
 def from_nnx(model: nnx.Module) -> tuple[Any, NNXApply]:
-    """An NNX model as `(params, apply_fn)`, for `jaxeff.analyze` and everything that takes the two.
+    """Split an NNX model into `(params, apply_fn)`, for `jaxeff.analyze` and everything that takes the two.
 
-    The model itself is left as it is. Its arrays are shared, as `nnx.split` shares them: where the model is
-    used afterwards, copy `params` before a step donates them. Its mode counts: call `model.eval()` first to
-    analyse it as it serves (dropout off, BatchNorm on running averages).
+    The model is not changed. Its arrays are shared, as by `nnx.split`: if you use the model afterwards, copy `params`
+    before a step donates them. The mode is kept: call `model.eval()` first to analyze the model as it serves
+    (dropout off, BatchNorm on running averages).
 
     Returns:
         The model's `nnx.Param` variables as an `nnx.State` (`nnx.update(model, params)` puts them
         back), and a pure function of them and of the model's inputs.
 
     Raises:
-        TypeError: it is no NNX module.
+        TypeError: `model` is not an NNX module.
 
     >>> import jax.numpy as jnp
     >>> params, apply_fn = from_nnx(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
@@ -109,12 +108,12 @@ def from_nnx(model: nnx.Module) -> tuple[Any, NNXApply]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bound:
-    """A user's apply function and its arguments: `call(params, inputs)`.
+    """A user's apply function with its arguments: `call(params, inputs)`.
 
     Attributes:
-        function: the same as a `Function`, of a Linen module or an NNX model.
-        hashable: whether that function is, by content and without a trace.
-        origins: as those of `Model`.
+        function: the same as a `Function`, for a Linen module or an NNX model.
+        hashable: whether that function can be hashed by content, without a trace.
+        origins: as in `Model`.
     """
 
     call: Callable[[Any, Any], Any]
@@ -127,14 +126,14 @@ class Bound:
     batch_size: int | None
 
     def plain(self, params: Any, inputs: Any) -> Any:
-        """The outputs alone."""
+        """Return only the outputs."""
         if self.function is not None:
             return self.function.without_capture()(params, inputs)[0]
         return self.call(params, inputs)
 
 
 def from_apply(params: Any, apply_fn: Callable, batch: Any, rngs: Any, keywords: Mapping[str, Any]) -> Model:
-    """Bind a user's apply function to its arguments, each checked and named when it does not fit."""
+    """Bind a user's apply function to its arguments, checking each."""
     bound = bind(params, apply_fn, batch, rngs, keywords)
     if bound.function is not None and bound.hashable:
         return Model(bound.function, bound.paths, bound.params, bound.inputs, bound.origins, bound.batch_size)
@@ -152,11 +151,11 @@ def bind(
     *,
     abstract: bool = False,
 ) -> Bound:
-    """A user's apply function with its arguments, nothing traced yet.
+    """Bind a user's apply function to its arguments without tracing.
 
     Args:
-        params: as the user has them, or `Params`.
-        abstract: whether shapes (`jax.ShapeDtypeStruct`) will do for arrays.
+        params: from the user, or `Params`.
+        abstract: whether shapes (`jax.ShapeDtypeStruct`) may replace arrays.
     """
     check_apply(apply_fn)
     batch = batch if isinstance(batch, tuple) else (batch,)
@@ -220,7 +219,7 @@ def has_array(value: Any) -> bool:
 
 
 def _content(value: Any) -> Hashable:
-    """None of what cannot be hashed."""
+    """Return hashable content, or None for content that cannot be hashed."""
     try:
         return content(value)
     except TypeError:

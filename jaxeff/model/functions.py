@@ -1,7 +1,7 @@
 """Functions that are hashable by content: equal exactly when they compute the same.
 
-`jax.jit` then traces and compiles each once: a bound `Module.apply` of an equal Linen module, an NNX
-model of equal structure, or any function whose traced program is the same.
+`jax.jit` therefore traces and compiles each once: a bound `Module.apply` of equal Linen modules, NNX models of
+equal structure, and any functions with the same traced program.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class Function(Protocol):
     def without_capture(self) -> Function: ...
 
 
-# What user code raises when its arguments do not fit each other.
+# Errors that user code raises when its arguments do not match.
 MISFITS = (TypeError, ValueError, KeyError, IndexError, AttributeError, flax.errors.FlaxError)
 
 
 def content(value: Any) -> Hashable:
-    """Something hashable that is equal for equal values: the value itself, or its parts.
+    """Return something hashable that is equal for equal values: the value itself, or its parts.
 
-    Lists, dicts and most dataclasses cannot be hashed, and neither can a module with a field of that kind.
+    Lists, dicts and most dataclasses cannot be hashed, and neither can a module with a field of that type.
 
     Raises:
-        TypeError: part of the value is of another kind that cannot be hashed.
+        TypeError: part of the value has another type that cannot be hashed.
 
     >>> hash(content(nn.Sequential([nn.Dense(4)]))) == hash(content(nn.Sequential([nn.Dense(4)])))
     True
@@ -64,7 +64,7 @@ def content(value: Any) -> Hashable:
 
 
 class _Identified:
-    """Equal to another of its kind with an equal identity."""
+    """Equal to another of its type with an equal identity."""
 
     identity: Any
 
@@ -79,7 +79,7 @@ class _Identified:
 class LinenFunction(_Identified):
     """`module.apply`: equal for equal modules and equal static arguments.
 
-    Its inputs are (state, batch, keyword arrays). The updates of mutable collections are left out.
+    Its inputs are (state, batch, keyword arrays). Updates of mutable collections are dropped.
     """
 
     module: nn.Module
@@ -97,7 +97,7 @@ class LinenFunction(_Identified):
         mutable = _mutable(keywords.pop("mutable", False))
         if self.capture and isinstance(mutable, list):
             capture = {"capture_intermediates": True, "mutable": [*mutable, "intermediates"]}
-            # Capture fails where plain apply works (nn.cond, for one): the walk then goes without it.
+            # Capture can fail where plain apply works (in nn.cond, for example); then do without it.
             try:
                 outputs, updates = self.module.apply(variables, *batch, **keywords, **capture)
             except (*MISFITS, jax.errors.UnexpectedTracerError):
@@ -110,7 +110,7 @@ class LinenFunction(_Identified):
 
 
 def merged(structure: Any, params: Any, state: Any) -> nnx.Module:
-    """The NNX model of its parts; `params` may be a plain dict, as `nnx.to_pure_dict` gives."""
+    """Merge an NNX model from its parts; `params` may be a plain dict, as from `nnx.to_pure_dict`."""
     # Some versions of Flax cannot read a State of a State.
     params = params if isinstance(params, nnx.State) else nnx.State(params)
     return nnx.merge(structure, params, state)
@@ -120,7 +120,7 @@ def merged(structure: Any, params: Any, state: Any) -> nnx.Module:
 class NNXFunction(_Identified):
     """An NNX model split into structure and state: equal for equal structures.
 
-    Its inputs are (state, batch, keyword arrays). Changes of the state are left out.
+    Its inputs are (state, batch, keyword arrays). Changes of the state are dropped.
     """
 
     structure: Any
@@ -142,7 +142,7 @@ class NNXFunction(_Identified):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TracedFunction(_Identified):
-    """A function as the program it was traced to; its arrays are inputs, its text is its identity.
+    """A function as its traced program, with its arrays as inputs and its text as its identity.
 
     Its inputs are (inputs of the function, arrays that it closed over).
     """
@@ -162,10 +162,10 @@ class TracedFunction(_Identified):
 
 
 def traced(function: Callable, params: Any, inputs: Any) -> tuple[TracedFunction, list[Any]]:
-    """`function(params, inputs)` as its program, and the arrays that it closed over."""
+    """Trace `function(params, inputs)`; return its program, and the arrays that it closed over."""
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(params, inputs)
     text = str(closed.jaxpr)
-    # An address in the text (a Python callback) may be reused by another object: equal to itself alone.
+    # An address in the text (a Python callback) may be reused by another object, so it is only equal to itself.
     unique = object() if " at 0x" in text else None
     # Arrays that inner calls closed over are neither in the text nor among the inputs.
     nested = tuple(_Same(const) for const in _nested_constants(closed.jaxpr))
@@ -176,7 +176,7 @@ def traced(function: Callable, params: Any, inputs: Any) -> tuple[TracedFunction
 
 
 class _Same:
-    """Equal to a wrapper of the same object alone; keeps the object, so that its id is not reused."""
+    """Equal only to a wrapper of the same object; keeps the object, so that its id is not reused."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -202,7 +202,7 @@ def _nested_constants(jaxpr: Jaxpr) -> list[Any]:
 
 
 def named_misfit(apply: Callable, variables: Any, batch: tuple) -> Any:
-    """Call the user's function; what it raises is told in terms of our arguments."""
+    """Call the user's function, and explain its errors in terms of our arguments."""
     try:
         return apply(variables, *batch)
     except MISFITS as error:
@@ -222,7 +222,7 @@ def first_line(error: BaseException) -> str:
 
 
 def bound_module(apply_fn: Callable) -> tuple[nn.Module | None, dict[str, Any]]:
-    """The Linen module behind `model.apply`, a jit of it, or a partial with keywords only."""
+    """Return the Linen module behind `model.apply`, a jit of it, or a partial with only keywords."""
     if isinstance(apply_fn, functools.partial) and not apply_fn.args:
         module, keywords = bound_module(apply_fn.func)
         return module, {**keywords, **apply_fn.keywords}
@@ -234,7 +234,7 @@ def bound_module(apply_fn: Callable) -> tuple[nn.Module | None, dict[str, Any]]:
 
 
 def _captured(intermediates: Mapping[str, Any]) -> dict[Path, jax.Array]:
-    """Module outputs by module path; the calls of a shared module are numbered from the second on."""
+    """Return module outputs by module path; repeated calls of a shared module are numbered from the second on."""
     captured: dict[Path, jax.Array] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(intermediates)[0]:
         names = [key_name(key) for key in keys]
@@ -248,7 +248,7 @@ def _captured(intermediates: Mapping[str, Any]) -> dict[Path, jax.Array]:
 
 
 def _alive(leaf: Any) -> bool:
-    """False for a tracer that leaked out of a transformation inside the module (a raw vmap)."""
+    """Return False for a tracer that leaked out of a transformation inside the module (a raw vmap)."""
     if not isinstance(leaf, jax.Array) or not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.ndim < 1:
         return False
     try:
@@ -259,7 +259,7 @@ def _alive(leaf: Any) -> bool:
 
 
 def _mutable(mutable: Any) -> Any:
-    """The collections to mutate as a list; True or a filter stays as it is, and nothing is captured."""
+    """Return the collections to mutate as a list; True or a filter is unchanged, and nothing is captured."""
     if mutable is False:
         return []
     return [mutable] if isinstance(mutable, str) else list(mutable) if isinstance(mutable, tuple) else mutable

@@ -1,7 +1,7 @@
-"""A loss over a model: what is static of it, the arrays that it reads, and the same for one example.
+"""A loss over a model, its static part and its arrays, also for single examples.
 
-In: a `Model`, `loss_fn` and `targets`, each checked and named when it does not fit. Out: an
-`Objective`, equal to another that computes the same, and its `Arrays`.
+An `Objective` and its `Arrays` are made from a `Model`, `loss_fn` and `targets`, which are checked here. Objectives
+that compute the same are equal.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from jaxeff.numerics.meshes import gathered
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is static of `loss(function(params, inputs), targets)`, and which leaves are weights.
+    """The static part of `loss(function(params, inputs), targets)`, and which leaves are weights.
 
     Attributes:
-        loss: None where none was given.
-        example: the same for a batch of one; None where no per-example quantity is asked for.
+        loss: None if none was given.
+        example: the same for a batch of one; None if no per-example quantity is needed.
         origins: of the leaves of `inputs`.
         paths: of the leaves of `params`.
         weights: path of each weight, and its index among the leaves.
@@ -42,7 +42,7 @@ class Objective:
     batch_size: int
 
     def mean_loss(self, outputs: Any, arrays: Arrays) -> jax.Array:
-        """Of a batch's outputs; a loss for each example, or each of its positions, is averaged."""
+        """Return the mean loss of a batch's outputs; losses per example or per position are averaged."""
         assert self.loss is not None, "checked where the objective is made"
         return jnp.mean(self.loss(outputs, (arrays.targets, arrays.constants))[0])
 
@@ -50,7 +50,7 @@ class Objective:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """What an objective reads beside `params`; `constants` are what the loss closed over."""
+    """The arrays that an objective reads besides `params`; `constants` are those that the loss closed over."""
 
     inputs: Any
     targets: Any
@@ -61,13 +61,14 @@ class Arrays:
 def objective(
     model: Model, loss_fn: Callable | None, targets: Any, weights: Collection[str]
 ) -> tuple[Objective, Arrays]:
-    """The objective of a whole batch.
+    """Return the objective of a whole batch.
 
     Args:
         weights: which of the model's `paths` are weights.
 
     Raises:
-        TypeError, ValueError: `loss_fn` is no loss of the model's outputs and these targets.
+        TypeError: `loss_fn` is not a function, or does not return a floating array.
+        ValueError: `loss_fn` does not match the model's outputs and these targets.
     """
     loss, constants = (None, []) if loss_fn is None else _traced_loss(model, loss_fn, targets)
     function = model.function.without_capture()
@@ -79,23 +80,23 @@ def objective(
 def with_example(
     whole: tuple[Objective, Arrays], example: tuple[Objective, Arrays]
 ) -> tuple[Objective, Arrays]:
-    """The objective of a batch, with that of a batch of one for what each example makes of the loss.
+    """Return the objective of a batch together with that of a batch of one, for quantities per example.
 
     Raises:
-        ValueError: `loss_fn` gave the mean loss, not one loss for each example.
+        ValueError: `loss_fn` returned the mean loss, not one loss per example.
     """
     (batch, arrays), (one, one_arrays) = whole, example
     assert batch.loss is not None, "per-example quantities have a loss"
     if batch.loss.closed.jaxpr.outvars[0].aval.shape[:1] != (batch.batch_size,):
         raise ValueError(
-            "`loss_fn` returned the mean loss: criterion 'fisher' needs one loss for each example, an array "
+            "`loss_fn` returned the mean loss: criterion 'fisher' needs one loss per example, an array "
             f"of shape ({batch.batch_size},), or ({batch.batch_size}, ...) to average over the rest"
         )
     return dataclasses.replace(batch, example=one), dataclasses.replace(arrays, example=one_arrays)
 
 
 def first_example(batch: Any, batch_size: int | None) -> Any:
-    """A batch of one. Arrays without one row an example, such as a mask, stay whole."""
+    """Return a batch of one. Arrays without one row per example, such as a mask, stay whole."""
 
     def first(leaf: Any) -> Any:
         return gathered(leaf)[:1] if np.ndim(leaf) and np.shape(leaf)[0] == batch_size else leaf
@@ -104,13 +105,13 @@ def first_example(batch: Any, batch_size: int | None) -> Any:
 
 
 def batch_leaves(origins: Sequence[str], inputs: Any) -> list[Any]:
-    """The leaves of a model's inputs that are the batch."""
+    """Return the leaves of a model's inputs that are the batch."""
     pairs = zip(jax.tree.leaves(inputs), origins, strict=True)
     return [leaf for leaf, origin in pairs if origin == "batch"]
 
 
 def with_batch(origins: Sequence[str], inputs: Any, batch: Iterable[Any]) -> Any:
-    """A model's inputs with other leaves for the batch."""
+    """Return a model's inputs with other leaves for the batch."""
     leaves, structure = jax.tree.flatten(inputs)
     given = iter(batch)
     pairs = zip(leaves, origins, strict=True)
@@ -118,7 +119,7 @@ def with_batch(origins: Sequence[str], inputs: Any, batch: Iterable[Any]) -> Any
 
 
 def _traced_loss(model: Model, loss_fn: Callable, targets: Any) -> tuple[TracedFunction, list[Any]]:
-    """`loss_fn(outputs, targets)` as its program, and the arrays that it closed over."""
+    """Trace `loss_fn(outputs, targets)`; return its program, and the arrays that it closed over."""
     if not callable(loss_fn):
         raise TypeError(f"`loss_fn` must be a function (outputs, targets), got {type(loss_fn).__name__}")
     outputs = _outputs.eval_shape(model.function, model.params, model.inputs)

@@ -1,4 +1,4 @@
-"""The arrays that a user passes: what they are called, and whether they are arrays at all."""
+"""The arrays that a user passes as `params` or `batch`: their names, and checks."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _BOXES = (nnx.Variable, AxisMetadata)  # wrap one value, as nn.Partitioned and n
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Params:
-    """What a user passes as `params`, taken apart, named and checked: made once, and passed down.
+    """A user's `params`, split, named and checked once, and then passed down.
 
     Attributes:
         tree: the parameters alone.
         paths: of their leaves, in the order of `jax.tree.leaves`.
-        state: the other collections of a variables dict; empty where there are none.
-        is_variables: whether they came in a variables dict, which is what the model's function then takes.
+        state: the other collections of a variables dict; empty if there are none.
+        is_variables: whether they came in a variables dict, which the model's function then expects.
     """
 
     tree: Any
@@ -39,14 +39,14 @@ class Params:
 
     @staticmethod
     def of(params: Any, *, abstract: bool = False) -> Params:
-        """Take apart what a user passes; `Params` stay as they are.
+        """Split, name and check a user's `params`; return `Params` unchanged.
 
         Args:
-            abstract: whether a `jax.ShapeDtypeStruct` will do for an array.
+            abstract: whether a `jax.ShapeDtypeStruct` may replace an array.
 
         Raises:
-            TypeError: a leaf is no array of numbers.
-            ValueError: there are no leaves, or two have one path.
+            TypeError: a leaf is not an array of numbers.
+            ValueError: there are no leaves, or two have the same path.
 
         >>> found = Params.of({"params": {"w": 1.0}, "batch_stats": {"mean": 0.0}})
         >>> found.paths, found.state
@@ -67,7 +67,7 @@ class Params:
         return [(path, jnp.shape(leaf), str(jnp.result_type(leaf))) for path, leaf in self.named.items()]
 
     def by_shape(self) -> tuple[ParamInfo, ...]:
-        """What each leaf is where no program tells."""
+        """Return the role of each leaf without a program."""
         return tuple(
             ParamInfo(path, jnp.shape(leaf), str(dtype), role_of(path, jnp.shape(leaf), dtype), None)
             for path, leaf in self.named.items()
@@ -76,32 +76,32 @@ class Params:
 
 
 def split_variables(params: Any) -> tuple[Any, dict[str, Any]]:
-    """The `params` collection and the other collections of a variables dict.
+    """Split a variables dict into its `params` collection and its other collections.
 
     >>> split_variables({"params": {"w": 1.0}, "batch_stats": {"mean": 0.0}})
     ({'w': 1.0}, {'batch_stats': {'mean': 0.0}})
     """
     if is_variables(params):
-        # Intermediates left over from `init` would be appended to, and shadow this run's.
+        # This run would append to intermediates left over from `init`, which would shadow its own.
         rest = {name: value for name, value in params.items() if name not in ("params", "intermediates")}
         return params["params"], rest
     return params, {}
 
 
 def is_variables(params: Any) -> bool:
-    """Whether these are Linen variables, rather than one collection or an NNX state."""
+    """Return whether these are Linen variables, rather than one collection or an NNX state."""
     return isinstance(params, Mapping) and not isinstance(params, nnx.State) and "params" in params
 
 
 def named_leaves(params: Any, *, abstract: bool = False) -> dict[Path, Any]:
-    """The leaves of `params` by path ('block_0/Dense_0/kernel'), each checked to be an array.
+    """Return the leaves of `params` by path ('block_0/Dense_0/kernel'), each checked to be an array.
 
     Args:
-        abstract: whether a `jax.ShapeDtypeStruct` will do.
+        abstract: whether a `jax.ShapeDtypeStruct` may replace an array.
 
     Raises:
-        TypeError: a leaf is no array of numbers.
-        ValueError: there are no leaves, or two have one path.
+        TypeError: a leaf is not an array of numbers.
+        ValueError: there are no leaves, or two have the same path.
     """
     if hasattr(params, "apply_fn") and hasattr(params, "params"):
         raise TypeError(f"`params` is a {type(params).__name__}: pass its `.params`")
@@ -124,13 +124,13 @@ def named_leaves(params: Any, *, abstract: bool = False) -> dict[Path, Any]:
 
 
 def batch_size(batch: tuple, *, abstract: bool = False) -> int | None:
-    """The leading size of the first array of a batch; None where it holds numbers alone.
+    """Return the leading size of the first array of a batch; None if the batch holds only single numbers.
 
     Args:
-        abstract: whether a `jax.ShapeDtypeStruct` will do.
+        abstract: whether a `jax.ShapeDtypeStruct` may replace an array.
 
     Raises:
-        TypeError: a leaf is no array of numbers.
+        TypeError: a leaf is not an array of numbers.
         ValueError: an array holds no examples, or there are no arrays.
     """
     sizes: list[int] = []
@@ -159,10 +159,10 @@ def is_array(leaf: Any, *, abstract: bool = False) -> bool:
 
 
 def leaves_by_path(tree: Any) -> list[tuple[Path, Any]]:
-    """Every leaf with its path, in the order of `jax.tree.leaves`.
+    """Return every leaf with its path, in the order of `jax.tree.leaves`.
 
     A path is the keys of a leaf, joined by '/'. A box (`nn.Partitioned`, `nnx.Param`) adds no key of its own;
-    a field that is called `value` does.
+    a field called `value` does.
 
     >>> leaves_by_path({"kernel": nnx.Param(1.0), "attn": {"value": 2.0}})
     [('attn/value', 2.0), ('kernel', 1.0)]
@@ -171,7 +171,7 @@ def leaves_by_path(tree: Any) -> list[tuple[Path, Any]]:
 
 
 def own_arrays(tree: Any) -> Any:
-    """The tree with each array copied, so that a step may donate it: none occurs twice or elsewhere.
+    """Copy each array of a tree, so that a step may donate the tree: no array occurs twice or elsewhere.
 
     >>> array = jnp.ones(2)
     >>> one, other = own_arrays((array, array))
@@ -182,7 +182,7 @@ def own_arrays(tree: Any) -> Any:
 
 
 def key_name(key: Any) -> str:
-    """One key of a pytree path as a part of a name."""
+    """Return one key of a pytree path as a part of a name."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -190,13 +190,13 @@ def key_name(key: Any) -> str:
 
 
 def _unboxed(node: Any) -> Iterator[tuple[tuple, Any]]:
-    """Leaves with their keys, but for the keys of boxes."""
+    """Return leaves with their keys, without the keys of boxes."""
 
     def is_inner_box(child: Any) -> bool:
         return child is not node and isinstance(child, _BOXES)
 
     children = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_inner_box)[0]
-    # A box of several parts keeps their names, which tell them apart.
+    # A box of several parts keeps their names, to tell them apart.
     one_part = isinstance(node, _BOXES) and len({keys[:1] for keys, _ in children}) == 1
     for keys, child in children:
         outer = keys[1:] if one_part else keys

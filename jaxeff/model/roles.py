@@ -1,6 +1,6 @@
-"""What the leaves of `params` are where no program tells: by name, shape and dtype.
+"""Roles of the leaves of `params` without a program: by name, shape and dtype.
 
-Needs neither Flax nor the arrays, so that a checkpoint is read by the same rule.
+It needs neither Flax nor the arrays, so that checkpoints are read by the same rule.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _INTEGERS = ("int", "uint")
 
 @dataclasses.dataclass(frozen=True)
 class ParamInfo:
-    """What one leaf of `params` is.
+    """Facts about one leaf of `params`.
 
     Attributes:
-        role: 'weight', or what it is instead: 'bias', 'scale', 'integer array', ...
-        reason: why no site of this weight could be read; None for one that has sites.
+        role: 'weight' or another role: 'bias', 'scale', 'integer array', ...
+        reason: why no site of this weight could be read; None if it has sites.
     """
 
     path: str
@@ -34,17 +34,17 @@ class ParamInfo:
 
 
 def last_name(path: str) -> str:
-    """The name at the end of a path, whose parts are joined by '/' or, in checkpoints, by '.'."""
+    """Return the name at the end of a path, whose parts are joined by '/' or, in checkpoints, by '.'."""
     return re.split(r"[./]", path)[-1]
 
 
 def role_of(path: str, shape: Sequence[int], dtype: Any, layers: int = 0) -> str:
-    """'weight', or what a leaf is instead: 'bias', 'scale', 'vector', 'empty', 'int32 array'.
+    """Return 'weight' or another role of a leaf: 'bias', 'scale', 'vector', 'empty', 'int32 array'.
 
-    A weight is a floating array of two axes or more that is called neither bias nor scale.
+    A weight is a floating array of two axes or more whose name is not that of a bias or scale.
 
     Args:
-        layers: leading axes over which layers are stacked, which do not count.
+        layers: number of leading axes over which layers are stacked, which do not count.
 
     >>> role_of("Dense_0/kernel", (3, 4), "float32"), role_of("Dense_0/bias", (4,), "float32")
     ('weight', 'bias')
@@ -58,7 +58,7 @@ def role_of(path: str, shape: Sequence[int], dtype: Any, layers: int = 0) -> str
 
 
 def whole_numbers(arrays: Iterable[tuple[str, Sequence[int], str]]) -> str:
-    """What to do about weights that are integers; empty where no array of two axes or more is of them.
+    """Return advice on integer weights; empty if no array of two axes or more holds integers.
 
     Args:
         arrays: path, shape and dtype of each.

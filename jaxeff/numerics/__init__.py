@@ -1,1 +1,1 @@
-"""Arithmetic that knows nothing of networks."""
+"""Arithmetic that does not depend on networks."""

@@ -1,4 +1,4 @@
-"""The threshold between the lowest scores and the others, by bisection over whole arrays, where they lie."""
+"""The threshold between the lowest scores and the others, by bisection over whole arrays, wherever they lie."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Axes = tuple[int, ...]
 
 
 class Threshold(NamedTuple):
-    """What tells the lowest scores from the others: two integers.
+    """The border between the lowest scores and the others, as two integers.
 
     Attributes:
-        limit: a bit pattern; every score below it is among the lowest.
-        first: an index; the scores at the limit whose index is smaller are among them, too.
+        limit: a bit pattern; all scores below it are among the lowest.
+        first: an index; scores equal to the limit with a smaller index are among the lowest too.
     """
 
     limit: Array
@@ -29,7 +29,7 @@ class Threshold(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Arrays of one shape: scores, and which of them may be chosen."""
+    """Scores and the candidates among them, as arrays of one shape."""
 
     values: Array
     open_: Array | None
@@ -38,14 +38,14 @@ class Candidates(NamedTuple):
         return Candidates(function(self.values), None if self.open_ is None else function(self.open_))
 
     def keys(self, largest: bool) -> Array:
-        """Integers from 0 on, of which the lowest are sought."""
+        """Return integers from 0 on, the lowest of which are sought."""
         bits = pattern(self.values)
         keys = LAST - 1 - bits if largest else bits
         return keys if self.open_ is None else jnp.where(self.open_, keys, LAST)
 
 
 def pattern(score: Array) -> Array:
-    """Ordered as the scores are; -0.0 as 0."""
+    """Return bit patterns ordered like the scores, with -0.0 as 0."""
     return jnp.maximum(bits_of(score.astype(jnp.float32)), 0)
 
 
@@ -54,7 +54,7 @@ def is_below(key: Array, threshold: Threshold, index: Array) -> Array:
 
 
 def index_in_row(shape: Axes, apart: Axes) -> Array:
-    """Of each element in its row, in C order, without a reshape that would bring it to one device."""
+    """Return the index of each element in its row, in C order, without a reshape that would gather the array."""
     index, stride = jnp.zeros(shape, jnp.int32), 1
     for axis in reversed([axis for axis in range(len(shape)) if axis not in apart]):
         index = index + stride * lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -105,7 +105,7 @@ def bisected(
 
 
 def largest_of_each(holds: Callable[[list[Array]], list[Array]], like: list[Array], bits: int) -> list[Array]:
-    """The largest n < 2^bits with `holds(n)`, where `holds` is true up to some n and false after; of each."""
+    """Return for each the largest n < 2^bits with `holds(n)`, where `holds` is true up to some n and false after."""
 
     def step(number: Array, found: list[Array]) -> list[Array]:
         bit = lax.shift_left(jnp.int32(1), jnp.int32(bits - 1) - number)

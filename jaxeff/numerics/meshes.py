@@ -1,8 +1,8 @@
-"""Arrays on a mesh of explicit axes, where the type of an array says how it lies on the devices.
+"""Arrays on a mesh of explicit axes, whose types say how they lie on the devices.
 
-JAX refuses an operation whose layout it cannot tell from the types of its operands: a sort along an axis
-that lies in parts, a reshape that cuts or merges one. Where no axis is explicit the compiler lays arrays
-out, and the functions of this module do nothing.
+JAX refuses operations whose layout does not follow from the types of the operands, such as a sort along an axis that
+lies in parts, or a reshape that splits or merges one. If no axis is explicit, the compiler decides on layouts, and
+the functions of this module do nothing.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def gathered(array: Any) -> Any:
-    """The array, whole on every device of its explicit mesh."""
+    """Return the array, whole on every device of its explicit mesh."""
     sharding = _explicit(array)
     return array if sharding is None else jax.sharding.reshard(array, _whole(sharding))
 
 
 def laid_like(array: jax.Array, other: Any) -> jax.Array:
-    """The array, lying as another of its shape does; an array of another shape stays as it is."""
+    """Lay out the array like another of its shape; an array of another shape is unchanged."""
     wanted = _explicit(other)
     if jnp.shape(array) != jnp.shape(other):
         return array
@@ -31,18 +31,18 @@ def laid_like(array: jax.Array, other: Any) -> jax.Array:
 
 
 def zeros_of(shapes: Any) -> Any:
-    """Zeros of the shapes, types and layouts of `jax.eval_shape`."""
+    """Return zeros of the shapes, types and layouts of `jax.eval_shape`."""
     return jax.tree.map(lambda leaf: laid_like(jnp.zeros(leaf.shape, leaf.dtype), leaf), shapes)
 
 
 def by_compiler(function: Callable[..., Any], *arrays: Any, like: Any = None) -> Any:
-    """function(*arrays), with the layout of all that it makes left to the compiler.
+    """Return function(*arrays), with all layouts inside it left to the compiler.
 
     Args:
         function: trees of arrays -> a tree of arrays.
-        like: a tree of arrays like that of the results, or one array for all: each result lies as its array
-            does along every axis whose parts divide it, where the two have as many axes. Otherwise, and
-            without `like`, results are whole on every device.
+        like: a tree of arrays like that of the results, or one array for all. Each result is laid out like its array
+            along every axis that the parts divide, if both have equally many axes. Otherwise, and without `like`,
+            results are whole on every device.
     """
     explicit = [sharding for sharding in map(_explicit, jax.tree.leaves(arrays)) if sharding is not None]
     if not explicit:
@@ -73,7 +73,7 @@ def _parts(entry: Any, mesh: Any) -> int:
 
 
 def _explicit(array: Any) -> NamedSharding | None:
-    """How an array lies, where an explicit axis of a mesh cuts it."""
+    """Return the layout of an array that an explicit axis of a mesh splits."""
     # What eval_shape returns has no type of its own.
     abstract = isinstance(array, jax.ShapeDtypeStruct)
     sharding = array.sharding if abstract else jax.typeof(array).sharding

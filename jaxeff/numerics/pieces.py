@@ -1,6 +1,6 @@
-"""The threshold between the lowest scores and the others, on one CPU: in pieces that fit its cache.
+"""The threshold between the lowest scores and the others, on one CPU, in pieces that fit its cache.
 
-Counts piece by piece, in loops that all arrays share.
+Counts go piece by piece, in loops that all arrays share.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FEW = 64  # rows whose histograms of 2^11 bins are small beside their elements
 
 
 class _Part(NamedTuple):
-    """Thresholds of all rows of a size class, [rows], and where those of one array begin."""
+    """Thresholds of all rows of a size class, [rows], and the start of those of one array."""
 
     threshold: Threshold
     start: int
@@ -41,7 +41,7 @@ class _Part(NamedTuple):
 def in_pieces(
     arrays: list[Candidates], counts: list[Array], apart: tuple[Axes, ...] | None, largest: bool
 ) -> list[Array]:
-    """The lowest or highest, as `_selected` has them."""
+    """Find the lowest or highest, as in `_selected`."""
     offsets = [0] * len(arrays)
     if apart is None:
         offsets = np.cumsum([0, *(array.values.size for array in arrays[:-1])]).tolist()
@@ -55,7 +55,7 @@ def in_pieces(
         found = of_rows(rows, [count.ravel() for count in counts], largest)
     masks = []
     for array, axes, part, offset in zip(arrays, apart, found, offsets, strict=True):
-        # XLA compiles equal kernels once: what tells one array from another is to be read, not written there.
+        # XLA compiles equal kernels once, so the difference between arrays has to be read from memory.
         start, before = _read(part.start, part.threshold), _read(offset, part.threshold)
         shape = tuple(size if axis in axes else 1 for axis, size in enumerate(array.values.shape))
         own = [lax.dynamic_slice(x, (start,), (math.prod(shape),)).reshape(shape) for x in part.threshold]
@@ -65,19 +65,19 @@ def in_pieces(
 
 
 def _read(number: int, threshold: Threshold) -> Array:
-    """A number that XLA takes from memory, since it does not know that no index is negative."""
+    """Return a number that XLA has to read from memory, as it does not know that no index is negative."""
     place = jnp.minimum(threshold.first[0], 0)
     return lax.dynamic_index_in_dim(jnp.asarray([number, -1], jnp.int32), place, keepdims=False)
 
 
 def rows_of(array: Array, apart: Axes) -> Array:
-    """[rows, elements], both in C order."""
+    """Return [rows, elements], both in C order."""
     moved = jnp.moveaxis(array, apart, range(len(apart)))
     return moved.reshape(math.prod(moved.shape[: len(apart)]), -1)
 
 
 def _joined(arrays: Sequence[Candidates], rank: int = 1) -> Candidates:
-    """Arrays one after the other: of all their elements, or along the first of two axes."""
+    """Concatenate arrays: all of their elements, or along the first of two axes."""
     # As they are: what is done to each first would be done to each element by a choice among all of them.
     dtypes = {array.values.dtype for array in arrays}
     narrow = len(dtypes) == 1 and dtypes <= {jnp.dtype(name) for name in ("bfloat16", "float16", "float32")}
@@ -88,7 +88,7 @@ def _joined(arrays: Sequence[Candidates], rank: int = 1) -> Candidates:
 
 
 def of_rows(rows: list[Candidates], counts: list[Array], largest: bool) -> list[_Part]:
-    """The thresholds of the rows of each [rows, elements]; those of one size class in one loop."""
+    """Return the thresholds of the rows of each [rows, elements]; those of one size class in one loop."""
     classes: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         classes.setdefault(_size_class(row.values.shape[1]), []).append(i)
@@ -103,13 +103,13 @@ def of_rows(rows: list[Candidates], counts: list[Array], largest: bool) -> list[
 
 
 def _size_class(size: int) -> int:
-    """The size that rows are filled up to, at most a quarter longer; for long ones that of a piece."""
+    """Return the size to which rows are padded: at most a quarter longer, or that of a piece for long rows."""
     step = max(1 << (size.bit_length() - 1) >> 2, 1)
     return min(-(-size // step) * step, _PIECE)
 
 
 def _filled(rows: Candidates, size: int, largest: bool) -> Candidates:
-    """Rows whose length is a multiple of a size, filled with what goes after all else."""
+    """Pad rows to a multiple of a size, with values after all others."""
     padding = -rows.values.shape[1] % size
     if not padding:
         return rows
@@ -125,7 +125,7 @@ def _filled(rows: Candidates, size: int, largest: bool) -> Candidates:
 
 
 def _of_short_rows(size: int, rows: list[Candidates], counts: Array, largest: bool) -> Threshold:
-    """By bisection, side by side."""
+    """Find thresholds by bisection, many rows side by side."""
     joined = _joined(rows, 2)
     index = [lax.iota(jnp.int32, size)]
 
@@ -144,7 +144,7 @@ def _of_short_rows(size: int, rows: list[Candidates], counts: Array, largest: bo
 
 
 def _of_long_rows(size: int, rows: list[Candidates], counts: Array, largest: bool) -> Threshold:
-    """By histograms of a few bits at a time, over pieces of the rows."""
+    """Find thresholds by histograms of a few bits at a time, over pieces of the rows."""
     lengths = np.concatenate(
         [np.full(row.values.shape[0], row.values.shape[1] // size, np.int32) for row in rows]
     )
@@ -179,11 +179,11 @@ def _of_long_rows(size: int, rows: list[Candidates], counts: Array, largest: boo
         return prefix | (digit << shift), missing - gone
 
     limit, missing = lax.fori_loop(0, passes, narrowed, (jnp.zeros_like(counts), counts))
-    # Where all of a row goes there is no score at which it ends.
+    # If a whole row is removed, no score is its limit.
     limit = jnp.where(counts >= jnp.asarray(lengths * size), LAST, limit)
 
     def sought(at: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        """The index of the first tie that stays, where it is in this piece."""
+        """Return the index of the first tie that stays, if it is in this piece."""
         seen, first = state
         owner = owners[at]
         ties = keys(at) == limit[owner]
@@ -198,7 +198,7 @@ def _of_long_rows(size: int, rows: list[Candidates], counts: Array, largest: boo
 
 
 def _first_after(ties: Array, count: Array) -> Array:
-    """The largest index with at most `count` ties before it: that of the next tie."""
+    """Return the largest index with at most `count` ties before it, which is that of the next tie."""
     index = lax.iota(jnp.int32, ties.size)
     (found,) = largest_of_each(
         lambda firsts: [jnp.sum(ties & (index < firsts[0]), dtype=jnp.int32) <= count],

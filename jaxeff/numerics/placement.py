@@ -1,4 +1,4 @@
-"""Where arrays lie, and what that asks of a computation."""
+"""Where arrays lie, and the form of a computation that suits it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def in_turn_or_at_once(in_turn: Callable[..., Any], at_once: Callable[..., Any], *operands: Any) -> Any:
-    """The one of two equal functions that suits the platform which the program is lowered for.
+    """Choose the one of two equal functions that suits the platform for which the program is lowered.
 
-    On a CPU part after part: parts stay in its cache, and a loop compiles to less. On an accelerator all at
-    once: there every step of a loop starts kernels of its own, which takes longer than to run them.
+    A CPU takes part after part: a part stays in its cache, and a loop compiles to less. An accelerator takes all at
+    once, since every step of a loop launches kernels of its own, which takes longer than to run them.
     """
     return lax.platform_dependent(*operands, cpu=in_turn, default=at_once)
 
 
 def each_row(function: Callable[[Any], Any], rows: Any) -> Any:
-    """The function of every row of a tree of arrays."""
+    """Apply a function to every row of a tree of arrays."""
     return in_turn_or_at_once(lambda rows: lax.map(function, rows), jax.vmap(function), rows)
 
 
 def to_host(tree: Any) -> Any:
-    """The arrays of a tree as NumPy's, also where a part of them lies with another process."""
+    """Return the arrays of a tree as NumPy arrays, also if a part of them belongs to another process."""
     leaves, structure = jax.tree.flatten(tree)
     scattered = [at for at, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not _is_here(leaf)]
     for at in scattered:
@@ -43,8 +43,8 @@ def _is_here(array: Array) -> bool:
 
 
 def on_host_if_concrete(tree: Any) -> Any:
-    """Copies of a tree's arrays on the host; the tree as it is where it is traced."""
+    """Copy a tree's arrays to the host; return a traced tree unchanged."""
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
         return tree
-    # A CPU's arrays are otherwise the same memory, which a caller may donate.
+    # Without a copy, arrays on a CPU would share memory that a caller may donate.
     return jax.tree.map(np.array, to_host(tree))

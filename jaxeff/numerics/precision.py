@@ -1,4 +1,4 @@
-"""The one precision that everything is computed in."""
+"""The precision in which everything is computed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def wide(dtype: Any) -> Any:
-    """float64 for float64, float32 for anything else: small floats are widened before any sum.
+    """Return float64 for float64, and float32 for anything else: small floats are widened before any sum.
 
     >>> wide(jnp.bfloat16).__name__
     'float32'

@@ -1,8 +1,8 @@
-"""The lowest or highest of many scores, exactly so many of them, without putting them in order.
+"""Selection of exactly the k lowest or highest of many scores, without sorting them.
 
-A `Threshold` is two integers: the bit pattern up to which all scores go, and the index up to which the ties
-at that pattern do. Two ways find it. `bisection` counts over whole arrays, elementwise, so that scores that
-lie on several devices stay there. On one CPU `pieces` counts piece by piece, each of which fits the cache.
+A `Threshold` is two integers: the bit pattern below which all scores are selected, and the index below which ties
+at that pattern are. There are two ways to find it. `bisection` counts over whole arrays, elementwise, so that scores
+on several devices stay there. On one CPU, `pieces` counts in pieces that fit the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxeff.numerics.pieces import in_pieces, of_rows, rows_of
 
 
 def lowest(scores: Sequence[Array], count: int | Array, among: Sequence[Array] | None = None) -> list[Array]:
-    """Which scores are among the `count` lowest of all arrays together; of equal ones the first.
+    """Select the `count` lowest scores of all arrays together; ties are selected by index.
 
     Args:
         scores: of any shapes, non-negative, fewer than 2^31 in all; compared as float32.
@@ -39,7 +39,7 @@ def lowest(scores: Sequence[Array], count: int | Array, among: Sequence[Array] |
 
 
 def highest(scores: Sequence[Array], count: int | Array, among: Sequence[Array] | None = None) -> list[Array]:
-    """Which scores are among the `count` highest; as `lowest` otherwise, of equal ones the first too.
+    """Select the `count` highest scores; otherwise as `lowest`, with ties by index too.
 
     >>> highest([jnp.array([3.0, 1.0, 3.0])], 1)
     [Array([ True, False, False], dtype=bool)]
@@ -53,13 +53,13 @@ def lowest_of_each(
     apart: Sequence[Axes],
     among: Sequence[Array] | None = None,
 ) -> list[Array]:
-    """Which scores are among the lowest of their row, so many of each row; of equal ones the first.
+    """Select the lowest scores of each row; ties are selected by index.
 
     Args:
-        scores: as `lowest` takes them.
+        scores: as in `lowest`.
         counts: for each array, how many of each row: shaped like the array's axes `apart`, or one number.
         apart: for each array, ascending axes, every index of which is a row of its own.
-        among: as `lowest` takes them.
+        among: as in `lowest`.
 
     >>> lowest_of_each([jnp.array([[3.0, 1.0], [0.0, 0.0]])], [1], [(0,)])
     [Array([[False,  True],
@@ -75,18 +75,18 @@ def highest_of_each(
     apart: Sequence[Axes],
     among: Sequence[Array] | None = None,
 ) -> list[Array]:
-    """Which scores are among the highest of their row; as `lowest_of_each` otherwise."""
+    """Select the highest scores of each row; otherwise as `lowest_of_each`."""
     counts = _laid_out(scores, counts, apart)
     return _selected(_on_one_cpu(scores), tuple(apart), True, list(scores), counts, among)
 
 
 def thresholds(score: Array, counts: np.ndarray | Array, apart: Axes = ()) -> Threshold:
-    """Between the lowest of each row and the others, for each of several counts.
+    """Return the thresholds between the lowest of each row and the others, for several counts.
 
     Args:
-        score: as `lowest` takes one.
+        score: as in `lowest`.
         counts: [counts].
-        apart: as `lowest_of_each` takes those of one array.
+        apart: as in `lowest_of_each`, for one array.
 
     Returns:
         [counts, rows], rows in C order.
@@ -95,11 +95,11 @@ def thresholds(score: Array, counts: np.ndarray | Array, apart: Axes = ()) -> Th
 
 
 def below(score: Array, threshold: Threshold, apart: Axes = (), row: int | Array = 0) -> Array:
-    """Which scores of one row a threshold counts among its lowest.
+    """Return which scores of one row a threshold selects.
 
     Args:
-        apart: as `thresholds` takes them.
-        row: its number.
+        apart: as in `thresholds`.
+        row: its index.
     """
     found = is_below(pattern(score), threshold, index_in_row(score.shape, apart))
     if not apart:
@@ -109,7 +109,7 @@ def below(score: Array, threshold: Threshold, apart: Axes = (), row: int | Array
 
 
 def _on_one_cpu(arrays: Sequence[Array]) -> bool:
-    """Whether all arrays lie whole on one CPU; of an array in a trace only the number of devices tells."""
+    """Return whether all arrays lie whole on one CPU; in a trace only the number of devices tells."""
     return jax.default_backend() == "cpu" and all(map(_lies_whole, arrays))
 
 
@@ -124,7 +124,7 @@ def _lies_whole(array: Array) -> bool:
 def _laid_out(
     scores: Sequence[Array], counts: Sequence[int | np.ndarray | Array], apart: Sequence[Axes]
 ) -> list[Array]:
-    """Counts that broadcast against the scores."""
+    """Return counts that broadcast against the scores."""
     shapes = [
         tuple(size if axis in axes else 1 for axis, size in enumerate(score.shape))
         for score, axes in zip(scores, apart, strict=True)
@@ -144,7 +144,7 @@ def _selected(
     counts: list[Array],
     among: Sequence[Array] | None,
 ) -> list[Array]:
-    """The lowest or highest of each row, or with `apart` None and a single count those of all arrays."""
+    """Select the lowest or highest of each row, or, with `apart` None and a single count, of all arrays."""
     opens = [None] * len(scores) if among is None else among
     arrays = [Candidates(*pair) for pair in zip(scores, opens, strict=True)]
     ways = (functools.partial(way, apart=apart, largest=largest) for way in (in_pieces, _where_they_lie))
@@ -152,7 +152,7 @@ def _selected(
 
 
 def _by_platform(on_one_cpu: bool, in_pieces: Callable, where_they_lie: Callable, *arrays: Any) -> Any:
-    """Of two equal functions the one for where the arrays lie, which may be compiled for another platform."""
+    """Choose one of two equal functions by where the arrays lie, which may be compiled for another platform."""
     if not on_one_cpu:
         return where_they_lie(*arrays)
     return lax.platform_dependent(*arrays, cpu=in_pieces, default=where_they_lie)

@@ -1,6 +1,6 @@
-"""Sums and running sums in levels, so that rounding errors grow with their number and not with the terms'.
+"""Sums and running sums in levels, which bounds their rounding errors.
 
-Every function works on NumPy arrays and on JAX's: what lies on the host is summed there and compiles nothing.
+Every function works on NumPy and JAX arrays. NumPy arrays are summed on the host, without compiling.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ WIDTH = 128  # of a row: products with a triangle of this size run as fast as th
 
 
 def namespace(x: Any) -> Any:
-    """NumPy for what lies on the host, jax.numpy for JAX's arrays."""
+    """Return NumPy for arrays on the host, jax.numpy for JAX arrays."""
     return np if isinstance(x, (np.ndarray, np.generic)) else jnp
 
 
 def total(x: Any) -> Any:
-    """The sum over the last axis, row by row and then over the rows."""
+    """Sum over the last axis, row by row and then over the rows."""
     if isinstance(x, np.ndarray):
         return x.sum(axis=-1)
     while x.shape[-1] > WIDTH:
@@ -30,9 +30,9 @@ def total(x: Any) -> Any:
 
 
 def running_total(x: Any) -> Any:
-    """The sum of each entry and all before it, over the last axis.
+    """Return the sum of each entry and all before it, over the last axis.
 
-    On a device as products with triangles: they compile in half the time of a `cumsum`.
+    On a device it uses products with triangles, which compile in half the time of a `cumsum`.
     """
     if isinstance(x, np.ndarray):
         return np.cumsum(x, axis=-1)
@@ -46,7 +46,7 @@ def running_total(x: Any) -> Any:
 
 
 def in_rows(x: Array) -> Array:
-    """The last axis as rows of WIDTH, padded with zeros."""
+    """Split the last axis into rows of WIDTH, padded with zeros."""
     padding = -x.shape[-1] % WIDTH
     if padding:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
@@ -54,20 +54,20 @@ def in_rows(x: Array) -> Array:
 
 
 def _by_triangle(x: Array) -> Array:
-    # The highest precision: a GPU multiplies in TensorFloat-32 otherwise, a TPU in bfloat16.
+    # Highest precision, as a GPU would multiply in TensorFloat-32 and a TPU in bfloat16.
     triangle = np.triu(np.ones((x.shape[-1],) * 2)).astype(x.dtype)
     return jnp.matmul(x, triangle, precision=lax.Precision.HIGHEST)
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """a + b as a float, and the rounding error of that sum (Knuth)."""
+    """Return a + b as a float, and the rounding error of that sum (Knuth)."""
     whole = a + b
     part = whole - a
     return whole, (a - (whole - part)) + (b - part)
 
 
 def bits_of(x: Array) -> Array:
-    """Bit patterns as signed integers: ordered as the numbers are, where these are not negative."""
+    """Return bit patterns as signed integers, which are ordered like non-negative numbers."""
     return jax.lax.bitcast_convert_type(x, jnp.int64 if x.dtype == jnp.float64 else jnp.int32)
 
 

@@ -1,1 +1,1 @@
-"""What people see while and after they wait: text, progress, files."""
+"""Output for people: text, progress bars and files."""

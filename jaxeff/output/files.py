@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TextIO
 
 
 def write(path: str | os.PathLike, text: str) -> None:
-    """Writes all of a file or nothing: what was there before stays until the new file is whole.
+    """Write a whole file or nothing: an existing file stays until the new one is complete.
 
     Raises:
         OSError: it cannot be written.
@@ -22,7 +22,7 @@ def write(path: str | os.PathLike, text: str) -> None:
     target = Path(os.path.realpath(path))
     with _named(path):
         if _is_special(target):
-            # A device or a pipe has no whole.
+            # A device or a pipe cannot be replaced as a whole.
             _ = target.write_text(text)
             return
         with _beside(target) as (beside, file):
@@ -33,10 +33,10 @@ def write(path: str | os.PathLike, text: str) -> None:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Fails now where `write` would fail after all has been read.
+    """Fail early if `write` would fail later.
 
     Raises:
-        OSError: the directory is missing or may not be written, or the path is a directory.
+        OSError: the directory is missing or not writable, or the path is a directory.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -53,7 +53,7 @@ def _is_special(target: Path) -> bool:
 
 @contextmanager
 def _beside(target: Path) -> Iterator[tuple[Path, TextIO]]:
-    """A new file in the target's directory, which is gone afterwards unless it was moved."""
+    """Make a new file in the target's directory, which is deleted afterwards unless it was moved."""
     beside = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:
         with open(beside, "x", encoding="utf-8") as file:
@@ -64,7 +64,7 @@ def _beside(target: Path) -> Iterator[tuple[Path, TextIO]]:
 
 @contextmanager
 def _named(path: str | os.PathLike) -> Iterator[None]:
-    """Errors are told of this path: a write that fails names none, the file beside it means nothing."""
+    """Report errors with this path; a failed write names none, and the temporary file's name means nothing."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A progress bar on standard error, for what takes seconds."""
+"""Progress bars on standard error, for work that takes seconds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Part(NamedTuple):
-    """A column of a bar, and how wide what it shows may be."""
+    """A column of a bar, and its maximum width."""
 
     column: ProgressColumn
     width: int
@@ -41,14 +41,14 @@ class Part(NamedTuple):
 
 @contextmanager
 def progress_bar(title: str, total: int | None, shown: bool) -> Iterator[Callable[[], None]]:
-    """Gives a function to call after each step. Shows nothing where standard error is no terminal."""
+    """Yield a function to call after each step. Show nothing if stderr is not a terminal."""
     with _bar(title, total, shown, counted(total), _remaining(), elapsed()) as advance:
         yield lambda: advance(1)
 
 
 @contextmanager
 def bytes_bar(title: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """The same of bytes, with their rate: gives a function to call with those of each step."""
+    """Yield a function to call with the bytes of each step; show their rate."""
     done = Part(DownloadColumn(table_column=ONE_LINE), len("100.0/1000.0 MB"))
     rate = Part(TransferSpeedColumn(table_column=ONE_LINE), len("1000.0 MB/s"))
     with _bar(title, total, shown, done, _remaining(), rate) as advance:
@@ -75,12 +75,12 @@ def _bar(
 
 
 class Pace:
-    """How long a step takes, from the steps in which no program was compiled.
+    """Duration of a step, from the steps in which no program was compiled.
 
-    The first steps compile what the others only run, and may take a thousand times as long.
+    The first steps compile programs that the others only run, and may take a thousand times as long.
 
     Args:
-        clock: tells seconds.
+        clock: returns seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -89,7 +89,7 @@ class Pace:
         self.compiled = False
 
     def advance(self, count: int) -> None:
-        """A step has ended, in which `count` things were done."""
+        """Record the end of a step of `count` items."""
         now = self._clock()
         if not self.compiled:
             self._seconds += now - self._last
@@ -97,7 +97,7 @@ class Pace:
         self._last, self.compiled = now, False
 
     def remaining(self, left: float) -> float | None:
-        """Seconds for what is left; None until there is something to tell it from."""
+        """Return the seconds left; None until they can be estimated."""
         if not self._done or self._seconds < _ENOUGH:
             return None
         return left * self._seconds / self._done
@@ -119,7 +119,7 @@ def _timed() -> Iterator[Pace]:
 
 @functools.cache
 def _listen() -> None:
-    # Once and for good: the oldest supported jax can add a listener but not take one away.
+    # Added once and never removed: the oldest supported jax can add listeners but not remove them.
     jax.monitoring.register_event_duration_secs_listener(_heard)
 
 
@@ -130,7 +130,7 @@ def _heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
 
 
 class _RemainingColumn(ProgressColumn):
-    """The time that is left; dashes until it can be told."""
+    """The time left; dashes until it can be estimated."""
 
     max_refresh = 0.5
 
@@ -142,7 +142,7 @@ class _RemainingColumn(ProgressColumn):
 
 
 def _clocked(seconds: float) -> str:
-    """Hours, minutes and seconds.
+    """Format hours, minutes and seconds.
 
     >>> _clocked(3725.2)
     '1:02:06'
@@ -152,11 +152,11 @@ def _clocked(seconds: float) -> str:
 
 
 def fitted(width: int, title: str, done: Part, *others: Part) -> list[ProgressColumn]:
-    """Columns that stay on one line: the title, a bar, what is done, and as many of the others as have room.
+    """Return columns that fit on one line: the title, a bar, the count, and as many others as have room.
 
     Args:
         width: of the terminal.
-        others: the most telling first.
+        others: the most informative first.
     """
     room = width - len(title) - _SHORTEST - done.width - 2
     kept = []
@@ -169,7 +169,7 @@ def fitted(width: int, title: str, done: Part, *others: Part) -> list[ProgressCo
 
 
 def counted(total: int | None) -> Part:
-    """How many of how many."""
+    """Format how many of how many."""
     digits = 6 if total is None else len(str(total))
     return Part(MofNCompleteColumn(table_column=ONE_LINE), 2 * digits + 1)
 

@@ -1,4 +1,4 @@
-"""Text for a terminal: one layout of tables, and the words for numbers."""
+"""Text for a terminal: the layout of tables, and the formatting of numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAME = 16  # columns are left out only until names have this many characters
 
 
 def terminal_width() -> int:
-    """Columns of the terminal, from 50 to 100."""
+    """Return the columns of the terminal, from 50 to 100."""
     return max(_NARROWEST, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
 
 
@@ -126,18 +126,18 @@ def _without_middle(name: str, head: int, width: int) -> str:
 
 
 def section(width: int, title: str, items: Sequence[str]) -> list[str]:
-    """A list under a title; nothing where there are no items."""
+    """Return a list under a title; nothing if there are no items."""
     lines = [line for item in items for line in wrapped(item, width, "- ")]
     return ["", title, *lines] if lines else []
 
 
 def left_out(count: int, shown: int | None, what: str) -> list[str]:
-    """A line that says how many were not shown; none where all were."""
+    """Return a line that says how many were not shown; nothing if all were."""
     return [] if shown is None or count <= shown else [f"... {count - shown:,} of {count:,} {what} left out."]
 
 
 def wrapped(text: str, width: int, bullet: str = "") -> list[str]:
-    """Lines of whole words, but for a word that is longer than a line; a path with a hyphen is one word."""
+    """Wrap text at whole words, except words longer than a line. A path with a hyphen is one word."""
     return textwrap.wrap(
         text,
         width,
@@ -148,7 +148,7 @@ def wrapped(text: str, width: int, bullet: str = "") -> list[str]:
 
 
 def number(value: float) -> str:
-    """Three digits and a unit; '?' for nan.
+    """Format with three digits and a unit; '?' for nan.
 
     >>> number(590592), number(12), number(float("nan"))
     ('591k', '12', '?')
@@ -162,7 +162,7 @@ def number(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A fraction in percent; '?' for nan.
+    """Format a fraction in percent; '?' for nan.
 
     >>> percent(0.7534)
     '75.3%'
@@ -175,7 +175,7 @@ def decimal(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Three digits and a unit.
+    """Format seconds with three digits and a unit.
 
     >>> duration(0.00123), duration(4.0)
     ('1.23 ms', '4 s')

@@ -1,4 +1,4 @@
-"""What one run of a model leaves behind: sums over what its units emit, and over derivatives of the loss."""
+"""Statistics of one run of a model: sums over activations, and over derivatives of the loss."""
 
 from jaxeff.statistics.records import AttentionStatistics as AttentionStatistics
 from jaxeff.statistics.records import Conservation as Conservation

@@ -1,7 +1,6 @@
-"""What the loss makes of each weight: gradients, curvature, flow; summed over the batch.
+"""Derivatives of the loss with respect to each weight: gradients, curvature and flow, summed over the batch.
 
-In: an `Objective`, the arrays that it reads, and what to collect. Out: `Derivatives` by path. Each
-quantity is one function of a `WeightLoss` that gives terms shaped like the weights.
+Each quantity is a function of a `WeightLoss` that returns terms shaped like the weights.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Need = tuple[str, str]
 """A quantity of `Derivatives`, and which of its sums: ('gradient', 'square_sum')."""
 
 SAMPLES = 16
-"""Random sign vectors a batch for the diagonal of a Hessian; several batches add theirs."""
+"""Number of random sign vectors per batch for the diagonal of a Hessian; several batches add up."""
 
 WITHOUT_LOSS = frozenset({"synaptic_flow", "relevance", "relevance_alpha_beta"})
 """Quantities that need no loss and no targets."""
@@ -36,7 +35,7 @@ def derive(
     arrays: Arrays,
     key: jax.Array,
 ) -> dict[str, Derivatives]:
-    """Every quantity asked for, of every weight, by path.
+    """Return every requested quantity of every weight, by path.
 
     Args:
         wanted: quantities, and which of their sums.
@@ -75,7 +74,7 @@ def _gauss_newton(weight_loss: WeightLoss, wanted: Wanted, key: jax.Array) -> li
         leaves = [next(given) if leaf is None else leaf for leaf in rest]
         return weight_loss.loss_of(jax.tree.unflatten(structure, leaves))
 
-    # J as the transpose of its transpose: a function with its own backward rule has no forward mode.
+    # J is the transpose of its transpose, since a function with its own backward rule has no forward mode.
     _, push = jax.vjp(lambda cotangent: pull(cotangent)[0], floats)
     _, curvature = jax.vjp(jax.grad(loss), floats)
     return _sampled(weight_loss, wanted, key, lambda signs: pull(curvature(push(signs)[0])[0])[0])
@@ -84,7 +83,7 @@ def _gauss_newton(weight_loss: WeightLoss, wanted: Wanted, key: jax.Array) -> li
 def _sampled(
     weight_loss: WeightLoss, wanted: Wanted, key: jax.Array, product: Callable[[Weights], Weights]
 ) -> list[Moments]:
-    """Terms v * Av, v random signs: their mean is the diagonal of A.
+    """Return terms v * Av, with v random signs; their mean is the diagonal of A.
 
     References:
         Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix, 2007
@@ -109,7 +108,7 @@ def _gradient_flow(weight_loss: WeightLoss, wanted: Wanted, key: jax.Array) -> l
 
 def _synaptic_flow(weight_loss: WeightLoss, wanted: Wanted, key: jax.Array) -> list[Moments]:
     weights, total = weight_loss.positive()
-    # All examples are the same: one is wanted.
+    # All examples are equal, and one suffices.
     flow = [found / weight_loss.objective.batch_size for found in jax.grad(total)(weights)]
     return moments(flow, wanted, weight_loss.objective.batch_size, 1)
 

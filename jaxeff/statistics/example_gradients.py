@@ -1,10 +1,9 @@
 """The gradient of the loss of each single example, squared and summed.
 
-In: a `WeightLoss` with an example. Out: moments of every weight. A weight that an example meets at one
-position alone, as in a network of dense layers, has the gradient x d^T: input times the slope by the
-output. Its squares sum to a product of two thin matrices, x^2 and d^2 of all examples, tapped from
-the traced program; the gradients themselves, one of the weight's size an example, are never made. All
-other weights take a backward pass an example.
+If an example meets a weight at only one position, as in a network of dense layers, the weight's gradient is x d^T:
+the input times the slope of the loss with respect to the output. Its squares then sum to a product of two thin
+matrices, x^2 and d^2 of all examples, tapped from the traced program. The gradients themselves, one array of the
+weight's size per example, are never made. All other weights take one backward pass per example.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from jaxeff.statistics.records import Moments
 from jaxeff.statistics.units import OverAxes
 from jaxeff.statistics.weight_loss import Wanted, WeightLoss, added, moments
 
-# Weight-shaped arrays of several examples that exist together hold at most so many elements.
+# Maximum number of elements of the weight-shaped arrays of several examples that exist together.
 _ELEMENTS = 1 << 24
 
 
 def example_gradient(weight_loss: WeightLoss, wanted: Wanted, key: jax.Array) -> list[Moments]:
-    """Moments of dL_n/dw over the examples n of the batch, each run alone."""
+    """Return moments of dL_n/dw over the examples n of the batch, each run alone."""
     traced = _traced(weight_loss) if wanted == {"square_sum"} else None
     found = _tapped(weight_loss, traced) if traced and traced.sites else {}
     full = [index for index in range(len(weight_loss.weights)) if index not in found]
@@ -38,7 +37,7 @@ def example_gradient(weight_loss: WeightLoss, wanted: Wanted, key: jax.Array) ->
 
 
 def _full(weight_loss: WeightLoss, wanted: Wanted, which: Sequence[int]) -> list[Moments]:
-    """A backward pass an example, several at once as long as their gradients stay small."""
+    """Run a backward pass per example, several at once as long as their gradients stay small."""
     examples = weight_loss.objective.batch_size
     size = sum(weight_loss.weights[index].size for index in which)
     together = max(1, min(examples, _ELEMENTS // size))
@@ -63,7 +62,7 @@ def _full(weight_loss: WeightLoss, wanted: Wanted, which: Sequence[int]) -> list
 
 
 class _Traced(NamedTuple):
-    """The program of one example, and the sites to tap, by the position of their weight."""
+    """The program of one example, and the sites to tap, by the index of their weight."""
 
     program: graph.Program
     outputs: Any
@@ -92,7 +91,7 @@ def _at_one_position(site: Site, rank: int) -> bool:
 
 
 def _tapped(weight_loss: WeightLoss, traced: _Traced) -> dict[int, Moments]:
-    """Sums over examples of x^2 d^2, x a weight's input and d the slope of the loss by its output."""
+    """Sum x^2 d^2 over examples, with x a weight's input and d the slope of the loss with respect to its output."""
     examples = weight_loss.objective.batch_size
     inputs, slopes = jax.vmap(lambda index: _taps(weight_loss, traced, index))(jnp.arange(examples))
     found: dict[int, Moments] = {}
@@ -107,7 +106,7 @@ def _tapped(weight_loss: WeightLoss, traced: _Traced) -> dict[int, Moments]:
 def _taps(
     weight_loss: WeightLoss, traced: _Traced, index: jax.Array
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """For one example and each tapped site its input, and the slope of the loss by its output."""
+    """Return for one example and each tapped site its input, and the slope of the loss with respect to its output."""
     example, arrays = weight_loss.objective.example, weight_loss.example(index)
     assert example is not None, "made where a per-example quantity is asked for"
     sites = list(traced.sites.values())
@@ -139,7 +138,7 @@ def _taps(
 
 
 def _outer(site: Site, rank: int, inputs: jax.Array, units: jax.Array) -> jax.Array:
-    """Sums over examples of the products of inputs and units, laid out like the weight."""
+    """Sum over examples the products of inputs and units, laid out like the weight."""
     letters = [chr(ord("a") + axis) for axis in range(rank)]
     first, second = (
         "".join(letter for axis, letter in enumerate(letters) if axis in axes)

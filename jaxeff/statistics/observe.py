@@ -1,7 +1,7 @@
-"""Runs a model under observation: what its units emit, reduced where the activations are made.
+"""Runs a model under observation, summing the activations of its units where they are made.
 
-In: a `Model`'s function, its arrays and what is known of them. Out: the sites' and modules'
-statistics and what every leaf is of `params`. The activations themselves are never kept.
+It returns the statistics of sites and modules, and the role of every leaf of `params`. The activations
+themselves are never kept.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def observe(
     params: Any,
     inputs: Any,
 ) -> Statistics:
-    """Run `function(params, inputs)` once and sum what its units take in and emit.
+    """Run `function(params, inputs)` once, and sum the inputs and activations of its units.
 
     Args:
         paths: of the leaves of `params`.
-        origins: of the leaves of `inputs`, as `models.Model` has them.
-        batch_size: examples, to give multiply-accumulates of one.
+        origins: of the leaves of `inputs`, as in `Model`.
+        batch_size: number of examples, for the multiply-accumulates of one.
     """
     found, modules = trace(function, paths, origins, params, inputs)
     watch = _Watch()
@@ -84,7 +84,7 @@ def observe(
 def trace(
     function: Function, paths: Sequence[str], origins: Sequence[str], params: Any, inputs: Any
 ) -> tuple[graph.Graph, list[tuple[str, Value]]]:
-    """The model's graph, and the captured module outputs in execution order."""
+    """Return the model's graph, and the captured module outputs in execution order."""
     try:
         closed, (outputs, captured) = jax.make_jaxpr(function, return_shape=True)(params, inputs)
     except jax.errors.UnexpectedTracerError:
@@ -101,7 +101,7 @@ def trace(
     given = list(zip(program.inputs[len(leaves) :], origins, strict=True))
     constants, batch = ([v for v, origin in given if origin == kind] for kind in ("constant", "batch"))
     found = graph.build(program, leaves, constants, batch, returned)
-    # What holds no data is no activation: OptimizedLSTMCell's submodules return their kernels.
+    # Values without data are not activations: OptimizedLSTMCell's submodules return their kernels.
     modules = [
         (path, value)
         for path, value in zip(sorted(captured), values, strict=True)
@@ -116,13 +116,13 @@ _Watched = tuple[Value, int]
 
 
 class _Watch:
-    """Which values to reduce while the program runs, and how: each value may be asked for several times."""
+    """Which values to reduce while the program runs, and how; a value may be requested several times."""
 
     def __init__(self) -> None:
         self._reductions: dict[Value, list[_Reduction]] = {}
 
     def add(self, value: Value, reduction: _Reduction) -> _Watched:
-        """Ask for a reduction; the answer will be `observed[value][i]`. Equal ones are made once."""
+        """Request a reduction, which will be `observed[value][i]`. Equal reductions are made once."""
         asked = self._reductions.setdefault(value, [])
         if reduction not in asked:
             asked.append(reduction)
@@ -148,7 +148,7 @@ def _watch_site(
 ) -> tuple[_Watched, _Watched, list[_Watched]]:
     activation = site.activation
     pre = _UnitSums(OverAxes(activation.pre_dims, site.unit_axes, shape))
-    # The parts of a fused layer are joined: all count their saturated values, or none.
+    # The parts of a fused layer are joined, so either all count their saturated values or none does.
     bounded = any(emission.nonlinearity in BOUNDS for emission in activation.post)
     post = [
         watch.add(emission.value, _UnitSums(over, _edges(emission.nonlinearity) if bounded else None))
@@ -158,7 +158,7 @@ def _watch_site(
 
 
 def _edges(nonlinearity: str) -> tuple[float, float]:
-    """Beyond which values are within 1 % of a bound: there the slope has all but gone."""
+    """Return the values beyond which an activation is within 1 % of a bound, where the slope is nearly 0."""
     low, high = BOUNDS.get(nonlinearity, (-jnp.inf, jnp.inf))
     margin = 0.01 * (high - low) if nonlinearity in BOUNDS else 0
     return low + margin, high - margin
@@ -174,7 +174,7 @@ def _over_input(site: graph.Site, shape: tuple[int, ...]) -> _Reduction:
 
 @dataclasses.dataclass(frozen=True)
 class _UnitSums:
-    """The statistics of an array; values beyond the edges count as saturated."""
+    """Statistics of an array; values beyond the edges count as saturated."""
 
     over: OverAxes
     edges: tuple[float, float] | None = None
@@ -194,7 +194,7 @@ def _last_axis(value: Value) -> _Reduction:
 
 
 def _count_rows(axis: int, shape: tuple[int, ...], indices: jax.Array) -> UnitStatistics:
-    """An embedding's input, seen as one-hot rows: how often each row was looked up."""
+    """Count how often each row of an embedding was looked up, which is the sum of its one-hot inputs."""
     rows = by_compiler(
         lambda indices: jnp.zeros(shape[axis], jnp.int32).at[indices.ravel()].add(1), indices
     ).astype(jnp.float32)
@@ -204,7 +204,7 @@ def _count_rows(axis: int, shape: tuple[int, ...], indices: jax.Array) -> UnitSt
 
 
 def _grouped_input(site: graph.Site, shape: tuple[int, ...], array: jax.Array) -> UnitStatistics:
-    """A grouped convolution's input: which channel a kernel element meets depends on its output's group."""
+    """Reduce a grouped convolution's input; which channel a kernel element meets depends on its output's group."""
     (inputs,), (outputs,) = site.input_axes, site.unit_axes
     channels = (site.groups, shape[inputs])
     dims = tuple(_numbered(dim) for dim in site.input_dims)
@@ -262,7 +262,7 @@ def _headless(attention: graph.Headless, leaves: Sequence[graph.Leaf]) -> Headle
 
 
 def _common(paths: Sequence[str]) -> str:
-    """The keys with which all paths begin; of paths that share none, the first."""
+    """Return the keys with which all paths begin, or the first path if they share none."""
     shared = os.path.commonprefix([path.split("/") for path in paths])
     return "/".join(shared) or (paths[0] if paths else "")
 
@@ -297,7 +297,7 @@ def _per_example(macs: int | None, batch_size: int | None) -> int | None:
 
 
 def _joined(site: graph.Site, parts: Sequence[UnitStatistics]) -> UnitStatistics:
-    """The statistics of all units from those of each emission, which saw as many positions."""
+    """Join the statistics of all units from those of each emission, which saw equally many positions."""
     laid = [dataclasses.replace(part, count=part.zeros) for part in parts]
     joined = jax.tree.map(lambda *sums: join(site, sums), *laid)
     return dataclasses.replace(joined, count=parts[0].count)

@@ -1,6 +1,6 @@
-"""What is kept of a model's run: sums over what its units emit, and over derivatives of the loss.
+"""Records of a model's run: sums over activations, and over derivatives of the loss.
 
-Everything is a sum with its count, so that two batches' statistics add.
+Every sum comes with its count, so that the statistics of two batches add.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UnitStatistics:
-    """Sums over everything that each unit emitted, in float32.
+    """Sums over all values that each unit emitted, in float32.
 
     Shapes broadcast against the weight: a (768, 3072) kernel has (1, 3072) for its outputs and
-    (768, 1) for its inputs. `count`, how many values each sum holds, is a scalar. `saturated` counts
-    the values within 1 % of a bound of a nonlinearity that has bounds (tanh, sigmoid), else it is None.
+    (768, 1) for its inputs. `count`, the number of values in each sum, is a scalar. `saturated` counts
+    the values within 1 % of a bound of a bounded nonlinearity (tanh, sigmoid); otherwise it is None.
     """
 
     absolute_sum: jax.Array
@@ -37,7 +37,7 @@ class UnitStatistics:
 
     @property
     def mean_absolute(self) -> jax.Array:
-        """mean |a|; 0 where nothing was seen."""
+        """mean |a|; 0 if nothing was seen."""
         return self.absolute_sum / namespace(self.count).maximum(self.count, 1)
 
     @property
@@ -48,7 +48,7 @@ class UnitStatistics:
 
     @property
     def zero_fraction(self) -> jax.Array:
-        """The fraction of values that are exactly 0."""
+        """Fraction of values that are exactly 0."""
         return self.zeros / namespace(self.count).maximum(self.count, 1)
 
     def __add__(self, other: UnitStatistics) -> UnitStatistics:
@@ -67,12 +67,12 @@ class UnitStatistics:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Sums of terms that are shaped like a weight, or like its units; one that nobody asked for is None.
+    """Sums of terms that are shaped like a weight, or like its units; None for sums that were not requested.
 
     Attributes:
-        sum, absolute_sum, square_sum: of t, |t| and t^2, each term weighed by its examples.
-        weight: [], the examples that all terms stand for.
-        terms: [], how many there are: batches, examples or random samples.
+        sum, absolute_sum, square_sum: of t, |t| and t^2, each term weighted by its examples.
+        weight: [], total number of examples of all terms.
+        terms: [], number of terms: batches, examples or random samples.
     """
 
     sum: jax.Array | None
@@ -95,7 +95,7 @@ class Moments:
 
     @property
     def standard_error(self) -> jax.Array:
-        """Of `mean`, from the spread of the terms; infinite for a single one."""
+        """Standard error of `mean`, from the spread of the terms; infinite for a single term."""
         variance = jnp.maximum(self.mean_square - jnp.square(self.mean), 0)
         return jnp.sqrt(variance / (self.terms - 1))
 
@@ -111,13 +111,13 @@ class Moments:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Derivatives:
-    """What the loss makes of one weight; each is shaped like the weight, and None where not collected.
+    """Derivatives of the loss with respect to one weight, each shaped like the weight; None if not collected.
 
     Attributes:
         gradient: dL/dw of the mean loss of each batch.
         example_gradient: dL_n/dw of each example alone.
-        hessian: samples of the diagonal of the Hessian of the mean loss: v * Hv, v random signs.
-        gauss_newton: the same of its Gauss-Newton part, J^T (d^2 loss / d outputs^2) J.
+        hessian: samples of the diagonal of the Hessian of the mean loss: v * Hv, with v random signs.
+        gauss_newton: the same for its Gauss-Newton part, J^T (d^2 loss / d outputs^2) J.
         gradient_flow: Hg, the gradient of |g|^2 / 2.
         synaptic_flow: the gradient of the summed outputs with all parameters positive and inputs of 1.
         relevance, relevance_alpha_beta: the relevance of the winning outputs that passes through the
@@ -140,11 +140,11 @@ class Derivatives:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Conservation:
-    """Whether relevance was conserved on its way from the outputs.
+    """Conservation of relevance on its way from the outputs.
 
     Attributes:
-        total: [], the winning outputs, summed.
-        accounted: [], what of it arrived at inputs and looked-up rows, or was taken by biases and constants.
+        total: [], sum of the winning outputs.
+        accounted: [], the part of it that arrived at inputs and looked-up rows, or was taken by biases and constants.
     """
 
     total: jax.Array
@@ -152,7 +152,7 @@ class Conservation:
 
     @property
     def residual(self) -> jax.Array:
-        """What was neither passed on nor taken, as a fraction of the total."""
+        """The fraction of the total that was neither passed on nor taken."""
         return abs(self.total - self.accounted) / abs(self.total)
 
     def __add__(self, other: Conservation) -> Conservation:
@@ -166,20 +166,20 @@ class SiteStatistics:
 
     Attributes:
         path: of the weight.
-        kind: 'dense', 'conv' or 'embedding'; 'weight' where no operation was read.
-        nonlinearity: what stands between pre- and post-activation; 'identity' for nothing, several names
-            joined by '/' for a fused layer whose parts go separate ways.
+        kind: 'dense', 'conv' or 'embedding'; 'weight' if no operation was read.
+        nonlinearity: between pre- and post-activation; 'identity' if there is none, several names joined by '/'
+            for a fused layer whose parts have different ones.
         bias: path of the bias that the pre-activation includes, or None.
-        unit_axes, input_axes: axes of the weight that index its outputs, and what it multiplies.
+        unit_axes, input_axes: axes of the weight that index its outputs and its inputs.
         layer_axes: axes over which the weight stacks layers that a scan runs through.
-        macs: multiply-accumulates per example; None inside a `while`, and where the batch has no leading axis
+        macs: multiply-accumulates per example; None inside a `while`, or if the batch has no leading axis
             to divide by.
-        input, pre, post: what the weight multiplies and what its units emit before and after the
+        input, pre, post: the inputs of the weight, and the activations of its units before and after the
             nonlinearity. The input of an embedding is the one-hot row of each token.
-        gate: the derivative of the mean loss by a factor on each unit's post-activation, at 1, which is
-            the sum of a dL/da; None where not collected.
-        derivatives: of the loss by the weight, over all its uses.
-        uncounted: whether it runs inside a `while`, whose number of steps only running it tells.
+        gate: the derivative of the mean loss with respect to a factor on each unit's post-activation, at 1, which
+            is the sum of a dL/da; None if not collected.
+        derivatives: of the loss with respect to the weight, over all its uses.
+        uncounted: whether it runs inside a `while`, whose number of steps is only known by running it.
     """
 
     path: str = dataclasses.field(metadata=_STATIC)
@@ -201,7 +201,7 @@ class SiteStatistics:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModuleStatistics:
-    """The outputs that Flax captured of one module; the units are the last axis."""
+    """Outputs that Flax captured of one module. Units are the last axis."""
 
     path: str = dataclasses.field(metadata=_STATIC)
     output: UnitStatistics
@@ -209,12 +209,12 @@ class ModuleStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class HeadSlices:
-    """What each unit of an attention has of one weight.
+    """The part of one weight that belongs to each unit of an attention.
 
     Attributes:
         path: of the weight.
         axis: of the weight.
-        indices: for each unit, those along the axis that are its own.
+        indices: for each unit, its indices along the axis.
     """
 
     path: str
@@ -225,16 +225,16 @@ class HeadSlices:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionStatistics:
-    """How widely the heads of one softmax attention look.
+    """How broadly the heads of one softmax attention attend.
 
     Attributes:
-        path: what the paths of its weights have in common.
-        heads: how many there are.
-        units: how many groups of heads share keys and values; the heads themselves where all share one key.
+        path: the common path of its weights.
+        heads: number of heads.
+        units: number of groups of heads that share keys and values; the number of heads if all share one key.
         slices: the parts of the query, key, value and output weights that belong to each unit.
-        entropy_sum: [heads], of the entropy of the probabilities, in nats, over the batch and all queries;
-            layers that a scan stacks stand in front.
-        count: [1], how many probability distributions each head gave.
+        entropy_sum: [heads], sum of the entropies of the probabilities, in nats, over the batch and all queries;
+            layers that a scan stacks are leading axes.
+        count: [1], number of probability distributions of each head.
     """
 
     path: str = dataclasses.field(metadata=_STATIC)
@@ -246,7 +246,7 @@ class AttentionStatistics:
 
     @property
     def entropy(self) -> jax.Array:
-        """Mean entropy of each head, in nats: 0 for one position alone, ln of their number for all alike."""
+        """Mean entropy of each head, in nats: 0 if it attends to one position, ln(positions) if to all equally."""
         return self.entropy_sum / self.count
 
     def __add__(self, other: AttentionStatistics) -> AttentionStatistics:
@@ -256,11 +256,11 @@ class AttentionStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class HeadlessAttention:
-    """A softmax that weighs data, and in which no heads were found.
+    """A softmax that weighs data but in which no heads were found.
 
     Attributes:
-        path: what the paths of the weights before it have in common; empty where there are none.
-        reason: why there are none.
+        path: the common path of the weights before it; empty if there are none.
+        reason: why no heads were found.
     """
 
     path: str
@@ -273,10 +273,10 @@ class Stability:
     """How the order of the scores settles as batches are added.
 
     Attributes:
-        criterion: whose scores.
+        criterion: of the scores.
         paths: of the weights.
         batches: [k], numbers of batches: 2, 4, 8, and so on, and the last.
-        correlation: [k, weights], the rank correlation (Spearman) of a weight's scores after so many
+        correlation: [k, weights], the rank correlation (Spearman) of a weight's scores after this many
             batches with those after half as many; over at most 4,096 scores of each.
     """
 
@@ -289,17 +289,17 @@ class Stability:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Sums of one or more batches.
+    """Sums over one or more batches.
 
     Attributes:
         sites: every use of every weight, in execution order.
         modules: outputs that Flax captured, in execution order.
         attentions: softmax attentions, in execution order.
-        derivatives: of the loss by each weight, by path; empty where none were asked for.
+        derivatives: of the loss with respect to each weight, by path; empty if none were requested.
         params: every leaf of `params` once, in the order of first use.
-        headless: softmax attentions without heads, and why.
+        headless: softmax attentions without heads, with the reason.
         conservation: of relevance, by quantity ('relevance', 'relevance_alpha_beta').
-        stability: of the scores, where `jaxeff.calibrate` collected them.
+        stability: of the scores, if `jaxeff.calibrate` collected them.
     """
 
     sites: tuple[SiteStatistics, ...]
@@ -313,10 +313,10 @@ class Statistics:
 
 
 def merge(first: Statistics, second: Statistics) -> Statistics:
-    """The statistics of both batches together.
+    """Merge the statistics of two batches.
 
     Raises:
-        TypeError: they are no statistics.
+        TypeError: an argument is not a Statistics.
         ValueError: the two come from different models, or hold different derivatives.
     """
     check_alike(first, second)
@@ -335,7 +335,7 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
 
 
 def check_alike(first: Statistics, second: Statistics) -> None:
-    """Raises TypeError or ValueError where the two cannot be added."""
+    """Check that two statistics can be added; raise TypeError or ValueError if not."""
     for name, statistics in (("first", first), ("second", second)):
         if not isinstance(statistics, Statistics):
             kind = type(statistics).__name__
@@ -348,7 +348,7 @@ def check_alike(first: Statistics, second: Statistics) -> None:
     if _structures(first) != _structures(second):
         raise ValueError(
             "`first` and `second` were collected for different criteria: one holds derivatives of the loss "
-            "that the other has not. Collect both with the same `criterion`."
+            "that the other lacks. Collect both with the same `criterion`."
         )
 
 

@@ -1,8 +1,7 @@
-"""Layer-wise relevance propagation: how much of the winning outputs passes through each weight.
+"""Layer-wise relevance propagation: the relevance of the winning outputs that passes through each weight.
 
-In: an `Objective` (its loss is not read) and its arrays. Out: relevance by weight, and whether it was
-conserved. The program runs under the rules of `graph.relevance`, so that its gradients are
-relevances.
+The program of an `Objective`, whose loss is not read, runs under the rules of `graph.lrp_rules`, so that its
+gradients are relevances.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def weight_relevance(
     params: Any,
     arrays: Arrays,
 ) -> tuple[dict[str, Moments], Conservation]:
-    """The relevance that passes through each weight, by path, as a mean over examples.
+    """Return the relevance that passes through each weight, by path, as a mean over examples.
 
     Args:
         totals: which sums of `Moments`.
@@ -72,7 +71,7 @@ def weight_relevance(
 
 
 def _winning(outputs: Sequence[Any]) -> jax.Array:
-    """The sum of the largest output at each position: what is explained."""
+    """Return the sum of the largest output at each position, which is the quantity to explain."""
     floats = [widened(x) for x in outputs if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
     return functools.reduce(jnp.add, [jnp.sum(_largest(x)) for x in floats], jnp.zeros((), jnp.float32))
 

@@ -1,9 +1,9 @@
 """The sums that statistics keep of an array.
 
-They go axis by axis, long axes in blocks: a float32 sum of n terms in a row is good to sqrt(n) roundings,
-and stops counting at 2^24. A large array is read once, by one reduction of several operands: the logits of
-a vocabulary of 50,257 take an eighth of the time of a reduction a sum, on a CPU. Of one that fits into the
-cache, each sum alone is faster, since XLA then adds several numbers at a time.
+They are taken axis by axis, long axes in blocks, because a float32 sum of n terms in a row has an error of
+sqrt(n) roundings, and stops counting at 2^24. One reduction of several operands reads a large array once: for the
+logits of a vocabulary of 50,257 it takes an eighth of the time of separate reductions, on a CPU. For an array
+that fits into the cache separate sums are faster, since XLA then adds several numbers at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Stages = list[tuple[int, ...]]
 
 
 class Sums(NamedTuple):
-    """Over some axes of an array x; counts are floats, which XLA's CPU adds five times faster."""
+    """Sums over some axes of an array x; counts are floats, which XLA's CPU adds five times faster."""
 
     absolute: jax.Array
     square: jax.Array
@@ -32,13 +32,13 @@ class Sums(NamedTuple):
     saturated: jax.Array | None
 
 
-# Above so many elements: 16 MiB of float32.
+# Arrays with more elements are large: 16 MiB of float32.
 _LARGE = 1 << 22
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def sums(array: jax.Array, axis: tuple[int, ...], edges: Edges = None) -> Sums:
-    """Sums of |x| and x^2, max |x|, how many x are 0, and how many lie at or beyond the edges.
+    """Return sums of |x| and x^2, max |x|, the number of zeros, and the number of values at or beyond the edges.
 
     >>> import jax.numpy as jnp
     >>> found = sums(jnp.array([[1.0, -2.0, 0.0]]), (1,))
@@ -59,7 +59,7 @@ def _together(array: jax.Array, stages: Stages, edges: Edges) -> Sums:
 
 
 def _join(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Of every operand the sum, but of the third the maximum."""
+    """Add every operand, except the third, of which take the maximum."""
     return tuple(
         lax.max(x, y) if i == 2 else lax.add(x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))
     )
@@ -91,7 +91,7 @@ _LONG, _BLOCK = 1 << 14, 1 << 12
 
 
 def _stages(shape: tuple[int, ...], axis: tuple[int, ...]) -> Stages:
-    """The axes to reduce together, the last first: as many as one sum may run over."""
+    """Return the axes to reduce together, the last first: as many as one sum may run over."""
     stages: Stages = [()]
     for i in sorted(axis, reverse=True):
         together = math.prod(shape[j] for j in stages[-1]) * shape[i]
@@ -103,7 +103,7 @@ def _stages(shape: tuple[int, ...], axis: tuple[int, ...]) -> Stages:
 
 
 def _in_blocks(array: jax.Array, axis: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
-    """Each long axis as two, where its length allows it."""
+    """Split each long axis into two, if its length allows it."""
     shape: list[int] = []
     reduced: list[int] = []
     for i, size in enumerate(array.shape):
@@ -117,6 +117,6 @@ def _in_blocks(array: jax.Array, axis: tuple[int, ...]) -> tuple[jax.Array, tupl
 
 @sums.defjvp
 def _(axis: tuple[int, ...], edges: Edges, primals: Any, tangents: Any) -> tuple[Sums, Sums]:
-    # A reduction of several operands has no derivative rule that is as good.
+    # A reduction of several operands has no derivative rule of this quality.
     apart = functools.partial(_apart, stages=[axis], edges=edges)
     return sums(*primals, axis, edges), jax.jvp(lambda x: apart(widened(x)), primals, tangents)[1]

@@ -1,8 +1,7 @@
-"""The derivative of the loss by a factor on each unit, at 1: what silencing the unit would change.
+"""The derivative of the loss with respect to a factor on each unit, at 1: the effect of silencing the unit.
 
-In: an `Objective` and its arrays. Out: one `Moments` for each site, shaped like its units. The
-program runs with a gate on each post-activation; the gradient of a gate is the sum of a dL/da over
-the batch and all positions, also inside loops.
+The program runs with a gate on each post-activation. The gradient of a gate is the sum of a dL/da over the
+batch and all positions, also inside loops.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _Gated = dict[Value, list[OverAxes]]
 def gate_moments(
     objective: Objective, totals: frozenset[str], params: Any, arrays: Arrays
 ) -> tuple[Moments, ...]:
-    """For each site, in execution order, the moments of its units' gate gradients over the batch.
+    """Return for each site, in execution order, the moments of its units' gate gradients over the batch.
 
     Args:
         totals: which sums of `Moments`.
@@ -56,7 +55,7 @@ def gate_moments(
 
 
 def _gate(asked: Sequence[OverAxes], array: jax.Array, gates: Sequence[jax.Array]) -> jax.Array:
-    """The array times 1 + the gates of its units; several weights may share a post-activation."""
+    """Multiply the array by 1 + the gates of its units; several weights may share a post-activation."""
     total = functools.reduce(
         jnp.add, [over.spread(gate, array) for over, gate in zip(asked, gates, strict=True)]
     )
@@ -64,7 +63,7 @@ def _gate(asked: Sequence[OverAxes], array: jax.Array, gates: Sequence[jax.Array
 
 
 def _closed_gates(program: graph.Program, gated: _Gated, leaves: Sequence[Any]) -> dict[int, list[jax.Array]]:
-    """Zeros for every gate, shaped as sums over the units are, iterations of a scan in front."""
+    """Return zeros for every gate, shaped like sums over the units, with iterations of a scan leading."""
     hooks = graph.Hooks(
         {
             value: lambda array, asked=asked: [over.reduce(array) for over in asked]

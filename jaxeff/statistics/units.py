@@ -1,7 +1,6 @@
-"""From an array inside a program to one number a unit, laid out like the weight.
+"""Reductions of an array in a program to one number per unit, laid out like the weight.
 
-What is reduced has the weight's rank, with size 1 for each axis that it does not keep, so that it
-broadcasts against the weight.
+Results have the weight's rank, with size 1 for each axis that is reduced, so that they broadcast against the weight.
 """
 
 from __future__ import annotations
@@ -22,39 +21,39 @@ from jaxeff.numerics.meshes import by_compiler
 
 @dataclasses.dataclass(frozen=True)
 class OverAxes:
-    """Reduces an array to some axes of a weight of shape `shape`, which stand in it as `dims` says."""
+    """Reduces an array to some axes of a weight of shape `shape`, which are dimensions `dims` of the array."""
 
     dims: Dims
     kept: frozenset[int]
     shape: tuple[int, ...]
 
     def reduce(self, array: jax.Array, reduction: Callable[..., Any] = jnp.sum) -> Any:
-        """`reduction(array, axis=tuple)` may return a tree of arrays."""
+        """Apply `reduction(array, axis=tuple)`, which may return a tree of arrays."""
         return by_compiler(
             lambda array: axes.reduce_to_axes(self.dims, self.kept, self.shape, array, reduction), array
         )
 
     @property
     def count(self) -> int:
-        """Elements of the array for each one that is left."""
-        # Not read off the shapes: the array may hold units of other weights beside this one's.
+        """Return the number of elements of the array per element of the result."""
+        # Shapes do not tell, because the array may also hold units of other weights.
         return math.prod(f.size for dim in self.dims for f in dim if f.axis not in self.kept)
 
     def spread(self, small: jax.Array, array: jax.Array) -> jax.Array:
-        """The transpose of a sum: each unit's number at all of its elements of `array`."""
+        """Broadcast each unit's number to all of its elements of `array`, which is the transpose of a sum."""
         (spread,) = jax.linear_transpose(self.reduce, array)(small)
         return spread
 
 
 def of_emissions(site: graph.Site) -> list[OverAxes]:
-    """For each emission of a site, the reduction of its value to those units."""
+    """Return, for each emission of a site, the reduction of its value to those units."""
     return [OverAxes(emission.dims, site.unit_axes, emission.shape) for emission in site.activation.post]
 
 
 def join(site: graph.Site, parts: Sequence[jax.Array]) -> jax.Array:
-    """One array of all units from one for each emission: a fused layer has several.
+    """Join the arrays of each emission into one of all units; a fused layer has several emissions.
 
-    A scan may have put its iterations in front.
+    A scan may have added its iterations as a leading axis.
     """
     emissions = site.activation.post
     axis = emissions[0].axis

@@ -39,7 +39,7 @@ class WeightLoss:
         return self.objective.mean_loss(outputs, self.arrays)
 
     def example_loss(self, weights: Weights, index: jax.Array) -> jax.Array:
-        """The loss of one example, run alone."""
+        """Return the loss of one example, run alone."""
         example = self.objective.example
         assert example is not None, "made where a per-example quantity is asked for"
         arrays = self.example(index)
@@ -47,7 +47,7 @@ class WeightLoss:
         return example.mean_loss(outputs, arrays)
 
     def example(self, index: jax.Array) -> Arrays:
-        """What the objective of one example reads, for this one."""
+        """Return the arrays that the objective of one example reads."""
         example, arrays = self.objective.example, self.arrays.example
         assert example is not None and arrays is not None, "made where a per-example quantity is asked for"
         pick = functools.partial(_example_of, index=index)
@@ -58,7 +58,7 @@ class WeightLoss:
         return dataclasses.replace(arrays, inputs=inputs, targets=targets)
 
     def positive(self) -> tuple[Weights, Callable[[Weights], jax.Array]]:
-        """The absolute weights, and the summed outputs of all-positive parameters on inputs of 1."""
+        """Return the absolute weights, and the summed outputs of all-positive parameters on inputs of 1."""
         leaves = [jnp.abs(leaf) if floating(leaf) else leaf for leaf in self._leaves]
         batch = batch_leaves(self.objective.origins, self.arrays.inputs)
         ones = [jnp.ones_like(leaf) if floating(leaf) else leaf for leaf in batch]
@@ -72,7 +72,7 @@ class WeightLoss:
         return tuple(leaves[index] for _, index in self.objective.weights), total
 
     def filled(self, weights: Weights) -> Any:
-        """The parameters with other weights in them."""
+        """Return the parameters with other weights in them."""
         return self._with(self._leaves, weights)
 
     def _with(self, leaves: Sequence[Any], weights: Weights) -> Any:
@@ -87,7 +87,7 @@ def floating(leaf: Any) -> bool:
 
 
 def _example_of(whole: jax.Array, example: jax.Array, *, index: jax.Array) -> jax.Array:
-    """One row of an array that has one an example; any other array, such as a mask, as it is."""
+    """Return one row of an array that has one per example; return any other array, such as a mask, unchanged."""
     if jnp.shape(whole) == jnp.shape(example):
         return whole
     return jax.lax.dynamic_slice_in_dim(gathered(whole), index, 1)
@@ -98,7 +98,7 @@ def moments(terms: Iterable[jax.Array], wanted: Wanted, weight: int, count: int)
 
 
 def moments_of(term: jax.Array, wanted: Wanted, weight: int, count: int) -> Moments:
-    """The sums of one term that stands for `weight` examples and counts as `count` terms."""
+    """Return the sums of one term that stands for `weight` examples and counts as `count` terms."""
     return Moments(
         weight * term if "sum" in wanted else None,
         weight * jnp.abs(term) if "absolute_sum" in wanted else None,
@@ -109,7 +109,7 @@ def moments_of(term: jax.Array, wanted: Wanted, weight: int, count: int) -> Mome
 
 
 def added(function: Callable[[jax.Array], Any], arguments: jax.Array) -> Any:
-    """The sum of the function's results over the leading axis; one exists at a time."""
+    """Sum the function's results over the leading axis; only one exists at a time."""
 
     def step(total: Any, argument: jax.Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, function(argument)), None
