@@ -1,4 +1,4 @@
-"""The jaxpr walk: a traced function -> the sites of its weights."""
+"""Analysis of the jaxpr: from a traced function to the sites of its weights."""
 
 from jaxeff.graph.attention import Attention as Attention
 from jaxeff.graph.attention import Headless as Headless

@@ -1,10 +1,10 @@
-"""What a unit emits: from the output of a contraction to its pre- and post-activation.
+"""The activations of units: from the output of a contraction to its pre- and post-activation.
 
 The pre-activation is the contraction's output with its own bias. The post-activation is the first
 nonlinearity that it reaches through pointwise operations: bias, the affine part of a norm, dropout,
-adding or gating with other data. Where a reduction, another contraction or a normalisation across
-units comes first, the pre-activation stands for both. A fused layer whose output is split (the gates of
-a recurrent cell, a gated linear unit) is followed part by part.
+adding or gating with other data. If a reduction, another contraction or a normalization across units comes
+first, the pre-activation stands for both. If the output of a fused layer is split (the gates of a recurrent
+cell, a gated linear unit), each part is followed separately.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from jaxeff.graph.reach import Reach
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Emission:
-    """What some of a weight's units emit.
+    """Activations of some of a weight's units.
 
     Attributes:
         value: the post-activation.
         dims: where the weight's axes stand in it.
-        shape: the weight's, where these units alone stand along `axis`.
-        axis: of the weight, along which these units are some of many; None for all units.
+        shape: shape of the weight, reduced to these units along `axis`.
+        axis: axis of the weight that also indexes other units; None if these are all units.
         indices: of these units along it.
         nonlinearity: its name.
     """
@@ -72,8 +72,8 @@ def follow(
 
     Args:
         influences: what becomes of each value.
-        output: what the contraction makes; `dims` says where the weight's axes stand in it.
-        shapes: of all leaves, to tell a bias (one number a unit) from other additions.
+        output: the contraction's output; `dims` says where the weight's axes stand in it.
+        shapes: of all leaves, to tell a bias (one number per unit) from other additions.
         leaf: the weight's index among them.
     """
     pre, pre_dims, bias = _add_bias(flow, influences, output, dims, shapes, leaf)
@@ -86,7 +86,7 @@ def follow(
 def _emissions(
     flow: Flow, influences: Influences, output: Value, dims: Dims, shape: tuple[int, ...]
 ) -> list[Emission]:
-    """What the units emit: together where they reach a nonlinearity together, else part by part."""
+    """Return the activations of the units, together if they reach a nonlinearity together, else part by part."""
     reach = Reach(flow, influences, output, dims, shape)
     post = reach.first_nonlinearity()
     if post is not None:
@@ -150,7 +150,7 @@ def _bias_of(
     shapes: Sequence[tuple[int, ...]],
     leaf: int,
 ) -> int | None:
-    """The leaf that `operation` adds to `value`, if it has one number for each unit and no more."""
+    """Return the leaf that `operation` adds to `value`, if it has exactly one number per unit."""
     if operation.name not in ("add", "add_any") or operation.outputs[0].shape != value.shape:
         return None
     other = operation.inputs[1] if operation.inputs[0] is value else operation.inputs[0]
@@ -165,7 +165,7 @@ def _bias_of(
 
 
 def _one_a_unit(flow: Flow, leaf: int, dims: Dims, shape: tuple[int, ...], units: int) -> bool:
-    """Whether the leaf holds one number for each unit, layers that a scan stacks apart."""
+    """Return whether the leaf holds one number per unit, apart from layers that a scan stacks."""
     here = axes.held(dims)
     scanned = {axis for (_, other), axis in flow.provenance.scanned.items() if other == leaf}
     whole = all(axis in here or axis in scanned for axis, size in enumerate(shape) if size > 1)
@@ -173,7 +173,7 @@ def _one_a_unit(flow: Flow, leaf: int, dims: Dims, shape: tuple[int, ...], units
 
 
 def _aligned(theirs: tuple[Factor, ...], mine: tuple[Factor, ...]) -> bool:
-    """Whether a bias and a weight's units stand at the same places of one dimension."""
+    """Return whether a bias and a weight's units are aligned in one dimension."""
     bias, units = [f for f in theirs if f.axis is not None], [f for f in mine if f.axis is not None]
     return math.prod(f.size for f in bias) == math.prod(f.size for f in units) and (
         [f.offset for f in bias if f.offset] == [f.offset for f in units if f.offset]

@@ -1,9 +1,9 @@
-"""Attention heads: which slices of which weights belong to each head, and where its probabilities are.
+"""Attention heads: the slices of weights that belong to each head, and the head's probabilities.
 
-An attention is a softmax whose values weigh other data: a contraction of two operands that are both
-data, one of them normalised over the contracted dimension. The dimensions that the weights' units
-bring into it are the heads. Heads that share keys and values are one unit, the group; where all heads
-share one key, each head is a unit, of the weights that it has for itself. Structure only.
+An attention is a softmax whose values weigh other data: a contraction of two data operands, one of them
+normalized over the contracted dimension. The dimensions that come from the weights' units are the heads. Heads
+that share keys and values are one unit, the group. If all heads share one key, each head is a unit, of the weights
+that it has for itself. Only structure is found here.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from jaxeff.graph.sites import Site
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """The part of one weight that each unit of an attention has.
+    """The part of one weight that belongs to each unit of an attention.
 
     Attributes:
         leaf: the weight's index among the leaves.
         axis: of the weight.
-        indices: for each unit, those along the axis that are its own.
+        indices: for each unit, its indices along the axis.
     """
 
     leaf: int
@@ -44,13 +44,13 @@ class Attention:
     """One softmax attention.
 
     Attributes:
-        probabilities: the softmax's values.
+        probabilities: values of the softmax.
         over: the dimension in which they sum to 1.
-        head_dims: the dimensions that tell heads apart, in order.
-        heads: how many there are.
-        units: groups of heads that share keys and values, or the heads themselves.
+        head_dims: the dimensions that index heads, in order.
+        heads: number of heads.
+        units: number of groups of heads that share keys and values, or of heads.
         members: the parts of weights that belong to the units.
-        loops: the loops around it, as its first member's weight sees them.
+        loops: the loops around it, as seen by its first member's weight.
     """
 
     probabilities: Value
@@ -64,11 +64,11 @@ class Attention:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Headless:
-    """A softmax that weighs data, and in which no heads were found.
+    """A softmax that weighs data but in which no heads were found.
 
     Attributes:
         leaves: the weights nearest before it.
-        reason: why there are none.
+        reason: why no heads were found.
     """
 
     leaves: frozenset[int]
@@ -76,13 +76,13 @@ class Headless:
 
 
 Labels = Mapping[int, frozenset[Dims]]
-"""Leaf -> where its unit axes stand; several ways where parts of one leaf have met."""
+"""Leaf -> where its unit axes stand; several ways if parts of one leaf have met."""
 
 
 def attentions(
     program: Program, sites: Sequence[Site], shapes: Sequence[tuple[int, ...]], provenance: Provenance
 ) -> tuple[tuple[Attention, ...], tuple[Headless, ...]]:
-    """Attentions of a program and of the bodies of its loops, in execution order: with heads, and without."""
+    """Find the attentions of a program and of the bodies of its loops, in execution order, with and without heads."""
     by_output = {site.activation.pre: site for site in sites}
     found: list[Attention | Headless] = []
     _search(program, by_output, shapes, provenance, found)
@@ -114,7 +114,7 @@ def _search(
 def _labelled(
     program: Program, by_output: Mapping[Value, Site], provenance: Provenance
 ) -> dict[Value, Labels]:
-    """Where the units of the nearest weights stand in each value."""
+    """Return where the units of the nearest weights stand in each value."""
     labels: dict[Value, Labels] = {}
     for operation in program.operations:
         for index, output in enumerate(operation.outputs):
@@ -134,7 +134,7 @@ def _without_inputs(site: Site) -> Dims:
 
 
 def _through(operation: Operation, output: int, labels: Mapping[Value, Labels]) -> Labels:
-    """The labels of an operation's output, as far as they can be followed."""
+    """Return the labels of an operation's output, as far as they can be followed."""
     found: dict[int, set[Dims]] = {}
     for operand, value in enumerate(operation.inputs):
         for leaf, variants in labels.get(value, {}).items() if isinstance(value, Value) else ():
@@ -163,7 +163,7 @@ def _moved(operation: Operation, operand: int, dims: Dims, output: int) -> Dims 
 
 
 def _softmaxes(flow: Flow) -> dict[Value, int]:
-    """Values that sum to 1 over one dimension, and that dimension."""
+    """Return values that sum to 1 over one dimension, with that dimension."""
     found: dict[Value, int] = {}
     for operation in flow.program.operations:
         if operation.name == "div":
@@ -174,7 +174,7 @@ def _softmaxes(flow: Flow) -> dict[Value, int]:
 
 
 def _normalised_over(flow: Flow, division: Operation) -> int | None:
-    """The dimension over which the divisor sums what it divides: exponentials of the same value."""
+    """Return the dimension over which the divisor sums the exponentials that it divides."""
     exponential, divisor = division.inputs
     total = _back(flow, divisor, ("reduce_sum",))
     numerator = _back(flow, exponential, ("exp", "exp2"))
@@ -189,7 +189,7 @@ def _normalised_over(flow: Flow, division: Operation) -> int | None:
 
 
 def _back(flow: Flow, value: Value | Literal, names: Sequence[str]) -> Operation | None:
-    """The operation of one of these names that makes the value, moves and conversions aside."""
+    """Return the operation of one of these names that makes the value, ignoring moves and conversions."""
     while isinstance(value, Value) and value in flow.made_by:
         operation = flow.program.operations[flow.made_by[value]]
         if operation.name in names:
@@ -201,7 +201,7 @@ def _back(flow: Flow, value: Value | Literal, names: Sequence[str]) -> Operation
 
 
 def _origin(flow: Flow, value: Value | Literal) -> Value | Literal:
-    """What an exponent is made of before its maximum is taken off."""
+    """Return the value of an exponent before its maximum is subtracted."""
     shift = _back(flow, value, ("sub",))
     return value if shift is None else shift.inputs[0]
 
@@ -214,7 +214,7 @@ def _attention(
     by_output: Mapping[Value, Site],
     shapes: Sequence[tuple[int, ...]],
 ) -> Attention | Headless | None:
-    """The attention whose probabilities this contraction takes, if it takes any."""
+    """Return the attention whose probabilities this contraction takes, if it takes any."""
     contract, batch = operation.params["dimension_numbers"]
     headless = None
     for side in (0, 1):
@@ -241,7 +241,7 @@ def _attention(
 
 
 def _headless(flow: Flow, labels: Mapping[Value, Labels], value: Value, what: str) -> Headless:
-    """Why no heads stand in a value: the nearest operations before it at which a weight's units were lost."""
+    """Return why a value has no heads: the nearest operations before it at which a weight's units were lost."""
     names: set[str] = set()
     leaves: set[int] = set()
     pending = [value]
@@ -269,7 +269,7 @@ def _headless(flow: Flow, labels: Mapping[Value, Labels], value: Value, what: st
 
 
 def _softmax_of(flow: Flow, value: Value | Literal, softmaxes: Mapping[Value, int]) -> Value | None:
-    """The softmax that the value is, but for dropout and conversions."""
+    """Return the softmax that the value is, ignoring dropout and conversions."""
     while isinstance(value, Value) and value not in softmaxes:
         made = flow.made_by.get(value)
         operation = None if made is None else flow.program.operations[made]
@@ -284,7 +284,7 @@ def _softmax_of(flow: Flow, value: Value | Literal, softmaxes: Mapping[Value, in
 
 
 class _Digit(NamedTuple):
-    """A factor of a dimension that tells heads apart; `unit` where it tells units apart."""
+    """A factor of a dimension that indexes heads; `unit` if it indexes units."""
 
     size: int
     unit: bool
@@ -292,13 +292,13 @@ class _Digit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Heads:
-    """The dimensions of the probabilities that tell heads apart, each as its digits, major first."""
+    """The dimensions of the probabilities that index heads, each as its digits, major first."""
 
     digits: Mapping[int, tuple[_Digit, ...]]
 
     @staticmethod
     def of(queries: Labels, values: Labels, shared: Mapping[int, int], shape: Sequence[int]) -> _Heads | None:
-        """From the labels of the probabilities and of the values that they weigh."""
+        """Find the heads from the labels of the probabilities and of the values that they weigh."""
         own = {
             i
             for variants in queries.values()
@@ -327,7 +327,7 @@ class _Heads:
         sites: Iterable[Site],
         shapes: Sequence[tuple[int, ...]],
     ) -> tuple[Member, ...]:
-        """The parts of the query, key, value and output weights that belong to each unit."""
+        """Return the parts of the query, key, value and output weights that belong to each unit."""
         found: dict[int, dict[int, list[set[int]]]] = {}
         for leaf, variants in labels[softmax].items():
             for dims in variants:
@@ -349,7 +349,7 @@ class _Heads:
         )
 
     def _in_input(self, site: Site, dims: Dims, variant: Dims) -> dict[int, tuple[Factor, ...]]:
-        """Of the weight that takes the heads' outputs: the factors of its input axes that are heads."""
+        """Return the factors of the output weight's input axes that are heads."""
         found: dict[int, tuple[Factor, ...]] = {}
         for dim, own in zip(dims, site.input_dims, strict=True):
             pieces = axes.regrouped(own, [factor.size for factor in dim])
@@ -364,7 +364,7 @@ class _Heads:
         leaf: int,
         factors: Mapping[int, tuple[Factor, ...]],
     ) -> None:
-        """Add the indices that each unit has of a leaf, if the factors tell all units apart."""
+        """Add the indices of each unit in a leaf, if the factors distinguish all units."""
         chosen: list[Factor] = []
         for i, pieces in self.digits.items():
             if not any(digit.unit for digit in pieces):
@@ -393,7 +393,7 @@ def _held(dim: Sequence[Factor]) -> bool:
 
 
 def _value_factors(values: Labels, dim: int | None) -> tuple[Factor, ...]:
-    """The factors of a dimension of the values, of the first leaf that has any there."""
+    """Return the factors of a dimension of the values, from the first leaf that has any there."""
     held = [
         dims[dim] for variants in values.values() for dims in variants if dim is not None and _held(dims[dim])
     ]

@@ -1,4 +1,4 @@
-"""Which axis of a weight stands in which dimension of an array, through reshapes and transposes.
+"""Where the axes of a weight stand in the dimensions of an array, through reshapes and transposes.
 
 A dimension is described by its factors, major first: a (768, 12, 64) kernel reshaped to (768, 768)
 has the second dimension `(Factor(axis=1, size=12), Factor(axis=2, size=64))`. A factor whose axis is
@@ -43,7 +43,7 @@ def of_data(shape: Sequence[int]) -> Dims:
 
 
 def held(dims: Dims) -> frozenset[int]:
-    """The weight's axes that stand somewhere in the array.
+    """Return the axes of the weight that stand anywhere in the array.
 
     >>> sorted(held(of_weight((3, 4)) + of_data((8,))))
     [0, 1]
@@ -52,7 +52,7 @@ def held(dims: Dims) -> frozenset[int]:
 
 
 def covers(dims: Dims, axes: frozenset[int], shape: Sequence[int]) -> bool:
-    """Whether the array holds each of these axes of a weight whole."""
+    """Return whether the array holds each of these axes of a weight whole."""
     return all(_covers(dims, axis, shape[axis]) for axis in axes)
 
 
@@ -69,13 +69,13 @@ def _factors_of(dims: Dims, axis: int) -> list[Factor]:
 
 
 class Part(NamedTuple):
-    """Some of the units along one axis of a weight, as an axis of its own.
+    """Some of the units along one axis of a weight, as an axis of their own.
 
     Attributes:
         axis: of the weight.
         indices: along it, ascending.
         dims: where the weight's axes stand, with these units as the whole axis.
-        shape: the weight's, with these units as the whole axis.
+        shape: shape of the weight, with these units as the whole axis.
     """
 
     axis: int
@@ -85,7 +85,7 @@ class Part(NamedTuple):
 
 
 def part(dims: Dims, axes: frozenset[int], shape: Sequence[int]) -> Part | None:
-    """What an array holds of a weight, where that is part of one axis and all of the others."""
+    """Return the part of a weight that an array holds, if it is part of one axis and all of the others."""
     partial = [axis for axis in axes if not _covers(dims, axis, shape[axis])]
     if len(partial) != 1:
         return None
@@ -108,7 +108,7 @@ def part(dims: Dims, axes: frozenset[int], shape: Sequence[int]) -> Part | None:
 
 
 def move(operation: Operation, dims: Dims, shape: Sequence[int]) -> list[Dims | None]:
-    """Dims of each output of an operation that only moves elements; None where they cannot be followed."""
+    """Return the dims of each output of an operation that only moves elements; None if they cannot be followed."""
     if operation.name in _DIVISIONS:
         return _DIVISIONS[operation.name](dims, tuple(shape), operation.params)
     rule = _MOVES[operation.name]
@@ -122,11 +122,11 @@ def moves(operation: Operation) -> bool:
 REDUCING_COLLECTIVES = frozenset({"psum", "psum_invariant", "pmax", "pmin"})
 GATHERING = frozenset({"all_gather", "all_gather_invariant"})
 JOINING = REDUCING_COLLECTIVES | GATHERING
-"""Collectives whose results are made of the elements of several devices."""
+"""Collectives whose results consist of the elements of several devices."""
 
 
 def reduced(operation: Operation) -> frozenset[int] | None:
-    """Dimensions that a reduction removes: empty for one over devices, None if this is not a reduction."""
+    """Return the dimensions that a reduction removes: empty for one over devices, None if this is not a reduction."""
     name, along = operation.name, operation.params.get("axes")
     if along is None or not (name.startswith("reduce_") or name in REDUCING_COLLECTIVES):
         return None
@@ -135,7 +135,7 @@ def reduced(operation: Operation) -> frozenset[int] | None:
 
 
 def gathered_from_devices(operation: Operation, dims: Dims, result: Sequence[int]) -> Dims:
-    """Dims of what a collective gathers: other devices' elements stand beside, in a dimension or its own."""
+    """Return the dims of a collective's result, where elements of other devices are adjacent or in a new dimension."""
     if operation.name not in GATHERING:
         return dims
     along, tiled = operation.params["all_gather_dimension"], operation.params["tiled"]
@@ -143,9 +143,9 @@ def gathered_from_devices(operation: Operation, dims: Dims, result: Sequence[int
 
 
 def concatenated(operation: Operation, operand: int, dims: Dims, leaf: Sequence[int]) -> Dims | None:
-    """Dims of a concatenation's output, for the axes that this operand brings; each must be whole.
+    """Return the dims of a concatenation's output, for the axes that this operand brings; each must be whole.
 
-    None along a dimension that is no axis of the weight: which part of it is the weight's would be forgotten.
+    None along a dimension that is not an axis of the weight, as the position of the weight's part would be lost.
     """
     along = operation.params["dimension"]
     before = sum(_shape(other)[along] for other in operation.inputs[:operand])
@@ -160,7 +160,7 @@ def concatenated(operation: Operation, operand: int, dims: Dims, leaf: Sequence[
 
 
 def stacked(operation: Operation, dims: Dims) -> Dims:
-    """Dims of a stack's output, for any of its operands."""
+    """Return the dims of a stack's output, for any of its operands."""
     along = operation.params["axis"]
     return (*dims[:along], (Factor(None, operation.outputs[0].shape[along]),), *dims[along:])
 
@@ -170,7 +170,7 @@ def _shape(operand: Any) -> tuple[int, ...]:
 
 
 def broadcast(dims: Dims, shape: Sequence[int], result: Sequence[int]) -> Dims:
-    """Dims of an operand of elementwise arithmetic, seen in the result (size 1 stretches)."""
+    """Return the dims of an operand of elementwise arithmetic as dims of the result (size 1 stretches)."""
     lead = len(result) - len(shape)
     kept = tuple(
         dim if shape[i] == result[lead + i] else (Factor(None, result[lead + i]),)
@@ -209,7 +209,7 @@ def _reshape(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params
 
 
 def regrouped(dim: Sequence[Factor], sizes: Sequence[int]) -> list[tuple[Factor, ...]] | None:
-    """A dimension cut into pieces of these sizes, major first; None where its factors do not allow it."""
+    """Cut a dimension into pieces of these sizes, major first; None if its factors do not allow it."""
     whole = math.prod(factor.size for factor in dim)
     pieces = _reshape((tuple(dim),), (whole,), tuple(sizes), {}) if whole == math.prod(sizes) else None
     return None if pieces is None else list(pieces)
@@ -226,10 +226,10 @@ def _squeeze(dims: Dims, shape: tuple[int, ...], result: tuple[int, ...], params
 
 
 def _shifted(dims: Dims, dropped: Sequence[Factor]) -> Dims:
-    """The dims without some factors of size 1, whose offsets go to other factors of their axes.
+    """Remove some factors of size 1 from the dims, passing their offsets to other factors of their axes.
 
-    To the next finer one, so that what is cut out of every head does not shift the heads; past the finest, to
-    the finest.
+    An offset goes to the next finer factor, so that slicing each head does not shift the heads; past the finest, it
+    goes to the finest.
     """
     moved = [list(dim) for dim in dims]
     for gone in dropped:
@@ -295,7 +295,7 @@ def _unstack(dims: Dims, shape: tuple[int, ...], params: Mapping) -> list[Dims |
 
 
 def _cut(dim: tuple[Factor, ...], start: int, size: int, stride: int = 1) -> tuple[Factor, ...] | None:
-    """`size` elements of a dimension from `start`: of a product of factors, whole steps of the first."""
+    """Take `size` elements of a dimension from `start`; for a product of factors, whole steps of the first."""
     if not dim or size == math.prod(factor.size for factor in dim):
         return dim
     first, *rest = dim
@@ -319,7 +319,7 @@ _MOVES = {
 }
 _DIVISIONS = {"split": _split, "unstack": _unstack}
 MOVED = frozenset({*_MOVES, *_DIVISIONS})
-"""Primitives that only move elements, of one operand."""
+"""Primitives with one operand that only move elements."""
 
 
 def reduce_to_axes(
@@ -329,19 +329,19 @@ def reduce_to_axes(
     array: jax.Array,
     reduction: Callable[..., Any],
 ) -> Any:
-    """Reduce all but the given axes of a weight, and lay the rest out as the weight has them.
+    """Reduce all but the given axes of a weight, and lay the rest out like the weight.
 
-    Reduces by axis before it transposes: the big array is never moved (transposing first took three
+    It reduces by axis before it transposes, so that the large array is never moved (transposing first took three
     times the memory on a language model's logits).
 
     Args:
         dims: where the weight's axes stand in `array`.
-        axes: the weight's axes to keep; each must stand whole in the array.
-        shape: the weight's shape.
+        axes: axes of the weight to keep; each must stand whole in the array.
+        shape: of the weight.
         reduction: `f(array, axis=tuple)`, such as `jnp.sum`, or one that returns a tree of arrays.
 
     Returns:
-        The weight's rank; size 1 for each axis not kept, so that it broadcasts against the weight.
+        An array of the weight's rank, with size 1 for each axis not kept, so that it broadcasts against the weight.
     """
     factors = [factor for dim in dims for factor in dim]
     kept = [factor for factor in factors if factor.axis in axes]
@@ -351,7 +351,7 @@ def reduce_to_axes(
 
 
 def _laid(small: jax.Array, kept: Sequence[Factor], axes: frozenset[int], shape: Sequence[int]) -> jax.Array:
-    """What is left of the factors, in the order of the weight's axes."""
+    """Arrange the remaining factors in the order of the weight's axes."""
     order = sorted(range(len(kept)), key=lambda i: (kept[i].axis, -kept[i].stride))
     ordered = jnp.transpose(small, order)
     for i, factor in enumerate(kept[j] for j in order):
@@ -363,5 +363,5 @@ def _laid(small: jax.Array, kept: Sequence[Factor], axes: frozenset[int], shape:
 
 
 def positions(dims: Dims) -> int:
-    """How many elements of the array fall on each combination of the weight's axes."""
+    """Return how many elements of the array fall on each combination of the weight's axes."""
     return math.prod(factor.size for dim in dims for factor in dim if factor.axis is None)

@@ -1,7 +1,4 @@
-"""How many multiply-accumulates a contraction takes: the one count, which sites and costs share.
-
-In: an `Operation`. Out: `Multiplications`. From shapes alone.
-"""
+"""Multiply-accumulates of a contraction, from shapes alone; sites and costs share this count."""
 
 from __future__ import annotations
 
@@ -18,9 +15,9 @@ class Multiplications(NamedTuple):
     """Multiply-accumulates of one contraction.
 
     Attributes:
-        macs: output elements times what each sums over. A convolution counts every tap of its window, a
+        macs: output elements times the terms that each sums. A convolution counts every tap of its window, a
             transposed one only the taps that meet an element of its input.
-        padding: those of `macs` that meet a zero of a convolution's padding. XLA leaves these out.
+        padding: the part of `macs` that meets a zero of a convolution's padding. XLA leaves these out.
     """
 
     macs: int
@@ -31,7 +28,7 @@ def multiplications(operation: Operation) -> Multiplications | None:
     """Count one run of a contraction; None for any other operation.
 
     A complex multiply-accumulate is four real ones. Zeros that a transposition puts between and around the
-    elements of its input are not counted: no two numbers of the model meet there.
+    elements of its input are not counted, since no two numbers of the model meet there.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxeff.graph.program import flatten
@@ -55,7 +52,7 @@ def _dot(operation: Operation) -> Multiplications:
 
 
 def _ragged_dot(operation: Operation) -> Multiplications:
-    """Every row of the left operand in a group: the most that the sizes of the groups allow."""
+    """Count every row of the left operand as part of a group, the maximum that the group sizes allow."""
     numbers = operation.params["ragged_dot_dimension_numbers"]
     (_, contract), (_, batch) = numbers.dot_dimension_numbers
     met = {*contract, *batch, *numbers.rhs_group_dimensions}

@@ -1,8 +1,7 @@
 """Runs a program, and reduces chosen values as soon as they exist.
 
-In: a `Program`, its arguments, and what to look at or to change. Out: the program's outputs and what
-was seen. Inside a loop the reductions run in the loop's body, so that a scan over layers or time never
-keeps its activations.
+The result is the program's outputs and the observed reductions. Inside a loop the reductions run in the loop's
+body, so that a scan over layers or time never keeps its activations.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, reshard
 from jaxeff.graph.program import Call, Operation, Program, Step, Value, operations_of, scan_operands
 
 Read = Callable[[Value | Literal], Any]
-"""Any earlier array of the same program, by its value."""
+"""Reads any earlier array of the same program, by its value."""
 
 Rule = Callable[[list[Any], Read], list[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What to do beside running the program.
+    """What to do in addition to running the program.
 
     Attributes:
         reductions: for each value a function of its array, which returns a tree of arrays to keep.
-        add: joins what two iterations of a `while` returned. Zeros are its neutral element.
+        add: joins the results of two iterations of a `while`. Zeros are its neutral element.
         rules: what to run in place of an operation: `rule(operands, read) -> results`.
-        gates: for each value a function of its array and of the gate that `evaluate` is given for it,
-            which returns the array that the rest of the program gets to see.
+        gates: for each value a function of its array and of the gate passed to `evaluate` for it, which returns the
+            array that the rest of the program sees.
     """
 
     reductions: Mapping[Value, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
@@ -42,14 +41,14 @@ class Hooks:
     gates: Mapping[Value, Callable[[Any, Any], Any]] = dataclasses.field(default_factory=dict)
 
     def touch(self, program: Program) -> bool:
-        """Whether anything is to be done inside the program or the bodies of its loops."""
+        """Return whether anything is to be done inside the program or the bodies of its loops."""
         return any(map(self._concerns, program.inputs)) or any(
             any(map(self._concerns, operation.outputs)) or self._change(operation)
             for operation in program.operations
         )
 
     def enter(self, call: Call) -> bool:
-        """Whether anything is to be done inside the call, so that it cannot be run whole."""
+        """Return whether anything is to be done inside the call, so that it cannot be run whole."""
         return any(
             self._change(operation)
             or any(self._concerns(output) for output in operation.outputs if output not in call.whole.outputs)
@@ -64,8 +63,9 @@ class Hooks:
 
 
 Observed = dict[Value, Any]
-"""What was seen. A scan's body adds a leading axis, the iteration; a `while` adds its iterations up;
-a branch not taken gives zeros."""
+"""Observations by value. A scan's body adds a leading axis, the iteration; a `while` adds its iterations up;
+a branch not taken gives zeros.
+"""
 
 Gates = Mapping[Value, Any]
 """Trees of arrays, by the value that they gate; inside a scan, with the iteration as leading axis."""
@@ -79,11 +79,11 @@ def evaluate(
     Args:
         program: from `flatten`.
         arguments: one array for each of `program.inputs`.
-        hooks: what its reductions return is kept; the values themselves are not, so that XLA frees them.
+        hooks: the results of its reductions are kept; the values themselves are not, so that XLA frees them.
         gates: one for each value of `hooks.gates`.
 
     Returns:
-        One array for each of `program.outputs`, and what was seen of each value looked at.
+        One array for each of `program.outputs`, and the observations of each value.
     """
     values: dict[Value, Any] = dict(program.constants)
     observed: Observed = {}
@@ -96,7 +96,7 @@ def evaluate(
         if value in hooks.gates:
             array = _at_home(hooks.gates[value], array, gates[value])
         if value in hooks.reductions:
-            # Made once: XLA would repeat a gelu in front of each of the reductions that look at it.
+            # Made once, since XLA would repeat a gelu before each reduction that reads it.
             array = jax.lax.optimization_barrier(array)
             observed[value] = _brought_out(_at_home(hooks.reductions[value], array))
         values[value] = array
@@ -119,7 +119,7 @@ def evaluate(
 
 
 def _chosen(steps: Sequence[Step], hooks: Hooks) -> Iterator[Operation]:
-    """The operations to run: calls whole, by their own derivative rule, where nothing inside is asked for."""
+    """Return the operations to run: calls whole, with their own derivative rule, if nothing inside is requested."""
     for step in steps:
         if not isinstance(step, Call):
             yield step
@@ -130,7 +130,7 @@ def _chosen(steps: Sequence[Step], hooks: Hooks) -> Iterator[Operation]:
 
 
 def apply(operation: Operation, operands: Sequence[Any]) -> list[Any]:
-    """Run one operation as it stands."""
+    """Run one operation unchanged."""
     # Some primitives (custom derivatives) are bound with their callees as functions before the operands;
     # older JAX returns the pair, newer JAX folds them into the parameters.
     bound = operation.primitive.get_bind_params(operation.params)
@@ -141,7 +141,7 @@ def apply(operation: Operation, operands: Sequence[Any]) -> list[Any]:
 
 
 def _at_home(function: Callable[..., Any], array: Any, *others: Any) -> Any:
-    """function(array, *others) under the array's own mesh: parts of a program may run under `auto_axes`."""
+    """Run function(array, *others) under the array's own mesh, as parts of a program may run under `auto_axes`."""
     mesh, around = jax.typeof(array).sharding.mesh, jax.sharding.get_abstract_mesh()
     if mesh.empty or around.empty or mesh == around:
         return function(array, *others)
@@ -150,12 +150,12 @@ def _at_home(function: Callable[..., Any], array: Any, *others: Any) -> Any:
 
 
 def _brought_out(results: Any) -> Any:
-    """What was made under another mesh, as arrays of the mesh around it."""
+    """Return arrays made under another mesh as arrays of the surrounding mesh."""
     return on_mesh(jax.sharding.get_abstract_mesh(), results)
 
 
 def on_mesh(mesh: AbstractMesh, tree: Any) -> Any:
-    """Arrays of another mesh, whole on every device of this one."""
+    """Return arrays of another mesh, whole on every device of this one."""
 
     def on(leaf: Any) -> Any:
         own = jax.typeof(leaf).sharding.mesh
@@ -193,7 +193,7 @@ def _scan(
 
 
 def _values(program: Program) -> set[Value]:
-    """All values that the program or the bodies of its loops make or take."""
+    """Return all values that the program or the bodies of its loops make or take."""
     own = {value for operation in program.operations for value in operation.outputs} | set(program.inputs)
     bodies = [body for operation in program.operations for body in operation.bodies]
     return own.union(*map(_values, bodies))

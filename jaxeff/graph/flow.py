@@ -28,14 +28,14 @@ class Flow:
         return [self.program.operations[index] for index in self.read_by.get(value, ())]
 
     def carriers(self, value: Value, influences: Influences) -> list[Operation]:
-        """What reads the value on its way through the network: not what only sums it up beside that."""
+        """Return the operations that pass the value on through the network, rather than only sum it up."""
         return [operation for operation in self.readers(value) if influences.carry(operation, value)]
 
     def between(self, start: Value, end: Value, of_start: Callable[[Value], bool]) -> list[Operation]:
-        """The operations that make `end` from `start`, constants included, in execution order.
+        """Return the operations that make `end` from `start`, constants included, in execution order.
 
         Args:
-            of_start: whether a value is made of `start`.
+            of_start: returns whether a value depends on `start`.
         """
         wanted: set[int] = set()
         pending = [end]

@@ -1,8 +1,8 @@
-"""What becomes of each value: whether a network passes it on, or only ever sums it up.
+"""Influence of values: whether a network passes a value on, or only sums it up.
 
-A unit emits what the network computes with. The mean square of a layer, returned, penalised or used to
-normalise the layer, is made of a nonlinear function of every unit as well, but passes none of its elements
-on. The program is read backwards from what it returns.
+A unit emits the values with which the network computes. The mean square of a layer that is returned, penalized or
+used to normalize the layer also consists of a nonlinear function of every unit, but passes none of its elements
+on. The program is read backwards from its outputs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from jaxeff.graph.provenance import CONTRACTIONS, Provenance, operands_of_bodies
 
 
 class Influence(NamedTuple):
-    """The best way from a value to what the program returns; of two influences the greater is preferred.
+    """The best path from a value to the program's outputs; the greater of two influences is preferred.
 
     Attributes:
-        several: it ends in more than one number: not in a loss or a penalty.
-        contracted: a weight's contraction stands on the way.
-        whole: no reduction stands on the way to that contraction, or to the end where there is none.
-        size: of the smallest array on this part of the way.
+        several: it ends in more than one number, so not in a loss or a penalty.
+        contracted: the path passes a weight's contraction.
+        whole: no reduction lies on the path to that contraction, or to the end if there is none.
+        size: of the smallest array on this part of the path.
     """
 
     several: bool
@@ -36,7 +36,7 @@ class Influence(NamedTuple):
 
     @property
     def rank(self) -> tuple[bool, bool, bool, int]:
-        """To compare by: a value that a weight takes whole counts as much as any part of it."""
+        """Key of comparison, in which a value that a weight takes whole counts as much as any part of it."""
         return (*self[:3], 0 if self.contracted and self.whole else self.size)
 
 
@@ -49,7 +49,7 @@ class Influences:
 
     Attributes:
         known: of each value that has any.
-        returned: of a value that its program returns, for that alone.
+        returned: of a value that its program returns, only for being returned.
     """
 
     provenance: Provenance
@@ -60,23 +60,23 @@ class Influences:
         return self.known.get(value, NONE)
 
     def carry(self, operation: Operation, value: Value) -> bool:
-        """Whether the operation takes the value on the best of its ways."""
+        """Return whether the operation takes the value on its best path."""
         if operation.bodies:
             return True
         found = [_through(operation, i, self.known, self.provenance) for i in _places(operation, value)]
         return max(influence.rank for influence in found) >= self.of(value).rank
 
     def end(self, value: Value) -> bool:
-        """Whether the value's best way is to be returned as it is."""
+        """Return whether the value's best path is to be returned unchanged."""
         return value in self.returned and self.returned[value].rank >= self.of(value).rank
 
 
 def influences(program: Program, returned: int | None, provenance: Provenance) -> Influences:
-    """Find what becomes of each value.
+    """Find the influence of each value.
 
     Args:
-        returned: how many of the outputs, from the first, the function returns; what was captured besides
-            has no influence. None for all.
+        returned: how many of the outputs, from the first, the function returns; captured outputs after those have
+            no influence. None for all.
     """
     found = Influences(provenance, {}, {})
     ends = [_end(output) for output in program.outputs[:returned]]
@@ -90,7 +90,7 @@ def _end(output: Value | Literal) -> Influence:
 
 
 def _walk(program: Program, ends: Sequence[Influence], found: Influences) -> None:
-    """Read one program backwards, given what becomes of its outputs."""
+    """Read one program backwards, given the influence of its outputs."""
     _raise(found.returned, zip(program.outputs, ends, strict=True))
     _raise(found.known, zip(program.outputs, ends, strict=True))
     for operation in reversed(program.operations):
@@ -111,7 +111,7 @@ def _raise(known: dict[Value, Influence], pairs: Iterable[tuple[Value | Literal,
 def _through(
     operation: Operation, operand: int, known: Mapping[Value, Influence], provenance: Provenance
 ) -> Influence:
-    """What an operation makes of the influence of its results for one of its operands."""
+    """Return the influence of one of an operation's operands, from that of its results."""
     outputs = operation.outputs
     if operation.name in axes.JOINING and len(outputs) == len(operation.inputs):
         outputs = outputs[operand : operand + 1]
@@ -128,19 +128,19 @@ def _through(
 
 
 def reduces(operation: Operation) -> bool:
-    """Whether each of the operation's results is made of many elements of its operand."""
+    """Return whether each of the operation's results combines many elements of its operand."""
     return axes.reduced(operation) is not None or operation.name in ("argmax", "argmin", "reduce")
 
 
 def _enter(operation: Operation, found: Influences) -> None:
-    """Read the bodies of a loop backwards until what its iterations hand on stays the same."""
+    """Read the bodies of a loop backwards until the carried influences no longer change."""
     after = [found.of(output) for output in operation.outputs]
     carried = _carried(operation)
     for body, first in operands_of_bodies(operation):
         ends = list(after)
         while True:
             _walk(body, ends, found)
-            # An iteration takes what the one before returned.
+            # Each iteration takes the results of the one before.
             taken = [found.of(body.inputs[i]) for i in carried]
             joined = [*map(max, ends, taken), *ends[len(taken) :]]
             if joined == ends:
@@ -156,7 +156,7 @@ def _enter(operation: Operation, found: Influences) -> None:
 
 
 def _carried(operation: Operation) -> range:
-    """The inputs of a loop's body that are the first outputs of its last iteration."""
+    """Return the inputs of a loop's body that are the first outputs of its last iteration."""
     if operation.name == "scan":
         constants, carried = scan_operands(operation)
         return range(constants, constants + carried)

@@ -1,17 +1,17 @@
 """Layer-wise relevance propagation as a change of the program, so that its gradients are relevances.
 
-Run with the `Rules` of this module, a program computes what it did, but the gradient c of its outputs by any
-of its values a is such that a c is the relevance of a: the rules stand in where the plain gradient would not
-conserve it.
+Run with the `Rules` of this module, a program computes the same outputs, but the gradient c of the outputs with
+respect to any value a is such that a c is the relevance of a. Rules replace the plain gradient wherever it would
+not conserve relevance.
 
-- A nonlinearity y = f(x) passes all on: y = x (y / x), the ratio held fixed.
-- Of a product of data, a gate (a value in [0, 1], a softmax, a normaliser) takes nothing; two that are no
-  gate take half each.
-- A weight's contraction passes on by shares x w / z (the epsilon rule), or positive and negative
-  shares apart (the alpha-beta rule).
-- What is added takes its share, and so do biases and constants.
+- A nonlinearity y = f(x) passes all relevance on: y = x (y / x), with the ratio held fixed.
+- In a product of data, a gate (a value in [0, 1], a softmax, a normalizer) takes nothing; two factors that are not
+  gates take half each.
+- A weight's contraction passes relevance on by shares x w / z (the epsilon rule), or by positive and negative
+  shares separately (the alpha-beta rule).
+- Summands take their shares, and so do biases and constants.
 
-Structure only is found here.
+Only structure is found here.
 
 References:
     Bach et al., On Pixel-Wise Explanations for Non-Linear Classifier Decisions by Layer-Wise Relevance
@@ -46,7 +46,7 @@ class Propagation:
     """How a weight's contraction passes relevance on.
 
     Attributes:
-        alpha: of the positive shares in the alpha-beta rule, with beta = alpha - 1 of the negative ones;
+        alpha: weight of the positive shares in the alpha-beta rule, with beta = alpha - 1 for the negative ones;
             None for the epsilon rule.
     """
 
@@ -56,18 +56,18 @@ class Propagation:
 ScaledRule = Callable[[jax.Array], Rule]
 """A rule, given the scale of the origins.
 
-The scale is 1 and multiplies all that relevance ends in (inputs, looked-up rows, biases, constants): the
-slope of the outputs by it is all the relevance that was accounted for.
+The scale is 1 and multiplies everything in which relevance ends (inputs, looked-up rows, biases, constants). The
+slope of the outputs with respect to it is all the relevance that was accounted for.
 """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rules:
-    """What changes in a program.
+    """Changes of a program.
 
     Attributes:
-        sources: the inputs that carry relevance, to be scaled as the other origins.
-        operations: the rules of those operations that the plain gradient does not fit.
+        sources: the inputs that carry relevance, to be scaled like the other origins.
+        operations: rules of the operations for which the plain gradient does not conserve relevance.
     """
 
     sources: frozenset[Value]
@@ -75,7 +75,7 @@ class Rules:
 
 
 def relevance_rules(found: Graph, propagation: Propagation) -> Rules:
-    """The rules for a whole program and the bodies of its loops."""
+    """Find the rules for a whole program and the bodies of its loops."""
     batch = found.provenance.batch
     sources = frozenset(value for value in found.program.inputs if value in batch and _floating(value))
     pre = frozenset(site.activation.pre for site in found.sites)
@@ -93,10 +93,10 @@ class _Plan:
     """Which values of one program carry relevance, and what each operation does with it.
 
     Attributes:
-        roots: for each value that carries, the value of which it is a function element by element,
-            constants aside.
-        nonlinear: values that are no affine function of their root.
-        statistics: reductions, and the values that they reduce: normalisers in the making.
+        roots: for each value that carries relevance, the value of which it is an elementwise function, apart from
+            constants.
+        nonlinear: values that are not an affine function of their root.
+        statistics: reductions and the values that they reduce, which may become normalizers.
         gates: values that scale others and take no relevance.
     """
 
@@ -133,11 +133,11 @@ class _Plan:
         return isinstance(operand, Value) and operand in self.roots
 
     def _own(self, operation: Operation) -> list[Value]:
-        """The operands that carry."""
+        """Return the operands that carry relevance."""
         return [x for x in operation.inputs if isinstance(x, Value) and x in self.roots]
 
     def _originates(self, operation: Operation) -> bool:
-        """Whether weights meet data that carry nothing: rows looked up, one-hot numbers."""
+        """Return whether weights meet data that carry no relevance: rows looked up, one-hot numbers."""
         held = any(map(self.provenance.holds, operation.inputs))
         return held and any(map(self.provenance.is_data, operation.inputs)) and operation.name in CONTRACTIONS
 
@@ -180,7 +180,7 @@ class _Plan:
             self.gates.update(operation.outputs)
 
     def _combine(self, operation: Operation, output: Value) -> None:
-        """A pointwise operation: a step of a function of one root, or a meeting of several."""
+        """Handle a pointwise operation: a step of a function of one root, or a meeting of several."""
         own = self._own(operation)
         statistics = [operand for operand in own if operand in self.statistics]
         self.roots[output] = output
@@ -213,7 +213,7 @@ class _Plan:
     def _normalise(
         self, operation: Operation, output: Value, own: Sequence[Value], statistics: Sequence[Value]
     ) -> None:
-        """Scaled by a statistic, which takes nothing; or shifted by one, where both take their share."""
+        """Handle scaling by a statistic, which takes nothing, or shifting by one, where both take their share."""
         if operation.name not in ("mul", "div") and not self._shifts_exponent(operation):
             return
         self.rules[operation] = lambda scale: _holding(
@@ -229,18 +229,18 @@ class _Plan:
             self.gates.add(output)
 
     def _shifts_exponent(self, operation: Operation) -> bool:
-        """The maximum that a softmax takes off before it exponentiates changes nothing."""
+        """Return whether this subtracts a softmax's maximum before the exponential, which changes nothing."""
         readers = self.flow.readers(operation.outputs[0])
         return operation.name == "sub" and bool(readers) and all(reader.name == "exp" for reader in readers)
 
     def _absorb(self, operation: Operation) -> None:
-        """What is added and carries nothing, a bias or a constant, takes its share."""
+        """Let added biases and constants, which carry no relevance, take their share."""
         if operation.name in ("add", "sub", "add_any"):
             others = [i for i, operand in enumerate(operation.inputs) if not self._carries(operand)]
             self.rules[operation] = lambda scale: _scaled_operands(operation, others, scale)
 
     def _multiply(self, operation: Operation) -> None:
-        """A product of two that carry: a gate or divisor takes nothing, two of a kind half each."""
+        """Handle a product of two that carry: a gate or divisor takes nothing, two of a kind half each."""
         gates = [i for i in (0, 1) if operation.inputs[i] in self.gates]
         if operation.name == "div":
             gates = [1]
@@ -259,7 +259,7 @@ class _Plan:
             self.rules[operation] = lambda scale: _by_sign(operation, alpha)
 
     def _close(self, operation: Operation) -> None:
-        """Where a nonlinearity ends, it passes all on to its root; a layer's output is kept from 0."""
+        """End a nonlinearity, passing all relevance on to its root; keep a layer's output away from 0."""
         for output in operation.outputs:
             if output in self.nonlinear and self._ends(output):
                 root = self.roots[output]
@@ -271,7 +271,7 @@ class _Plan:
                 )
 
     def _ends(self, value: Value) -> bool:
-        """Whether anything reads the value that is no further step of the same function."""
+        """Return whether anything reads the value other than further steps of the same function."""
         root = self.roots[value]
         return value in self.flow.outputs or any(
             self.roots.get(output) is not root and _floating(output)
@@ -313,7 +313,7 @@ def _halving(operation: Operation) -> Rule:
 
 
 def _by_sign(operation: Operation, alpha: float) -> Rule:
-    """alpha times the positive shares less (alpha - 1) times the negative ones; all of one where alone."""
+    """Return alpha times the positive shares less (alpha - 1) times the negative ones; a lone sign takes all."""
 
     def rule(operands: list[Any], read: Read) -> list[Any]:
         high = [jnp.maximum(operand, 0) for operand in operands]
@@ -341,7 +341,7 @@ def _stabilised(operation: Operation, inner: Rule | None) -> Rule:
 
 
 def _sharing(x: jax.Array, y: jax.Array) -> jax.Array:
-    """y, of which the gradient by x is the fixed ratio y / (x + epsilon)."""
+    """Return y, whose gradient with respect to x is the fixed ratio y / (x + epsilon)."""
     finite = jnp.where(jnp.isfinite(x), x, 0)
     epsilon = EPSILON * jnp.mean(jnp.abs(finite)) + jnp.finfo(x.dtype).tiny
     ratio = jax.lax.stop_gradient(y / (finite + jnp.where(finite < 0, -epsilon, epsilon)))

@@ -1,8 +1,8 @@
 """Pointwise operations, and the names of the nonlinearities that networks build from them.
 
-A nonlinearity is recognised by its values on a grid, not by its spelling: relu written as
-`maximum`, `where` or `clip` is relu, and tanh-gelu is told from erf-gelu. The primitives are
-evaluated in NumPy: nothing is compiled for it.
+A nonlinearity is recognized by its values on a grid, not by its spelling: relu written as
+`maximum`, `where` or `clip` is relu, and tanh-gelu is distinguished from erf-gelu. The primitives are
+evaluated in NumPy, without compiling.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def _convert(x: Array, *, new_dtype: Any, **_: Any) -> Array:
-    # Rounding to a narrower float is not what is asked here; a bool must become a number.
+    # Rounding to a narrower float does not matter here; a bool must become a number.
     return x.astype(np.float64) if x.dtype == bool else x
 
 
@@ -122,7 +122,7 @@ UNEVALUATED = frozenset({
     "nextafter", "polygamma", "population_count", "real", "regularized_incomplete_beta", "shift_left",
     "shift_right_arithmetic", "shift_right_logical", "zeta",
 })  # fmt: skip
-"""Pointwise primitives that no known nonlinearity is made of, or that have no counterpart in NumPy."""
+"""Pointwise primitives that are in no known nonlinearity, or that have no counterpart in NumPy."""
 
 _UNCHANGED = frozenset({
     "convert_element_type", "copy", "copy_p", "device_put", "layout_constraint", "mesh_cast", "name",
@@ -135,18 +135,18 @@ _SCALAR_MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"
 
 
 def pointwise(operation: Operation) -> bool:
-    """Whether each output element depends on the inputs at its own position alone."""
+    """Return whether each output element depends only on the inputs at its own position."""
     named = operation.name in POINTWISE or operation.name in UNEVALUATED
     return named and len(operation.outputs) == 1
 
 
 def unchanged(operation: Operation) -> bool:
-    """Whether the operation passes its one operand on, at most in another dtype or placement."""
+    """Return whether the operation passes its one operand on, at most in another dtype or placement."""
     return operation.name in _UNCHANGED and len(operation.outputs) == 1
 
 
 def affine(name: str, carried: Sequence[bool]) -> bool:
-    """Whether the operation is affine in the operands marked `carried`, the others held fixed.
+    """Return whether the operation is affine in the operands marked `carried`, with the others held fixed.
 
     Adding or gating with other data, dropout and the affine part of a norm all are.
 
@@ -212,7 +212,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "hard_sigmoid": (0, 1),
     "soft_sign": (-1, 1),
 }
-"""Between which values a nonlinearity levels off on both sides."""
+"""The values at which a nonlinearity levels off on both sides."""
 
 
 def recognise(
@@ -221,9 +221,9 @@ def recognise(
     """Name the function that the pointwise operations compute from `start` to `end`.
 
     Returns:
-        A name of `CATALOGUE`, 'leaky_relu' for any slope below 1, or 'pointwise' where nothing
-        matches to 1e-3 on the grid (tanh-gelu and erf-gelu differ by 5e-4 and are told apart as the
-        nearer of the two) or a constant on the way is an array.
+        A name of `CATALOGUE`; 'leaky_relu' for any slope below 1; or 'pointwise' if nothing matches to 1e-3 on the
+        grid, or a constant on the way is an array. tanh-gelu and erf-gelu differ by 5e-4 and are distinguished by
+        which is nearer.
     """
     curve = _curve(operations, start, end, constants)
     if curve is None:
@@ -240,7 +240,7 @@ def recognise(
 def within_0_and_1(
     operations: Sequence[Operation], start: Value, end: Value, constants: Mapping[Value, Any]
 ) -> bool:
-    """Whether the pointwise operations compute a function with values in [0, 1]: a gate."""
+    """Return whether the pointwise operations compute a function with values in [0, 1]: a gate."""
     curve = _curve(operations, start, end, constants)
     return curve is not None and curve.min() >= 0 and curve.max() <= 1
 
@@ -280,7 +280,7 @@ def _numeric(operation: Operation) -> dict[str, Any]:
 
 
 def _scalar(operand: Value | Literal, known: Mapping[Value, Any], constants: Mapping[Value, Any]) -> Any:
-    """The operand on the grid: a computed curve, or a constant that is one number."""
+    """Return the operand on the grid: a computed curve, or a constant that is one number."""
     if isinstance(operand, Literal):
         value = operand.val
     elif operand in known:

@@ -1,10 +1,9 @@
-"""Primitives of JAX that are left unknown on purpose, and why.
+"""Primitives of JAX that are deliberately left unknown, with the reason.
 
-Three passes read a program operation by operation: pairing (what each weight is used for), coupling (what
-goes together when a network is made smaller) and counting (what it costs). Each has rules of its own, by the
-names of primitives; a primitive without a rule in one of them is named here for it, or in no table at all:
-then it is as new as the JAX that has it. To users an unknown primitive is a reason, never silence: the weight
-is unpaired, the axes are locked, the work is listed as uncounted.
+Three passes read a program operation by operation: pairing (what each weight is used for), coupling (which indices
+are removed together when a network shrinks) and counting (costs). Each has its own rules, by primitive. A primitive
+without a rule in a pass is listed here for that pass; one in no table is newer than this list. Unknown primitives
+are always reported: the weight is unpaired, the axes are locked, or the work is listed as uncounted.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ UNPAIRED: Mapping[str, str] = {
         (("shard_map",), "weights are not followed into what each device does"),
     ),
 }  # fmt: skip
-"""Primitives through which no weight is followed: one that meets data there is unpaired, for this reason."""
+"""Primitives through which weights are not followed. A weight that meets data there is unpaired, for this reason."""
 
 LOCKED: Mapping[str, str] = {
     **_EVERYWHERE,
@@ -107,7 +106,7 @@ LOCKED: Mapping[str, str] = {
         (("shard_map",), "what each device does is not followed"),
     ),
 }
-"""Primitives that lock the axes of what they are given."""
+"""Primitives that lock the axes of their operands."""
 
 UNCOUNTED: Mapping[str, str] = {
     **_EVERYWHERE,

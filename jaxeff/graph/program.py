@@ -1,9 +1,8 @@
-"""A traced function as one flat list of operations: what every other pass reads.
+"""A traced function as one flat list of operations, which all other passes read.
 
-In: a ClosedJaxpr. Out: a `Program`, in which calls (jit, remat, closed calls, custom derivatives) are
-inlined, so that a weight and the nonlinearity three wrappers away stand in one list. What remat or a custom
-derivative wraps is also kept as a `Call`, since what it says is worth keeping when the program is run.
-Loops and branches keep their bodies as programs of their own.
+In a `Program`, calls (jit, remat, closed calls, custom derivatives) are inlined, so that a weight and the
+nonlinearity three wrappers away are in one list. Contents of remat or a custom derivative are also kept as a `Call`,
+for use when the program is run. Loops and branches keep their bodies as programs of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-# Call primitives by the names that supported JAX versions give them, and where the callee stands.
+# Call primitives, by their names in supported JAX versions, and the parameter that holds the callee.
 _INLINED = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -27,7 +26,7 @@ _INLINED = {
     "custom_vmap_call": "call",
     "eval_jaxpr": "call_jaxpr",
 }
-# Inlined too, and kept as a `Call`: these say how they are differentiated, by keeping less or by a rule.
+# These are inlined too, and kept as a `Call`, since they specify how they are differentiated.
 _REMAT = {"remat2": "jaxpr", "checkpoint": "jaxpr"}
 _CUSTOM = {
     "custom_jvp_call": "call_jaxpr",
@@ -44,7 +43,7 @@ class Value:
     """One array of the program; compared by identity.
 
     Attributes:
-        sharding: where its type says how it is laid out over devices, else None.
+        sharding: how it is laid out over devices, if its type says so; else None.
     """
 
     shape: tuple[int, ...]
@@ -54,11 +53,11 @@ class Value:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operation:
-    """One primitive application.
+    """One application of a primitive.
 
     Attributes:
-        bodies: the programs of a loop or branch.
-        scope: the names around it, joined by '/': of Flax's modules, and of `jax.named_scope`.
+        bodies: programs of a loop or branch.
+        scope: the surrounding names, joined by '/': of Flax modules, and of `jax.named_scope`.
         source_info: where it was written, for `jax.extend.source_info_util`.
     """
 
@@ -79,11 +78,11 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """A function that says how it is differentiated, and may be run whole or step by step.
+    """A function with its own rule of differentiation, which may be run whole or step by step.
 
     Attributes:
         whole: the call itself, remat or a custom derivative. Its outputs are made by `steps`, each once.
-        steps: what it does. These carry no rule, but for that of a call among them.
+        steps: its operations, which carry no rule except those of calls among them.
     """
 
     whole: Operation
@@ -98,10 +97,10 @@ class Program:
     """A function as operations in execution order.
 
     Attributes:
-        steps: the operations, with calls to run whole where nobody looks inside.
+        steps: the operations, with calls to run whole if nothing inside is observed.
         constants: the arrays that the function closed over.
-        operations: all of them, those inside of calls included.
-        wrapped: the operations inside of calls with a derivative rule of their own.
+        operations: all operations, including those inside calls.
+        wrapped: the operations inside calls with a derivative rule of their own.
     """
 
     inputs: tuple[Value, ...]
@@ -117,7 +116,7 @@ class Program:
 
 
 def operations_of(steps: Sequence[Step]) -> Iterator[Operation]:
-    """The operations of some steps, those inside of calls included."""
+    """Return the operations of some steps, including those inside calls."""
     for step in steps:
         if isinstance(step, Call):
             yield from operations_of(step.steps)
@@ -131,7 +130,7 @@ def _wrapped(steps: Sequence[Step]) -> Iterator[Operation]:
 
 
 def flatten(closed: ClosedJaxpr, scope: str = "") -> Program:
-    """Inline the calls of a traced function, and leave out what no output depends on.
+    """Inline the calls of a traced function, and drop operations on which no output depends.
 
     Args:
         scope: the names around the function.
@@ -150,7 +149,7 @@ def flatten(closed: ClosedJaxpr, scope: str = "") -> Program:
 
 
 def _needed(steps: Sequence[Step], wanted: set[Value]) -> tuple[Step, ...]:
-    """The steps that the wanted values depend on; all values that these take are added to `wanted`."""
+    """Return the steps on which the wanted values depend; add all values that these take to `wanted`."""
     kept: list[Step] = []
     for step in reversed(steps):
         whole = step.whole if isinstance(step, Call) else step
@@ -163,9 +162,9 @@ def _needed(steps: Sequence[Step], wanted: set[Value]) -> tuple[Step, ...]:
 
 
 def scan_operands(operation: Operation) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are carried; the rest is scanned over.
+    """Return how many operands of a scan are constants, and how many are carried; the rest is scanned over.
 
-    Read off the shapes: the parameters that say so have changed between JAX versions.
+    They are derived from shapes, because the parameters that say so have changed between JAX versions.
     """
     (body,) = operation.bodies
     carried = sum(
@@ -230,7 +229,7 @@ def _call(
     outputs: list[Value] = []
     for variable, result in zip(equation.outvars, results, strict=True):
         if not isinstance(result, Value) or result not in made or result in outputs:
-            # What is passed on as it came gets a value of its own, to tell it from what had no rule.
+            # Values passed on unchanged get a value of their own, unlike those of an operation without a rule.
             copied = _value(variable)
             steps.append(Operation(jax.lax.copy_p, {}, (result,), (copied,), equation.ctx, False, (), scope))
             result = copied
@@ -255,7 +254,7 @@ def _operation(
 
 
 def _parameter(equation: Any, key: str) -> Any:
-    """A callee, which newer JAX names `call_jaxpr` wherever it stands."""
+    """Return a callee, which newer JAX always names `call_jaxpr`."""
     return equation.params[key if key in equation.params else "call_jaxpr"]
 
 

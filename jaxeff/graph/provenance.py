@@ -1,8 +1,7 @@
-"""What every value of a program is made of: weights alone, constants alone, or data.
+"""Provenance of every value of a program: weights alone, constants alone, or data.
 
-In: a `Program` and the leaves among its inputs. Out: a `Provenance`: for each value computed from
-weights and constants alone, which leaves it holds and where their axes stand; and a `Use` for each
-operation at which a leaf meets data.
+A `Provenance` says, for each value computed from weights and constants alone, which leaves it holds and where their
+axes stand. It has a `Use` for each operation at which a leaf meets data.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ class Loop:
 
     Attributes:
         name: 'scan', 'while' or 'cond'.
-        length: iterations of a scan; None where only the run decides.
-        axis: the leaf's axis that the scan runs over, one slice an iteration; None where every
+        length: iterations of a scan; None if only running it tells.
+        axis: the leaf's axis that the scan runs over, one slice per iteration; None if every
             iteration uses the leaf whole.
     """
 
@@ -74,7 +73,7 @@ class Use:
             primitive's name, 'opaque' or 'output'.
         operation: None for 'output'.
         operand: which input of the operation the leaf is.
-        program: where the operation stands; the body of a loop is a program of its own.
+        program: the program that contains the operation; the body of a loop is a program of its own.
         loops: the loops around it, outermost first.
     """
 
@@ -93,7 +92,7 @@ class Use:
 
 @dataclasses.dataclass(eq=False)
 class Provenance:
-    """What the values are made of.
+    """Where values come from.
 
     Attributes:
         held: values made of weights.
@@ -134,7 +133,7 @@ def trace_weights(
     constants: Iterable[Value],
     batch: Iterable[Value],
 ) -> Provenance:
-    """Follow the leaves through the program and its loops, to every operation where they meet data.
+    """Follow the leaves through the program and its loops, to every operation at which they meet data.
 
     Args:
         leaves: the inputs that hold leaves.
@@ -158,7 +157,7 @@ def _walk(program: Program, provenance: Provenance, around: tuple[Operation, ...
             for body in operation.bodies:
                 provenance.batch.update(body.inputs)
         if operation.name in RANDOM:
-            continue  # Random bits are data even where the key is a constant: dropout is no affine map.
+            continue  # Random bits are data even if the key is a constant: dropout is not an affine map.
         holding = [provenance.holds(operand) for operand in operation.inputs]
         meets_data = any(provenance.is_data(operand) for operand in operation.inputs)
         if not any(holding):
@@ -181,7 +180,7 @@ def _walk(program: Program, provenance: Provenance, around: tuple[Operation, ...
 
 
 def _masks(operation: Operation, holding: list[Held], provenance: Provenance) -> bool:
-    """Whether data other than the batch masks or scales a weight (a mask, noise): it stays a weight."""
+    """Return whether data other than the batch masks or scales a weight (a mask, noise), which remains a weight."""
     if operation.name not in ("mul", "div", "select_n") or operation.outputs[0] in provenance.batch:
         return False
     result = math.prod(operation.outputs[0].shape)
@@ -237,7 +236,7 @@ def _enter(
 
 
 def operands_of_bodies(operation: Operation) -> list[tuple[Program, int]]:
-    """Each body with the index of the operand that is its first input."""
+    """Return each body with the index of the operand that is its first input."""
     if operation.name == "while":
         return [(operation.bodies[1], operation.params["cond_nconsts"])]
     return [(body, 1 if operation.name == "cond" else 0) for body in operation.bodies]
@@ -246,7 +245,7 @@ def operands_of_bodies(operation: Operation) -> list[tuple[Program, int]]:
 def _entering(
     operation: Operation, operand: int, leaf: int, dims: Dims | Lost, provenance: Provenance
 ) -> Dims | Lost:
-    """The dims with which a leaf enters a loop's body: a scan slices what it runs over."""
+    """Return the dims with which a leaf enters a loop's body; a scan slices the axis that it runs over."""
     if isinstance(dims, Lost) or operation.name == "cond":
         return dims
     if is_carried(operation, operand):
@@ -286,7 +285,7 @@ def _propagate(operation: Operation, holding: list[Held], provenance: Provenance
 
 
 def _combine(known: Dims | Lost, new: Dims | Lost, name: str) -> Dims | Lost:
-    """One leaf reaching an operation twice (w / norm(w)): the fuller description stands."""
+    """Combine two descriptions of a leaf that reaches an operation twice (w / norm(w)): the fuller one stands."""
     if isinstance(known, Lost) or isinstance(new, Lost):
         return Lost(name)
     if len(axes.held(known)) != len(axes.held(new)):
@@ -325,7 +324,7 @@ def value_shape(operand: Value | Literal) -> tuple[int, ...]:
 
 
 def contracted(operation: Operation, operand: int, mine: Dims, other: Dims) -> Dims:
-    """Dims of a dot_general's output when operand `operand` has dims `mine`."""
+    """Return the dims of a dot_general's output when operand `operand` has dims `mine`."""
     (contract, batch) = operation.params["dimension_numbers"]
     free = [
         [i for i in range(len(dims)) if i not in contract[side] and i not in batch[side]]
@@ -337,7 +336,7 @@ def contracted(operation: Operation, operand: int, mine: Dims, other: Dims) -> D
 
 
 def gathered(operation: Operation, dims: Dims) -> Dims | Lost:
-    """Dims of a gather's output: whole rows of the operand stand in the offset dimensions."""
+    """Return the dims of a gather's output; whole rows of the operand stand in the offset dimensions."""
     numbers = operation.params["dimension_numbers"]
     dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     kept = [i for i in range(len(dims)) if i not in dropped]
@@ -351,7 +350,7 @@ def gathered(operation: Operation, dims: Dims) -> Dims | Lost:
 
 
 def contraction_input(operation: Operation, operand: int, dims: Dims) -> tuple[Value | Literal, Dims]:
-    """The data that a dot_general contracts with a weight, labelled with the weight's axes."""
+    """Return the data that a dot_general contracts with a weight, labelled with the weight's axes."""
     (contract, batch) = operation.params["dimension_numbers"]
     data = operation.inputs[1 - operand]
     labelled: list[tuple[Factor, ...]] = list(axes.of_data(value_shape(data)))

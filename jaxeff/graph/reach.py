@@ -1,8 +1,8 @@
-"""What a contraction's output becomes before the next contraction, and where a nonlinearity ends.
+"""Values that a contraction's output becomes before the next contraction, and where a nonlinearity ends.
 
-The values that are a function of the output element by element are its images. What is summed up of them
-are statistics: one that keeps units apart (BatchNorm) leaves what it meets affine in each unit, any other
-normalises across units and ends the search.
+Values that are elementwise functions of the output are its images. Sums over images are statistics. A statistic per
+unit (BatchNorm) leaves the values that it meets affine in each unit; any other normalizes across units and ends the
+search.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from jaxeff.graph.provenance import CONTRACTIONS
 
 @dataclasses.dataclass(frozen=True)
 class _Image:
-    """A value that is, element for element, a function of the contraction's output.
+    """A value that is an elementwise function of the contraction's output.
 
-    `root` is the last value at which other data came in: between root and here there is none.
+    `root` is the last value at which other data came in; there is none between root and here.
     """
 
     dims: Dims
@@ -35,8 +35,8 @@ class _Image:
 class _Statistic:
     """A sum over the output's elements, and the nonlinear images that it sums.
 
-    `per_unit` is True where each unit keeps its own (the mean of a BatchNorm in training): using
-    it is affine in the unit. Otherwise it mixes units, and using it is a normalisation.
+    `per_unit` is True if each unit keeps its own (the mean of a BatchNorm in training), so that using
+    it is affine in the unit. Otherwise it mixes units, and using it is a normalization.
     """
 
     dims: Dims
@@ -50,7 +50,7 @@ def _joined(statistics: Sequence[_Statistic], dims: Dims) -> _Statistic:
 
 
 class Reach:
-    """Everything the output reaches by pointwise operations, up to contractions and normalisations."""
+    """Everything that the output reaches by pointwise operations, up to contractions and normalizations."""
 
     def __init__(self, flow: Flow, influences: Influences, output: Value, dims: Dims, shape: tuple[int, ...]):
         self.flow = flow
@@ -75,18 +75,18 @@ class Reach:
         self.images = {value: image for value, image in self.images.items() if self._passed_on(value)}
 
     def _passed_on(self, value: Value) -> bool:
-        """Whether the network goes on with the value, rather than with what it sums up of it."""
+        """Return whether the network goes on with the value, rather than only with sums over it."""
         return self.influences.of(value).rank >= self.least.rank
 
     def first_nonlinearity(self) -> Value | None:
-        """The first nonlinear image that is complete, and no mere step of a normalisation."""
+        """Return the first nonlinear image that is complete, and not just a step of a normalization."""
         for value in self.images:
             if self._stands(value):
                 return self._last_step(value)
         return None
 
     def parts(self) -> list[tuple[Value, axes.Part]]:
-        """The first values that together hold each unit once, where an affine image is split."""
+        """Return the first values that together hold each unit once, if an affine image is split."""
         for found in self.partial.values():
             for chosen in (found, [piece for piece in found if self._whole(piece[0])]):
                 axis = found[0][1].axis
@@ -102,9 +102,9 @@ class Reach:
         return not self.images[value].affine and value not in self.normalisers and self._complete(value)
 
     def _last_step(self, first: Value) -> Value:
-        """The end of a nonlinearity of several steps (exp, add, divide: a sigmoid), else its first step.
+        """Return the end of a nonlinearity of several steps (exp, add, divide: a sigmoid), else its first step.
 
-        A later step counts where its name is known and nothing else reads what lies between.
+        A later step counts if its name is known and nothing else reads the values between.
         """
         last = first
         for later, image in self.images.items():
@@ -117,7 +117,7 @@ class Reach:
         return last
 
     def _only_through(self, first: Value, later: Value) -> bool:
-        """Whether whatever reads `first`, or what comes of it on the way, does so to make `later`."""
+        """Return whether all readers of `first`, and of values made from it on the way, lead to `later`."""
         between, pending = set(), [later]
         while pending:
             value = pending.pop()
@@ -136,7 +136,7 @@ class Reach:
         return value is ancestor or any(self._descends(source, ancestor) for source in self._sources(value))
 
     def name(self, post: Value) -> str:
-        """The catalogue's name of what lies between an affine image and `post`, from the last one back."""
+        """Return the catalogue's name of the function from an affine image to `post`, trying the last image first."""
         constants = self.flow.program.constants
         for start in self._affine_starts(post):
             name = nonlinearities.recognise(
@@ -147,7 +147,7 @@ class Reach:
         return "pointwise"
 
     def _extend(self, operation: Operation) -> bool:
-        """Classify an operation's output; True where it is to be followed further."""
+        """Classify an operation's output; return True if it is to be followed further."""
         if axes.moves(operation):
             return self._move(operation)
         if axes.reduced(operation) is not None or operation.name in axes.JOINING:
@@ -181,7 +181,7 @@ class Reach:
             self.partial.setdefault(source, []).append((result, part))
 
     def _reduce(self, operation: Operation) -> bool:
-        """A reduction over dimensions, or over devices, or what it takes of other devices to make one."""
+        """Handle a reduction over dimensions or devices, or the collection of other devices' values for one."""
         reduced = axes.reduced(operation) or frozenset()
         summing = operation.name in ("reduce_sum", "psum", "psum_invariant", *axes.GATHERING)
         for source, result in zip(operation.inputs, operation.outputs, strict=True):
@@ -200,7 +200,7 @@ class Reach:
         return any(result in self.statistics for result in operation.outputs)
 
     def _pass_statistics(self, operation: Operation) -> bool:
-        """What only moves or collects statistics, stacked for all devices in one sum, makes another."""
+        """Handle moves and collections of statistics (stacked for one sum over devices), which are statistics too."""
         own = [self.statistics[x] for x in operation.inputs if isinstance(x, Value) and x in self.statistics]
         images = any(isinstance(x, Value) and x in self.images for x in operation.inputs)
         if not own or images or operation.bodies or operation.name in CONTRACTIONS:
@@ -219,7 +219,7 @@ class Reach:
             return False
         if not normalised and not any(carried):
             return self._combine_statistics(operation, statistics)
-        # A sum of the output that meets the output again normalises it; what it sums is no activation.
+        # A sum of the output that meets the output again normalizes it; the summed values are not activations.
         self.normalisers.update(*(statistic.summed for statistic in statistics))
         if normalised or not all(statistic.per_unit for statistic in statistics):
             self.normalised.add(result)
@@ -254,10 +254,10 @@ class Reach:
         return True
 
     def _complete(self, value: Value) -> bool:
-        """False for a step on the way, such as the sigmoid in x * sigmoid(x).
+        """Return False for an intermediate step, such as the sigmoid in x * sigmoid(x).
 
-        A step is completed by a later image of the same root that takes both the step (or what
-        came of it) and an earlier value.
+        A step is completed by a later image of the same root that takes both an earlier value and the step (or a value
+        made from it).
         """
         root = self.images[value].root
         descended = {value}
@@ -279,7 +279,7 @@ class Reach:
         return {x for x in operation.inputs if isinstance(x, Value) and x in self.images}
 
     def _affine_starts(self, post: Value) -> Iterator[Value]:
-        """The affine images through each of which alone `post` depends on the output, the last first."""
+        """Return the affine images through each of which alone `post` depends on the output, the last first."""
         needed = {post}
         while needed:
             latest = max(needed, key=lambda value: self.flow.made_by.get(value, -1))

@@ -1,9 +1,8 @@
-"""Which operation consumes each weight.
+"""Sites: which operation consumes each weight.
 
-In: a `Program` and the leaves of `params` that are its first inputs. Out: a `Graph`: a `Site` for
-every contraction of a weight with data, holding the values and dimensions of its input, pre- and
-post-activation; and for every leaf without one, what it is instead or why it was not paired.
-Structure only: nothing is computed.
+A `Graph` has a `Site` for every contraction of a weight with data, with the values and dimensions of its input, pre-
+and post-activation. Every leaf without a site has a role, or a reason why it was not paired. Only structure is found
+here; nothing is computed.
 """
 
 from __future__ import annotations
@@ -67,15 +66,15 @@ class Site:
         leaf: the weight's index among the leaves.
         kind: 'dense', 'conv' or 'embedding'.
         unit_axes: axes of the weight that index its outputs.
-        input_axes: axes of the weight that index what it multiplies.
+        input_axes: axes of the weight that index its inputs.
         groups: feature groups of a convolution, else 1.
         input: the value that the weight multiplies; the row numbers for an embedding.
         input_dims: where the weight's input axes stand in it.
         activation: pre- and post-activation and the nonlinearity between them.
-        direct: whether the operation takes the weight as it is stored, but for moves of its elements, and
+        direct: whether the operation takes the weight as it is stored, apart from moves of its elements, and
             has the plain derivative.
-        macs: multiply-accumulates of the whole batch, as `contractions` counts them, all iterations of a scan
-            included; None inside a `while`. An embedding looks up and has none.
+        macs: multiply-accumulates of the whole batch, as counted by `contractions`, over all iterations of a scan;
+            None inside a `while`. An embedding looks up and has none.
         loops: the loops around the operation, outermost first.
     """
 
@@ -94,11 +93,11 @@ class Site:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
-    """Every leaf is in exactly one place: it has sites, a reason in `unpaired`, or a role in `others`.
+    """All leaves, each in exactly one place: it has sites, a reason in `unpaired`, or a role in `others`.
 
     Attributes:
         sites: in execution order.
-        unpaired: weights that no site could be read for -> why.
+        unpaired: weights without a readable site -> why.
         others: leaves that are not weights -> 'bias', 'scale', 'integer', 'unused' and so on.
         order: every leaf's index, by first use, unused leaves last.
     """
@@ -114,7 +113,7 @@ class Graph:
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
-    """A contraction's labelled operands: what becomes a site once its activation is followed."""
+    """A contraction's labelled operands, which become a site once its activation is followed."""
 
     kind: str
     input: Any
@@ -138,7 +137,7 @@ def build(
         program: a traced `function(params, ...)`, flattened.
         leaves: the leaves of `params`, in the order of the program's first inputs.
         constants: inputs that are the same for every batch, such as running averages and masks.
-        batch: inputs that are the batch; all that is neither may be a mask or noise on a weight.
+        batch: inputs that are the batch; other inputs may be masks or noise on a weight.
         returned: how many of the outputs the function returns; those after were captured. None for all.
     """
     tagged = {
@@ -150,7 +149,7 @@ def build(
     followed = influences(program, returned, provenance)
     flows: dict[Program, Flow] = {}
     chosen = _contractions(provenance.uses)
-    # WeightNorm's scale reaches the product inside its weight: nothing is summed over it.
+    # WeightNorm's scale reaches the product inside its weight, and is not summed over.
     vectors = {use.leaf for use in chosen if len(leaves[use.leaf].shape) < 2 and not _sums_over(use)}
     sites: list[Site] = []
     reasons: dict[int, str] = {}
@@ -182,7 +181,7 @@ def build(
 
 
 def _contractions(uses: Iterable[Use]) -> list[Use]:
-    """The uses that may be sites: with a constant only where a leaf never meets data otherwise."""
+    """Return the uses that may be sites; those with a constant only for leaves that never meet data otherwise."""
     uses = list(uses)
     with_data = {use.leaf for use in uses if use.role == CONTRACTION}
     return [
@@ -193,7 +192,7 @@ def _contractions(uses: Iterable[Use]) -> list[Use]:
 
 
 def _mixed_stacks(sites: Sequence[Site]) -> set[int]:
-    """Leaves that one site takes layer by layer, and another whole."""
+    """Return the leaves that one site takes layer by layer, and another whole."""
     stacks: dict[int, set[frozenset[int | None]]] = {}
     for site in sites:
         stacks.setdefault(site.leaf, set()).add(frozenset(loop.axis for loop in site.loops) - {None})
@@ -201,7 +200,7 @@ def _mixed_stacks(sites: Sequence[Site]) -> set[int]:
 
 
 def _sums_over(use: Use) -> bool:
-    """Whether a contraction sums over an axis of the leaf."""
+    """Return whether a contraction sums over an axis of the leaf."""
     if use.operation is None or use.operation.name != "dot_general" or isinstance(use.dims, Lost):
         return True
     contract, _ = use.operation.params["dimension_numbers"]
@@ -209,7 +208,7 @@ def _sums_over(use: Use) -> bool:
 
 
 def _site(use: Use, leaves: Sequence[Leaf], flow: Flow, followed: Influences) -> Site | str:
-    """The site of one contraction, or why it cannot be read."""
+    """Return the site of one contraction, or why it cannot be read."""
     assert use.operation is not None
     if isinstance(use.dims, Lost):
         return f"its axes were lost at {use.dims.operation} before {use.consumer}"
@@ -267,7 +266,7 @@ def _all_iterations(operation: Operation, loops: Sequence[Loop]) -> int | None:
 
 
 def _missing_axes(use: Use, reading: _Reading, shape: Sequence[int]) -> list[int]:
-    """Axes of the weight that are neither units nor inputs, nor layers of a scan, nor a kernel's window."""
+    """Return the axes of the weight that are neither units, inputs, layers of a scan, nor a kernel's window."""
     if reading.kind == "conv":
         return []
     scanned = {loop.axis for loop in use.loops}
@@ -332,7 +331,7 @@ _READERS = {"dot_general": _read_dot, "conv_general_dilated": _read_conv, "gathe
 
 
 def _like_a_mask(use: Use, leaf: Leaf) -> bool:
-    """Whether a matrix meets data element by element: a weight under a mask, not a norm's scale."""
+    """Return whether a matrix meets data elementwise, like a weight under a mask, and unlike a norm's scale."""
     if use.operation is None or use.operation.name not in ("mul", "select_n"):
         return False
     matrix = sum(size > 1 for size in leaf.shape) > 1
