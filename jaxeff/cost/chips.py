@@ -100,7 +100,7 @@ def _tpu(name: str, version: Any, cores: int) -> Chip:
         for rate in (found.int8_ops_per_second, found.fp8_ops_per_second)
     )
     # By default JAX multiplies float32 in one pass of bfloat16 there.
-    rates = dict.fromkeys(("bfloat16", "float16", "float32"), wide)
+    rates: dict[str, float] = dict.fromkeys(("bfloat16", "float16", "float32"), wide)
     rates |= dict.fromkeys(_EIGHTHS[:2], whole) | dict.fromkeys(_EIGHTHS[2:], narrow)
     memory = float(found.mem_bw_bytes_per_second * found.num_cores)
     return Chip(name, rates, memory, "jax.experimental.pallas.tpu.get_tpu_info_for_chip")
