@@ -130,7 +130,7 @@ def applications() -> None:
 
 def compacted(name: str, side: int) -> tuple[float, float]:
     """The largest difference from the masked model, relative to the largest output, and the share of parameters left."""
-    import keras
+    import keras  # pyright: ignore
 
     model = getattr(keras.applications, name)(
         weights=None, include_top=False, pooling="avg", input_shape=(side, side, 3)
@@ -170,8 +170,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("speed", "keras"))
-    parser.add_argument("--repeats", type=int, default=30)
+    _ = parser.add_argument("what", choices=("speed", "keras"))
+    _ = parser.add_argument("--repeats", type=int, default=30)
     arguments = parser.parse_args()
     print(timing.machine())
     if arguments.what == "speed":

@@ -258,6 +258,16 @@ def test_export():
     close(exported.call(small, *network.batch), small_apply(small, *network.batch))
 
 
+def test_export_of_a_symbolic_batch_is_a_map_over_examples():
+    _, _, small, small_apply = compacted("cnn with flatten")
+    (size,) = jax.export.symbolic_shape("size")
+    shape, x = jax.ShapeDtypeStruct((size, 6, 6, 3), jnp.float32), normal(5, 6, 6, 3)
+    with pytest.raises(ValueError, match="map a function of one example"):
+        _ = jax.export.export(jax.jit(small_apply))(small, shape)
+    each = jax.jit(lambda params, x: jax.vmap(lambda x: small_apply(params, x[None])[0])(x))
+    close(jax.export.export(each)(small, shape).call(small, x), small_apply(small, x))
+
+
 def test_it_is_counted_and_analysed_as_a_rebuilt_module():
     network = large("scanned transformer")[0]
     plan, _, small, small_apply = compacted("scanned transformer")
@@ -399,7 +409,7 @@ def test_equinox():
     plan = random_plan(prune.groups(params, apply_fn, x), 0)
     assert {"attention/query_proj/weight:0#2", "mlp/layers/0/weight:0"} <= plan.removed.keys()
     small, small_apply = prune.compact(params, apply_fn, x, plan)
-    close(small_apply(small, x), apply_fn(prune.apply(params, plan.masks(params)), x))
+    close(small_apply(small, x), jax.jit(apply_fn)(prune.apply(params, plan.masks(params)), x))
 
 
 # --- What cannot be ------------------------------------------------------------------------------------

@@ -106,9 +106,9 @@ class Resized:
     def _slice(self, operation: Operation, array: Any) -> Any:
         """What is left of a slice: another slice where that is evenly spaced, else taken one by one."""
         params, kept = operation.params, self.remaining.kept(operation.inputs[0])
-        strides = params["strides"] or (1,) * len(kept)
+        strides: Sequence[int] = params["strides"] or (1,) * len(kept)
         starts, ends, steps = list(params["start_indices"]), list(params["limit_indices"]), list(strides)
-        chosen = {}
+        chosen: dict[int, np.ndarray] = {}
         for axis, mask in enumerate(kept):
             taken = np.arange(starts[axis], ends[axis], steps[axis])
             places = (np.cumsum(mask) - 1)[taken[mask[taken]]]
@@ -254,7 +254,7 @@ class Resized:
             results = resized([*residuals, *moved.among(cotangents)])
             return tuple(moving.put_into([None] * len(inputs), results))
 
-        function.defvjp(run_forward, run_backward)
+        _ = function.defvjp(run_forward, run_backward)
         return function(*operands)
 
 
@@ -294,7 +294,7 @@ def _no_tangent(shape: Sequence[int]) -> np.ndarray:
     return np.zeros(shape, jax.dtypes.float0)
 
 
-def _strong(arrays: Arrays, values: Sequence[Value | Literal]) -> list[Any]:
+def _strong(arrays: Arrays, values: Sequence[Value]) -> list[Any]:
     """Arrays of exactly the dtypes that a loop carries: what a literal is made into has a weak one."""
     return [
         array

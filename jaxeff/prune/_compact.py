@@ -57,6 +57,13 @@ class CompactApply(StatefulApply):
         leaves = [*self._leaves(params), *self._leaves(state)]
         given, structure = jax.tree.flatten((params, state, batch, arrays))
         shapes = [tuple(map(len, kept)) for _, kept in leaves] + list(map(jnp.shape, given[len(leaves) :]))
+        for shape in shapes:
+            if not all(isinstance(size, int) for size in shape):
+                raise ValueError(
+                    f"`batch` holds an array of shape {shape}, and a compacted model is traced at whole numbers: "
+                    "for a symbolic batch size, map a function of one example, "
+                    "`jax.vmap(lambda x: small_apply(small_params, x[None])[0])`"
+                )
         large = jax.tree.unflatten(structure, list(map(_abstract, given, shapes)))
         function = functools.partial(self._large, statics.keywords)
         closed, outputs = jax.make_jaxpr(function, return_shape=True)(*large)
