@@ -150,7 +150,9 @@ def figures(task: Task, seed: int) -> tuple[Figures, Figures]:
     """Of one trained network: a correlation for each metric and sparsity, a loss for each allocation."""
     variables = {"params": trained(task, seed)}
     start = time.perf_counter()
-    measured = jax.block_until_ready(prune.sensitivity(variables, task.module.apply, *task.held_out, loss_fn))
+    batch, targets = task.held_out
+    measured = prune.sensitivity(variables, task.module.apply, batch, targets=targets, loss_fn=loss_fn)
+    _ = jax.block_until_ready(measured)
     seconds = time.perf_counter() - start
     report = jaxeff.analyze(variables, task.module.apply, task.training[0][:512])
     rows = [report[path] for path in measured.paths]

@@ -38,12 +38,15 @@ def main() -> None:
     compared = jaxeff.compare_criteria(
         *model,
         images,
-        labels,
-        optax.softmax_cross_entropy_with_integer_labels,
-        ("magnitude", "activation", "wanda"),
+        targets=labels,
+        loss_fn=optax.softmax_cross_entropy_with_integer_labels,
+        criteria=("magnitude", "activation", "wanda"),
     )
     measured = prune.sensitivity(
-        *model, images, labels, lambda *pair: optax.softmax_cross_entropy_with_integer_labels(*pair).mean()
+        *model,
+        images,
+        targets=labels,
+        loss_fn=lambda *pair: optax.softmax_cross_entropy_with_integer_labels(*pair).mean(),
     )
     smaller = {removed: _smaller(model, images, removed) for removed in (0.25, 0.5, 0.75)}
     dense = "Dense_0/kernel"

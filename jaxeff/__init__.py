@@ -20,16 +20,22 @@ if TYPE_CHECKING:
     from jaxeff import plot as plot
     from jaxeff import prune as prune
     from jaxeff import sketch as sketch
+    from jaxeff._analyze import analyze as analyze
+    from jaxeff._calibrate import calibrate as calibrate
+    from jaxeff._collect import collect as collect
+    from jaxeff._compare_criteria import Comparison as Comparison
+    from jaxeff._compare_criteria import compare_criteria as compare_criteria
+    from jaxeff._monitor import Event as Event
+    from jaxeff._monitor import Monitor as Monitor
+    from jaxeff._monitor import MonitorState as MonitorState
+    from jaxeff._monitor import monitor as monitor
     from jaxeff._pathways import Pathways as Pathways
     from jaxeff._pathways import pathways as pathways
-    from jaxeff.analysis import analyze as analyze
-    from jaxeff.calibration import calibrate as calibrate
-    from jaxeff.collection import collect as collect
-    from jaxeff.comparison import Comparison as Comparison
-    from jaxeff.comparison import compare_criteria as compare_criteria
-    from jaxeff.models import from_nnx as from_nnx
-    from jaxeff.monitoring import monitor as monitor
-    from jaxeff.recommendations import Recommendation as Recommendation
+    from jaxeff.model.apply import from_nnx as from_nnx
+    from jaxeff.report import Activity as Activity
+    from jaxeff.report import LayerReport as LayerReport
+    from jaxeff.report import ModelReport as ModelReport
+    from jaxeff.report import Recommendation as Recommendation
     from jaxeff.report import Report as Report
     from jaxeff.statistics import Statistics as Statistics
     from jaxeff.statistics import merge as merge
@@ -38,18 +44,18 @@ if TYPE_CHECKING:
 
 # What is imported where it is first used: the command line reads checkpoints without Flax and Optax.
 _MODULES = ("checkpoints", "cost", "importance", "metrics", "plot", "prune", "sketch")
-_PLACES = {
-    **{name: "_pathways" for name in ("Pathways", "pathways")},
-    "analyze": "analysis",
-    "calibrate": "calibration",
-    "collect": "collection",
-    **{name: "comparison" for name in ("Comparison", "compare_criteria")},
-    "from_nnx": "models",
-    "monitor": "monitoring",
-    "Recommendation": "recommendations",
-    "Report": "report",
-    **{name: "statistics" for name in ("Statistics", "merge")},
+_NAMES = {
+    "_analyze": ("analyze",),
+    "_calibrate": ("calibrate",),
+    "_collect": ("collect",),
+    "_compare_criteria": ("Comparison", "compare_criteria"),
+    "_monitor": ("Event", "Monitor", "MonitorState", "monitor"),
+    "_pathways": ("Pathways", "pathways"),
+    "model.apply": ("from_nnx",),
+    "report": ("Activity", "LayerReport", "ModelReport", "Recommendation", "Report"),
+    "statistics": ("Statistics", "merge"),
 }
+_PLACES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
@@ -59,7 +65,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'jaxeff' has no attribute {name!r}")
     if name != "checkpoints":
         # Before anything is returned that a caller may save.
-        _ = importlib.import_module("jaxeff.saving")
+        _ = importlib.import_module("jaxeff._saving")
     if name in _MODULES:
         return importlib.import_module(f"jaxeff.{name}")
     found = getattr(importlib.import_module(f"jaxeff.{_PLACES[name]}"), name)

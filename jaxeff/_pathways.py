@@ -2,7 +2,7 @@
 
 In: which axes of which weights are tied (`prune.groups`), which of them are units (a report), and a score for
 every weight. Out: `Pathways`. Two weights are connected where an axis of one is tied to an axis of the other
-because the traced program says so, whatever their names. Imports `prune`, `report`.
+because the traced program says so, whatever their names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from jaxeff.graph.coupling import INPUT, OUTPUT
-from jaxeff.prune.groups import Group, Groups, Member, named_variables
+from jaxeff.prune import Group, Groups, Member
+from jaxeff.prune._groups import named_variables
 from jaxeff.report import Report
 
 

@@ -98,10 +98,12 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
-    from jaxeff.checkpoints import analysis, opening, output
+    from jaxeff.checkpoints import _analysis as analysis
+    from jaxeff.checkpoints import _opening as opening
+    from jaxeff.checkpoints import _output as output
 
     if arguments.html is not None:
-        from jaxeff import page
+        from jaxeff.report import page
 
         try:
             page.check_available()
@@ -122,7 +124,8 @@ def _analyze(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from jaxeff.checkpoints import comparing, opening
+    from jaxeff.checkpoints import _comparing as comparing
+    from jaxeff.checkpoints import _opening as opening
 
     with _refused():
         _check_writable(arguments.json)
@@ -137,16 +140,16 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _width() -> int:
     """Of the terminal; where the output is none, of a table anywhere."""
-    from jaxeff import table
+    from jaxeff.output.text import WIDTH
 
-    return max(shutil.get_terminal_size().columns, 20) if sys.stdout.isatty() else table.WIDTH
+    return max(shutil.get_terminal_size().columns, 20) if sys.stdout.isatty() else WIDTH
 
 
 _STANDARD_OUTPUT = "-"
 
 
 def _check_writable(*paths: str | None) -> None:
-    from jaxeff import files
+    from jaxeff.output import files
 
     for path in paths:
         if path is not None and path != _STANDARD_OUTPUT:
@@ -155,7 +158,7 @@ def _check_writable(*paths: str | None) -> None:
 
 def _print(json_path: str | None, to_json: Callable[[], str], to_table: Callable[[], str]) -> None:
     """The table, and a file of JSON where one is asked for; or the JSON alone."""
-    from jaxeff import files
+    from jaxeff.output import files
 
     if json_path == _STANDARD_OUTPUT:
         print(to_json())
@@ -168,7 +171,7 @@ def _print(json_path: str | None, to_json: Callable[[], str], to_table: Callable
 @contextmanager
 def _refused() -> Iterator[None]:
     """A checkpoint that cannot be read ends the command, like a wrong argument."""
-    from jaxeff.checkpoints.stored import CheckpointError
+    from jaxeff.checkpoints import CheckpointError
 
     try:
         yield
@@ -266,13 +269,13 @@ def _order(known: Callable[[], Sequence[str]]) -> Callable[[str], str]:
 
 
 def _metrics() -> Sequence[str]:
-    from jaxeff.checkpoints import output
+    from jaxeff.checkpoints import _output as output
 
     return output.ORDERS
 
 
 def _changes() -> Sequence[str]:
-    from jaxeff.checkpoints import comparing
+    from jaxeff.checkpoints import _comparing as comparing
 
     return comparing.ORDERS
 

@@ -222,7 +222,13 @@ def shrunk(net: Network) -> Any:
 
 def sensitivities(net: Network, **options: Any) -> Any:
     found = prune.sensitivity(
-        net.params, net.apply_fn, net.batches[0], net.targets[0], loss_fn, (0.5, 0.75), **options
+        net.params,
+        net.apply_fn,
+        net.batches[0],
+        targets=net.targets[0],
+        loss_fn=loss_fn,
+        sparsities=(0.5, 0.75),
+        **options,
     )
     return found.losses, found.dense, found.allocation(0.5)
 
@@ -270,7 +276,14 @@ def compared(net: Network, scope: str) -> Any:
     fractions = (0.0, 0.5, 1.0)
     batch, targets = net.batches[0], net.targets[0]
     return jaxeff.compare_criteria(
-        net.params, net.apply_fn, batch, targets, loss_fn, criteria, fractions=fractions, scope=scope
+        net.params,
+        net.apply_fn,
+        batch,
+        targets=targets,
+        loss_fn=loss_fn,
+        criteria=criteria,
+        fractions=fractions,
+        scope=scope,
     )
 
 

@@ -51,9 +51,7 @@ def test_a_report_is_that_of_loops(at_once, request, through, wide):
     in_loops = through(jaxeff.analyze)(PARAMS)
     at_once()
     found = through(jaxeff.analyze)(PARAMS)
-    for (path, ours), theirs in zip(
-        jax.tree.leaves_with_path(found), jax.tree.leaves(in_loops), strict=True
-    ):
+    for (path, ours), theirs in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(in_loops), strict=True):
         assert ours.dtype == theirs.dtype
         np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6, err_msg=jax.tree_util.keystr(path))
 

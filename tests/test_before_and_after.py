@@ -17,7 +17,7 @@ from network import drawn, normal
 
 import jaxeff
 from jaxeff import cost, plot, prune
-from jaxeff.prune.before_and_after import Measured
+from jaxeff.prune._before_and_after import MeasuredNetwork
 
 
 class Net(nn.Module):
@@ -74,7 +74,7 @@ def by_hand(before, after, score=0.5):
         work = cost.Work(macs=6000 * factor)
         counted = cost.Cost((cost.Entry("forward", "", None, "dot_general", 1, work, work),), (), 32, 1)
         times = cost.Latency(tuple(seconds), counted, COMPILED, None)
-        return Measured(1000 * factor, 4000 * factor, {"accuracy": score / factor}, (times,))
+        return MeasuredNetwork(1000 * factor, 4000 * factor, {"accuracy": score / factor}, (times,))
 
     return prune.BeforeAndAfter(measured(before, 4), measured(after, 1), (32,), "a device")
 

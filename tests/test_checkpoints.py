@@ -30,18 +30,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxeff
-from jaxeff import cli, files
-from jaxeff.checkpoints import (
-    CheckpointError,
-    analyze_checkpoint,
-    compare_checkpoints,
-    comparing,
-    measuring,
-    open_checkpoint,
-    reading,
-    safetensors,
-    stored,
-)
+from jaxeff import cli
+from jaxeff.checkpoints import CheckpointError, analyze_checkpoint, compare_checkpoints, open_checkpoint
+from jaxeff.checkpoints import _comparing as comparing
+from jaxeff.checkpoints import _measuring as measuring
+from jaxeff.checkpoints import _reading as reading
+from jaxeff.checkpoints import _safetensors as safetensors
+from jaxeff.checkpoints import _stored as stored
+from jaxeff.output import files
 
 KINDS = {jnp.dtype(name): kind for kind, name in safetensors._DTYPES.items()}
 

@@ -25,7 +25,7 @@ from networks import NETWORKS
 
 import jaxeff
 from jaxeff import cost
-from jaxeff.cost.operations import MOVES, TRANSCENDENTAL, UNCOUNTED
+from jaxeff.cost._operations import MOVES, TRANSCENDENTAL, UNCOUNTED
 
 B, T, D = 3, 5, 8
 

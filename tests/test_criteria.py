@@ -10,6 +10,7 @@ from networks import NETWORKS, drawn, normal
 
 import jaxeff
 from jaxeff import importance
+from jaxeff.statistics import derivatives
 
 # Derivatives of float32 networks, which XLA fuses differently.
 RTOL, ATOL = 1e-4, 1e-7
@@ -127,7 +128,7 @@ def test_hutchinsons_hessian_is_within_its_stated_standard_error(tiny):
         merged = jaxeff.merge(merged, more)
     for path, exact in _hessian_diagonal(tiny).items():
         found = merged.derivatives[path].hessian
-        assert int(found.terms) == 20 * jaxeff.derivatives.SAMPLES
+        assert int(found.terms) == 20 * derivatives.SAMPLES
         deviations = np.abs(found.mean - exact) / found.standard_error
         # 32 normal deviations: one beyond 4.5 has a chance of 2e-4; their rms is 1.
         assert np.max(deviations) < 4.5

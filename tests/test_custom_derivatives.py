@@ -218,7 +218,7 @@ def test_weights_keep_their_activations_in_fp8(product):
         ("Dense_0/kernel", "dense", (1,), "relu"),
         ("Dense_1/kernel", "dense", (1,), "identity"),
     ]
-    assert all(place.reason is None for place in found.places)
+    assert all(place.reason is None for place in found.params)
     for ours, theirs in zip(found.sites, plain.sites, strict=True):
         # Three bits of mantissa round by up to 2^-4, inputs and weights alike.
         np.testing.assert_allclose(ours.post.absolute_sum, theirs.post.absolute_sum, rtol=0.15, atol=0.3)

@@ -34,7 +34,7 @@ def test_digits_are_the_1797_of_uci():
 
 
 def test_digits_come_small_and_with_their_credit():
-    data = files("jaxeff") / "data"
+    data = files("jaxeff.demo") / "data"
     assert len((data / "digits.npz").read_bytes()) < 100_000
     credit = (data / "README.md").read_text(encoding="utf-8")
     for part in ("Alpaydin", "Kaynak", "UCI Machine Learning Repository", "10.24432/C50P49", "CC BY 4.0"):

@@ -194,9 +194,14 @@ ROWS = {
     "importance": _levels,
     "compare_criteria": lambda: (
         p := _small(),
-        jaxeff.compare_criteria(p, _apply, X[0], X[0], _total_loss, ("magnitude", "taylor")),
+        jaxeff.compare_criteria(
+            p, _apply, X[0], targets=X[0], loss_fn=_total_loss, criteria=("magnitude", "taylor")
+        ),
     ),
-    "sensitivity": lambda: (p := _small(), prune.sensitivity(p, _apply, X[0], X[0], loss_fn=_total_loss)),
+    "sensitivity": lambda: (
+        p := _small(),
+        prune.sensitivity(p, _apply, X[0], targets=X[0], loss_fn=_total_loss),
+    ),
     "summarize": lambda: (x := jnp.abs(normal(100)), jaxeff.metrics.summarize(x)),
     "sketch": _sketched,
     "scored": lambda: (p := _small(), prune.scored(p)),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import jaxeff
 from jaxeff import prune
-from jaxeff.prune.selection import highest, lowest
+from jaxeff.numerics.selection import highest, lowest
 
 # Straight-through
 

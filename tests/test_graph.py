@@ -55,9 +55,9 @@ def test_each_weight_is_paired_with_its_sites_in_execution_order(name, found):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_leaf_is_in_exactly_one_place(name, found):
     statistics, network = found(name), NETWORKS[name]()
-    assert sorted(place.path for place in statistics.places) == sorted(network.leaves)
+    assert sorted(place.path for place in statistics.params) == sorted(network.leaves)
     with_sites = {site.path for site in statistics.sites}
-    for place in statistics.places:
+    for place in statistics.params:
         without_reason = place.role == "weight" and place.reason is None
         assert without_reason == (place.path in with_sites)
         assert place.role == "weight" or place.reason is None
@@ -66,7 +66,7 @@ def test_every_leaf_is_in_exactly_one_place(name, found):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_leaves_without_a_site_say_what_they_are(name, found):
     network = NETWORKS[name]()
-    places = {place.path: place for place in found(name).places}
+    places = {place.path: place for place in found(name).params}
     reasons = {path: place.reason for path, place in places.items() if place.reason is not None}
     assert reasons.keys() == network.unpaired.keys()
     assert all(part in reasons[path] for path, part in network.unpaired.items())
@@ -78,14 +78,14 @@ def test_leaves_without_a_site_say_what_they_are(name, found):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_places_are_in_forward_order(name, found):
     network = NETWORKS[name]()
-    used = [place.path for place in found(name).places if place.path not in network.unpaired]
+    used = [place.path for place in found(name).params if place.path not in network.unpaired]
     weights = [path for path in used if any(path == site.path for site in network.sites)]
     assert weights == list(dict.fromkeys(site.path for site in network.sites))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_layers_own_bias_belongs_to_its_pre_activation(name, found):
-    paths = {place.path for place in found(name).places}
+    paths = {place.path for place in found(name).params}
     for site in found(name).sites:
         own = site.path.rpartition("/")[0] + "/bias"
         assert site.bias == (own if own in paths and site.kind != "embedding" else None)
@@ -296,12 +296,12 @@ def test_a_weight_stays_one_under_what_does_not_depend_on_the_batch(function, we
 @pytest.mark.parametrize(("function", "weight", "reason"), NOT_READ.values(), ids=NOT_READ)
 def test_part_of_a_weight_is_never_paired_as_the_whole(function, weight, reason):
     statistics = jaxeff.collect({"w": weight}, function, jnp.ones((8, 4)))
-    assert not statistics.sites and reason in statistics.places[0].reason
+    assert not statistics.sites and reason in statistics.params[0].reason
 
 
 def test_a_mask_among_the_inputs_is_pointed_out():
     statistics = jaxeff.collect({"w": W}, lambda p, x, m: x @ (p["w"] * m), (jnp.ones((8, 4)), MASK))
-    assert "mask" in statistics.places[0].reason
+    assert "mask" in statistics.params[0].reason
 
 
 def test_a_scale_as_large_as_the_batch_is_still_a_scale_of_the_data():

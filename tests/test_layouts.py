@@ -11,7 +11,7 @@ from network import normal
 
 import jaxeff
 from jaxeff import prune
-from jaxeff.prune.allocation import erk, lamp
+from jaxeff.prune._allocation import erk, lamp
 
 BLOCKS, WIDTH, HEADS = 3, 8, 2
 
@@ -196,7 +196,7 @@ def test_without_a_program_what_each_leaf_was_taken_for_is_said():
     expected = by_block(np.abs(PARAMS["blocks"]["q"]), [WIDTH * WIDTH // 2] * BLOCKS)
     np.testing.assert_array_equal(masks["blocks"]["q"], expected)
     table = str(prune.layout(PARAMS))
-    assert [line.split()[0] for line in table.splitlines()[1:]] == list(LAYOUT)
+    assert [line.split()[0] for line in table.splitlines()[2:]] == list(LAYOUT)
     assert "3 layers stacked" in table
 
 
@@ -243,7 +243,7 @@ def test_what_is_wrong_is_named(call, message):
 def test_sensitivity_prunes_one_block_at_a_time():
     y = np.zeros((16, 5), np.float32)
     loss = lambda outputs, targets: jnp.mean(jnp.square(outputs - targets))  # noqa: E731
-    found = prune.sensitivity(PARAMS, model, X, y, loss, (0.5,))
+    found = prune.sensitivity(PARAMS, model, X, targets=y, loss_fn=loss, sparsities=(0.5,))
     assert found.paths == (*NAMES["out"], *NAMES["q"], "head") and found.sizes == (64,) * 6 + (40,)
     for path, measured in zip(found.paths, found.losses[:, 0], strict=True):
         keys, _, block = path.removesuffix("]").partition("[")

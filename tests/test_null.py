@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import reference
 
-from jaxeff import half_normal, importance, null
+from jaxeff import importance
+from jaxeff.importance import _null as null
+from jaxeff.metrics import _half_normal as half_normal
+from jaxeff.metrics._half_normal import Null
 from jaxeff.metrics._weighted import Spread, sums_of
-from jaxeff.records import Null
 
 # The middles of equally likely cells of |z|.
 NOISE = np.array([NormalDist().inv_cdf(0.5 + (i + 0.5) / 4000) for i in range(2000)])

@@ -14,8 +14,8 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from test_report import layer, report_of
 
-import jaxeff
 from jaxeff.metrics._curve import CELLS, Distribution
+from jaxeff.report import page
 
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 in_chromium = pytest.mark.skipif(
@@ -57,7 +57,7 @@ def _report(count):
 
 
 def _page(report):
-    return jaxeff.page.render(report)
+    return page.render(report.snapshot())
 
 
 # The text

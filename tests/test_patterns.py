@@ -230,7 +230,9 @@ def test_sensitivity_reads_the_axes_of_its_model():
     params = model.init(jax.random.key(0), x)
     loss = lambda outputs, targets: jnp.mean(jnp.square(outputs - targets))  # noqa: E731
     pattern = prune.NByM(2, 4)
-    found = prune.sensitivity(params, model.apply, x, y, loss, (0.5,), pattern=pattern)
+    found = prune.sensitivity(
+        params, model.apply, x, targets=y, loss_fn=loss, sparsities=(0.5,), pattern=pattern
+    )
     assert found.pattern == pattern
     axes = prune.layout(params, model.apply, x)
     masks = prune.masks(prune.scored(params), pattern=prune.NByM(2, 4, axes=axes))

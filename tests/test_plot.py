@@ -17,8 +17,8 @@ from test_report import layer, report_of
 
 import jaxeff
 from jaxeff import importance, plot, prune
+from jaxeff._compare_criteria import Comparison
 from jaxeff._pathways import Pathways, Route, pathways
-from jaxeff.comparison import Comparison
 from jaxeff.metrics._curve import CELLS, EDGES, Distribution
 
 matplotlib.use("agg")
@@ -61,7 +61,7 @@ def test_bars_are_the_metric_and_marks_its_null(axes):
 
 
 def test_histograms_have_the_area_of_the_weights_in_their_cells(axes):
-    assert plot.importances(_report(), axes=axes) is axes
+    assert plot.importances(_report(), ax=axes) is axes
     for drawn, spread in zip(axes.patches, (_even(), _even(0.25)), strict=True):
         values, edges, _ = drawn.get_data()
         assert edges == pytest.approx(EDGES)
@@ -96,12 +96,12 @@ def test_cumulative_is_lorenz_from_the_other_end(axes):
 
 
 def test_the_radar_has_six_numbers_of_each_layer():
-    axes = plot.radar(_report(), axes=Figure().subplots(subplot_kw={"projection": "polar"}))
+    axes = plot.radar(_report(), ax=Figure().subplots(subplot_kw={"projection": "polar"}))
     values = axes.lines[0].get_ydata()
     assert values == pytest.approx([0.6, 0.96, 0.7, 0.9, 0.5, 0.9, 0.6])
     assert len(axes.get_xticklabels()) == 6
     with pytest.raises(ValueError, match="polar"):
-        plot.radar(_report(), axes=Figure().subplots())
+        plot.radar(_report(), ax=Figure().subplots())
 
 
 def test_unit_maps_are_over_the_mean_and_leave_no_unit_out(axes):
@@ -165,12 +165,12 @@ def test_what_is_not_of_its_kind_is_refused_by_name(name, axes):
     rest = ["a/kernel" for other in others if other.default is other.empty]
     for wrong in WRONG:
         with pytest.raises(TypeError, match=rf"^`{first.name}.*` must be a \w+, from `.*`; got \w+$"):
-            draw(wrong, *rest, axes=axes)
+            draw(wrong, *rest, ax=axes)
     if first.name == "report":
         with pytest.raises(ValueError, match="2 models or steps: take one first"):
-            draw(jax.tree.map(lambda *leaves: np.stack(leaves), *[_report()] * 2), *rest, axes=axes)
-        with pytest.raises(TypeError, match="`axes` must be an Axes, from `pyplot"):
-            draw(_report(), *rest, axes=Figure().subplots(2))
+            draw(jax.tree.map(lambda *leaves: np.stack(leaves), *[_report()] * 2), *rest, ax=axes)
+        with pytest.raises(TypeError, match="`ax` must be an Axes, from `pyplot"):
+            draw(_report(), *rest, ax=Figure().subplots(2))
     if "paths" in [other.name for other in others]:
         with pytest.raises(TypeError, match="`paths` must be a list of paths, such as .*kernel.*; got str"):
             draw(_report(), "a/kernel")
@@ -201,7 +201,7 @@ def _without_numbers():
 def test_what_has_nothing_to_draw_says_why(name):
     polar = {"projection": "polar"} if name == "radar" else {}
     for given in _without_numbers()[name]:
-        axes = getattr(plot, name)(*given, axes=Figure().subplots(subplot_kw=polar))
+        axes = getattr(plot, name)(*given, ax=Figure().subplots(subplot_kw=polar))
         (sentence,) = axes.texts
         assert re.fullmatch("(No|There is no) .+[.]", sentence.get_text())
         assert not axes.lines and not axes.patches and not axes.images and axes.get_legend() is None

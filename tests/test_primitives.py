@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from jaxeff import cost
-from jaxeff.cost.operations import COUNTED
+from jaxeff.cost._operations import COUNTED
 from jaxeff.graph import axes, flatten, nonlinearities
+from jaxeff.graph.coupling_rules import COUPLED
 from jaxeff.graph.primitives import LOCKED, UNCOUNTED, UNPAIRED
 from jaxeff.graph.provenance import FOLLOWED
-from jaxeff.graph.rules import COUPLED
 
 PASSES = {
     "pairing": (FOLLOWED, UNPAIRED),

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxeff import cli, demo, progress
-from jaxeff.progress import Pace, bytes_bar, progress_bar
+from jaxeff import cli, demo
+from jaxeff.demo import _demo
+from jaxeff.output import progress
+from jaxeff.output.progress import Pace, bytes_bar, progress_bar
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -43,7 +45,7 @@ BARS = {
     "steps": (lambda: progress_bar("Calibrating", 100_000, True), ()),
     "without an end": (lambda: progress_bar("Calibrating", None, True), ()),
     "bytes": (lambda: bytes_bar("Comparing weights", 724 * 10**6, True), (10**8,)),
-    "the demo": (lambda: demo._shown_progress("Training", 20), (demo.Epoch(1, 2.345, 1.0),)),
+    "the demo": (lambda: _demo._shown_progress("Training", 20), (demo.Epoch(1, 2.345, 1.0),)),
 }
 
 

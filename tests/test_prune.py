@@ -20,8 +20,8 @@ from network import normal
 
 import jaxeff
 from jaxeff import prune
-from jaxeff.prune.allocation import erk, lamp
-from jaxeff.prune.selection import lowest
+from jaxeff.numerics.selection import lowest
+from jaxeff.prune._allocation import erk, lamp
 
 DRAW = np.random.default_rng(0)
 # Few values: most scores are tied with others.

@@ -365,7 +365,7 @@ WRONG = {
     "every": (ValueError, lambda: digits(gradual, every=0), "`every` must be"),
     "gradual": (ValueError, lambda: digits(gradual, sparsity=1.0), "`sparsity` must be"),
     "pattern": (ValueError, lambda: digits(gradual, pattern=prune.NByM(2, 4)), "`pattern` NByM"),
-    "apply_fn": (TypeError, lambda: prune.calibrated("wanda", [X])(STATE), "`apply_fn` is missing"),
+    "apply_fn": (TypeError, lambda: prune.criterion("wanda", [X])(STATE), "`apply_fn` is missing"),
     "strength": (ValueError, lambda: digits(
         prune.entropy_regularized, strength=-1.0, fine_tune=1), "`strength` must be 0 or more"),
     "no number": (ValueError, lambda: prune.add_entropy_gradient(jnp.inf), "`strength` must be a number"),
@@ -594,7 +594,7 @@ def test_a_recipe_recalibrates_before_it_evaluates(compilations):
     with compilations() as compiled:
         _ = call(rounds=3)
     assert compiled.count == 0
-    importance = prune.calibrated(
+    importance = prune.criterion(
         "taylor",
         2 * [(batches[0], jnp.ones((32, 5)))],
         loss_fn=lambda outputs, targets: jnp.mean((outputs - targets) ** 2),

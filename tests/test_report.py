@@ -12,18 +12,14 @@ import pandas
 import pytest
 
 import jaxeff
-from jaxeff import table, totals
 from jaxeff.metrics import Metrics
 from jaxeff.metrics._curve import Distribution
-from jaxeff.recommendations import (
-    LIMITS,
-    interpret_gini,
-    interpret_redundancy,
-    interpret_utilization,
-    recommend,
-)
-from jaxeff.records import Activity, LayerReport, ModuleReport, Null, OtherReport
-from jaxeff.report import Report
+from jaxeff.metrics._half_normal import Null
+from jaxeff.report import Activity, LayerReport, ModuleReport, OtherReport, Report
+from jaxeff.report import _table as table
+from jaxeff.report import _totals as totals
+from jaxeff.report._limits import LIMITS, interpret_gini, interpret_redundancy, interpret_utilization
+from jaxeff.report._recommendations import recommend
 from jaxeff.statistics import UnitStatistics
 
 
@@ -112,14 +108,14 @@ def test_a_printed_report_fits_100_columns(rows):
 @pytest.mark.parametrize("width", [40, 60, 80, 150])
 @pytest.mark.parametrize("rows", TABLES.values(), ids=TABLES)
 def test_a_table_fits_the_width_it_is_given(rows, width):
-    lines = table.render(report_of(*rows), width=width).splitlines()
+    lines = table.render(report_of(*rows).snapshot(), width=width).splitlines()
     assert max(map(len, lines)) <= width
     if rows:
         assert {"layer", "used", "null"} <= set(lines[0].split())
 
 
 def test_a_table_says_which_columns_it_left_out():
-    printed = " ".join(table.render(report_of(layer()), width=40).split())
+    printed = " ".join(table.render(report_of(layer()).snapshot(), width=40).split())
     header = printed.split("---")[0].split()
     assert "columns left out for want of width" in printed
     left_out = printed.split("width: ")[1].split(")")[0].split(", ")
@@ -128,10 +124,10 @@ def test_a_table_says_which_columns_it_left_out():
 
 def test_columns_that_tell_nothing_are_left_out_first():
     row = layer("encoder/attention/query/kernel", macs=None, activity=None)
-    header, rule, *_ = table.render(report_of(row), width=150).splitlines()
+    header, rule, *_ = table.render(report_of(row).snapshot(), width=150).splitlines()
     assert header.split() == list(table.HEADER)
     for less, left_out in ((1, ["MACs"]), (6, ["MACs", "dead"])):
-        printed = table.render(report_of(row), width=len(rule) - less)
+        printed = table.render(report_of(row).snapshot(), width=len(rule) - less)
         assert printed.split("\n")[0].split() == [name for name in table.HEADER if name not in left_out]
         assert row.path in printed.split("\n")[2]
         assert f"(columns left out for want of width: {', '.join(left_out)})" in printed
@@ -359,9 +355,9 @@ FIXED = {"layer redundancy", "model utilization", "model sparsity"}
 
 @pytest.mark.parametrize(("rule", "speaks", "silent"), [(r, *v) for r, v in RULES.items()], ids=RULES)
 def test_a_rule_speaks_at_its_threshold_and_not_beside_it(rule, speaks, silent):
-    spoken = {advice.rule: advice for advice in recommend(report_of(layer(**speaks)))}
+    spoken = {advice.rule: advice for advice in report_of(layer(**speaks)).recommendations()}
     assert rule in spoken
-    assert rule not in {advice.rule for advice in recommend(report_of(layer(**silent)))}
+    assert rule not in {advice.rule for advice in report_of(layer(**silent)).recommendations()}
     advice = spoken[rule]
     assert advice.path == (None if rule.startswith("model") or rule == "at null" else "dense/kernel")
     assert advice.evidence and all(math.isfinite(number) for number in advice.evidence.values())
@@ -370,12 +366,12 @@ def test_a_rule_speaks_at_its_threshold_and_not_beside_it(rule, speaks, silent):
 def test_every_rule_is_tested():
     rows = [layer(dead=1, utilization=0.1, effective_params=204.0, redundancy=0.9, relative_sparsity_1e2=0.9)]
     rows += [layer("other/kernel", (2, 2), utilization=0.73)]
-    assert {advice.rule for advice in recommend(report_of(*rows))} == RULES.keys()
+    assert {advice.rule for advice in report_of(*rows).recommendations()} == RULES.keys()
 
 
 def test_evidence_is_what_the_report_says():
     report = report_of(layer(utilization=0.5, dead=4))
-    evidence = {advice.rule: advice.evidence for advice in recommend(report)}
+    evidence = {advice.rule: advice.evidence for advice in report.recommendations()}
     assert evidence["dead units"] == {"dead_units": 4, "units": 32, "values": 100}
     assert evidence["below null"]["utilization"] == float(report["dense/kernel"].metrics.utilization)
     assert evidence["below null"]["null_utilization"] == float(report["dense/kernel"].null.utilization)
@@ -385,7 +381,7 @@ def test_below_null_says_where_the_chain_rule_puts_it():
     wide = layer(utilization=0.3, effective_units=_scalar(10.0), effective_fan_in=_scalar(61.0))
     sparse = layer(utilization=0.3, effective_units=_scalar(31.0), effective_fan_in=_scalar(20.0))
     for row, advice in ((wide, "a narrower layer"), (sparse, "masks on single weights")):
-        (found,) = [found for found in recommend(report_of(row)) if found.rule == "below null"]
+        (found,) = [found for found in report_of(row).recommendations() if found.rule == "below null"]
         assert advice in found.message
 
 
@@ -394,26 +390,26 @@ def test_a_layer_that_cannot_be_trusted_gets_no_advice_of_its_own():
     zero = {"utilization": 0.0, "redundancy": 1.0, "max": 0.0, "effective_params": 0.0}
     for numbers in (nan, zero):
         report = report_of(layer(), layer("bad", **numbers))
-        assert [advice for advice in recommend(report) if advice.path == "bad"] == []
+        assert [advice for advice in report.recommendations() if advice.path == "bad"] == []
 
 
 def test_units_that_emit_zeros_without_a_nonlinearity_are_not_called_dead():
     report = report_of(layer(nonlinearity="identity", dead=3))
-    assert "dead units" not in {advice.rule for advice in recommend(report)}
+    assert "dead units" not in {advice.rule for advice in report.recommendations()}
 
 
 @pytest.mark.parametrize(("scored", "fires"), [("post", True), ("input", True), ("gradient", False)])
 def test_the_fixed_thresholds_are_for_scores_that_grow_with_the_weight(scored, fires):
     numbers = {"utilization": 0.1, "effective_params": 204.0, "redundancy": 0.9, "relative_sparsity_1e2": 0.9}
-    spoken = {advice.rule for advice in recommend(report_of(layer(scored=scored, dead=1, **numbers)))}
+    spoken = {advice.rule for advice in report_of(layer(scored=scored, dead=1, **numbers)).recommendations()}
     assert (spoken & FIXED == FIXED) is fires and (not spoken & FIXED) is not fires
     assert {"dead units", "below null"} <= spoken
 
 
 def test_limits_may_be_ones_own():
     strict = dataclasses.replace(LIMITS, layer_redundancy=0.01)
-    rules = {advice.rule for advice in recommend(report_of(layer()), strict)}
-    assert "layer redundancy" in rules and recommend(report_of(layer())) == ()
+    rules = {advice.rule for advice in recommend(report_of(layer()).snapshot(), strict)}
+    assert "layer redundancy" in rules and report_of(layer()).recommendations() == ()
 
 
 def test_recommendations_rank_by_what_they_would_save():
@@ -423,7 +419,8 @@ def test_recommendations_rank_by_what_they_would_save():
         layer("unknown/kernel", (64, 32), dead=1, macs=None),
     ]
     oversized = {"effective_params": 100.0, "utilization": 0.05}
-    advice = recommend(report_of(*rows, layer("low/kernel", (640, 32), macs=1, **oversized)))
+    report = report_of(*rows, layer("low/kernel", (640, 32), macs=1, **oversized))
+    advice = report.recommendations()
     dead = [found for found in advice if found.rule == "dead units"]
     assert [found.path for found in dead] == ["dear/kernel", "cheap/kernel", "unknown/kernel"]
     # A unit is 64 weights of 4 bytes, and 1 of the 32 parts of the layer's MACs.

@@ -37,8 +37,10 @@ KINDS = {
     ),
     "metrics": lambda params: jaxeff.metrics.summarize(jnp.abs(params["a"])),
     "sketch": lambda params: sketch.count(jnp.abs(params["a"])),
-    "sensitivity": lambda params: prune.sensitivity(params, _apply, X, TARGETS, loss_fn=_loss),
-    "comparison": lambda params: jaxeff.compare_criteria(params, _apply, X, TARGETS, _loss, ("magnitude",)),
+    "sensitivity": lambda params: prune.sensitivity(params, _apply, X, targets=TARGETS, loss_fn=_loss),
+    "comparison": lambda params: jaxeff.compare_criteria(
+        params, _apply, X, targets=TARGETS, loss_fn=_loss, criteria=("magnitude",)
+    ),
     "sparsify": OPTIMIZER.init,
     "rigl": prune.rigl(optax.adam(0.1), 0.5, key=jax.random.key(0), end=4, every=1).init,
     "entropy": prune.add_entropy_gradient(0.1).init,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxeff
-from jaxeff.prune import selection
+from jaxeff.numerics import selection
 
 DRAW = np.random.default_rng(0)
 # Shape of the rows, how many values, so that more or less is tied: rows of one piece, of several with and

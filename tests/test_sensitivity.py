@@ -73,7 +73,9 @@ PATTERNS = {
 
 @pytest.mark.parametrize(("pattern", "sparsities"), PATTERNS.values(), ids=PATTERNS)
 def test_the_loss_is_that_of_masks_applied_to_one_layer(pattern, sparsities):
-    found = prune.sensitivity(VARIABLES, Network().apply, X, Y, squared, sparsities, pattern=pattern)
+    found = prune.sensitivity(
+        VARIABLES, Network().apply, X, targets=Y, loss_fn=squared, sparsities=sparsities, pattern=pattern
+    )
     expected = explicit(VARIABLES, prune.scored(VARIABLES), sparsities, pattern)
     assert found.paths == LAYERS and found.sizes == (96, 96) and found.sparsities == sparsities
     np.testing.assert_allclose(found.losses, expected, rtol=1e-6)
@@ -84,31 +86,57 @@ def test_the_loss_is_that_of_masks_applied_to_one_layer(pattern, sparsities):
 
 def test_equal_scores_go_by_index():
     importance = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf)), prune.scored(VARIABLES))
-    found = prune.sensitivity(VARIABLES, Network().apply, X, Y, squared, SPARSITIES, importance=importance)
+    found = prune.sensitivity(
+        VARIABLES,
+        Network().apply,
+        X,
+        targets=Y,
+        loss_fn=squared,
+        sparsities=SPARSITIES,
+        importance=importance,
+    )
     np.testing.assert_allclose(found.losses, explicit(VARIABLES, importance), rtol=1e-6)
     assert not np.allclose(
-        found.losses, prune.sensitivity(VARIABLES, Network().apply, X, Y, squared, SPARSITIES).losses
+        found.losses,
+        prune.sensitivity(
+            VARIABLES, Network().apply, X, targets=Y, loss_fn=squared, sparsities=SPARSITIES
+        ).losses,
     )
 
 
 def test_scores_of_a_criterion_decide_what_goes_and_which_layers():
     statistics = jaxeff.collect(VARIABLES, Network().apply, X, criterion="wanda")
     importance = prune.scored(VARIABLES, statistics, "wanda", prunable={"Dense_0/kernel": False})
-    found = prune.sensitivity(VARIABLES, Network().apply, X, Y, squared, SPARSITIES, importance=importance)
+    found = prune.sensitivity(
+        VARIABLES,
+        Network().apply,
+        X,
+        targets=Y,
+        loss_fn=squared,
+        sparsities=SPARSITIES,
+        importance=importance,
+    )
     assert found.paths == LAYERS[1:] and found.scores == "importance"
     np.testing.assert_allclose(found.losses, explicit(VARIABLES, importance, paths=LAYERS[1:]), rtol=1e-6)
 
 
 def test_small_floats():
     small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), VARIABLES)
-    found = prune.sensitivity(small, Network().apply, X, Y, squared, SPARSITIES)
+    found = prune.sensitivity(small, Network().apply, X, targets=Y, loss_fn=squared, sparsities=SPARSITIES)
     assert found.losses.dtype == jnp.float32
     np.testing.assert_allclose(found.losses, explicit(small, prune.scored(small)), rtol=1e-2)
 
 
 def test_float64(x64):
     variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), VARIABLES)
-    found = prune.sensitivity(variables, Network().apply, np.float64(X), np.float64(Y), squared, SPARSITIES)
+    found = prune.sensitivity(
+        variables,
+        Network().apply,
+        np.float64(X),
+        targets=np.float64(Y),
+        loss_fn=squared,
+        sparsities=SPARSITIES,
+    )
     assert found.losses.dtype == jnp.float64
     weight = np.asarray(variables["params"]["Dense_1"]["kernel"])
     weight = np.where(np.abs(weight) > np.sort(np.abs(weight), None)[47], weight, 0)
@@ -118,16 +146,25 @@ def test_float64(x64):
 
 
 def test_every_kind_of_model_is_taken():
-    expected = prune.sensitivity(VARIABLES, Network().apply, X, Y, squared, SPARSITIES)
+    expected = prune.sensitivity(
+        VARIABLES, Network().apply, X, targets=Y, loss_fn=squared, sparsities=SPARSITIES
+    )
     state = TrainState.create(
         apply_fn=lambda params, x: Network().apply({**VARIABLES, **params}, x),
         params=VARIABLES["params"],
         tx=optax.sgd(0.1),
     )
     of_state = prune.sensitivity(
-        state.params, lambda p, x: state.apply_fn({"params": p}, x), X, Y, squared, SPARSITIES
+        state.params,
+        lambda p, x: state.apply_fn({"params": p}, x),
+        X,
+        targets=Y,
+        loss_fn=squared,
+        sparsities=SPARSITIES,
     )
-    of_variables = prune.sensitivity({"params": state.params}, state.apply_fn, X, Y, squared, SPARSITIES)
+    of_variables = prune.sensitivity(
+        {"params": state.params}, state.apply_fn, X, targets=Y, loss_fn=squared, sparsities=SPARSITIES
+    )
     for found in (of_state, of_variables):
         assert found.paths == expected.paths
         np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-6)
@@ -135,7 +172,7 @@ def test_every_kind_of_model_is_taken():
 
 def test_nnx():
     model = nnx.Sequential(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(12, 8, rngs=nnx.Rngs(1)))
-    found = prune.sensitivity(*jaxeff.from_nnx(model), X, Y, squared, (0.5,))
+    found = prune.sensitivity(*jaxeff.from_nnx(model), X, targets=Y, loss_fn=squared, sparsities=(0.5,))
     assert found.paths == ("layers/0/kernel", "layers/2/kernel")
     kernel = np.asarray(model.layers[2].kernel[...])
     kept = np.where(np.abs(kernel) > np.sort(np.abs(kernel), None)[47], kernel, 0)
@@ -149,7 +186,7 @@ def test_nnx():
     ids=["[n]", "[n, 8]"],
 )
 def test_a_loss_of_each_example_is_averaged(loss):
-    found = prune.sensitivity(VARIABLES, Network().apply, X, Y, loss, SPARSITIES)
+    found = prune.sensitivity(VARIABLES, Network().apply, X, targets=Y, loss_fn=loss, sparsities=SPARSITIES)
     np.testing.assert_allclose(found.losses, explicit(VARIABLES, prune.scored(VARIABLES)), rtol=1e-6)
 
 
@@ -159,9 +196,13 @@ def test_dropout_is_the_same_in_each_run():
 
     keywords = {"rngs": {"dropout": jax.random.key(3)}, "deterministic": False}
     params = {"w": VARIABLES["params"]["Dense_0"]["kernel"]}
-    found = prune.sensitivity(params, apply, X, jnp.zeros((16, 12)), squared, (0.0, 0.5), **keywords)
+    found = prune.sensitivity(
+        params, apply, X, targets=jnp.zeros((16, 12)), loss_fn=squared, sparsities=(0.0, 0.5), **keywords
+    )
     assert float(found.losses[0, 0]) == float(found.dense) != float(found.losses[0, 1])
-    without = prune.sensitivity(params, apply, X, jnp.zeros((16, 12)), squared, (0.5,), deterministic=True)
+    without = prune.sensitivity(
+        params, apply, X, targets=jnp.zeros((16, 12)), loss_fn=squared, sparsities=(0.5,), deterministic=True
+    )
     assert float(without.dense) != float(found.dense)
 
 
@@ -170,7 +211,7 @@ def test_dropout_is_the_same_in_each_run():
 
 def test_other_values_compile_nothing(compilations):
     measure = lambda params: prune.sensitivity(  # noqa: E731
-        params, Network().apply, X, Y, lambda o, t: squared(o, t), SPARSITIES
+        params, Network().apply, X, targets=Y, loss_fn=lambda o, t: squared(o, t), sparsities=SPARSITIES
     )
     first = measure(VARIABLES)
     other = jax.tree.map(lambda leaf: 2 * leaf, VARIABLES)
@@ -192,7 +233,7 @@ def test_the_model_is_traced_as_often_for_many_sparsities_as_for_one():
     def counted(layers, sparsities):
         traces.clear()
         params = {f"layer{i}": jnp.asarray(normal(8, 8, seed=i), jnp.float32) for i in range(layers)}
-        _ = prune.sensitivity(params, apply, X, Y, squared, sparsities)
+        _ = prune.sensitivity(params, apply, X, targets=Y, loss_fn=squared, sparsities=sparsities)
         return len(traces)
 
     assert counted(1, (0.5,)) == counted(5, (0.1, 0.2, 0.5, 0.7, 0.8, 0.9))
@@ -209,7 +250,9 @@ def test_memory_is_one_copy_of_the_weights_whatever_the_number_of_runs():
     def scratch(sparsities):
         measure = jax.jit(
             lambda params, x: (
-                prune.sensitivity(params, apply, x, jnp.zeros_like(x), squared, sparsities).losses
+                prune.sensitivity(
+                    params, apply, x, targets=jnp.zeros_like(x), loss_fn=squared, sparsities=sparsities
+                ).losses
             )
         )
         return measure.lower(params, jnp.ones((2, 256))).compile().memory_analysis().temp_size_in_bytes
@@ -221,7 +264,9 @@ def test_memory_is_one_copy_of_the_weights_whatever_the_number_of_runs():
 
 
 def test_under_jit():
-    measure = lambda v: prune.sensitivity(v, Network().apply, X, Y, squared, SPARSITIES)  # noqa: E731
+    measure = lambda v: prune.sensitivity(  # noqa: E731
+        v, Network().apply, X, targets=Y, loss_fn=squared, sparsities=SPARSITIES
+    )
     inside, outside = jax.jit(measure)(VARIABLES), measure(VARIABLES)
     assert inside.paths == outside.paths
     np.testing.assert_allclose(inside.losses, outside.losses, rtol=1e-6)
@@ -300,7 +345,9 @@ def test_a_layer_goes_no_further_than_its_loss_was_a_number():
 
 
 def test_masks_take_it_as_it_is():
-    found = prune.sensitivity(VARIABLES, Network().apply, X, Y, squared, SPARSITIES)
+    found = prune.sensitivity(
+        VARIABLES, Network().apply, X, targets=Y, loss_fn=squared, sparsities=SPARSITIES
+    )
     importance = prune.scored(VARIABLES)
     given = prune.masks(importance, 0.6, allocation=found)
     by_hand = prune.masks(importance, 0.6, allocation=found.allocation(0.6))
@@ -311,7 +358,9 @@ def test_masks_take_it_as_it_is():
 
 
 def test_an_optimizer_takes_it_while_the_sparsity_grows():
-    found = prune.sensitivity(VARIABLES, Network().apply, X, Y, squared, (0.2, 0.5, 0.7))
+    found = prune.sensitivity(
+        VARIABLES, Network().apply, X, targets=Y, loss_fn=squared, sparsities=(0.2, 0.5, 0.7)
+    )
     params = VARIABLES["params"]
     optimizer = prune.sparsify(optax.sgd(0.0), prune.cubic(0.6, 0, 4, 2), allocation=found)
     state = optimizer.init(params)
@@ -367,7 +416,9 @@ def test_stacked_layers_are_spoken_of_once_each():
     network = NETWORKS["scanned"]()
     report = jaxeff.analyze(*network.arguments)
     assert "stack/dense/kernel[0]" in report.layers
-    found = prune.sensitivity(*network.arguments, np.zeros((16, 6), np.float32), squared, (0.5,))
+    found = prune.sensitivity(
+        *network.arguments, (0.5,), targets=np.zeros((16, 6), np.float32), loss_fn=squared
+    )
     advice = [each for each in report.recommendations(found) if each.rule == "measured sensitivity"]
     assert sorted(each.path for each in advice) == sorted(found.paths)
     assert found.paths == tuple(f"stack/dense/kernel[{i}]" for i in range(3))
@@ -424,7 +475,9 @@ def test_matplotlib_is_not_imported_with_jaxeff():
 
 
 def run(variables=VARIABLES, batch=X, targets=Y, loss=squared, sparsities=SPARSITIES, **keywords):
-    return prune.sensitivity(variables, Network().apply, batch, targets, loss, sparsities, **keywords)
+    return prune.sensitivity(
+        variables, Network().apply, batch, targets=targets, loss_fn=loss, sparsities=sparsities, **keywords
+    )
 
 
 def _with_kernel(tree, value):

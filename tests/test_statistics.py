@@ -11,7 +11,7 @@ from jax.experimental import pallas
 from networks import BY_NAME, NETWORKS, Network, Seen, module_of, normal, relu, sigmoid
 
 import jaxeff
-from jaxeff.sums import sums
+from jaxeff.statistics.sums import sums
 
 # The activations come from float32 forward passes that XLA fuses differently; their sums are as good.
 SUMS = 1e-5
@@ -307,7 +307,7 @@ def test_a_weight_that_cannot_be_read_has_a_reason(function, reason):
     found = jax.eval_shape(
         lambda w: jaxeff.collect({"w": w}, lambda params, x: function(params["w"], x), x), normal(5, 5)
     )
-    (place,) = found.places
+    (place,) = found.params
     assert found.sites == () and place.role == "weight"
     assert place.reason is not None and reason in place.reason
 

@@ -37,11 +37,13 @@ def large(name):
 
 
 def random_plan(groups, seed):
+    """Of each block other elements, where there are blocks."""
     draw = np.random.default_rng(seed)
-    removed = {
-        group.name: draw.permutation(group.size)[: draw.integers(1, group.size)].tolist()
-        for group in groups.unlocked
-    }
+    removed = {}
+    for group in groups.unlocked:
+        count = draw.integers(1, group.size)
+        blocks = np.broadcast_to(np.arange(group.size), (*group.blocks, group.size))
+        removed[group.name] = draw.permuted(blocks, axis=-1)[..., :count].tolist()
     return prune.Plan.of(groups, removed)
 
 
@@ -530,7 +532,7 @@ def edited(change):
         ("[]", "`text` is no plan: 'version' is missing"),
         ("{}", "`text` is no plan: 'version' is missing"),
         (edited(lambda plan: plan.pop("removed")), "`text` is no plan: 'removed' is missing"),
-        (edited(lambda plan: plan.update(version=2)), "version 2"),
+        (edited(lambda plan: plan.update(version=1)), "version 1"),
         (edited(lambda plan: plan["params"].update(w0=[2, 5])), "signature no longer fits"),
         (edited(lambda plan: plan["groups"]["w0:1"]["members"].pop()), "signature no longer fits"),
         (edited(lambda plan: plan["groups"]["w0:1"].update(size=99)), "signature no longer fits"),

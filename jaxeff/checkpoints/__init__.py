@@ -5,7 +5,7 @@ path -> opening (safetensors, orbax, msgpack: names and shapes)
      -> analysis: a Report; comparing: two checkpoints
 """
 
-from jaxeff.checkpoints.analysis import analyze_checkpoint as analyze_checkpoint
-from jaxeff.checkpoints.comparing import compare_checkpoints as compare_checkpoints
-from jaxeff.checkpoints.opening import open_checkpoint as open_checkpoint
-from jaxeff.checkpoints.stored import CheckpointError as CheckpointError
+from jaxeff.checkpoints._analysis import analyze_checkpoint as analyze_checkpoint
+from jaxeff.checkpoints._comparing import compare_checkpoints as compare_checkpoints
+from jaxeff.checkpoints._opening import open_checkpoint as open_checkpoint
+from jaxeff.checkpoints._stored import CheckpointError as CheckpointError

@@ -4,8 +4,7 @@ The pre-activation is the contraction's output with its own bias. The post-activ
 nonlinearity that it reaches through pointwise operations: bias, the affine part of a norm, dropout,
 adding or gating with other data. Where a reduction, another contraction or a normalisation across
 units comes first, the pre-activation stands for both. A fused layer whose output is split (the gates of
-a recurrent cell, a gated linear unit) is followed part by part. Imports `program`, `axes`, `nonlinearities`,
-`provenance`.
+a recurrent cell, a gated linear unit) is followed part by part.
 """
 
 from __future__ import annotations

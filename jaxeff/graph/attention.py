@@ -3,8 +3,7 @@
 An attention is a softmax whose values weigh other data: a contraction of two operands that are both
 data, one of them normalised over the contracted dimension. The dimensions that the weights' units
 bring into it are the heads. Heads that share keys and values are one unit, the group; where all heads
-share one key, each head is a unit, of the weights that it has for itself. Structure only. Imports the
-rest of `graph`.
+share one key, each head is a unit, of the weights that it has for itself. Structure only.
 """
 
 from __future__ import annotations

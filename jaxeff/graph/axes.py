@@ -3,7 +3,6 @@
 A dimension is described by its factors, major first: a (768, 12, 64) kernel reshaped to (768, 768)
 has the second dimension `(Factor(axis=1, size=12), Factor(axis=2, size=64))`. A factor whose axis is
 None holds no axis of the weight: a batch, a position, a reduced or broadcast dimension.
-Imports `program` alone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How many multiply-accumulates a contraction takes: the one count, which sites and costs share.
 
-In: an `Operation`. Out: `Multiplications`. From shapes alone. Imports `program`.
+In: an `Operation`. Out: `Multiplications`. From shapes alone.
 """
 
 from __future__ import annotations

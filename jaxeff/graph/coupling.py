@@ -3,12 +3,13 @@
 In: a `Program` and which of its inputs are leaves. Out: `Coupled` groups, whose elements may be removed one
 by one, or why they may not. The rules hold for one promise: if the elements removed are taken out of
 every dimension that their labels stand in, then what is left of every value is what the program
-computes when the leaves are 0 there. Imports `labels`, `program`, `provenance`, `rules`.
+computes when the leaves are 0 there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,13 +19,15 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
-from jaxeff.graph.labels import DEEPEST, Dim, Labels
+from jaxeff.graph.coupling_labels import CONSTANT, DATA, DEEPEST, WEIGHT, Described, Dim, Labels
+from jaxeff.graph.coupling_rules import through
+from jaxeff.graph.coupling_stacks import GroupsIn, Seen, stacked_over
 from jaxeff.graph.program import Operation, Program, Value, scan_operands
 from jaxeff.graph.provenance import operands_of_bodies
-from jaxeff.graph.rules import CONSTANT, DATA, WEIGHT, Described, through
 
 INPUT, OUTPUT = "input of the model", "output of the model"
 UNREAD = "not read by the model"
+_ITERATIONS = "the iterations of a scan"
 _ALONE = "a single element, and a group cannot be emptied"
 
 
@@ -37,12 +40,17 @@ class Coupled:
         members: (leaf, axis, indices): of that axis, row k of `indices`, [size, m], is element k.
         reasons: why none may be removed; empty where they may.
         within_head: whether they are the size of attention heads, each element a part of every head.
+        blocks: sizes of the axes that all members' leaves are stacked along, where each block may lose
+            elements of its own, equally many; empty where there are none.
+        block_axes: of each member, these axes of its leaf.
     """
 
     size: int
     members: tuple[tuple[int, int, np.ndarray], ...]
     reasons: tuple[str, ...]
     within_head: bool = False
+    blocks: tuple[int, ...] = ()
+    block_axes: Sequence[tuple[int, ...]] = ()
 
 
 def couple(program: Program, leaves: Sequence[bool], allowed: frozenset[str] = frozenset()) -> list[Coupled]:
@@ -64,12 +72,13 @@ def couple(program: Program, leaves: Sequence[bool], allowed: frozenset[str] = f
         lock = None if is_leaf and value in used else UNREAD if is_leaf else INPUT
         dims = tuple(labels.dim(size, True, lock) for size in value.shape)
         inputs.append(Described(dims, WEIGHT if is_leaf else DATA))
-    for output in Walk(labels).run(program, inputs):
+    walk = Walk(labels)
+    for output in walk.run(program, inputs):
         labels.lock_dims(output.dims, OUTPUT)
     found = [described.dims for described, is_leaf in zip(inputs, leaves, strict=True) if is_leaf]
     values = [value for value, is_leaf in zip(program.inputs, leaves, strict=True) if is_leaf]
     order = sorted(range(len(values)), key=lambda leaf: used.get(values[leaf], math.inf))
-    return _collected(labels, found, order)
+    return _collected(labels, found, order, walk.seen)
 
 
 def _first_uses(program: Program) -> dict[Value, int]:
@@ -89,7 +98,9 @@ def _first_uses(program: Program) -> dict[Value, int]:
 # --- From labels to groups -----------------------------------------------------------------------------
 
 
-def _collected(labels: Labels, leaves: Sequence[Sequence[Dim]], order: Sequence[int]) -> list[Coupled]:
+def _collected(
+    labels: Labels, leaves: Sequence[Sequence[Dim]], order: Sequence[int], seen: Seen
+) -> list[Coupled]:
     """Labels alike in all that they stand in become the elements of one group."""
     axes = [(leaf, axis) for leaf in order for axis, dim in enumerate(leaves[leaf]) if dim.factors]
     if not axes:
@@ -125,27 +136,26 @@ def _collected(labels: Labels, leaves: Sequence[Sequence[Dim]], order: Sequence[
     of_label = np.full(len(labels), -1)
     of_label[atoms] = group[atoms]
     shapes = {leaf: [dim.size for dim in leaves[leaf]] for leaf in order}
-    within = _within_heads(labels, of_label, found, shapes)
-    return [dataclasses.replace(one, within_head=i in within) for i, one in enumerate(found)]
+    groups_in = GroupsIn(labels, of_label)
+    heads, within = _heads(labels, groups_in, found, shapes)
+    over = stacked_over(groups_in, [(one.size, one.members, one.reasons) for one in found], seen, heads)
+    return [
+        dataclasses.replace(one, within_head=i in within, blocks=blocks, block_axes=axes)
+        if not one.reasons
+        else dataclasses.replace(one, within_head=i in within)
+        for i, (one, (blocks, axes)) in enumerate(zip(found, over, strict=True))
+    ]
 
 
-def _within_heads(
-    labels: Labels, of_label: np.ndarray, found: Sequence[Coupled], shapes: Mapping[int, Sequence[int]]
-) -> set[int]:
-    """The groups that are the size of heads.
+def _heads(
+    labels: Labels, groups_in: GroupsIn, found: Sequence[Coupled], shapes: Mapping[int, Sequence[int]]
+) -> tuple[set[int], set[int]]:
+    """The groups that are heads, and those that are the size of heads.
 
     Heads are what products of data with data run over in parallel, queries with keys and probabilities with
     values. Of what else stands in these products, the size of a head is the innermost in each weight
     that has both: the query heads that share a key, which may stand between, are outside of it.
-
-    Args:
-        of_label: of each label its group, -1 where it stands in no leaf.
     """
-
-    def groups_in(dims: Sequence[Dim]) -> set[int]:
-        arrays = [labels.atoms(factor) for dim in dims for factor in dim.factors]
-        return {int(one) for array in arrays for one in np.unique(of_label[array])} - {-1}
-
     heads: set[int] = set()
     inside: set[int] = set()
     of_one: set[int] = set()
@@ -164,7 +174,7 @@ def _within_heads(
             if (number in inside and leaf in with_heads) or (number in of_one and one_head):
                 step = int(indices[1, 0] - indices[0, 0]) if len(indices) > 1 else 1
                 innermost[leaf] = max(innermost.get(leaf, ((-1, 0), number)), ((axis, -step), number))
-    return {number for _, number in innermost.values()}
+    return heads, {number for _, number in innermost.values()}
 
 
 def _numbered(signatures: np.ndarray) -> np.ndarray:
@@ -250,16 +260,24 @@ class Walk:
 
     def __init__(self, labels: Labels):
         self.labels = labels
+        self.seen = Seen([], [])
         self.described: dict[Value, Described] = {}
         self._constants: dict[Value, Any] = {}
+        self._iterations: tuple[np.ndarray, ...] = ()
 
     def run(self, program: Program, inputs: Sequence[Described]) -> list[Described]:
         self.described.update(zip(program.inputs, inputs, strict=True))
         self._constants.update(program.constants)
+        self._see(inputs)
         around = self.labels.during
         for operation in program.operations:
             self.labels.during = operation
-            results = self._step(operation, [self._read(operand) for operand in operation.inputs])
+            operands, locked = [self._read(operand) for operand in operation.inputs], len(self.labels.locks)
+            results = self._step(operation, operands)
+            self._see(results)
+            if operation.name not in _LOOPS:
+                dims = [dim for described in (*operands, *results) for dim in described.dims]
+                self.seen.locked.extend((dims, lock.labels) for lock in self.labels.locks[locked:])
             self.described.update(zip(operation.outputs, results, strict=True))
         self.labels.during = around
         return [self._read(output) for output in program.outputs]
@@ -271,6 +289,11 @@ class Walk:
             # Here, and not at first, so that what it locks names the operation that reads it.
             self.described[operand] = self._constant(self._constants[operand])
         return self.described[operand]
+
+    def _see(self, arrays: Sequence[Described]) -> None:
+        # What is the same all along an axis is so in every block.
+        kept = (described.dims for described in arrays if described.made_of != CONSTANT)
+        self.seen.arrays.extend((dims, self._iterations) for dims in kept)
 
     def _constant(self, constant: Any) -> Described:
         shape = np.shape(constant)
@@ -298,15 +321,25 @@ class Walk:
         constants, carried = scan_operands(operation)
         initial, stacked = inputs[constants : constants + carried], inputs[constants + carried :]
         for operand in stacked:
-            self.labels.lock_dims(operand.dims[:1], "the iterations of a scan")
+            self.labels.lock_dims(operand.dims[:1], _ITERATIONS)
+        time = self._iterated([operand.dims[0] for operand in stacked if operand.made_of == WEIGHT])
+        time = time or self.labels.dim(int(operation.params["length"]), False, _ITERATIONS)
         slices = [operand._replace(dims=operand.dims[1:]) for operand in stacked]
 
         def body(carry: Sequence[Described]) -> list[Described]:
             return self.run(operation.bodies[0], [*inputs[:constants], *carry, *slices])
 
+        outside = self._iterations
+        if len(time.factors) == 1:
+            self._iterations = (*outside, time.factors[0])
         ends, results = self._repeated(body, initial)
-        time = self.labels.dim(int(operation.params["length"]), False, "the iterations of a scan")
+        self._iterations = outside
+        time = time._replace(zero=False)
         return ends + [result._replace(dims=(time, *result.dims)) for result in results[carried:]]
+
+    def _iterated(self, leading: Sequence[Dim]) -> Dim | None:
+        """The dimension that a scan goes along, of all weights that it takes apart."""
+        return functools.reduce(self.labels.match, leading) if leading else None
 
     def loop(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
         test, body = operation.bodies

@@ -2,7 +2,7 @@
 
 In: a `Program`, its arguments, and what to look at or to change. Out: the program's outputs and what
 was seen. Inside a loop the reductions run in the loop's body, so that a scan over layers or time never
-keeps its activations. Imports `program`.
+keeps its activations.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which operations make and read each value of one program. Imports `program`, `provenance`, `influence`."""
+"""Which operations make and read each value of one program."""
 
 from __future__ import annotations
 

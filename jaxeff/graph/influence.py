@@ -2,7 +2,7 @@
 
 A unit emits what the network computes with. The mean square of a layer, returned, penalised or used to
 normalise the layer, is made of a nonlinear function of every unit as well, but passes none of its elements
-on. The program is read backwards from what it returns. Imports `axes`, `program`, `provenance`.
+on. The program is read backwards from what it returns.
 """
 
 from __future__ import annotations

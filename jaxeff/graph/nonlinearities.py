@@ -2,7 +2,7 @@
 
 A nonlinearity is recognised by its values on a grid, not by its spelling: relu written as
 `maximum`, `where` or `clip` is relu, and tanh-gelu is told from erf-gelu. The primitives are
-evaluated in NumPy: nothing is compiled for it. Imports `program` alone.
+evaluated in NumPy: nothing is compiled for it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Three passes read a program operation by operation: pairing (what each weight is
 goes together when a network is made smaller) and counting (what it costs). Each has rules of its own, by the
 names of primitives; a primitive without a rule in one of them is named here for it, or in no table at all:
 then it is as new as the JAX that has it. To users an unknown primitive is a reason, never silence: the weight
-is unpaired, the axes are locked, the work is listed as uncounted. Imports nothing of jaxeff.
+is unpaired, the axes are locked, the work is listed as uncounted.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 In: a ClosedJaxpr. Out: a `Program`, in which calls (jit, remat, closed calls, custom derivatives) are
 inlined, so that a weight and the nonlinearity three wrappers away stand in one list. What remat or a custom
 derivative wraps is also kept as a `Call`, since what it says is worth keeping when the program is run.
-Loops and branches keep their bodies as programs of their own. Imports nothing of jaxeff.
+Loops and branches keep their bodies as programs of their own.
 """
 
 from __future__ import annotations

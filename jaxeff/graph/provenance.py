@@ -2,7 +2,7 @@
 
 In: a `Program` and the leaves among its inputs. Out: a `Provenance`: for each value computed from
 weights and constants alone, which leaves it holds and where their axes stand; and a `Use` for each
-operation at which a leaf meets data. Imports `program`, `axes`, `nonlinearities`.
+operation at which a leaf meets data.
 """
 
 from __future__ import annotations

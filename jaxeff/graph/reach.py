@@ -2,8 +2,7 @@
 
 The values that are a function of the output element by element are its images. What is summed up of them
 are statistics: one that keeps units apart (BatchNorm) leaves what it meets affine in each unit, any other
-normalises across units and ends the search. Imports `program`, `axes`, `nonlinearities`, `influence`,
-`provenance`, `flow`.
+normalises across units and ends the search.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 In: a `Program`, and which indices of each of its inputs stay. The labels of `coupling` say what goes with the
 others: a label is gone if it stands at removed indices of inputs only. An index that cannot go is an error, which
-names the operation that needs it. Imports `coupling`, `labels`, `program`, `rules`.
+names the operation that needs it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from jax.extend import source_info_util
 from jax.extend.core import Literal
 
 from jaxeff.graph.coupling import INPUT, OUTPUT, Walk, resolved
-from jaxeff.graph.labels import Labels
+from jaxeff.graph.coupling_labels import DATA, REPLAY, SCALE, STATISTICS, WEIGHT, Described, Labels
 from jaxeff.graph.program import Operation, Program, Value
-from jaxeff.graph.rules import DATA, REPLAY, SCALE, STATISTICS, WEIGHT, Described
 
 Kept = tuple[np.ndarray, ...]
 """Of each dimension of an array, which indices stay: boolean."""

@@ -2,7 +2,7 @@
 
 In: a `Program`, and which indices of each of its inputs stay. `remaining` finds the same for every other value;
 each operation then runs on what is left, with the sizes among its parameters rewritten. Numbers in the program
-(1/n, 1/sqrt(d)) stay those that it was traced with. Imports `evaluation`, `program`, `remaining`, `rules`.
+(1/n, 1/sqrt(d)) stay those that it was traced with.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
+from jaxeff.graph.coupling_labels import DATA
 from jaxeff.graph.evaluation import apply
 from jaxeff.graph.program import Call, Operation, Program, Step, Value, flatten, scan_operands
 from jaxeff.graph.remaining import Input, Kept, MisfitError, Remaining
-from jaxeff.graph.rules import DATA
 
 Arrays = Sequence[Any]
 

@@ -3,7 +3,7 @@
 In: a `Program` and the leaves of `params` that are its first inputs. Out: a `Graph`: a `Site` for
 every contraction of a weight with data, holding the values and dimensions of its input, pre- and
 post-activation; and for every leaf without one, what it is instead or why it was not paired.
-Structure only: nothing is computed. Imports the rest of `graph`.
+Structure only: nothing is computed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The weights of a model -> the numbers of each layer.
 
-A layer's scores are reduced where they lie: up to SMALL of them are sorted, more are counted by bit pattern.
+Up to SMALL scores are sorted, more are counted by bit pattern: on the host, or where they lie if they are
+many.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jaxeff.layers.stacks import Layer as Layer
 from jaxeff.layers.stacks import activities as activities
 from jaxeff.layers.stacks import structures as structures
 from jaxeff.layers.traced import measure_traced
-from jaxeff.records import LayerNumbers, none_of
+from jaxeff.report import LayerNumbers, none_of
 
 
 def measure(

@@ -1,13 +1,13 @@
 """The numbers of layers whose arrays are concrete.
 
-A program for each kind of weight scores it and two that all models share reduce the scores; what comes out
-becomes metrics on the host, which compiles nothing.
+One program of the model scores all but the large layers, and their scores are read on the host, which
+compiles nothing. A large layer, or one that lies in parts, is counted where it lies.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,20 +15,19 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxeff import null
 from jaxeff.importance import Criterion
+from jaxeff.importance import _null as null
 from jaxeff.layers.reduction import (
     SMALL,
-    TOGETHER,
     Read,
     Reduced,
     is_sorted,
     layer_numbers,
+    means_of_units,
     nonfinite_count,
-    padded,
-    padded_length,
     read_spread,
     reduce,
+    score,
     sums_of_units,
     untallied,
     was_seen,
@@ -42,17 +41,22 @@ from jaxeff.layers.stacks import (
     part_of,
     positions,
     shadow,
+    unit_axes,
 )
-from jaxeff.meshes import by_compiler
 from jaxeff.metrics import _order, sketch
-from jaxeff.metrics._histogram import Histogram, histogram
+from jaxeff.metrics._histogram import Histogram, histogram, histogram_on_host
+from jaxeff.metrics._records import Metrics
 from jaxeff.metrics._weighted import Spread, effective_units, metrics_of, sums_of
+from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.placement import to_host
-from jaxeff.records import LayerNumbers
+from jaxeff.report import LayerNumbers
 from jaxeff.statistics import (
     Derivatives,
     SiteStatistics,
 )
+
+TOGETHER = 1 << 18
+"""One program scores the layers of at most this many weights, which are no more bytes than a histogram."""
 
 
 def measure_eagerly(
@@ -61,32 +65,22 @@ def measure_eagerly(
     sites = to_host([layer.arrays.sites for layer in layers])
     seen = [_seen_by_part(criterion, layer, own) for layer, own in zip(layers, sites, strict=True)]
     together = [at for at, layer in enumerate(layers) if _goes_with_others(layer)]
-    scored = _score_together(
-        criterion,
-        tuple(padded_length(layers[at]) for at in together),
-        tuple((nameless(layers[at].arrays), seen[at]) for at in together),
-    )
+    scored = _score_together(criterion, tuple((nameless(layers[at].arrays), seen[at]) for at in together))
     rows = dict(zip(together, scored, strict=True))
-    found: list[Any] = []
-    for at, layer in enumerate(layers):
-        if at in rows:
-            scores, reduced = rows[at]
-            read = [_read_row(layer, scores, part, curves) for part in range(len(layer.indices))]
-            found.append((read, reduced))
-        else:
-            alone = zip(layer.indices, seen[at], strict=True)
-            found.append(
-                (None, [_reduce_alone(criterion, layer, index, one, curves) for index, one in alone])
-            )
     # All programs are started before the first result is waited for.
+    started = [
+        rows[at]
+        if at in rows
+        else [
+            _reduce_alone(criterion, layer, *part, curves)
+            for part in zip(layer.indices, seen[at], strict=True)
+        ]
+        for at, layer in enumerate(layers)
+    ]
     finished = [
         _finish(criterion, layer, index, *part, curves)
-        for layer, (read, reduced) in zip(layers, to_host(found), strict=True)
-        for index, part in zip(
-            layer.indices,
-            reduced if read is None else zip(read, unstacked(reduced, len(read)), strict=True),
-            strict=True,
-        )
+        for layer, parts in zip(layers, to_host(started), strict=True)
+        for index, part in zip(layer.indices, _apart(parts), strict=True)
     ]
     numbers, units = zip(*finished, strict=True)
     return jax.tree.map(lambda *parts: np.stack(parts, axis=-1), *numbers), units
@@ -104,42 +98,22 @@ def _goes_with_others(layer: Layer) -> bool:
     return small and (layer.size <= SMALL or not _lies_in_parts(layer.arrays))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _score_together(
-    criterion: Criterion, lengths: tuple[int, ...], layers: tuple[tuple[Arrays, Any], ...]
+    criterion: Criterion, layers: tuple[tuple[Arrays, Any], ...]
 ) -> list[tuple[jax.Array, Reduced]]:
-    """The scores of each layer as rows [stacked layers, its length], and what else is read of it."""
+    """The scores of each layer, [stacked layers, ...], and what else is read of it."""
 
-    def one(length: int, arrays: Arrays, index: Index, seen: Any) -> tuple[jax.Array, Reduced]:
-        scores, reduced = reduce(criterion, part_of(arrays, index), seen)
-        return padded(scores, length), reduced
-
-    def all_of(length: int, arrays: Arrays, seen: Any) -> tuple[jax.Array, Reduced]:
+    def all_of(arrays: Arrays, seen: Any) -> tuple[jax.Array, Reduced]:
         if not layer_axes(arrays):
-            return jax.tree.map(lambda array: array[None], one(length, arrays, (), seen[0]))
+            return jax.tree.map(lambda array: array[None], score(criterion, arrays, seen[0]))
         steps = positions(arrays), seen
-        return lax.map(lambda step: one(length, arrays, tuple(step[0]), step[1]), steps)
+        return lax.map(lambda step: score(criterion, part_of(arrays, tuple(step[0])), step[1]), steps)
 
     def every(layers: tuple[tuple[Arrays, Any], ...]) -> list[tuple[jax.Array, Reduced]]:
-        return [all_of(length, *layer) for length, layer in zip(lengths, layers, strict=True)]
+        return [all_of(*layer) for layer in layers]
 
     return by_compiler(every, layers)
-
-
-def _read_row(layer: Layer, rows: jax.Array, part: int, curves: bool) -> Any:
-    """What is read of the scores of one layer [length], by a program that all models share."""
-    at, size = np.int32(part), np.int32(layer.size)
-    return _sorted_row(rows, at, size, curves) if is_sorted(layer) else _counted_row(rows, at, size)
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _sorted_row(rows: jax.Array, at: jax.Array, size: jax.Array, curves: bool) -> Read:
-    return read_spread(_order.spread_of(lax.dynamic_index_in_dim(rows, at, keepdims=False), size), curves)
-
-
-@jax.jit
-def _counted_row(rows: jax.Array, at: jax.Array, size: jax.Array) -> Histogram:
-    return histogram(lax.dynamic_index_in_dim(rows, at, keepdims=False), size)
 
 
 def _reduce_alone(
@@ -147,11 +121,9 @@ def _reduce_alone(
 ) -> tuple[Any, Reduced]:
     """Of a layer that is large, or lies in parts."""
     arrays, at = nameless(layer.arrays), tuple(np.int32(i) for i in index)
-    if not is_sorted(layer):
-        # Without a copy of a length that others share: of many weights that costs more than compiling.
-        return _count_alone(criterion, _sharding_of(arrays), arrays, at, seen)
-    scores, reduced = _score_alone(criterion, padded_length(layer), arrays, at, seen)
-    return _read_row(layer, scores, 0, curves), reduced
+    if is_sorted(layer):
+        return _sort_alone(criterion, curves, arrays, at, seen)
+    return _count_alone(criterion, _sharding_of(arrays), arrays, at, seen)
 
 
 def _lies_in_parts(arrays: Arrays) -> bool:
@@ -170,14 +142,14 @@ def _sharding_of(arrays: Arrays) -> NamedSharding | None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _score_alone(
-    criterion: Criterion, length: int, arrays: Arrays, index: Index, seen: Any
-) -> tuple[jax.Array, Reduced]:
-    def score(arrays: Arrays) -> tuple[jax.Array, Reduced]:
+def _sort_alone(
+    criterion: Criterion, curves: bool, arrays: Arrays, index: Index, seen: Any
+) -> tuple[Read, Reduced]:
+    def sort(arrays: Arrays) -> tuple[Read, Reduced]:
         scores, reduced = reduce(criterion, part_of(arrays, index), seen)
-        return padded(scores, length)[None], reduced
+        return read_spread(_order.spread_of(scores.ravel(), scores.size), curves), reduced
 
-    return by_compiler(score, arrays)
+    return by_compiler(sort, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -208,18 +180,21 @@ def _nonfinite_of(arrays: Arrays, index: Index) -> jax.Array:
 def _finish(
     criterion: Criterion, layer: Layer, index: Index, read: Any, reduced: Reduced, curves: bool
 ) -> tuple[LayerNumbers, np.ndarray]:
-    """The numbers of one layer, and the importance of its units, on the host."""
+    """The numbers of one layer, and the importance of its units, on the host.
+
+    Args:
+        read: the layer's scores, or what they were reduced to.
+    """
     arrays, at = nameless(layer.arrays), tuple(np.int32(i) for i in index)
     if isinstance(read, Read):
         metrics, cells = metrics_of(read.sums.astype(np.float64)), read.cells
+    elif isinstance(read, Histogram):
+        squares = functools.partial(_squares, criterion, arrays, at, reduced.usable)
+        metrics, cells = _of_counts(read, layer.size, lambda: to_host(squares()), curves)
     else:
-        counts = sketch.of_histogram(read, layer.size)
-        spread, integers = sketch.spread_of(counts, np.float64), sketch.integers_of(counts)
-        sums, cells = read_spread(spread, curves)
-        metrics = metrics_of(sums, integers)
-        if metrics.std < _NEARLY_EQUAL * metrics.mean:
-            # Bins are too wide to tell the deviation of weights that are nearly equal.
-            metrics = metrics_of(sums, integers, to_host(_squares(criterion, arrays, at, reduced.usable)))
+        axes = unit_axes(part_of(jax.tree.map(shadow, arrays), index))
+        reduced = reduced._replace(units=means_of_units(read, axes))
+        metrics, cells = _of_scores(read.ravel(), is_sorted(layer), curves)
     noise = None
     if null.is_sampled(criterion):
         factors = reduced.factors.astype(np.float64)
@@ -235,6 +210,28 @@ def _finish(
     )
 
 
+def _of_scores(scores: np.ndarray, in_order: bool, curves: bool) -> tuple[Metrics, Any]:
+    if in_order:
+        sums, cells = read_spread(_order.spread_on_host(scores), curves)
+        return metrics_of(sums), cells
+    return _of_counts(histogram_on_host(scores), scores.size, lambda: _order.squares_on_host(scores), curves)
+
+
+def _of_counts(counts: Histogram, size: int, squares: Callable[[], Any], curves: bool) -> tuple[Metrics, Any]:
+    """The metrics of a layer by its bins.
+
+    Args:
+        squares: gives sum (v - mean)^2 relative to the largest, where bins are too wide to tell it.
+    """
+    sketched = sketch.of_histogram(counts, size)
+    spread, integers = sketch.spread_of(sketched, np.float64), sketch.integers_of(sketched)
+    sums, cells = read_spread(spread, curves)
+    metrics = metrics_of(sums, integers)
+    if metrics.std < _NEARLY_EQUAL * metrics.mean:
+        metrics = metrics_of(sums, integers, squares())
+    return metrics, cells
+
+
 _NEARLY_EQUAL = 0.2
 
 
@@ -243,5 +240,8 @@ def _narrowed(number: Any, dtype: Any) -> np.ndarray:
     return number.astype(dtype) if number.dtype.kind == "f" else number
 
 
-def unstacked(reduced: Any, count: int) -> list[Any]:
-    return [jax.tree.map(lambda array, at=at: array[at], reduced) for at in range(count)]
+def _apart(parts: Any) -> list[Any]:
+    """One for each of the layers that a weight stacks."""
+    if isinstance(parts, list):
+        return parts
+    return [jax.tree.map(lambda array, at=at: array[at], parts) for at in range(len(parts[0]))]

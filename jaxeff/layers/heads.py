@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxeff import granularity, importance
+from jaxeff import importance
 from jaxeff.importance import Criterion
+from jaxeff.importance import _levels as granularity
 from jaxeff.layers.reduction import (
     is_traced,
 )

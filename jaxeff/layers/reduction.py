@@ -14,34 +14,34 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from jaxeff import half_normal, importance, null
+from jaxeff import importance
 from jaxeff.importance import Criterion
+from jaxeff.importance import _null as null
 from jaxeff.layers.stacks import (
     Arrays,
     Layer,
     unit_axes,
 )
+from jaxeff.metrics import _half_normal as half_normal
 from jaxeff.metrics._curve import cells_of, unpacked
+from jaxeff.metrics._half_normal import Null
 from jaxeff.metrics._records import Metrics
 from jaxeff.metrics._weighted import Spread, sums_of
 from jaxeff.numerics.precision import wide, widened
 from jaxeff.numerics.summation import namespace
-from jaxeff.records import LayerNumbers, Null
+from jaxeff.report import LayerNumbers
 from jaxeff.statistics import (
     SiteStatistics,
 )
 
 SMALL = 1 << 14
-"""Layers of up to so many weights are sorted: the length that they are padded to."""
-
-TOGETHER = 1 << 18
-"""Layers of up to so many weights, all that a weight stacks, are scored by one program."""
+"""Layers of at most this many weights are sorted, larger ones counted."""
 
 
 class Reduced(NamedTuple):
     """What one layer's arrays are reduced to beside its scores."""
 
-    units: Any  # the mean importance of each unit's weights, which no sum of large ones overflows
+    units: Any  # the mean importance of each unit's weights
     factors: Any  # of the null; [1] where there is none that is sampled
     usable: Any  # whether what the criterion reads is finite
     largest: Any  # of |w|; nan where one is
@@ -53,6 +53,12 @@ def reduce(criterion: Criterion, arrays: Arrays, seen: Any) -> tuple[jax.Array, 
     Args:
         seen: whether the activations that the criterion reads were seen, and are finite.
     """
+    scores, reduced = score(criterion, arrays, seen)
+    return scores, reduced._replace(units=means_of_units(scores, unit_axes(arrays)))
+
+
+def score(criterion: Criterion, arrays: Arrays, seen: Any) -> tuple[jax.Array, Reduced]:
+    """The same without the units, which are sums of scores."""
     usable = seen
     if criterion.needs:
         finite = [jnp.all(jnp.isfinite(sums)) for sums in jax.tree.leaves(arrays.derivatives)]
@@ -62,13 +68,19 @@ def reduce(criterion: Criterion, arrays: Arrays, seen: Any) -> tuple[jax.Array, 
     scores = importance.score(criterion, *arrays).astype(magnitudes.dtype)
     # By magnitude where what the criterion reads is not finite.
     scores = jnp.where(usable, scores, magnitudes)
-    within = tuple(axis for axis in range(scores.ndim) if axis not in unit_axes(arrays))
-    count = math.prod(scores.shape[axis] for axis in within)
-    units = jnp.sum(scores * np.asarray(1 / count, scores.dtype), axis=within)
     factors = jnp.ones(1, scores.dtype)
     if null.is_sampled(criterion):
         factors = null.factors_of(criterion, arrays.weight, arrays.sites, arrays.derivatives, usable)
-    return scores, Reduced(units, factors, jnp.asarray(usable), jnp.max(lax.stop_gradient(magnitudes)))
+    largest = jnp.max(lax.stop_gradient(magnitudes))
+    return scores, Reduced(None, factors, jnp.asarray(usable), largest)
+
+
+def means_of_units(scores: Any, axes: Sequence[int]) -> Any:
+    """The mean importance of each unit's weights, from the scores of a layer whose units lie along `axes`."""
+    within = tuple(axis for axis in range(scores.ndim) if axis not in axes)
+    count = math.prod(scores.shape[axis] for axis in within)
+    # Divided first, so that no sum of large ones overflows.
+    return (scores * np.asarray(1 / count, scores.dtype)).sum(axis=within)
 
 
 def was_seen(criterion: Criterion, sites: Sequence[SiteStatistics]) -> Any:
@@ -104,12 +116,6 @@ def is_sorted(layer: Layer) -> bool:
 
 def is_small(layer: Layer) -> bool:
     return layer.size <= SMALL and wide(layer.arrays.weight.dtype) == jnp.float32
-
-
-def padded_length(layer: Layer) -> int:
-    """Padding to few lengths is cheap, and compiling for each is not."""
-    bits = (layer.size - 1).bit_length()
-    return next((length for length in (SMALL, TOGETHER, 1 << 20) if layer.size <= length), 1 << bits)
 
 
 class Read(NamedTuple):

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from jaxeff.importance import Criterion
-from jaxeff.records import Activity, LayerStructure
+from jaxeff.model.roles import ParamInfo
+from jaxeff.report import Activity, LayerStructure
 from jaxeff.statistics import (
     Derivatives,
-    Place,
     SiteStatistics,
     UnitStatistics,
 )
@@ -35,7 +35,7 @@ class Arrays(NamedTuple):
 class Layer(NamedTuple):
     """A weight under its name."""
 
-    place: Place
+    place: ParamInfo
     arrays: Arrays
 
     @property

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxeff import null
 from jaxeff.importance import Criterion
+from jaxeff.importance import _null as null
 from jaxeff.layers.reduction import (
     SMALL,
     Read,
@@ -36,12 +36,12 @@ from jaxeff.layers.stacks import (
     part_of,
     positions,
 )
-from jaxeff.meshes import by_compiler
 from jaxeff.metrics import _order, sketch
 from jaxeff.metrics._histogram import Histogram, histogram
 from jaxeff.metrics._weighted import Spread, effective_units, metrics_of
+from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.placement import each_row
-from jaxeff.records import LayerNumbers
+from jaxeff.report import LayerNumbers
 
 
 def measure_traced(

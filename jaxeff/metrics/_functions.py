@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxeff.meshes import by_compiler
 from jaxeff.metrics import _order, sketch
 from jaxeff.metrics._checks import checked, checked_share, checked_threshold
 from jaxeff.metrics._order import importances, relative
 from jaxeff.metrics._records import Metrics
 from jaxeff.metrics._weighted import Information, information, metrics_of, sums_of, surprises, tie
+from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.precision import widened
 from jaxeff.numerics.summation import running_total, total
 

@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxeff.metrics._order import importances, limits
 from jaxeff.numerics.placement import in_turn_or_at_once
+from jaxeff.numerics.summation import namespace
 
 ROWS, COLUMNS = 256, 512  # one row an exponent
 BINS = ROWS * COLUMNS
@@ -56,18 +57,29 @@ class Histogram(NamedTuple):
     largest: Array
 
 
-def patterns(x: Array) -> Array:
+def patterns(x: Any) -> Any:
     """Bit patterns as uint32; those of reserved bins for what is no importance and for 0."""
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    return jnp.where(bits << 1 == 0, _ZERO, jnp.minimum(bits, _INVALID))
+    xp, x = namespace(x), x.astype(np.float32)
+    bits = x.view(np.uint32) if xp is np else lax.bitcast_convert_type(x, jnp.uint32)
+    return xp.where(bits << 1 == 0, _ZERO, xp.minimum(bits, _INVALID))
 
 
-def bins_of(found: Array) -> Array:
+def bins_of(found: Any) -> Any:
     """The bin of each pattern."""
+    xp = namespace(found)
     at = found >> PLACE_BITS
     for limit, apart in zip(LIMITS, BELOW_BINS, strict=True):
-        at = jnp.where((at == limit >> PLACE_BITS) & (found < limit), np.uint32(apart), at)
+        at = xp.where((at == limit >> PLACE_BITS) & (found < limit), np.uint32(apart), at)
     return at
+
+
+def histogram_on_host(x: np.ndarray) -> Histogram:
+    """Counts of x [N], of at most 2^18 weights."""
+    found = patterns(x)
+    at, places = bins_of(found), found & ((1 << PLACE_BITS) - 1)
+    columns = np.bincount(at, minlength=BINS), np.bincount(at, weights=places, minlength=BINS)
+    largest = np.where(found < _INVALID, found, 0).max()
+    return Histogram(np.stack(columns, axis=1).astype(np.uint32), np.uint32(0), largest)
 
 
 def add_words(low: Array, high: Array, more: Array) -> tuple[Array, Array]:

@@ -34,6 +34,31 @@ def spread_of(x: Array, size: Any) -> Spread:
     return Spread(Weighted(values, counts, values, jnp.zeros_like(values), largest), tallied)
 
 
+def spread_on_host(x: np.ndarray) -> Spread:
+    """The spread of x [N], in float64."""
+    values, invalid = _importances_on_host(x)
+    # Sorted as they came, which is faster.
+    values = np.sort(values)[::-1].astype(np.float64)
+    below = [np.count_nonzero(values < threshold) for threshold in THRESHOLDS.values()]
+    tallied = np.count_nonzero(values == 0) - invalid, invalid, *below
+    scale = values[0] if values[0] > 0 else 1
+    distribution = Weighted(values / scale, np.ones_like(values), None, None, values[0])
+    return Spread(distribution, tuple(np.asarray([count], np.float64) for count in tallied))
+
+
+def squares_on_host(x: np.ndarray) -> np.ndarray:
+    """sum (x - mean)^2 relative to the largest, of x [N], in float64."""
+    values = _importances_on_host(x)[0].astype(np.float64)
+    values /= max(values.max(), np.finfo(np.float64).tiny)
+    return np.sum(np.square(values - values.mean()))
+
+
+def _importances_on_host(x: np.ndarray) -> tuple[np.ndarray, int]:
+    """x with 0 for what is no importance, and how many are none."""
+    valid = (x >= 0) & (x < np.inf)
+    return np.where(valid, x, 0), x.size - np.count_nonzero(valid)
+
+
 @jax.custom_jvp
 def _descending(x: Array) -> tuple[Array, Array]:
     """Importances from the largest on, 0 for what is none, and their bit patterns."""

@@ -255,13 +255,8 @@ def _octaves(sketch: Sketch, first: Any, rows: int, dtype: Any) -> list[Any]:
     """Counts and sums of places of all bins of `rows` exponents from `first` on, [rows, 512]; 0 below 0."""
     xp = namespace(sketch.bins)
     table = sketch.bins.reshape(ROWS, COLUMNS, 4)
-    if xp is np:
-        read = table[max(int(first), 0) : int(first) + rows]
-        missing = np.zeros((rows - len(read), COLUMNS, 4), np.uint32)
-        read = np.concatenate([missing, read]) if len(missing) else read
-    else:
-        table = jnp.concatenate([jnp.zeros((rows, COLUMNS, 4), jnp.uint32), table])
-        read = lax.dynamic_slice(table, (first + rows, np.int32(0), np.int32(0)), (rows, COLUMNS, 4))
+    row = first + xp.arange(rows, dtype=np.int32)
+    read = xp.where((row >= 0)[:, None, None], table[xp.maximum(row, 0)], np.uint32(0))
     bin_ = first * COLUMNS + xp.arange(rows * COLUMNS, dtype=np.int32).reshape(rows, COLUMNS)
     parts = []
     for column in (0, 2):

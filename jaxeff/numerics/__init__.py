@@ -1,1 +1,1 @@
-"""Arithmetic that knows nothing of networks. Imports nothing of jaxeff."""
+"""Arithmetic that knows nothing of networks."""

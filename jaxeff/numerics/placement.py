@@ -1,4 +1,4 @@
-"""Where arrays lie, and what that asks of a computation. Imports nothing of jaxeff."""
+"""Where arrays lie, and what that asks of a computation."""
 
 from __future__ import annotations
 

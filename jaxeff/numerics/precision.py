@@ -1,4 +1,4 @@
-"""The one precision that everything is computed in. Imports nothing of jaxeff."""
+"""The one precision that everything is computed in."""
 
 from __future__ import annotations
 

@@ -3,14 +3,14 @@
 Every function takes what is drawn and optional axes, and returns the axes; nothing is shown or saved.
 """
 
-from jaxeff.plot.distributions import cumulative as cumulative
-from jaxeff.plot.distributions import importances as importances
-from jaxeff.plot.distributions import lorenz as lorenz
-from jaxeff.plot.layers import history as history
-from jaxeff.plot.layers import layers as layers
-from jaxeff.plot.layers import radar as radar
-from jaxeff.plot.layers import units as units
-from jaxeff.plot.measurements import criteria as criteria
-from jaxeff.plot.measurements import pathways as pathways
-from jaxeff.plot.measurements import sensitivity as sensitivity
-from jaxeff.plot.measurements import speedups as speedups
+from jaxeff.plot._distributions import cumulative as cumulative
+from jaxeff.plot._distributions import importances as importances
+from jaxeff.plot._distributions import lorenz as lorenz
+from jaxeff.plot._layers import history as history
+from jaxeff.plot._layers import layers as layers
+from jaxeff.plot._layers import radar as radar
+from jaxeff.plot._layers import units as units
+from jaxeff.plot._measurements import criteria as criteria
+from jaxeff.plot._measurements import pathways as pathways
+from jaxeff.plot._measurements import sensitivity as sensitivity
+from jaxeff.plot._measurements import speedups as speedups

@@ -1,0 +1,185 @@
+"""The pipeline: params, apply_fn, batch -> Report."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxeff import importance, layers
+from jaxeff._collect import collect
+from jaxeff.importance import Criterion, Score
+from jaxeff.layers import non_weights as others
+from jaxeff.model.params import Params
+from jaxeff.numerics import placement
+from jaxeff.report import Activity, AttentionReport, ModuleReport, Report
+from jaxeff.report import _totals as totals
+from jaxeff.statistics import Derivatives, Statistics
+
+
+def analyze(
+    params: Any,
+    apply_fn: Callable | None = None,
+    batch: Any = None,
+    *,
+    criterion: str | Score | Criterion = "activation",
+    loss_fn: Callable | None = None,
+    targets: Any = None,
+    statistics: Statistics | None = None,
+    rngs: Any = None,
+    curves: bool = False,
+    **apply_kwargs: Any,
+) -> Report:
+    """Which weights of a model earn their keep on this batch.
+
+    Works under `jax.jit`, `jax.vmap` over an ensemble and `jax.lax.scan` over training steps, and
+    compiles once for equal models and shapes.
+
+    Args:
+        params: the variables dict, its `params` collection, a TrainState's `params`, or what
+            `jaxeff.from_nnx` gives.
+        apply_fn: a Linen `apply`, `TrainState.apply_fn`, what `jaxeff.from_nnx` gives, or
+            `f(params, *batch)`.
+        batch: the model's input; a tuple is several positional inputs. Without `apply_fn` and
+            `batch`, weights are scored by magnitude alone.
+        criterion: a name in `jaxeff.importance.CRITERIA`, or a function `(weight, site) -> importance`.
+        loss_fn: `loss_fn(outputs, targets)`, the mean loss, or one loss for each example, [n], or for each
+            of its positions, [n, ...]; the criteria that need gradients read it, and a function of your own
+            then finds them in `site.derivatives`.
+        targets: any tree of arrays, which `loss_fn` gets.
+        statistics: from `jaxeff.collect` or `jaxeff.calibrate`, instead of `apply_fn` and `batch`.
+        rngs, **apply_kwargs: passed to `apply_fn`.
+        curves: whether to count how the importance of every layer is spread, which histograms and Lorenz
+            curves are drawn from: `LayerReport.distribution`. It makes the first call longer.
+
+    Returns:
+        One row for every weight, in forward order; every other leaf of `params` is counted as what
+        it is.
+
+    Raises:
+        TypeError, ValueError: an argument is not of its kind, or the arguments do not fit each other.
+
+    >>> import flax.linen as nn
+    >>> model = nn.Dense(4, use_bias=False)
+    >>> variables = {"params": {"kernel": jnp.ones((3, 4))}}
+    >>> report = analyze(variables, model.apply, jnp.ones((8, 3)))
+    >>> float(report["kernel"].metrics.utilization)
+    1.0
+    """
+    chosen = importance.named(criterion, with_loss=loss_fn is not None)
+    params = Params.of(params)
+    collected = statistics is None
+    if not collected and (apply_fn is not None or batch is not None):
+        raise ValueError("pass `statistics`, or `apply_fn` and `batch`, not both")
+    if apply_fn is not None and batch is not None:
+        loss = {"criterion": chosen, "loss_fn": loss_fn, "targets": targets}
+        statistics = collect(params, apply_fn, batch, **loss, rngs=rngs, **apply_kwargs)
+    elif apply_fn is not None or batch is not None:
+        missing = "batch" if batch is None else "apply_fn"
+        raise ValueError(
+            f"`{missing}` is missing: pass both `apply_fn` and `batch`, or neither to score magnitudes"
+        )
+    elif collected:
+        chosen = _without_model(chosen)
+        statistics = Statistics((), (), (), {}, params.by_shape())
+    _check_statistics(params, statistics, chosen)
+    return _report(chosen, curves, params, statistics)
+
+
+def _without_model(criterion: Criterion) -> Criterion:
+    """Magnitudes in place of the default criterion; any other that needs a model is refused."""
+    if criterion.function is importance.activation:
+        return importance.named("magnitude")
+    if criterion.reads_activations or criterion.needs:
+        raise ValueError(
+            f"`criterion` {criterion.name!r} needs `apply_fn` and `batch`: pass them, or "
+            "criterion='magnitude' to score the weights alone"
+        )
+    return criterion
+
+
+def _check_statistics(params: Params, statistics: Statistics, criterion: Criterion) -> None:
+    if not isinstance(statistics, Statistics):
+        raise TypeError(
+            f"`statistics` must be Statistics from `jaxeff.collect`, got {type(statistics).__name__}"
+        )
+    found = {info.path: info.shape for info in statistics.params}
+    wanted = {path: tuple(jnp.shape(leaf)) for path, leaf in params.named.items()}
+    if found != wanted:
+        different = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
+        raise ValueError(
+            f"`statistics` were collected on other `params`: {different[0]!r} has shape "
+            f"{found.get(different[0])} there and {wanted.get(different[0])} here. Collect them with these "
+            "`params`."
+        )
+    if missing := importance.missing(criterion, statistics):
+        raise ValueError(
+            f"`statistics` hold no {missing} for criterion {criterion.name!r}: collect them with "
+            f"criterion={criterion.name!r}" + (", `loss_fn` and `targets`" if criterion.needs_loss else "")
+        )
+
+
+def _report(
+    criterion: Criterion,
+    curves: bool,
+    params: Params,
+    statistics: Statistics,
+) -> Report:
+    # Numbers, and NumPy's arrays in the precision that JAX takes them in: `jnp.asarray` compiles per shape.
+    named = {
+        path: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
+        for path, leaf in params.named.items()
+    }
+    weights = {
+        info.path: layers.Layer(
+            info,
+            layers.Arrays(
+                named[info.path],
+                tuple(site for site in statistics.sites if site.path == info.path),
+                statistics.derivatives.get(info.path, Derivatives()),
+            ),
+        )
+        for info in statistics.params
+        if info.role == "weight"
+    }
+    structure = tuple(row for weight in weights.values() for row in layers.structures(criterion, weight))
+    numbers, units = layers.measure(criterion, [*weights.values()], curves)
+    heads = layers.heads(criterion, weights, statistics.attentions)
+    rest = [info for info in statistics.params if info.role != "weight"]
+    other_numbers = others.measure([named[info.path] for info in rest])
+    # Sums are few: a report of concrete arrays has its numbers on the host, where reading compiles nothing.
+    seen = placement.on_host_if_concrete((statistics.sites, statistics.modules, statistics.attentions))
+    sites, modules, attentions = seen
+    return Report(
+        criterion=criterion.name,
+        structure=structure,
+        other_structure=tuple(others.structure(info) for info in rest),
+        numbers=numbers,
+        units=units,
+        activities=tuple(
+            activity for weight in weights.values() for activity in layers.activities(weight, sites)
+        ),
+        other_numbers=other_numbers,
+        modules=tuple(
+            ModuleReport(module.path, Activity(module.output.absolute_sum.shape, 1, module.output))
+            for module in modules
+        ),
+        attentions=tuple(
+            AttentionReport(attention.path, attention.heads, attention.units, attention.entropy, importance)
+            for attention, importance in zip(attentions, heads, strict=True)
+        ),
+        model=dataclasses.replace(
+            totals.model(structure, numbers, sum(math.prod(info.shape) for info in statistics.params)),
+            relevance_residual=_residual(criterion, statistics),
+        ),
+        headless=statistics.headless,
+    )
+
+
+def _residual(criterion: Criterion, statistics: Statistics) -> Any:
+    found = [statistics.conservation[name] for name, _ in criterion.needs if name in statistics.conservation]
+    return placement.on_host_if_concrete(found[0]).residual if found else None

@@ -1,0 +1,180 @@
+"""params, apply_fn, batch -> Statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from jaxeff import importance
+from jaxeff.importance import Criterion, Score
+from jaxeff.model import apply as models
+from jaxeff.model import objective as objectives
+from jaxeff.model.apply import Model
+from jaxeff.model.functions import first_line
+from jaxeff.model.objective import Arrays, Objective
+from jaxeff.model.params import Params
+from jaxeff.statistics import Conservation, Statistics
+from jaxeff.statistics.derivatives import QUANTITIES, Need, derive
+from jaxeff.statistics.observe import observe
+from jaxeff.statistics.relevance import PROPAGATIONS, weight_relevance
+from jaxeff.statistics.unit_gradients import gate_moments
+
+Criteria = str | Score | Criterion | Iterable[str | Score | Criterion]
+
+
+def collect(
+    params: Any,
+    apply_fn: Callable,
+    batch: Any,
+    *,
+    criterion: Criteria = "activation",
+    loss_fn: Callable | None = None,
+    targets: Any = None,
+    seed: int | jax.Array = 0,
+    rngs: Any = None,
+    **apply_kwargs: Any,
+) -> Statistics:
+    """Run the model and sum what its units emit, and what the loss makes of its weights.
+
+    Args:
+        params: the variables dict, its `params` collection, or what `jaxeff.from_nnx` gives.
+        apply_fn: a Linen `apply`, `TrainState.apply_fn`, what `jaxeff.from_nnx` gives, or
+            `f(params, *batch)`.
+        batch: the model's input; a tuple is several positional inputs.
+        criterion: what the statistics are for, one or several: it decides which derivatives are taken.
+            Sums of activations are always there.
+        loss_fn, targets: as `jaxeff.analyze` takes them, for criteria that need gradients.
+        seed: of the random signs that estimate a Hessian.
+        rngs: passed to `apply_fn` as `rngs`, for dropout.
+        **apply_kwargs: passed to `apply_fn`; arrays among them may change without recompiling.
+
+    Raises:
+        TypeError, ValueError: an argument is not of its kind, or `apply_fn` does not accept them.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> model = nn.Dense(2, use_bias=False)
+    >>> params = {"params": {"kernel": jnp.array([[1.0, -1.0]])}}
+    >>> (site,) = collect(params, model.apply, jnp.array([[2.0], [4.0]])).sites
+    >>> site.post.mean_absolute
+    Array([[3., 3.]], dtype=float32)
+    """
+    criteria = named(criterion, with_loss=loss_fn is not None)
+    run = prepare(params, apply_fn, batch, criteria, loss_fn, targets, rngs, apply_kwargs)
+    return run.statistics(batch, targets, jax.random.key(seed))
+
+
+def named(criterion: Criteria, *, with_loss: bool) -> tuple[Criterion, ...]:
+    """One criterion or several, each under its name."""
+    several = isinstance(criterion, Iterable) and not isinstance(criterion, str)
+    return tuple(
+        importance.named(one, with_loss=with_loss)
+        for one in (criterion if several else (criterion,))  # pyright: ignore
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A model and a loss, bound once: what is done with each batch of the same shapes.
+
+    Attributes:
+        criteria: what the statistics are for.
+        objective: the loss and the arrays that it reads; None where no criterion needs derivatives.
+    """
+
+    model: Model
+    criteria: tuple[Criterion, ...]
+    objective: tuple[Objective, Arrays] | None
+
+    def statistics(self, batch: Any, targets: Any, key: jax.Array) -> Statistics:
+        """Of one batch; `key` is that of the random signs."""
+        model = self.model
+        batch = jax.tree.leaves(batch)
+        inputs = objectives.with_batch(model.origins, model.inputs, batch)
+        observed = observe(model.function, model.paths, model.origins, model.batch_size, model.params, inputs)
+        if self.objective is None:
+            return observed
+        objective, arrays = self.objective
+        arrays = dataclasses.replace(arrays, inputs=inputs, targets=targets)
+        try:
+            return self._with_derivatives(observed, objective, arrays, key)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            names = ", ".join(repr(criterion.name) for criterion in self.criteria if criterion.needs)
+            raise ValueError(
+                f"`criterion` {names} needs derivatives, and this model or loss cannot be differentiated as "
+                f"that takes. JAX raised {type(error).__name__}: {first_line(error)}"
+            ) from error
+
+    def _with_derivatives(
+        self, observed: Statistics, objective: Objective, arrays: Arrays, key: jax.Array
+    ) -> Statistics:
+        wanted: dict[str, set[str]] = {}
+        for quantity, total in _needs(self.criteria):
+            wanted.setdefault(quantity, set()).add(total)
+        totals = {quantity: frozenset(names) for quantity, names in wanted.items()}
+        arguments = self.model.params, arrays
+        plain = tuple(sorted((name, found) for name, found in totals.items() if name in QUANTITIES))
+        derivatives = derive(objective, plain, *arguments, key)
+        conservation: dict[str, Conservation] = {}
+        for name in sorted(totals.keys() & PROPAGATIONS.keys()):
+            rule = PROPAGATIONS[name]
+            found, conservation[name] = weight_relevance(objective, rule, totals[name], *arguments)
+            derivatives = {
+                path: dataclasses.replace(known, **{name: found[path]}) for path, known in derivatives.items()
+            }
+        sites = observed.sites
+        if "gate" in totals:
+            gates = gate_moments(objective, totals["gate"], *arguments)
+            sites = tuple(
+                dataclasses.replace(site, gate=gate) for site, gate in zip(sites, gates, strict=True)
+            )
+        return dataclasses.replace(observed, derivatives=derivatives, sites=sites, conservation=conservation)
+
+
+def prepare(
+    params: Any,
+    apply_fn: Callable,
+    batch: Any,
+    criteria: tuple[Criterion, ...],
+    loss_fn: Callable | None,
+    targets: Any,
+    rngs: Any,
+    apply_kwargs: Mapping[str, Any],
+) -> Run:
+    """Bind a model and a loss to the shapes of a batch and its targets."""
+    _check_loss_given(criteria, loss_fn, targets)
+    params = Params.of(params)
+    model = models.from_apply(params, apply_fn, batch, rngs, apply_kwargs)
+    needs = _needs(criteria)
+    if not needs:
+        return Run(model, criteria, None)
+    weights = _weights(model)
+    objective = objectives.objective(model, loss_fn, targets, weights)
+    if any(quantity == "example_gradient" for quantity, _ in needs):
+        first, first_targets = objectives.first_example((batch, targets), model.batch_size)
+        one = models.from_apply(params, apply_fn, first, rngs, apply_kwargs)
+        example = objectives.objective(one, loss_fn, first_targets, weights)
+        objective = objectives.with_example(objective, example)
+    return Run(model, criteria, objective)
+
+
+def _needs(criteria: Iterable[Criterion]) -> tuple[Need, ...]:
+    return tuple(sorted({need for criterion in criteria for need in criterion.needs}))
+
+
+def _weights(model: Model) -> set[str]:
+    """Which of the leaves are weights."""
+    arguments = model.function, model.paths, model.origins, model.batch_size, model.params, model.inputs
+    return {info.path for info in observe.eval_shape(*arguments).params if info.role == "weight"}
+
+
+def _check_loss_given(criteria: Iterable[Criterion], loss_fn: Any, targets: Any) -> None:
+    for criterion in criteria:
+        if criterion.needs_loss and (loss_fn is None or targets is None):
+            absent = "loss_fn" if loss_fn is None else "targets"
+            raise ValueError(
+                f"`{absent}` is missing: criterion {criterion.name!r} needs `loss_fn`, a function "
+                "(outputs, targets) -> mean loss or one loss for each example, and `targets`"
+            )

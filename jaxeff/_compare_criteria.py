@@ -1,0 +1,267 @@
+"""Which criterion to trust: the loss as weights are removed in the order of each one's scores.
+
+In: a model, a loss and criteria. Out: a `Comparison`, whose curves are measured, not predicted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeff import importance
+from jaxeff._collect import Criteria, named, prepare
+from jaxeff._saving import saved_by_flax
+from jaxeff.importance import _levels as levels
+from jaxeff.model import objective as objectives
+from jaxeff.model.objective import Arrays, Objective
+from jaxeff.model.params import Params
+from jaxeff.model.roles import whole_numbers
+from jaxeff.numerics.meshes import by_compiler
+from jaxeff.output import text
+from jaxeff.statistics.weight_loss import WeightLoss
+
+FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
+CONTROLS = 5
+
+_STATIC = {"static": True}
+
+
+@saved_by_flax
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Deletion curves of several criteria, beside removal at random.
+
+    Attributes:
+        criteria: their names.
+        scope: 'layer' or 'global', as asked for.
+        fractions: [fractions], of the weights removed, those of the lowest scores first.
+        loss: [criteria, fractions], the mean loss with them at 0.
+        random_loss: [controls, fractions], the same in random orders.
+        area: [criteria], under the loss curve over the fractions, over their range: the mean loss along the
+            way. The lower, the better the criterion knows what the network can do without.
+        random_area: [controls].
+        rank_correlation: [criteria, criteria], Spearman's, over all weights (at most 65,536, evenly spread).
+    """
+
+    criteria: tuple[str, ...] = dataclasses.field(metadata=_STATIC)
+    scope: str = dataclasses.field(metadata=_STATIC)
+    fractions: jax.Array
+    loss: jax.Array
+    random_loss: jax.Array
+    area: jax.Array
+    random_area: jax.Array
+    rank_correlation: jax.Array
+
+    def __str__(self) -> str:
+        return _render(self)
+
+
+def compare_criteria(
+    params: Any,
+    apply_fn: Callable,
+    batch: Any,
+    criteria: Criteria = ("magnitude", "activation", "wanda", "taylor", "obd_gauss_newton"),
+    *,
+    loss_fn: Callable,
+    targets: Any,
+    fractions: Sequence[float] = FRACTIONS,
+    scope: str = "global",
+    held_out: tuple[Any, Any] | None = None,
+    seed: int = 0,
+    rngs: Any = None,
+    **apply_kwargs: Any,
+) -> Comparison:
+    """Remove weights in the order of each criterion's scores, and measure the loss as they go.
+
+    Weights are set to 0, nothing is retrained. Ties go by index. Exactly round(fraction x N) weights are
+    removed, of the N of the model or of each layer.
+
+    Args:
+        params, apply_fn, batch: as `jaxeff.analyze` takes them.
+        criteria: names or functions.
+        loss_fn, targets: as `jaxeff.analyze` takes them.
+        fractions: of weights removed, in [0, 1], ascending.
+        scope: 'global' removes the lowest scores of the whole model, whichever layers they are in, which
+            asks of a criterion that it compares layers as well; 'layer' the same fraction of each layer.
+        held_out: another `(batch, targets)` to measure the loss on; the scores stay those of `batch`.
+        seed: of the random controls, and of the random signs that estimate a Hessian.
+        rngs, **apply_kwargs: passed to `apply_fn`.
+
+    Raises:
+        TypeError, ValueError: an argument is not of its kind, or the arguments do not fit each other.
+
+    >>> w, x = jnp.array([[3.0], [1e-3]]), jnp.eye(2)
+    >>> loss = lambda outputs, targets: jnp.mean(jnp.square(outputs - targets))
+    >>> compared = compare_criteria(
+    ...     {"w": w}, lambda p, x: x @ p["w"], x, ("magnitude",), loss_fn=loss, targets=w,
+    ...     fractions=(0.0, 0.5, 1.0),
+    ... )
+    >>> compared.loss.round(2)
+    Array([[0. , 0. , 4.5]], dtype=float32)
+    """
+    chosen = named(criteria, with_loss=True)
+    fractions = _checked_fractions(fractions)
+    if scope not in ("global", "layer"):
+        raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}")
+    params = Params.of(params)
+    bind = functools.partial(
+        prepare, params, apply_fn, criteria=chosen, loss_fn=loss_fn, rngs=rngs, apply_kwargs=apply_kwargs
+    )
+    run = bind(batch=batch, targets=targets)
+    statistics = run.statistics(batch, targets, jax.random.key(seed))
+    measured_batch, measured_targets = (batch, targets) if held_out is None else held_out
+    model = run.model if held_out is None else bind(batch=measured_batch, targets=measured_targets).model
+    scores = [importance.scores(params, statistics, criterion) for criterion in chosen]
+    if not scores[0]:
+        raise ValueError(f"`params` holds no weights that multiply data.{whole_numbers(params.described())}")
+    objective, arrays = objectives.objective(model, loss_fn, measured_targets, scores[0].keys())
+    paths = [path for path, _ in objective.weights]
+    stacks = tuple(levels.layer_axes(statistics, path) for path in paths) if scope == "layer" else None
+
+    def curve(scores: dict[str, jax.Array]) -> jax.Array:
+        ordered = _orders(stacks, [scores[path] for path in paths])
+        return _losses(objective, model.params, arrays, ordered, _counts(fractions, ordered, stacks))
+
+    keys = jax.random.split(jax.random.key(seed), CONTROLS)
+    losses = jnp.stack([curve(found) for found in scores])
+    random_losses = jnp.stack([curve(_random_scores(key, scores[0])) for key in keys])
+    return Comparison(
+        tuple(criterion.name for criterion in chosen),
+        scope,
+        jnp.asarray(fractions),
+        losses,
+        random_losses,
+        _area(fractions, losses),
+        _area(fractions, random_losses),
+        _rank_correlation([list(found.values()) for found in scores]),
+    )
+
+
+def _checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
+    found = tuple(float(fraction) for fraction in fractions)
+    ascending = all(a < b for a, b in itertools.pairwise(found))
+    if len(found) < 2 or not ascending or not 0 <= found[0] <= found[-1] <= 1:
+        raise ValueError(f"`fractions` must be two or more ascending numbers in [0, 1], got {fractions!r}")
+    return found
+
+
+Stacks = tuple[tuple[int, ...], ...] | None
+"""For each weight the axes over which it stacks layers; None where all weights are in one order."""
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _orders(stacks: Stacks, scores: list[jax.Array]) -> list[jax.Array]:
+    """For each weight when it goes, from 0: in the whole model, or in its layer where `stacks` is given."""
+    return by_compiler(lambda *scores: _ordered(stacks, scores), *scores, like=scores)
+
+
+def _ordered(stacks: Stacks, scores: Sequence[jax.Array]) -> list[jax.Array]:
+    if stacks is None:
+        order = _places(jnp.concatenate([jnp.ravel(score) for score in scores]))
+        ends = np.cumsum([score.size for score in scores])
+        return [
+            part.reshape(score.shape) for part, score in zip(jnp.split(order, ends[:-1]), scores, strict=True)
+        ]
+    return [_within_layers(score, axes) for score, axes in zip(scores, stacks, strict=True)]
+
+
+def _within_layers(score: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    front = tuple(range(len(axes)))
+    layers = jnp.moveaxis(score, axes, front)
+    order = jax.vmap(_places)(layers.reshape(math.prod(layers.shape[: len(axes)]), -1))
+    return jnp.moveaxis(order.reshape(layers.shape), front, axes)
+
+
+def _places(scores: jax.Array) -> jax.Array:
+    """The place of each score in ascending order; equal ones by index."""
+    order = jnp.argsort(scores, stable=True)
+    return jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+
+
+def _counts(fractions: tuple[float, ...], orders: list[jax.Array], stacks: Stacks) -> np.ndarray:
+    """[fractions, weights], how many of the order that each weight stands in go."""
+    if stacks is None:
+        sizes = [sum(order.size for order in orders)] * len(orders)
+    else:
+        layers = [
+            math.prod(order.shape[axis] for axis in axes) for order, axes in zip(orders, stacks, strict=True)
+        ]
+        sizes = [order.size // count for order, count in zip(orders, layers, strict=True)]
+    return np.array([[round(fraction * size) for size in sizes] for fraction in fractions], np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(
+    objective: Objective, params: Any, arrays: Arrays, orders: list[jax.Array], counts: np.ndarray
+) -> jax.Array:
+    """The mean loss with the first weights of each order at 0, for each row of counts."""
+    problem = WeightLoss(objective, params, arrays)
+
+    def loss(counts: jax.Array) -> jax.Array:
+        kept = [order >= count for order, count in zip(orders, counts, strict=True)]
+        return problem.mean_loss(
+            tuple(jnp.where(k, w, 0) for k, w in zip(kept, problem.weights, strict=True))
+        )
+
+    return jax.lax.map(loss, jnp.asarray(counts))
+
+
+def _random_scores(key: jax.Array, scores: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    keys = jax.random.split(key, len(scores))
+    return {
+        path: jax.random.uniform(own, score.shape)
+        for own, (path, score) in zip(keys, scores.items(), strict=True)
+    }
+
+
+def _area(fractions: tuple[float, ...], losses: jax.Array) -> jax.Array:
+    weights = np.convolve(np.diff(fractions), (0.5, 0.5)) / (fractions[-1] - fractions[0])
+    return jnp.matmul(losses, jnp.asarray(weights, losses.dtype), precision="highest")
+
+
+_SAMPLE = 1 << 16
+
+
+@jax.jit
+def _rank_correlation(scores: list[list[jax.Array]]) -> jax.Array:
+    sampled = [by_compiler(lambda *found: importance.ranks(_sampled(found)), *found) for found in scores]
+    return jnp.stack([jnp.stack([importance.correlation(a, b) for b in sampled]) for a in sampled])
+
+
+def _sampled(scores: Sequence[jax.Array]) -> jax.Array:
+    """Every k-th score of each weight, so that all weights together give at most 65,536."""
+    stride = math.ceil(sum(score.size for score in scores) / _SAMPLE)
+    return jnp.concatenate([jnp.ravel(score)[::stride] for score in scores])[:_SAMPLE]
+
+
+def _render(comparison: Comparison) -> str:
+    """A row for each criterion, the best first: area, and the loss at some fractions removed."""
+    fractions = comparison.fractions.tolist()
+    shown = [i for i, fraction in enumerate(fractions) if round(100 * fraction) in (0, 20, 50, 80, 90, 95)]
+    header = ("removed by", "area", *(f"{fractions[i]:.0%}" for i in shown))
+    random = jnp.mean(comparison.random_loss, 0)
+    rows = [
+        (float(area), (name, text.decimal(float(area)), *(text.decimal(float(loss[i])) for i in shown)))
+        for name, area, loss in zip(
+            (*comparison.criteria, "at random"),
+            (*comparison.area, jnp.mean(comparison.random_area)),
+            (*comparison.loss, random),
+            strict=True,
+        )
+    ]
+    lines = [header, *(row for _, row in sorted(rows, key=lambda row: (math.isnan(row[0]), row[0])))]
+    spread = float(jnp.max(comparison.random_area) - jnp.min(comparison.random_area))
+    note = (
+        f"Loss by fraction of the weights removed, {comparison.scope} order; area is its mean along the way. "
+        f"At random: the mean of {comparison.random_area.size} orders, whose areas spread over {spread:.3f}."
+    )
+    return "\n".join([*text.aligned(lines), "", *text.wrapped(note, text.WIDTH)])

@@ -1,0 +1,282 @@
+"""Two checkpoints -> what changed between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Hashable, Iterator, Sequence
+
+import numpy as np
+
+from jaxeff.checkpoints import _measuring as measuring
+from jaxeff.checkpoints import _reading as reading
+from jaxeff.checkpoints._counting import counts_of
+from jaxeff.checkpoints._measuring import SORTED, MeasuredWeight
+from jaxeff.checkpoints._opening import Checkpoint, open_checkpoint
+from jaxeff.checkpoints._reading import Progress, pieces
+from jaxeff.checkpoints._stored import Stored
+from jaxeff.output import text
+from jaxeff.report._serialization import encoded
+
+ORDERS = ("path", "change", "size")
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightChange:
+    """One weight in both checkpoints; a number that is not known is nan.
+
+    Attributes:
+        utilization: in A and in B.
+        gini: in A and in B.
+        change: ||a - b|| / ||a||; infinite where only a is 0.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    utilization: tuple[float, float]
+    gini: tuple[float, float]
+    change: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherChange:
+    """The same of an array that is no weight in both; nan where it could not be read."""
+
+    path: str
+    shape: tuple[int, ...]
+    change: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointComparison:
+    """What changed from checkpoint A to B. `str(comparison)` is a table of 100 columns.
+
+    Attributes:
+        weights: in both, of one shape.
+        others: likewise.
+        only_a, only_b: names in one alone.
+        reshaped: in both, of two shapes: name, shape in A and in B.
+    """
+
+    weights: tuple[WeightChange, ...]
+    others: tuple[OtherChange, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+
+    def __str__(self) -> str:
+        return render(self)
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The fields as JSON; nan is null, infinity the string "Infinity"."""
+        return json.dumps(encoded(self), allow_nan=False, indent=indent)
+
+
+def compare_checkpoints(
+    a: str | os.PathLike, b: str | os.PathLike, *, progress: bool = True
+) -> CheckpointComparison:
+    """What changed from checkpoint `a` to checkpoint `b`, array by array.
+
+    Arrays are matched by name, and read as `analyze_checkpoint` reads them; dtypes may differ.
+
+    Args:
+        a, b: paths of checkpoints, as `analyze_checkpoint` takes them; of any two formats.
+        progress: whether to show a bar on a terminal.
+
+    Raises:
+        CheckpointError: one is of no format that is read here, or damaged.
+        OSError: one cannot be read.
+
+    >>> import flax.serialization, pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     paths = [pathlib.Path(folder) / name for name in ("a", "b")]
+    ...     for path, value in zip(paths, (1.0, 1.5)):
+    ...         tree = {"kernel": np.full((3, 4), value, np.float32)}
+    ...         _ = path.write_bytes(flax.serialization.to_bytes(tree))
+    ...     found = compare_checkpoints(*paths, progress=False)
+    >>> found.weights[0].change
+    0.5
+    """
+    return compare(open_checkpoint(a), open_checkpoint(b), progress=progress)
+
+
+def compare(a: Checkpoint, b: Checkpoint, *, progress: bool = True) -> CheckpointComparison:
+    """The same of two checkpoints that `open_checkpoint` opened."""
+    both = [name for name in a.arrays if name in b.arrays]
+    alike = {name for name in both if a.arrays[name].shape == b.arrays[name].shape}
+    total = sum(checkpoint.arrays[name].nbytes for checkpoint in (a, b) for name in alike)
+    pairs = [(a.arrays[name], b.arrays[name]) for name in both if name in alike]
+    weights = [pair for pair in pairs if pair[0].role == pair[1].role == "weight"]
+    others = [pair for pair in pairs if not pair[0].role == pair[1].role == "weight"]
+    with reading.progress_bar("Comparing weights", total, progress) as advance:
+        weight_changes = _weight_changes(weights, advance)
+        other_changes = [_other_change(*pair, advance) for pair in others]
+    return CheckpointComparison(
+        tuple(weight_changes),
+        tuple(other_changes),
+        tuple(name for name in a.arrays if name not in b.arrays),
+        tuple(name for name in b.arrays if name not in a.arrays),
+        tuple((name, a.arrays[name].shape, b.arrays[name].shape) for name in both if name not in alike),
+    )
+
+
+def _weight_changes(pairs: Sequence[tuple[Stored, Stored]], progress: Progress) -> list[WeightChange]:
+    if not pairs:
+        return []
+    found: dict[int, tuple[MeasuredWeight, MeasuredWeight, float]] = {}
+
+    def small() -> Iterator[tuple[Hashable, int, tuple[int, np.ndarray, np.ndarray]]]:
+        for index, pair in enumerate(pairs):
+            if pair[0].size > SORTED:
+                found[index] = _measured(*pair, progress)
+            else:
+                key = pair[0].size, pair[0].dtype, pair[1].dtype
+                one, two = (reading.whole(stored, progress) for stored in pair)
+                yield key, pair[0].size, (index, one, two)
+
+    for group in reading.batches(small()):
+        indices, *sides = zip(*group, strict=True)
+        one, two = map(np.stack, sides)
+        distance = _Distance(len(indices))
+        distance.add(one, two)
+        measured = [measuring.measured_rows(measuring.magnitudes(side)) for side in (one, two)]
+        found.update(zip(indices, zip(*measured, distance.relative(), strict=True), strict=True))
+    ones, twos, changes = zip(*(found[index] for index in range(len(pairs))), strict=True)
+    first, second = measuring.metrics_of_all(ones), measuring.metrics_of_all(twos)
+    utilization, gini = (
+        zip(getattr(first, name).tolist(), getattr(second, name).tolist(), strict=True)
+        for name in ("utilization", "gini")
+    )
+    names, shapes = ([getattr(stored, name) for stored, _ in pairs] for name in ("name", "shape"))
+    return list(map(WeightChange, names, shapes, utilization, gini, changes))
+
+
+def _measured(a: Stored, b: Stored, progress: Progress) -> tuple[MeasuredWeight, MeasuredWeight, float]:
+    """A large weight, piece by piece of both."""
+    assert a.dtype is not None and b.dtype is not None
+    counts, distance = (counts_of(a.dtype), counts_of(b.dtype)), _Distance()
+    for one, two in zip(pieces(a, progress), pieces(b, progress), strict=True):
+        for side, piece in zip(counts, (one, two), strict=True):
+            side.add(piece.elements)
+        distance.add(one.elements[None], two.elements[None])
+    first, second = (measuring.measured(side.result()) for side in counts)
+    return first, second, distance.relative()[0]
+
+
+def _other_change(a: Stored, b: Stored, progress: Progress) -> OtherChange:
+    if a.dtype is None or b.dtype is None:
+        progress(a.nbytes + b.nbytes)
+        return OtherChange(a.name, a.shape, math.nan)
+    distance = _Distance()
+    for pair in zip(pieces(a, progress), pieces(b, progress), strict=True):
+        distance.add(*(piece.elements[None] for piece in pair))
+    return OtherChange(a.name, a.shape, distance.relative()[0])
+
+
+class _Distance:
+    """||a - b|| / ||a|| in float64 of several arrays, as their pieces come."""
+
+    def __init__(self, arrays: int = 1) -> None:
+        self.apart, self.all = np.zeros(arrays), np.zeros(arrays)
+
+    def add(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Pieces [arrays, n]."""
+        wide = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
+        x, y = a.astype(wide), b.astype(wide)
+        with np.errstate(invalid="ignore"):
+            self.apart += _squares(np.subtract(x, y, out=y))
+        self.all += _squares(x)
+
+    def relative(self) -> list[float]:
+        return list(map(_relative, self.apart.tolist(), self.all.tolist()))
+
+
+def _squares(x: np.ndarray) -> np.ndarray:
+    # Not by BLAS, whose threads wait for each other longer than they multiply.
+    parts = (np.real(x), np.imag(x)) if x.dtype.kind == "c" else (x,)
+    return np.sum([np.einsum("ij,ij->i", part, part) for part in parts], axis=0)
+
+
+def _relative(apart: float, all_: float) -> float:
+    if not all_:
+        return math.inf if apart else 0.0
+    return math.sqrt(apart / all_) if math.isfinite(all_) else math.nan
+
+
+def render(
+    comparison: CheckpointComparison, order: str = "path", top: int | None = None, width: int = text.WIDTH
+) -> str:
+    """The table, in an order of ORDERS; of each list the first `top`, and how many were left out."""
+    weights = in_order(comparison.weights, order)
+    reshaped = [f"{name} {list(one)} -> {list(two)}" for name, one, two in comparison.reshaped]
+    return "\n".join(
+        [
+            *_table(weights, top, width),
+            "",
+            *text.wrapped(_summary(comparison), width),
+            *_listed("Only in A:", comparison.only_a, top, width),
+            *_listed("Only in B:", comparison.only_b, top, width),
+            *_listed("Of another shape:", reshaped, top, width),
+        ]
+    )
+
+
+def _listed(title: str, names: Sequence[str], top: int | None, width: int) -> list[str]:
+    lines = text.section(width, title, names[:top]) or ["", title]
+    return [*lines, *text.left_out(len(names), top, "names")] if names else []
+
+
+def in_order(weights: Sequence[WeightChange], order: str) -> list[WeightChange]:
+    """The largest first, and what is unknown before it; by path as it is."""
+    if order == "path":
+        return list(weights)
+    if order == "size":
+        return sorted(weights, key=lambda weight: -math.prod(weight.shape))
+    return sorted(weights, key=lambda weight: -math.inf if math.isnan(weight.change) else -weight.change)
+
+
+_HEADER = ("layer", "shape", "used A", "used B", "gini A", "gini B", "change")
+_DISPENSABLE = ("gini A", "gini B", "shape")
+
+
+def _table(weights: Sequence[WeightChange], top: int | None, width: int) -> list[str]:
+    if not weights:
+        return text.wrapped("No weight has one name and one shape in both.", width)
+    rest = text.left_out(len(weights), top, "weights")
+    cells = [_cells(weight) for weight in weights[:top]]
+    return [
+        *(text.aligned([_HEADER, *cells], width, dispensable=_DISPENSABLE, left=("shape",)) if cells else []),
+        *rest,
+    ]
+
+
+def _cells(weight: WeightChange) -> tuple[str, ...]:
+    return (
+        weight.path,
+        "x".join(map(str, weight.shape)),
+        *map(text.percent, weight.utilization),
+        *map(text.decimal, weight.gini),
+        _change(weight.change),
+    )
+
+
+def _change(value: float) -> str:
+    return "?" if math.isnan(value) else "inf" if math.isinf(value) else "0" if not value else f"{value:.2e}"
+
+
+def _summary(comparison: CheckpointComparison) -> str:
+    changed = [other for other in comparison.others if other.change != 0]
+    same = sum(weight.change == 0 for weight in comparison.weights)
+    others = len(comparison.others)
+    text = (
+        f"Change is ||a - b|| / ||a||. {len(comparison.weights)} weights in both, {same} of them equal; "
+        f"{others} other arrays in both, {others - len(changed)} of them equal"
+    )
+    if known := [other for other in changed if not math.isnan(other.change)]:
+        most = max(known, key=lambda other: other.change)
+        text += f", at most {_change(most.change)} apart ({most.path})"
+    if unknown := len(changed) - len(known):
+        text += f", {unknown} of them not known"
+    return f"{text}."

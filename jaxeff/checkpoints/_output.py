@@ -1,0 +1,85 @@
+"""A report of a checkpoint as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from jaxeff.checkpoints._opening import Checkpoint
+from jaxeff.metrics import Metrics
+from jaxeff.output import text
+from jaxeff.report import LayerReport, Report, _table
+
+# Of what tells of weights to spare the largest first, of what tells of weights in use the smallest.
+_USED = (
+    *("utilization", "effective_params", "entropy", "normalized_entropy", "mean", "std", "max"),
+    *("coverage_50", "coverage_80", "coverage_90"),
+)
+_SPARE = tuple(field.name for field in dataclasses.fields(Metrics) if field.name not in (*_USED, "size"))
+# Columns of the table that a checkpoint has something to say in: its headings are orders too.
+_HEADINGS = {"layer": "path", "weights": "size", "used": "utilization"}
+_COLUMNS = ("layer", "shape", "weights", "bytes", "used", "null", "gini", "units", "fan-in")
+ORDERS = (*_COLUMNS, *(name for name in ("path", "size", *_USED, *_SPARE) if name not in _COLUMNS))
+
+
+def render(
+    report: Report,
+    checkpoint: Checkpoint,
+    order: str = "path",
+    top: int | None = None,
+    width: int = text.WIDTH,
+) -> str:
+    """The report's table in an order of ORDERS, and what was left out of it.
+
+    Of the rows and of the recommendations the first `top` are shown. What is said of the model and the notes
+    are of all rows.
+    """
+    shown = in_order(report, order)[:top]
+    table = _table.render(report.snapshot(), shown, width, advised=top)
+    return "\n".join([table, *_left_out(checkpoint, width)])
+
+
+def in_order(report: Report, order: str) -> list[int]:
+    """The rows' numbers; a row whose number is not known comes last."""
+    rows, order = report.single().rows, _HEADINGS.get(order, order)
+    if order == "path":
+        return list(range(len(rows)))  # as the checkpoint has them
+    return sorted(range(len(rows)), key=lambda index: _key(order)(rows[index]))
+
+
+def _key(order: str) -> Callable[[LayerReport], tuple]:
+    if order == "shape":
+        return lambda row: tuple(-length for length in row.shape)
+
+    def by_number(row: LayerReport) -> tuple:
+        value = _number(row, order)
+        return math.isnan(value), value
+
+    return by_number
+
+
+def _number(row: LayerReport, order: str) -> float:
+    """What rows are sorted by, the smallest first."""
+    match order:
+        case "size":
+            return -row.size
+        case "bytes":
+            return -row.bytes
+        case "null":
+            return math.nan if row.null is None else float(row.null.utilization)
+        case "units":
+            return float(row.effective_units) / row.unit_count
+        case "fan-in":
+            return float(row.effective_fan_in)
+    value = float(getattr(row.metrics, order))
+    return value if order in _USED else -value
+
+
+def _left_out(checkpoint: Checkpoint, width: int) -> list[str]:
+    parts = [
+        f"{name} ({len(arrays):,} arrays, {sum(array.size for array in arrays):,} elements)"
+        for name, arrays in checkpoint.left_out.items()
+    ]
+    said = f"Beside `params`, and not analysed: {', '.join(parts)}."
+    return ["", *text.wrapped(said, width)] if parts else []

@@ -1,0 +1,148 @@
+"""safetensors: the length of a JSON header, the header, and the arrays one after the other.
+
+Only the header of a file is read. The rules are those of the format: the arrays fill the file without overlap
+or gap.
+
+References:
+    https://github.com/huggingface/safetensors, "Format"
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeff.checkpoints._stored import (
+    LARGEST,
+    CheckpointError,
+    Span,
+    Stored,
+    checked_shape,
+    fill,
+    in_file,
+    json_object,
+    quoted,
+)
+
+_LONGEST_HEADER = 100_000_000  # as the format's own reader has it
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+}
+
+
+def list_file(path: str | os.PathLike) -> list[Stored]:
+    """The arrays of one file, in the order in which they lie.
+
+    Raises:
+        CheckpointError: it is not as the format has it.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb", buffering=0) as file:
+        length, size = bytearray(8), os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise CheckpointError(
+                f"{quoted(path)} is cut off: a safetensors file has 8 bytes at least, this {size}"
+            )
+        fill(file, memoryview(length))
+        header_size = int.from_bytes(length, "little")
+        if header_size > min(size - 8, _LONGEST_HEADER):
+            raise CheckpointError(
+                f"{quoted(path)} is no safetensors file, or cut off: its header has {header_size:,} bytes, "
+                f"the file {size:,}"
+            )
+        header = bytearray(header_size)
+        fill(file, memoryview(header))
+    return parse(bytes(header), size, path)
+
+
+def list_named(path: str | os.PathLike) -> dict[tuple[str, ...], Stored]:
+    """The same by name."""
+    return {(array.name,): array for array in list_file(path)}
+
+
+def parse(header: bytes, size: int, path: str | os.PathLike) -> list[Stored]:
+    """The arrays that a header tells of.
+
+    Args:
+        header: JSON, without the 8 bytes before it.
+        size: of the whole file, in bytes.
+        path: of the file.
+
+    Raises:
+        CheckpointError: the header is not as the format has it, or the file is not as the header has it.
+
+    >>> header = b'{"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}'
+    >>> [(array.name, array.shape) for array in parse(header, 8 + len(header) + 24, "model.safetensors")]
+    [('w', (2, 3))]
+    """
+    entries = {name: entry for name, entry in json_object(header, path).items() if name != "__metadata__"}
+    begin = 8 + len(header)
+    placed = sorted(
+        (_placed(name, entry, path) for name, entry in entries.items()), key=lambda item: item[:2]
+    )
+    end = 0
+    for first, last, name in ((first, last, item) for first, last, item, _ in placed):
+        if first != end:
+            what = "overlaps the array before it" if first < end else "leaves a gap before it"
+            raise CheckpointError(f"{quoted(path)}: array {quoted(name)} {what}")
+        end = last
+    if begin + end != size:
+        what = "is cut off" if begin + end > size else "has bytes of no array at its end"
+        raise CheckpointError(
+            f"{quoted(path)} {what}: its header tells of {begin + end:,} bytes, it has {size:,}"
+        )
+    return [_stored(name, entry, begin + first, last - first, path) for first, last, name, entry in placed]
+
+
+def _placed(name: str, entry: Any, path: str | os.PathLike) -> tuple[int, int, str, dict[str, Any]]:
+    where = f"{quoted(path)}: array {quoted(name)}"
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not (isinstance(offsets, list) and len(offsets) == 2 and isinstance(entry.get("dtype"), str)):
+        raise CheckpointError(f"{where} has no dtype and data_offsets")
+    if (
+        not all(type(offset) is int and 0 <= offset <= LARGEST for offset in offsets)
+        or offsets[0] > offsets[1]
+    ):
+        raise CheckpointError(f"{where} has the data_offsets {quoted(offsets)}")
+    return (*offsets, name, entry)
+
+
+def _stored(name: str, entry: dict[str, Any], begin: int, length: int, path: str | os.PathLike) -> Stored:
+    where = f"{quoted(path)}: array {quoted(name)}"
+    shape, kind = checked_shape(entry.get("shape"), where), entry["dtype"]
+    dtype = jnp.dtype(_DTYPES[kind]) if kind in _DTYPES else None
+    size = math.prod(shape)
+    if dtype is not None and length != (right := size * dtype.itemsize):
+        raise CheckpointError(
+            f"{where} has {length:,} bytes, where {quoted(list(shape))} of {kind} has {right:,}"
+        )
+    if size > 8 * length:
+        raise CheckpointError(f"{where} has {size:,} elements of {kind} in {length:,} bytes")
+    spans = [Span(begin, size)]
+    return Stored(name, shape, dtype, kind, in_file(path, spans, dtype or np.dtype(np.uint8)))
+
+
+def is_flax(arrays: Iterable[Stored]) -> bool:
+    """Whether the names are Flax's: then units come last, where PyTorch has them first."""
+    return any(array.name.replace("/", ".").rsplit(".", 1)[-1] == "kernel" for array in arrays)

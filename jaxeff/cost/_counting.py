@@ -1,0 +1,188 @@
+"""params, apply_fn, batch -> Cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.extend.core import ClosedJaxpr
+
+from jaxeff import graph
+from jaxeff.cost import _training as training
+from jaxeff.cost._records import Cost
+from jaxeff.cost._tally import Owner, Tally, module_path, tally
+from jaxeff.graph import axes
+from jaxeff.graph.program import Operation
+from jaxeff.graph.provenance import CONSTANT_CONTRACTION, CONTRACTION, CONTRACTIONS, trace_weights
+from jaxeff.model import apply as models
+from jaxeff.model.apply import Bound
+from jaxeff.model.functions import LinenFunction
+from jaxeff.model.params import Params
+
+
+def count(
+    params: Any,
+    apply_fn: Callable,
+    batch: Any,
+    *,
+    loss_fn: Callable | None = None,
+    targets: Any = None,
+    optimizer: optax.GradientTransformation | None = None,
+    rngs: Any = None,
+    **apply_kwargs: Any,
+) -> Cost:
+    """Count what a model does, from its traced program: nothing is compiled, run or allocated.
+
+    A scan counts as its body times its length, a `cond` as the largest of its branches, a `while` as one
+    iteration; the last two are said in `statements`, as is every operation that is not counted.
+
+    Args:
+        params: the variables dict, its `params` collection, or what `jaxeff.from_nnx` gives; arrays, or
+            `jax.ShapeDtypeStruct` in their place (`jax.eval_shape(model.init, ...)`).
+        apply_fn: as `jaxeff.analyze` takes it.
+        batch: the model's input, arrays or shapes; a tuple is several positional inputs.
+        loss_fn, targets: `loss_fn(outputs, targets)`: counts the backward pass as well, from the traced
+            gradient of its mean with respect to `params`. The forward pass is then that of training: with
+            the loss, and the derivatives that JAX prepares on the way.
+        optimizer: an Optax optimizer: counts one update as well, from its traced program.
+        rngs: passed to `apply_fn` as `rngs`; keys, or their shapes.
+        **apply_kwargs: passed to `apply_fn`.
+
+    Returns:
+        MACs and FLOPs of the whole batch, exact: `cost.total`, by phase, operator, module and layer, and
+        `cost.per_example`.
+
+    Raises:
+        TypeError, ValueError: an argument is not of its kind, or `apply_fn` does not accept them.
+
+    >>> import flax.linen as nn, jax.numpy as jnp
+    >>> model, x = nn.Dense(4), jax.ShapeDtypeStruct((8, 3), jnp.float32)
+    >>> cost = count(jax.eval_shape(model.init, jax.random.key(0), x), model.apply, x)
+    >>> cost.macs, cost.flops, cost.per_example.macs
+    (96, 224, 12)
+    """
+    own = Params.of(params, abstract=True)
+    training.check_loss(loss_fn, targets)
+    bound = models.bind(own, apply_fn, batch, rngs, apply_kwargs, abstract=True)
+    root = _root(bound)
+    traced = training.trace(bound)
+    described = list(own.named.items())
+    if loss_fn is None:
+        forward = graph.flatten(traced.closed)
+        found = [tally(forward, "forward", _by_use(_owners(forward, bound, described)), root)]
+    else:
+        gradient = training.differentiated(bound, traced, loss_fn, targets)
+        forward, backward = graph.flatten(gradient.forward), graph.flatten(gradient.backward)
+        described.sort(key=lambda leaf: not _floating(leaf[1]))
+        owners = _owners(forward, bound, described)
+        found = [
+            tally(forward, "forward", _by_use(owners), root),
+            tally(backward, "backward", _by_module(forward, owners, root), root),
+        ]
+    if optimizer is not None:
+        program = graph.flatten(training.update(bound.params, optimizer))
+        found.append(tally(program, "optimizer", _nobody, root))
+    return _cost(found, bound.batch_size, (params, batch))
+
+
+def count_function(function: Callable, *arguments: Any, **keywords: Any) -> Cost:
+    """Count any function of arrays, or of shapes: no layers, and no examples.
+
+    >>> count_function(jnp.dot, jnp.ones((2, 3)), jnp.ones((3, 4))).macs
+    24
+    """
+    return of_program(jax.make_jaxpr(function)(*arguments, **keywords), (arguments, keywords))
+
+
+def of_program(closed: ClosedJaxpr, arguments: Any) -> Cost:
+    """Count a traced program; the arguments say over how many devices it runs."""
+    return _cost([tally(graph.flatten(closed), "forward", _nobody, "")], None, arguments)
+
+
+def _owners(
+    program: graph.Program, bound: Bound, described: Sequence[tuple[str, Any]]
+) -> dict[Operation, str]:
+    """The weight that meets data in each contraction of the forward pass.
+
+    Args:
+        described: path and leaf of each of the program's first inputs.
+    """
+    shapes = [tuple(jnp.shape(leaf)) for _, leaf in described]
+    weights = {
+        value: {index: axes.of_weight(shapes[index])}
+        for index, value in enumerate(program.inputs[: len(described)])
+        if _floating(described[index][1])
+    }
+    rest = zip(program.inputs[len(described) :], bound.origins, strict=False)
+    batch = [value for value, origin in rest if origin == "batch"]
+    uses = trace_weights(program, weights, shapes, (), batch).uses
+    return {
+        use.operation: described[use.leaf][0]
+        for use in uses
+        if use.operation is not None and use.role in (CONTRACTION, CONSTANT_CONTRACTION)
+    }
+
+
+def _by_use(owners: Mapping[Operation, str]) -> Owner:
+    return lambda operation, _: owners.get(operation)
+
+
+def _by_module(forward: graph.Program, owners: Mapping[Operation, str], root: str) -> Owner:
+    """For the backward pass: the weight of a module, where its forward pass contracts that one alone."""
+    held: dict[str, set[str | None]] = {}
+    for operation in _contractions(forward):
+        held.setdefault(module_path(operation.scope, root), set()).add(owners.get(operation))
+
+    def owner(operation: Operation, module: str) -> str | None:
+        named = bool(module_path(operation.scope, ""))
+        known = held.get(module, set()) if named and operation.name in CONTRACTIONS else set()
+        return next(iter(known)) if len(known) == 1 else None
+
+    return owner
+
+
+def _contractions(program: graph.Program) -> Iterator[Operation]:
+    for operation in program.operations:
+        if operation.name in CONTRACTIONS:
+            yield operation
+        for body in operation.bodies:
+            yield from _contractions(body)
+
+
+def _nobody(operation: Operation, module: str) -> str | None:
+    return None
+
+
+def _floating(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(training.dtype_of(leaf), jnp.floating))
+
+
+def _root(bound: Bound) -> str:
+    """How a Linen model names itself in the names around its operations."""
+    function = bound.function
+    return (
+        (function.module.name or type(function.module).__name__)
+        if isinstance(function, LinenFunction)
+        else ""
+    )
+
+
+def _cost(found: Sequence[Tally], batch_size: int | None, arguments: Any) -> Cost:
+    laid_out = _devices(arguments)
+    devices = max(laid_out, *(one.devices for one in found))
+    entries = [entry for one in found for entry in one.entries]
+    if laid_out > max(one.devices for one in found):
+        # Nothing in the program says how its work is divided: XLA does.
+        entries = [dataclasses.replace(entry, per_device=None) for entry in entries]
+    statements = tuple(statement for one in found for statement in one.said)
+    return Cost(tuple(entries), statements, batch_size, devices)
+
+
+def _devices(arguments: Any) -> int:
+    """Over how many devices the arguments are laid out."""
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments)]
+    return max((sharding.num_devices for sharding in shardings if sharding is not None), default=1)

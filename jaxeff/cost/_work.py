@@ -1,0 +1,59 @@
+"""What one operation does, in numbers that add."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxeff.output.text import number
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Exact integers (a share of a batch that does not divide is a float).
+
+    Attributes:
+        macs: multiply-accumulates of dot products, convolutions and ragged products, of any dtype.
+        flops: floating-point operations: two for each multiply-accumulate, and one for each element that
+            an addition, multiplication, division, comparison, selection or reduction of floats makes.
+        transcendentals: elements of exp, log, tanh, sqrt and the like. Not among the FLOPs, since what one
+            costs is up to the device; XLA keeps them apart as well.
+        integer_operations: elements of arithmetic on integers and booleans (masks, indices). Not among the
+            FLOPs.
+        padding_macs: those of `macs` that multiply a zero of a convolution's padding.
+    """
+
+    macs: int = 0
+    flops: int = 0
+    transcendentals: int = 0
+    integer_operations: int = 0
+    padding_macs: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(self.numbers, other.numbers, strict=True)))
+
+    def __mul__(self, times: int) -> Work:
+        return Work(*(number * times for number in self.numbers))
+
+    def __truediv__(self, parts: int) -> Work:
+        return Work(*(_divided(number, parts) for number in self.numbers))
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The five, in order."""
+        # Not dataclasses.astuple, which copies deeply: this runs for every operation of a program.
+        return self.macs, self.flops, self.transcendentals, self.integer_operations, self.padding_macs
+
+    @property
+    def weight(self) -> int:
+        """Flops and transcendentals together: by which two branches are compared."""
+        return self.flops + self.transcendentals
+
+
+def _divided(number: int, parts: int) -> int:
+    # A float where the parts are not whole: an optimizer's update is not per example.
+    return number // parts if number % parts == 0 else number / parts  # pyright: ignore
+
+
+def amounts(work: Work) -> str:
+    """Multiply-accumulates and FLOPs in words."""
+    return f"{number(work.macs)} MACs, {number(work.flops)} FLOPs"

@@ -1,0 +1,1 @@
+"""What users train, as pure functions of named arrays."""

@@ -1,0 +1,230 @@
+"""Models as pure functions: whatever a user trains -> `function(params, inputs)` and all that it reads.
+
+In: `params`, `apply_fn` and `batch` as the user has them, or an NNX model. Out: a `Model`. What does
+not fit is named here, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxeff.model.functions import (
+    Function,
+    LinenFunction,
+    NNXFunction,
+    bound_module,
+    content,
+    merged,
+    named_misfit,
+    traced,
+)
+from jaxeff.model.params import Params, batch_size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A function and all that it reads: `function(params, inputs)`.
+
+    `paths` names the leaves of `params`. `origins` says of each leaf of `inputs` whether it is 'constant'
+    (state, and arrays that the function closed over: the same for every batch), 'batch', or another
+    'argument'.
+    """
+
+    function: Function
+    paths: tuple[str, ...]
+    params: Any
+    inputs: Any
+    origins: tuple[str, ...]
+    batch_size: int | None
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The leaves of `params` by path."""
+        return dict(zip(self.paths, jax.tree.leaves(self.params), strict=True))
+
+
+class StatefulApply:
+    """An `apply_fn(params, *batch)` that holds variables besides the parameters: a dataclass with a `state`."""
+
+    state: Any
+
+    def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
+        raise NotImplementedError
+
+    def with_state(self, state: Any) -> Any:
+        """The same function with other variables."""
+        return dataclasses.replace(self, state=state)  # pyright: ignore
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NNXApply(StatefulApply):
+    """`apply_fn(params, *batch)` of an NNX model, in the mode (train or eval) that it was in.
+
+    Attributes:
+        structure: the model's graph definition.
+        state: all of its variables that are no parameters: running averages, random streams.
+    """
+
+    structure: Any
+    state: Any
+
+    def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
+        # Variables of its own: inside jit or grad, those of the outside may not be written to.
+        state = jax.tree.map(lambda leaf: leaf, self.state)
+        return merged(self.structure, params, state)(*batch, **keywords)
+
+
+def from_nnx(model: nnx.Module) -> tuple[Any, NNXApply]:
+    """An NNX model as `(params, apply_fn)`, for `jaxeff.analyze` and everything that takes the two.
+
+    The model itself is left as it is. Its arrays are shared, as `nnx.split` shares them: where the model is
+    used afterwards, copy `params` before a step donates them. Its mode counts: call `model.eval()` first to
+    analyse it as it serves (dropout off, BatchNorm on running averages).
+
+    Returns:
+        The model's `nnx.Param` variables as an `nnx.State` (`nnx.update(model, params)` puts them
+        back), and a pure function of them and of the model's inputs.
+
+    Raises:
+        TypeError: it is no NNX module.
+
+    >>> import jax.numpy as jnp
+    >>> params, apply_fn = from_nnx(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    >>> apply_fn(params, jnp.ones((2, 3))).shape
+    (2, 4)
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"`model` must be an NNX module, got {type(model).__name__}: a Linen module is analysed by its "
+            "variables and `model.apply`, any other model by `f(params, *batch)`"
+        )
+    structure, params, state = nnx.split(model, nnx.Param, ...)
+    return params, NNXApply(structure, state)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bound:
+    """A user's apply function and its arguments: `call(params, inputs)`.
+
+    Attributes:
+        function: the same as a `Function`, of a Linen module or an NNX model.
+        hashable: whether that function is, by content and without a trace.
+        origins: as those of `Model`.
+    """
+
+    call: Callable[[Any, Any], Any]
+    function: Function | None
+    hashable: bool
+    paths: tuple[str, ...]
+    params: Any
+    inputs: Any
+    origins: tuple[str, ...]
+    batch_size: int | None
+
+    def plain(self, params: Any, inputs: Any) -> Any:
+        """The outputs alone."""
+        if self.function is not None:
+            return self.function.without_capture()(params, inputs)[0]
+        return self.call(params, inputs)
+
+
+def from_apply(params: Any, apply_fn: Callable, batch: Any, rngs: Any, keywords: Mapping[str, Any]) -> Model:
+    """Bind a user's apply function to its arguments, each checked and named when it does not fit."""
+    bound = bind(params, apply_fn, batch, rngs, keywords)
+    if bound.function is not None and bound.hashable:
+        return Model(bound.function, bound.paths, bound.params, bound.inputs, bound.origins, bound.batch_size)
+    function, constants = traced(bound.plain, bound.params, bound.inputs)
+    origins = (*bound.origins, *("constant",) * len(constants))
+    return Model(function, bound.paths, bound.params, (bound.inputs, constants), origins, bound.batch_size)
+
+
+def bind(
+    params: Any,
+    apply_fn: Callable,
+    batch: Any,
+    rngs: Any,
+    keywords: Mapping[str, Any],
+    *,
+    abstract: bool = False,
+) -> Bound:
+    """A user's apply function with its arguments, nothing traced yet.
+
+    Args:
+        params: as the user has them, or `Params`.
+        abstract: whether shapes (`jax.ShapeDtypeStruct`) will do for arrays.
+    """
+    check_apply(apply_fn)
+    batch = batch if isinstance(batch, tuple) else (batch,)
+    examples = batch_size(batch, abstract=abstract)
+    params = Params.of(params, abstract=abstract)
+    state: Any = params.state
+    module, bound = bound_module(apply_fn)
+    keywords = {**bound, **keywords, **({} if rngs is None else {"rngs": rngs})}
+    if isinstance(keywords.get("mutable"), list):
+        keywords["mutable"] = tuple(keywords["mutable"])
+    arrays = {name: value for name, value in keywords.items() if has_array(value)}
+    statics = tuple(sorted((name, value) for name, value in keywords.items() if name not in arrays))
+    function: Function | None = None
+    identity = None
+    if module is not None:
+        identity = _content((module, statics))
+        function = LinenFunction(module, statics, identity)
+    elif isinstance(apply_fn, NNXApply):
+        identity = _content((apply_fn.structure, statics))
+        function, state = NNXFunction(apply_fn.structure, statics, identity), apply_fn.state
+    elif isinstance(apply_fn, StatefulApply) and jax.tree.leaves(apply_fn.state):
+        state = apply_fn.state
+    inputs = (state, batch, arrays)
+    origins = tuple(
+        origin
+        for origin, part in (("constant", state), ("batch", batch), ("argument", arrays))
+        for _ in jax.tree.leaves(part)
+    )
+    call = functools.partial(_call, apply_fn, params.is_variables, statics)
+    return Bound(call, function, identity is not None, params.paths, params.tree, inputs, origins, examples)
+
+
+def check_apply(apply_fn: Any) -> None:
+    if isinstance(apply_fn, nn.Module):
+        raise TypeError(
+            f"`apply_fn` is the module {type(apply_fn).__name__} itself: pass its `apply` (`model.apply`)"
+        )
+    if isinstance(apply_fn, nnx.Module):
+        raise TypeError(
+            f"`apply_fn` is the NNX module {type(apply_fn).__name__} itself: pass what "
+            "`params, apply_fn = jaxeff.from_nnx(model)` gives"
+        )
+    if not callable(apply_fn):
+        raise TypeError(
+            f"`apply_fn` must be callable, got {type(apply_fn).__name__}: pass `model.apply`, "
+            "`state.apply_fn` or a function f(params, *batch)"
+        )
+
+
+def _call(apply_fn: Callable, whole: bool, statics: tuple, params: Any, inputs: Any) -> Any:
+    state, batch, arrays = inputs
+    if isinstance(apply_fn, StatefulApply) and jax.tree.leaves(apply_fn.state):
+        apply_fn, whole = apply_fn.with_state(state), False
+    variables = {**state, "params": params} if whole else params
+    return named_misfit(functools.partial(apply_fn, **dict(statics), **arrays), variables, batch)
+
+
+def has_array(value: Any) -> bool:
+    kinds = jax.Array, np.ndarray, jax.ShapeDtypeStruct
+    return any(isinstance(leaf, kinds) for leaf in jax.tree.leaves(value))
+
+
+def _content(value: Any) -> Hashable:
+    """None of what cannot be hashed."""
+    try:
+        return content(value)
+    except TypeError:
+        return None

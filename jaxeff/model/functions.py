@@ -1,0 +1,265 @@
+"""Functions that are hashable by content: equal exactly when they compute the same.
+
+`jax.jit` then traces and compiles each once: a bound `Module.apply` of an equal Linen module, an NNX
+model of equal structure, or any function whose traced program is the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Protocol
+
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+
+from jaxeff.model.params import Path, key_name
+
+
+class Function(Protocol):
+    """`function(params, inputs) -> (outputs, captured)`; equal functions compute the same.
+
+    `captured` holds the module outputs that Flax names, by module path.
+    """
+
+    def __call__(self, params: Any, inputs: Any) -> tuple[Any, dict[Path, jax.Array]]: ...
+    def __hash__(self) -> int: ...
+    def without_capture(self) -> Function: ...
+
+
+# What user code raises when its arguments do not fit each other.
+MISFITS = (TypeError, ValueError, KeyError, IndexError, AttributeError, flax.errors.FlaxError)
+
+
+def content(value: Any) -> Hashable:
+    """Something hashable that is equal for equal values: the value itself, or its parts.
+
+    Lists, dicts and most dataclasses cannot be hashed, and neither can a module with a field of that kind.
+
+    Raises:
+        TypeError: part of the value is of another kind that cannot be hashed.
+
+    >>> hash(content(nn.Sequential([nn.Dense(4)]))) == hash(content(nn.Sequential([nn.Dense(4)])))
+    True
+    """
+    with contextlib.suppress(TypeError):
+        _ = hash(value)
+        return value
+    if isinstance(value, (list, tuple)):
+        return type(value), *map(content, value)
+    if isinstance(value, Mapping):
+        return type(value), *((key, content(part)) for key, part in value.items())
+    if isinstance(value, nn.Module):
+        names = [field.name for field in dataclasses.fields(value) if field.name != "parent"]
+        return type(value), *((name, content(getattr(value, name))) for name in names)
+    if dataclasses.is_dataclass(value):
+        return type(value), *((name, content(part)) for name, part in vars(value).items())
+    raise TypeError(f"a {type(value).__name__} cannot be hashed")
+
+
+class _Identified:
+    """Equal to another of its kind with an equal identity."""
+
+    identity: Any
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinenFunction(_Identified):
+    """`module.apply`: equal for equal modules and equal static arguments.
+
+    Its inputs are (state, batch, keyword arrays). The updates of mutable collections are left out.
+    """
+
+    module: nn.Module
+    statics: tuple[tuple[str, Any], ...]
+    identity: Any
+    capture: bool = True
+
+    def without_capture(self) -> Function:
+        return dataclasses.replace(self, capture=False, identity=(self.identity, "without capture"))
+
+    def __call__(self, params: Any, inputs: Any) -> tuple[Any, dict[Path, jax.Array]]:
+        state, batch, arrays = inputs
+        keywords = {**dict(self.statics), **arrays}
+        variables = {**state, "params": params}
+        mutable = _mutable(keywords.pop("mutable", False))
+        if self.capture and isinstance(mutable, list):
+            capture = {"capture_intermediates": True, "mutable": [*mutable, "intermediates"]}
+            # Capture fails where plain apply works (nn.cond, for one): the walk then goes without it.
+            try:
+                outputs, updates = self.module.apply(variables, *batch, **keywords, **capture)
+            except (*MISFITS, jax.errors.UnexpectedTracerError):
+                pass
+            else:
+                return outputs, _captured(updates.get("intermediates") or {})
+        plain = functools.partial(self.module.apply, **keywords, mutable=mutable or False)
+        outputs = named_misfit(plain, variables, batch)
+        return outputs[0] if mutable else outputs, {}
+
+
+def merged(structure: Any, params: Any, state: Any) -> nnx.Module:
+    """The NNX model of its parts; `params` may be a plain dict, as `nnx.to_pure_dict` gives."""
+    # Some versions of Flax cannot read a State of a State.
+    params = params if isinstance(params, nnx.State) else nnx.State(params)
+    return nnx.merge(structure, params, state)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NNXFunction(_Identified):
+    """An NNX model split into structure and state: equal for equal structures.
+
+    Its inputs are (state, batch, keyword arrays). Changes of the state are left out.
+    """
+
+    structure: Any
+    statics: tuple[tuple[str, Any], ...]
+    identity: Any
+
+    def without_capture(self) -> Function:
+        return self
+
+    def __call__(self, params: Any, inputs: Any) -> tuple[Any, dict[Path, jax.Array]]:
+        state, batch, arrays = inputs
+
+        def apply(params: Any, *batch: Any) -> Any:
+            model = merged(self.structure, params, state)
+            return model(*batch, **dict(self.statics), **arrays)
+
+        return named_misfit(apply, params, batch), {}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TracedFunction(_Identified):
+    """A function as the program it was traced to; its arrays are inputs, its text is its identity.
+
+    Its inputs are (inputs of the function, arrays that it closed over).
+    """
+
+    closed: ClosedJaxpr
+    outputs: Any
+    identity: tuple[Any, ...]
+
+    def without_capture(self) -> Function:
+        return self
+
+    def __call__(self, params: Any, inputs: Any) -> tuple[Any, dict[Path, jax.Array]]:
+        arguments, constants = inputs
+        closed = ClosedJaxpr(self.closed.jaxpr, constants)
+        outputs = jaxpr_as_fun(closed)(*jax.tree.leaves((params, arguments)))
+        return jax.tree.unflatten(self.outputs, outputs), {}
+
+
+def traced(function: Callable, params: Any, inputs: Any) -> tuple[TracedFunction, list[Any]]:
+    """`function(params, inputs)` as its program, and the arrays that it closed over."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(params, inputs)
+    text = str(closed.jaxpr)
+    # An address in the text (a Python callback) may be reused by another object: equal to itself alone.
+    unique = object() if " at 0x" in text else None
+    # Arrays that inner calls closed over are neither in the text nor among the inputs.
+    nested = tuple(_Same(const) for const in _nested_constants(closed.jaxpr))
+    structure = jax.tree.structure((params, inputs)), jax.tree.structure(shapes)
+    identity = (text, nested, structure, unique, tuple(jnp.shape(const) for const in closed.consts))
+    program = ClosedJaxpr(closed.jaxpr, closed.consts)
+    return TracedFunction(program, structure[1], identity), list(closed.consts)
+
+
+class _Same:
+    """Equal to a wrapper of the same object alone; keeps the object, so that its id is not reused."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _nested_constants(jaxpr: Jaxpr) -> list[Any]:
+    found: list[Any] = []
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(inner, ClosedJaxpr):
+                    found.extend(inner.consts)
+                    found.extend(_nested_constants(inner.jaxpr))
+                elif isinstance(inner, Jaxpr):
+                    found.extend(_nested_constants(inner))
+    return found
+
+
+def named_misfit(apply: Callable, variables: Any, batch: tuple) -> Any:
+    """Call the user's function; what it raises is told in terms of our arguments."""
+    try:
+        return apply(variables, *batch)
+    except MISFITS as error:
+        shapes = ", ".join(str(jax.tree.map(jnp.shape, item)) for item in batch)
+        raise ValueError(
+            f"`apply_fn` failed on these `params` and a `batch` of shape {shapes}. It raised "
+            f"{type(error).__name__}: {first_line(error)}. `batch` is the model's input as `apply_fn` "
+            "takes it (a tuple is several positional inputs); a function that wants a variables dict gets "
+            "all of it as `params`, batch_stats and other collections included; keyword arguments and `rngs` "
+            "are passed on."
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else "(no message)"
+
+
+def bound_module(apply_fn: Callable) -> tuple[nn.Module | None, dict[str, Any]]:
+    """The Linen module behind `model.apply`, a jit of it, or a partial with keywords only."""
+    if isinstance(apply_fn, functools.partial) and not apply_fn.args:
+        module, keywords = bound_module(apply_fn.func)
+        return module, {**keywords, **apply_fn.keywords}
+    if isinstance(apply_fn, type(jax.jit(key_name))):
+        return bound_module(apply_fn.__wrapped__)  # pyright: ignore
+    if getattr(apply_fn, "__func__", None) is nn.Module.apply:
+        return apply_fn.__self__, {}  # pyright: ignore
+    return None, {}
+
+
+def _captured(intermediates: Mapping[str, Any]) -> dict[Path, jax.Array]:
+    """Module outputs by module path; the calls of a shared module are numbered from the second on."""
+    captured: dict[Path, jax.Array] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(intermediates)[0]:
+        names = [key_name(key) for key in keys]
+        if "__call__" not in names or not _alive(leaf):
+            continue
+        at = names.index("__call__")
+        path = "/".join(names[:at])
+        calls = [number for number in names[at + 1 :] if number != "0"]
+        captured["#".join([path, *calls])] = leaf
+    return captured
+
+
+def _alive(leaf: Any) -> bool:
+    """False for a tracer that leaked out of a transformation inside the module (a raw vmap)."""
+    if not isinstance(leaf, jax.Array) or not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.ndim < 1:
+        return False
+    try:
+        _ = jnp.negative(leaf)
+    except jax.errors.UnexpectedTracerError:
+        return False
+    return True
+
+
+def _mutable(mutable: Any) -> Any:
+    """The collections to mutate as a list; True or a filter stays as it is, and nothing is captured."""
+    if mutable is False:
+        return []
+    return [mutable] if isinstance(mutable, str) else list(mutable) if isinstance(mutable, tuple) else mutable

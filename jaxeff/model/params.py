@@ -1,0 +1,204 @@
+"""The arrays that a user passes: what they are called, and whether they are arrays at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.core.meta import AxisMetadata
+
+from jaxeff.model.roles import ParamInfo, role_of
+
+Path = str
+_STATIC = {"static": True}
+_BOXES = (nnx.Variable, AxisMetadata)  # wrap one value, as nn.Partitioned and nnx.Param do
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Params:
+    """What a user passes as `params`, taken apart, named and checked: made once, and passed down.
+
+    Attributes:
+        tree: the parameters alone.
+        paths: of their leaves, in the order of `jax.tree.leaves`.
+        state: the other collections of a variables dict; empty where there are none.
+        is_variables: whether they came in a variables dict, which is what the model's function then takes.
+    """
+
+    tree: Any
+    paths: tuple[Path, ...] = dataclasses.field(metadata=_STATIC)
+    state: dict[str, Any]
+    is_variables: bool = dataclasses.field(metadata=_STATIC)
+
+    @staticmethod
+    def of(params: Any, *, abstract: bool = False) -> Params:
+        """Take apart what a user passes; `Params` stay as they are.
+
+        Args:
+            abstract: whether a `jax.ShapeDtypeStruct` will do for an array.
+
+        Raises:
+            TypeError: a leaf is no array of numbers.
+            ValueError: there are no leaves, or two have one path.
+
+        >>> found = Params.of({"params": {"w": 1.0}, "batch_stats": {"mean": 0.0}})
+        >>> found.paths, found.state
+        (('w',), {'batch_stats': {'mean': 0.0}})
+        """
+        if isinstance(params, Params):
+            return params
+        tree, state = split_variables(params)
+        return Params(tree, tuple(named_leaves(tree, abstract=abstract)), state, is_variables(params))
+
+    @functools.cached_property
+    def named(self) -> dict[Path, Any]:
+        """The leaves by path."""
+        return dict(zip(self.paths, jax.tree.leaves(self.tree), strict=True))
+
+    def described(self) -> list[tuple[Path, tuple[int, ...], str]]:
+        """Path, shape and dtype of each leaf."""
+        return [(path, jnp.shape(leaf), str(jnp.result_type(leaf))) for path, leaf in self.named.items()]
+
+    def by_shape(self) -> tuple[ParamInfo, ...]:
+        """What each leaf is where no program tells."""
+        return tuple(
+            ParamInfo(path, jnp.shape(leaf), str(dtype), role_of(path, jnp.shape(leaf), dtype), None)
+            for path, leaf in self.named.items()
+            for dtype in [jnp.result_type(leaf)]
+        )
+
+
+def split_variables(params: Any) -> tuple[Any, dict[str, Any]]:
+    """The `params` collection and the other collections of a variables dict.
+
+    >>> split_variables({"params": {"w": 1.0}, "batch_stats": {"mean": 0.0}})
+    ({'w': 1.0}, {'batch_stats': {'mean': 0.0}})
+    """
+    if is_variables(params):
+        # Intermediates left over from `init` would be appended to, and shadow this run's.
+        rest = {name: value for name, value in params.items() if name not in ("params", "intermediates")}
+        return params["params"], rest
+    return params, {}
+
+
+def is_variables(params: Any) -> bool:
+    """Whether these are Linen variables, rather than one collection or an NNX state."""
+    return isinstance(params, Mapping) and not isinstance(params, nnx.State) and "params" in params
+
+
+def named_leaves(params: Any, *, abstract: bool = False) -> dict[Path, Any]:
+    """The leaves of `params` by path ('block_0/Dense_0/kernel'), each checked to be an array.
+
+    Args:
+        abstract: whether a `jax.ShapeDtypeStruct` will do.
+
+    Raises:
+        TypeError: a leaf is no array of numbers.
+        ValueError: there are no leaves, or two have one path.
+    """
+    if hasattr(params, "apply_fn") and hasattr(params, "params"):
+        raise TypeError(f"`params` is a {type(params).__name__}: pass its `.params`")
+    if isinstance(params, nnx.Module):
+        raise TypeError(
+            f"`params` is the module {type(params).__name__} itself: pass what "
+            "`params, apply_fn = jaxeff.from_nnx(model)` gives"
+        )
+    named: dict[Path, Any] = {}
+    for path, leaf in leaves_by_path(params):
+        if not is_array(leaf, abstract=abstract):
+            where = f"holds a {type(leaf).__name__} at {path!r}" if path else f"is a {type(leaf).__name__}"
+            raise TypeError(f"`params` {where}: every leaf must be an array of numbers")
+        if path in named:
+            raise ValueError(f"`params` has two leaves with the path {path!r}")
+        named[path] = leaf
+    if not named:
+        raise ValueError(f"`params` has no arrays, got {params!r}: pass the trained parameters")
+    return named
+
+
+def batch_size(batch: tuple, *, abstract: bool = False) -> int | None:
+    """The leading size of the first array of a batch; None where it holds numbers alone.
+
+    Args:
+        abstract: whether a `jax.ShapeDtypeStruct` will do.
+
+    Raises:
+        TypeError: a leaf is no array of numbers.
+        ValueError: an array holds no examples, or there are no arrays.
+    """
+    sizes: list[int] = []
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        if not is_array(leaf, abstract=abstract):
+            raise TypeError(
+                f"`batch` holds a {type(leaf).__name__} at {jax.tree_util.keystr(keys)}: it must be an "
+                "array of numbers, a tree of them, or a tuple of several inputs; encode text first"
+            )
+        shape = leaf.shape if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.shape(leaf)
+        if 0 in shape:
+            raise ValueError(f"`batch` is empty: an array of shape {shape} holds no examples")
+        if shape:
+            sizes.append(shape[0])
+    if not jax.tree.leaves(batch):
+        raise ValueError("`batch` holds no arrays: pass the model's input")
+    return sizes[0] if sizes else None
+
+
+def is_array(leaf: Any, *, abstract: bool = False) -> bool:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return abstract
+    if isinstance(leaf, np.ndarray):
+        return leaf.dtype.kind in "biuf" or jnp.issubdtype(leaf.dtype, jnp.floating)
+    return isinstance(leaf, (jax.Array, np.number, np.bool_, bool, int, float))
+
+
+def leaves_by_path(tree: Any) -> list[tuple[Path, Any]]:
+    """Every leaf with its path, in the order of `jax.tree.leaves`.
+
+    A path is the keys of a leaf, joined by '/'. A box (`nn.Partitioned`, `nnx.Param`) adds no key of its own;
+    a field that is called `value` does.
+
+    >>> leaves_by_path({"kernel": nnx.Param(1.0), "attn": {"value": 2.0}})
+    [('attn/value', 2.0), ('kernel', 1.0)]
+    """
+    return [("/".join(map(key_name, keys)), leaf) for keys, leaf in _unboxed(tree)]
+
+
+def own_arrays(tree: Any) -> Any:
+    """The tree with each array copied, so that a step may donate it: none occurs twice or elsewhere.
+
+    >>> array = jnp.ones(2)
+    >>> one, other = own_arrays((array, array))
+    >>> len({leaf.unsafe_buffer_pointer() for leaf in (array, one, other)})
+    3
+    """
+    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, (jax.Array, np.ndarray)) else leaf, tree)
+
+
+def key_name(key: Any) -> str:
+    """One key of a pytree path as a part of a name."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _unboxed(node: Any) -> Iterator[tuple[tuple, Any]]:
+    """Leaves with their keys, but for the keys of boxes."""
+
+    def is_inner_box(child: Any) -> bool:
+        return child is not node and isinstance(child, _BOXES)
+
+    children = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_inner_box)[0]
+    # A box of several parts keeps their names, which tell them apart.
+    one_part = isinstance(node, _BOXES) and len({keys[:1] for keys, _ in children}) == 1
+    for keys, child in children:
+        outer = keys[1:] if one_part else keys
+        inner = _unboxed(child) if is_inner_box(child) else [((), child)]
+        yield from ((outer + below, leaf) for below, leaf in inner)

@@ -1,0 +1,115 @@
+"""The threshold between the lowest scores and the others, by bisection over whole arrays, where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxeff.numerics.summation import bits_of
+
+# Above the pattern of every number.
+LAST = 2**31 - 1
+
+Axes = tuple[int, ...]
+
+
+class Threshold(NamedTuple):
+    """What tells the lowest scores from the others: two integers.
+
+    Attributes:
+        limit: a bit pattern; every score below it is among the lowest.
+        first: an index; the scores at the limit whose index is smaller are among them, too.
+    """
+
+    limit: Array
+    first: Array
+
+
+class Candidates(NamedTuple):
+    """Arrays of one shape: scores, and which of them may be chosen."""
+
+    values: Array
+    open_: Array | None
+
+    def map(self, function: Callable[[Array], Array]) -> Candidates:
+        return Candidates(function(self.values), None if self.open_ is None else function(self.open_))
+
+    def keys(self, largest: bool) -> Array:
+        """Integers from 0 on, of which the lowest are sought."""
+        bits = pattern(self.values)
+        keys = LAST - 1 - bits if largest else bits
+        return keys if self.open_ is None else jnp.where(self.open_, keys, LAST)
+
+
+def pattern(score: Array) -> Array:
+    """Ordered as the scores are; -0.0 as 0."""
+    return jnp.maximum(bits_of(score.astype(jnp.float32)), 0)
+
+
+def is_below(key: Array, threshold: Threshold, index: Array) -> Array:
+    return (key < threshold.limit) | ((key == threshold.limit) & (index < threshold.first))
+
+
+def index_in_row(shape: Axes, apart: Axes) -> Array:
+    """Of each element in its row, in C order, without a reshape that would bring it to one device."""
+    index, stride = jnp.zeros(shape, jnp.int32), 1
+    for axis in reversed([axis for axis in range(len(shape)) if axis not in apart]):
+        index = index + stride * lax.broadcasted_iota(jnp.int32, shape, axis)
+        stride *= shape[axis]
+    return index
+
+
+def bisected(
+    keys: Sequence[Array], indices: Sequence[Array], counts: list[Array], apart: tuple[Axes, ...] | None
+) -> list[Threshold]:
+    def counted(truths: list[Array]) -> list[Array]:
+        if apart is None:
+            return [sum((jnp.sum(truth, dtype=jnp.int32) for truth in truths), jnp.int32(0))]
+        others = [
+            tuple(a for a in range(t.ndim) if a not in axes) for t, axes in zip(truths, apart, strict=True)
+        ]
+        return [
+            jnp.sum(truth, axes, dtype=jnp.int32, keepdims=True)
+            for truth, axes in zip(truths, others, strict=True)
+        ]
+
+    def under(limits: list[Array]) -> list[Array]:
+        return counted([key < limit for key, limit in zip(keys, for_all(limits), strict=True)])
+
+    def for_all(limits: list[Array]) -> list[Array]:
+        return limits if apart is not None else limits * len(keys)
+
+    def at_most(found: list[Array], most: list[Array]) -> list[Array]:
+        return [number <= limit for number, limit in zip(found, most, strict=True)]
+
+    # Sharded as what is compared with them, which an explicit mesh asks for; nothing is counted for that.
+    start = [jnp.zeros_like(number) for number in under([jnp.zeros_like(count) for count in counts])]
+    limits = largest_of_each(lambda limits: at_most(under(limits), counts), start, 31)
+    missing = [count - gone for count, gone in zip(counts, under(limits), strict=True)]
+    tied = [key == limit for key, limit in zip(keys, for_all(limits), strict=True)]
+
+    def before(firsts: list[Array]) -> list[Array]:
+        return counted(
+            [
+                ties & (index < first)
+                for ties, index, first in zip(tied, indices, for_all(firsts), strict=True)
+            ]
+        )
+
+    size = sum(key.size for key in keys) if apart is None else max(key.size for key in keys)
+    firsts = largest_of_each(lambda firsts: at_most(before(firsts), missing), start, size.bit_length())
+    return [Threshold(*pair) for pair in zip(limits, firsts, strict=True)]
+
+
+def largest_of_each(holds: Callable[[list[Array]], list[Array]], like: list[Array], bits: int) -> list[Array]:
+    """The largest n < 2^bits with `holds(n)`, where `holds` is true up to some n and false after; of each."""
+
+    def step(number: Array, found: list[Array]) -> list[Array]:
+        bit = lax.shift_left(jnp.int32(1), jnp.int32(bits - 1) - number)
+        tried = [part | bit for part in found]
+        return [jnp.where(*choice) for choice in zip(holds(tried), tried, found, strict=True)]
+
+    return lax.fori_loop(jnp.int32(0), jnp.int32(bits), step, [jnp.zeros_like(part) for part in like])

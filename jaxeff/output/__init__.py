@@ -1,0 +1,1 @@
+"""What people see while and after they wait: text, progress, files."""

@@ -1,8 +1,0 @@
-"""A report as one HTML file that needs nothing else: no network, no other file, no library.
-
-report -> figures (what is drawn of the model), details (what is drawn of one layer)
-       -> rendering: template, style and script -> the page
-"""
-
-from jaxeff.page.rendering import check_available as check_available
-from jaxeff.page.rendering import render as render

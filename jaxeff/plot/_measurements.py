@@ -1,0 +1,152 @@
+"""What was measured beside a report: losses of pruned layers, speed-ups, criteria, and routes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxeff._compare_criteria import Comparison
+from jaxeff._pathways import Pathways
+from jaxeff.plot._canvas import COLOURS, NO_LAYER, any_finite, axes_or_new, check_kind, line_style, say
+from jaxeff.prune import BeforeAndAfter, Sensitivity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def sensitivity(sensitivity: Sensitivity, ax: Axes | None = None) -> Axes:
+    """A line for each layer: the loss over the sparsity of that layer alone, from 0; dashed, the dense loss.
+
+    Args:
+        sensitivity: from `jaxeff.prune.sensitivity`.
+        ax: to draw on; those of a new pyplot figure unless given.
+
+    Returns:
+        The axes, for labels and limits of your own; `axes.figure.savefig(path)` saves them.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        TypeError: an argument is not of its kind.
+    """
+    check_kind("sensitivity", sensitivity, Sensitivity, "jaxeff.prune.sensitivity")
+    drawn = axes_or_new(ax)
+    if not any_finite(sensitivity.losses):
+        return say(drawn, "No loss is finite." if sensitivity.paths else NO_LAYER)
+    sparsities = (0.0, *sensitivity.sparsities)
+    dense = float(sensitivity.dense)
+    curves = zip(sensitivity.paths, np.asarray(sensitivity.losses).tolist(), strict=True)
+    for index, (path, losses) in enumerate(curves):
+        _ = drawn.plot(sparsities, (dense, *losses), marker=".", label=path, **line_style(index))
+    _ = drawn.axhline(dense, color="black", linestyle="--", linewidth=1, label="dense")
+    _ = drawn.set_xlabel("sparsity of the layer, the others whole")
+    _ = drawn.set_ylabel("loss")
+    _ = drawn.legend(fontsize="small")
+    return drawn
+
+
+def speedups(found: Mapping[float | str, BeforeAndAfter], ax: Axes | None = None) -> Axes:
+    """A line for each size of batch: how many times faster the smaller networks ran, measured.
+
+    A bar goes from the 10th to the 90th percentile of the runs; dashed, how many times fewer
+    multiply-accumulates they have, which is what the time would fall by if nothing else took any.
+
+    Args:
+        found: by where it stands along the axis: the fraction removed, or a name. All of the same batches.
+        ax: to draw on; those of a new pyplot figure unless given.
+
+    Raises:
+        ValueError: there is nothing to draw, or the batches differ in size.
+        ImportError: Matplotlib is not installed.
+        TypeError: an argument is not of its kind.
+    """
+    check_kind("found", found, Mapping, "{0.5: jaxeff.prune.before_and_after(...), ...}")
+    for place, each in found.items():
+        check_kind(f"found[{place!r}]", each, BeforeAndAfter, "jaxeff.prune.before_and_after")
+    sizes = {each.batch_sizes for each in found.values()}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"`found` must hold measurements of the same batches, got sizes {sorted(sizes, key=str)}"
+        )
+    drawn = axes_or_new(ax)
+    places: list[Any] = [*found]
+    for index, size in enumerate(sizes.pop()):
+        low, median, high = np.array([each.speedups[index] for each in found.values()]).T
+        label = "one batch" if size is None else f"batch of {size}"
+        bars = (median - low, high - median)
+        _ = drawn.errorbar(places, median, bars, marker=".", capsize=3, label=label, **line_style(index))
+    macs = [each.before.macs[0] / max(each.after.macs[0], 1) for each in found.values()]
+    _ = drawn.plot(places, macs, color="black", linestyle="--", linewidth=1, label="multiply-accumulates")
+    _ = drawn.axhline(1, color="grey", linewidth=1)
+    _ = drawn.set_yscale("log")
+    _ = drawn.set_ylabel("before / after")
+    _ = drawn.legend(fontsize="small")
+    return drawn
+
+
+def criteria(comparison: Comparison, ax: Axes | None = None) -> Axes:
+    """A line for each criterion: the loss over the fraction of weights removed; grey, removal at random.
+
+    Args:
+        comparison: from `jaxeff.compare_criteria`.
+        ax: to draw on; those of a new pyplot figure unless given.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        TypeError: an argument is not of its kind.
+    """
+    check_kind("comparison", comparison, Comparison, "jaxeff.compare_criteria")
+    drawn = axes_or_new(ax)
+    if not any_finite(comparison.loss):
+        return say(drawn, "No loss is finite." if comparison.criteria else "There is no criterion to draw.")
+    fractions = np.asarray(comparison.fractions)
+    for number, losses in enumerate(np.asarray(comparison.random_loss)):
+        label = "random" if number == 0 else None
+        _ = drawn.plot(fractions, losses, color="0.75", linewidth=1, label=label)
+    for index, (name, losses) in enumerate(
+        zip(comparison.criteria, np.asarray(comparison.loss), strict=True)
+    ):
+        _ = drawn.plot(fractions, losses, label=name, **line_style(index))
+    _ = drawn.set_xlabel(f"fraction of the weights removed{' of each layer' * (comparison.scope == 'layer')}")
+    _ = drawn.set_ylabel("loss")
+    _ = drawn.legend(fontsize="small")
+    return drawn
+
+
+def pathways(pathways: Pathways, ax: Axes | None = None) -> Axes:
+    """The strongest routes as lines from the first units, left, to the last, right; the thicker the stronger.
+
+    Units stand in each group's column by their number, the first above.
+
+    Args:
+        pathways: from `jaxeff.pathways`.
+        ax: to draw on; those of a new pyplot figure unless given.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        TypeError: an argument is not of its kind.
+    """
+    check_kind("pathways", pathways, Pathways, "jaxeff.pathways")
+    drawn = axes_or_new(ax)
+    if not pathways.routes:
+        return say(drawn, "No route has a strength above 0.")
+    strongest = max(route.strength for route in pathways.routes)
+    for route in reversed(pathways.routes):
+        columns = [group for group, _ in route.units]
+        heights = [1 - (unit + 0.5) / pathways.sizes[group] for group, unit in route.units]
+        part = route.strength / strongest
+        _ = drawn.plot(
+            columns,
+            heights,
+            color=COLOURS[0],
+            marker="o",
+            markersize=3,
+            alpha=0.25 + 0.75 * part,
+            linewidth=0.5 + 3 * part,
+        )
+    labels = [f"{name}\n{size} units" for name, size in zip(pathways.groups, pathways.sizes, strict=True)]
+    _ = drawn.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize="small")
+    _ = drawn.set_yticks([])
+    _ = drawn.set_ylim(0, 1)
+    return drawn

@@ -1,0 +1,410 @@
+"""What each leaf of `params` is to the program: a weight or not, and what its axes index.
+
+Of a program, or of statistics, which hold what it says; without either, by names and shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.core.meta import AxisMetadata
+from jax import Array
+
+from jaxeff.model import apply as models
+from jaxeff.model.params import Params
+from jaxeff.model.roles import BIASES, last_name, role_of
+from jaxeff.output import text
+from jaxeff.statistics import SiteStatistics, Statistics
+from jaxeff.statistics.observe import observe
+
+_NOT_PRUNED = (*BIASES, "embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """What the axes of a weight index.
+
+    An axis may be among inputs and units: that of the members of a batched product, each of which has inputs
+    and units of its own.
+
+    Attributes:
+        inputs: what a product sums over; None where the weight's products sum over different axes.
+        units: the weight's outputs; None where its uses have different ones.
+        layers: what a scan runs over: each index is a layer.
+    """
+
+    inputs: tuple[int, ...] | None = ()
+    units: tuple[int, ...] | None = ()
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("inputs", "units"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+
+    @property
+    def of_layer(self) -> Axes:
+        """Those of a single layer."""
+
+        def within(axes: tuple[int, ...] | None) -> tuple[int, ...] | None:
+            return axes and tuple(axis - sum(layer < axis for layer in self.layers) for axis in axes)
+
+        return Axes(within(self.inputs), within(self.units))
+
+
+class Scores(struct.PyTreeNode, AxisMetadata[Any]):
+    """The scores of one weight, with what its axes index: a box as Flax's `nn.Partitioned` is one.
+
+    NumPy and JAX read it as the array that it holds. `flax.linen.unbox` takes the boxes off a tree.
+    """
+
+    value: Any
+    axes: Axes = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return jnp.shape(self.value)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.result_type(self.value)
+
+    def __getitem__(self, index: Any) -> Array:
+        return self.value[index]
+
+    def __jax_array__(self) -> Array:
+        return jnp.asarray(self.value)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        found = jax.device_get(self.value)
+        return found if dtype is None else found.astype(dtype)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> Any:
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: Any) -> Any:
+        raise TypeError("`Scores` are no parameters: make them of parameters that have their axes already")
+
+    def remove_axis(self, index: int, params: Any) -> Any:
+        return self.add_axis(index, params)
+
+
+def is_scores(node: Any) -> bool:
+    return isinstance(node, Scores)
+
+
+def unboxed(tree: Any) -> Any:
+    """A tree without the boxes of `Scores`."""
+    return jax.tree.map(lambda node: node.value if is_scores(node) else node, tree, is_leaf=is_scores)
+
+
+def axes_of(tree: Any) -> list[Axes | None]:
+    """Of each leaf of the tree without boxes; None where it was in none."""
+    return [node.axes if is_scores(node) else None for node in jax.tree.leaves(tree, is_leaf=is_scores)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """What one leaf is.
+
+    Attributes:
+        role: 'weight', or what it is instead: 'bias', 'scale', 'vector', ...
+        axes: of a weight; None where nothing is known of them.
+        prunable: whether it may be pruned.
+        reason: why, in words.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    role: str
+    axes: Axes | None
+    prunable: bool
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout(Mapping[str, Leaf]):
+    """What each leaf is, by path. `str(layout)` is a table.
+
+    Give it as `prunable` wherever one is asked for, or as the `axes` of a pattern.
+
+    Attributes:
+        leaves: in the order of the params.
+        stacked: paths under which layers were taken to be stacked by their shapes alone.
+    """
+
+    leaves: tuple[Leaf, ...]
+    stacked: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, Leaf]:
+        return {leaf.path: leaf for leaf in self.leaves}
+
+    def __getitem__(self, path: str) -> Leaf:
+        return self._by_path[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_path)
+
+    def __len__(self) -> int:
+        return len(self.leaves)
+
+    def __str__(self) -> str:
+        rows = [("leaf", "shape", "is", "pruned", "layers", "why")]
+        for leaf in self.leaves:
+            layers = math.prod(leaf.shape[axis] for axis in leaf.axes.layers) if leaf.axes else 1
+            may = "yes" if leaf.prunable else "no"
+            rows.append(
+                (
+                    text.shorten(leaf.path, text.WIDTH // 3),
+                    str(leaf.shape),
+                    leaf.role,
+                    may,
+                    str(layers),
+                    leaf.reason,
+                )
+            )
+        return "\n".join(text.aligned(rows, left=rows[0]))
+
+
+def layout(
+    params: Any,
+    apply_fn: Callable | None = None,
+    batch: Any = None,
+    *,
+    prunable: Mapping[str, bool] | None = None,
+    rngs: Any = None,
+    **apply_kwargs: Any,
+) -> Layout:
+    """Say what each leaf of `params` is: by the program, which is traced and not run, or by names and shapes.
+
+    Args:
+        params, apply_fn, batch: as `jaxeff.analyze` takes them.
+        prunable: exceptions by path.
+        rngs, **apply_kwargs: passed to `apply_fn`.
+
+    Returns:
+        A `Layout`, for `prunable` of `prune.scored`, `prune.sparsify`, the recipes and the rest, and for
+        `axes` of `prune.NByM` and `prune.Units`.
+
+    Raises:
+        ValueError: `prunable` names no leaf, or `batch` is missing.
+
+    >>> def model(params, x):
+    ...     step = lambda x, layer: (jax.nn.relu(x * layer["norm"][None] @ layer["q"]), None)
+    ...     return jax.lax.scan(step, x, params["blocks"])[0]
+    >>> params = {"blocks": {"norm": jnp.ones((3, 4)), "q": jnp.ones((3, 4, 4))}}
+    >>> found = layout(params, model, jnp.ones((2, 4)))
+    >>> [(leaf.path, leaf.role, leaf.prunable) for leaf in found.leaves]
+    [('blocks/norm', 'scale', False), ('blocks/q', 'weight', True)]
+    >>> found["blocks/q"].axes
+    Axes(inputs=(1,), units=(2,), layers=(0,))
+    """
+    params = Params.of(params)
+    named = params.named
+    if apply_fn is None:
+        found = by_shape(named)
+    elif batch is None:
+        raise ValueError("`batch` is missing: the program is traced with a batch of the model's input")
+    else:
+        found = of_model(models.from_apply(params, apply_fn, batch, rngs, apply_kwargs))
+    exceptions = dict(prunable or {})
+    check_named(exceptions, named)
+    leaves = [
+        dataclasses.replace(leaf, prunable=exceptions[leaf.path], reason="as `prunable` says")
+        if leaf.path in exceptions
+        else leaf
+        for leaf in found.leaves
+    ]
+    return dataclasses.replace(found, leaves=tuple(leaves))
+
+
+def check_named(exceptions: Mapping[str, bool], named: Mapping[str, Any]) -> None:
+    if unknown := exceptions.keys() - named.keys():
+        raise ValueError(f"`prunable` names {sorted(unknown)[0]!r}, which is no leaf: {', '.join(named)}")
+
+
+def of_model(model: models.Model) -> Layout:
+    """What the program says."""
+    arguments = model.function, model.paths, model.origins, model.batch_size, model.params, model.inputs
+    return of_statistics(observe.eval_shape(*arguments), model.named)
+
+
+def of_statistics(statistics: Statistics, named: Mapping[str, Any]) -> Layout:
+    """What the program says, from which the statistics come."""
+    infos = {info.path: info for info in statistics.params}
+    sites = _uses(statistics)
+    leaves = []
+    for path, leaf in named.items():
+        info, uses = infos[path], sites.get(path)
+        axes = None if uses is None else _axes_of_uses(uses)
+        layers = axes.layers if axes else ()
+        weight = info.role == "weight" and info.shape != ()
+        prunable = weight and is_prunable(path, leaf)
+        if weight and not prunable:
+            reason = "by its name" if last_name(path) in _NOT_PRUNED else "one axis"
+        else:
+            reason = info.reason or (f"used as {uses[0].kind}" if uses else "by its use")
+        if layers:
+            reason += f", stacked along axis {', '.join(map(str, layers))}"
+        leaves.append(Leaf(path, info.shape, info.role, axes, prunable, reason))
+    return Layout(tuple(leaves))
+
+
+def _uses(statistics: Statistics) -> dict[str, list[SiteStatistics]]:
+    found: dict[str, list[SiteStatistics]] = {}
+    for site in statistics.sites:
+        found.setdefault(site.path, []).append(site)
+    return found
+
+
+def _axes_of_uses(uses: Sequence[SiteStatistics]) -> Axes:
+    # A look-up sums over nothing: of an embedding that is also multiplied (`attend`), products have inputs.
+    products = [site for site in uses if site.kind != "embedding"] or uses
+    return Axes(
+        _only({site.input_axes for site in products}),
+        _only({site.unit_axes for site in uses}),
+        uses[0].layer_axes,
+    )
+
+
+def _only(found: set[tuple[int, ...]]) -> tuple[int, ...] | None:
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def is_prunable(path: str, leaf: Any) -> bool:
+    """Floating arrays of two axes or more, but for biases, scales and embeddings."""
+    floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return floating and jnp.ndim(leaf) > 1 and last_name(path) not in _NOT_PRUNED
+
+
+def by_shape(named: Mapping[str, Any]) -> Layout:
+    """What names and shapes say.
+
+    Layers are taken to be stacked under a path if all floating arrays there have two axes or more, the first
+    of one size, and some have two and others more: matrices and vectors of as many layers.
+    """
+    shapes = {
+        path: tuple(jnp.shape(leaf))
+        for path, leaf in named.items()
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    }
+    stacked = tuple(_stacks(shapes))
+    leaves = []
+    for path, leaf in named.items():
+        shape, name = tuple(jnp.shape(leaf)), last_name(path)
+        inside = path in shapes and any(_under(path, top) for top in stacked)
+        axes = None
+        role = role_of(path, shape, jnp.result_type(leaf), layers=int(inside))
+        if path not in shapes:
+            reason = "by its dtype"
+        elif name in _NOT_PRUNED:
+            role, reason = name, "by its name"
+        elif role == "empty":
+            reason = "it has no elements"
+        elif role == "vector":
+            reason = f"one axis in each of {shape[0]} layers" if inside else "one axis"
+        else:
+            reason = f"{shape[0]} layers stacked" if inside else "two axes or more"
+            axes = _guessed(name, shape, 1) if inside else None
+        leaves.append(Leaf(path, shape, role, axes, role == "weight", reason))
+    return Layout(tuple(leaves), stacked)
+
+
+def _guessed(name: str, shape: tuple[int, ...], layers: int) -> Axes:
+    """Of a kernel of two axes Flax's layout, inputs first; of others the layers alone."""
+    if name == "kernel" and len(shape) == layers + 2:
+        return Axes((layers,), (layers + 1,), tuple(range(layers)))
+    return Axes(layers=tuple(range(layers)))
+
+
+def assumed(path: str, shape: tuple[int, ...]) -> Axes:
+    """The axes of a weight of which no program tells."""
+    return _guessed(last_name(path), shape, 0)
+
+
+AxesByPath = Layout | Statistics | Mapping[str, Axes | Leaf] | tuple[tuple[str, Axes], ...]
+"""What a pattern may be given for `axes`."""
+
+
+def axes_by_path(given: AxesByPath) -> tuple[tuple[str, Axes], ...]:
+    """What is given for `axes` as pairs, so that equal patterns are equal and can be hashed."""
+    if isinstance(given, Statistics):
+        given = {path: _axes_of_uses(uses) for path, uses in _uses(given).items()}
+    if isinstance(given, Mapping):
+        axes = [(path, one.axes if isinstance(one, Leaf) else one) for path, one in sorted(given.items())]
+        given = tuple((path, one) for path, one in axes if one is not None)
+    if not isinstance(given, tuple) or not all(isinstance(one, Axes) for _, one in given):
+        raise TypeError(
+            "`axes` must be what `prune.layout(params, apply_fn, batch)` gives, `prune.Axes` by path, or "
+            f"statistics of `jaxeff.collect`, got {given!r}"
+        )
+    return given
+
+
+def _stacks(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The outermost paths under which layers are stacked; '' for all."""
+    ranks: dict[str, set[int]] = {}
+    sizes: dict[str, set[int]] = {}
+    for path, shape in shapes.items():
+        keys = path.split("/")
+        for depth in range(len(keys)):
+            top = "/".join(keys[:depth])
+            ranks.setdefault(top, set()).add(min(len(shape), 3))
+            sizes.setdefault(top, set()).update(shape[:1])
+    found = [top for top in ranks if ranks[top] == {2, 3} and len(sizes[top]) == 1 and sizes[top] != {1}]
+    return sorted(top for top in found if not any(outer != top and _under(top, outer) for outer in found))
+
+
+def _under(path: str, top: str) -> bool:
+    return not top or path == top or path.startswith(f"{top}/")
+
+
+def layer_names(path: str, shape: tuple[int, ...], layers: tuple[int, ...]) -> tuple[str, ...]:
+    """What a report calls the layers of a weight: 'blocks/kernel[3]' where a scan stacks them.
+
+    >>> layer_names("blocks/kernel", (2, 4, 4), (0,))
+    ('blocks/kernel[0]', 'blocks/kernel[1]')
+    """
+    if not layers:
+        return (path,)
+    indices = itertools.product(*(range(shape[axis]) for axis in layers))
+    return tuple(f"{path}[{','.join(map(str, index))}]" for index in indices)
+
+
+def unknown_layers(given: Mapping[str, Any], layers: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """The names that are neither those of leaves nor those of their layers."""
+    return sorted(given.keys() - layers.keys() - {name for names in layers.values() for name in names})
+
+
+def by_layer(given: Mapping[str, Any], layers: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """What is given of leaves, 'blocks/kernel', or of single layers, 'blocks/kernel[3]', by layer.
+
+    Args:
+        layers: the names of the layers of each leaf.
+
+    >>> by_layer({"w": 0.5, "w[1]": 0.2}, {"w": ("w[0]", "w[1]")})
+    {'w[0]': 0.5, 'w[1]': 0.2}
+    """
+    of_leaf = {name: given[path] for path, names in layers.items() if path in given for name in names}
+    return of_leaf | {name: value for name, value in given.items() if name not in layers}

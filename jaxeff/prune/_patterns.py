@@ -1,0 +1,226 @@
+"""Which weights go together: alone, in blocks, as whole units, or so many of every few."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxeff.prune._layouts import Axes, AxesByPath, assumed, axes_by_path
+
+
+class _Anywhere:
+    """A pattern that goes by the axes of a weight as they are known."""
+
+    def located(self, path: str, scores: Array, known: Axes | None) -> Axes:
+        """What the axes of a leaf index: as is known, or else as its name and shape say."""
+        return assumed(path, scores.shape) if known is None else known
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstructured(_Anywhere):
+    """Each weight by itself."""
+
+    def groups(self, scores: Array, path: str, axes: Axes | None = None) -> Array:
+        """One score for each group of weights that goes as one.
+
+        Args:
+            scores: of one layer.
+            axes: what its axes index.
+        """
+        return scores
+
+    def expanded(self, kept: Array, shape: tuple[int, ...]) -> Array:
+        """The mask of the weights, of that of the groups."""
+        return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Block(_Anywhere):
+    """Blocks of weights, scored by their sum.
+
+    Attributes:
+        shape: of a block, along the last axes of a weight, which it must divide.
+
+    >>> Block((1, 2)).groups(jnp.array([[1.0, 2.0, 0.0, 1.0]]), "w")
+    Array([[3., 1.]], dtype=float32)
+    """
+
+    shape: tuple[int, ...]
+
+    def groups(self, scores: Array, path: str, axes: Axes | None = None) -> Array:
+        block = self._full(scores.ndim)
+        if len(block) != scores.ndim or any(n % b for n, b in zip(scores.shape, block, strict=True)):
+            raise ValueError(
+                f"`pattern` Block({self.shape}) does not divide {path!r}, shape {scores.shape}: choose "
+                "divisors of its last axes, or leave the leaf out with `prunable`"
+            )
+        return jnp.sum(scores.reshape(_cut(scores.shape, block)), tuple(range(1, 2 * scores.ndim, 2)))
+
+    def expanded(self, kept: Array, shape: tuple[int, ...]) -> Array:
+        block = self._full(len(shape))
+        inside = jnp.expand_dims(kept, tuple(range(1, 2 * len(shape), 2)))
+        return jnp.broadcast_to(inside, _cut(shape, block)).reshape(shape)
+
+    def _full(self, rank: int) -> tuple[int, ...]:
+        return (1,) * (rank - len(self.shape)) + tuple(self.shape)
+
+
+def _cut(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(part for n, b in zip(shape, block, strict=True) for part in (n // b, b))
+
+
+class _Along(_Anywhere):
+    """A pattern that goes along the inputs or the outputs of a weight.
+
+    Which axes these are is a matter of the operation that consumes the weight: a Flax attention kernel is
+    (inputs, heads, size), Equinox's weights are (outputs, inputs).
+    """
+
+    axis: int | str
+    axes: AxesByPath | None
+
+    def __post_init__(self) -> None:
+        if self.axis not in ("input", "output") and not isinstance(self.axis, int):
+            raise ValueError(f"`axis` must be 'input', 'output' or a number, got {self.axis!r}")
+        if self.axes is None:
+            return
+        if isinstance(self.axis, int):
+            raise ValueError(f"`axes` say where inputs and outputs are, and `axis` is {self.axis}: pass one")
+        object.__setattr__(self, "axes", axes_by_path(self.axes))
+
+    def located(self, path: str, scores: Array, known: Axes | None) -> Axes:
+        """What the axes of a leaf index: as `axes` say, or else as is known.
+
+        Raises:
+            ValueError: `axes` are given, and do not name the leaf.
+        """
+        if self.axes is None:
+            return super().located(path, scores, known)
+        found = next((axes for name, axes in axes_by_path(self.axes) if name == path), None)
+        if found is None:
+            raise ValueError(f"`pattern` {self} has `axes`, and they do not name {path!r}: {_ADVICE}")
+        return found
+
+    def along(self, scores: Array, path: str, axes: Axes | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes of a layer along which the pattern goes, and those that it never crosses.
+
+        Raises:
+            ValueError: nothing says which they are.
+        """
+        if isinstance(self.axis, int):
+            return (self.axis % scores.ndim,), ()
+        axes = self.located(path, scores, None) if axes is None else axes
+        own, others = axes.inputs, axes.units or ()
+        if self.axis == "output":
+            own, others = axes.units, axes.inputs or ()
+        apart = tuple(axis for axis in own or () if axis in others)
+        if found := tuple(axis for axis in own or () if axis not in others):
+            return found, apart
+        which = f"`pattern` {self} goes along {self.axis} axes"
+        if axes.inputs == axes.units == ():
+            raise ValueError(
+                f"{which}, and without a model nothing says which are those of {path!r}, shape "
+                f"{scores.shape}: {_ADVICE}"
+            )
+        uses = "none" if own is not None else "different ones in different uses"
+        raise ValueError(
+            f"{which}, of which {path!r}, shape {scores.shape}, has {uses}: name them with "
+            f"`axes={{**layout, {path!r}: prune.Axes(inputs=..., units=...)}}`, or leave the leaf out with "
+            "`prunable`"
+        )
+
+
+_ADVICE = (
+    "let `prune.scored` know, by statistics or by `prunable=prune.layout(params, apply_fn, batch)`, or give "
+    "the pattern that layout as `axes`, or `axis` as a number, or leave the leaf out with `prunable`"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Units(_Along):
+    """Whole units (neurons, channels, features of heads), scored by their sum.
+
+    Attributes:
+        axis: 'output' for the outputs of a weight, all that one unit reads; 'input' for its inputs; or the
+            number of one axis. Units along several axes, (heads, size) of an attention kernel, are one for
+            each index of all of them.
+        axes: as `NByM` has them.
+
+    >>> Units(axis=0).groups(jnp.array([[1.0, 2.0], [0.0, 1.0]]), "w")
+    Array([[3.],
+           [1.]], dtype=float32)
+    """
+
+    axis: int | str = "output"
+    axes: AxesByPath | None = dataclasses.field(default=None, repr=False, kw_only=True)
+
+    def groups(self, scores: Array, path: str, axes: Axes | None = None) -> Array:
+        along, apart = self.along(scores, path, axes)
+        summed = tuple(axis for axis in range(scores.ndim) if axis not in (*along, *apart))
+        return jnp.sum(scores, summed, keepdims=True)
+
+    def expanded(self, kept: Array, shape: tuple[int, ...]) -> Array:
+        return jnp.broadcast_to(kept, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class NByM(_Along):
+    """n weights kept of every m in a row along an axis: a sparsity of 1 - n / m in every layer.
+
+    Inputs that are several axes, (heads, size) of the kernel after an attention, are one row, as in the
+    matrix that the product reads; the same of outputs.
+
+    Attributes:
+        n: kept; hardware knows 2 of 4.
+        m: in a row.
+        axis: 'input', what the product sums over, which hardware asks for; 'output', the weight's units;
+            or the number of one axis.
+        axes: the axes of each weight, in place of those that its scores know: what
+            `prune.layout(params, apply_fn, batch)` gives, statistics of `jaxeff.collect`, or `prune.Axes` by
+            path. Where nothing says, a `kernel` of two axes is (inputs, outputs), as in Flax, and anything
+            else is refused.
+
+    >>> NByM(1, 2).kept(jnp.array([[1.0], [2.0], [4.0], [3.0]]), "kernel")[:, 0]
+    Array([False,  True,  True, False], dtype=bool)
+    """
+
+    n: int
+    m: int
+    axis: int | str = "input"
+    axes: AxesByPath | None = dataclasses.field(default=None, repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.n <= self.m:
+            raise ValueError(f"`n` must be from 1 to `m`, got n={self.n}, m={self.m}")
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def kept(self, scores: Array, path: str, axes: Axes | None = None) -> Array:
+        """The mask of one layer; of equal scores the first go."""
+        along, _ = self.along(scores, path, axes)
+        length = math.prod(scores.shape[axis] for axis in along)
+        if length % self.m:
+            names = f"axis {along[0]}" if len(along) == 1 else f"axes {along}"
+            raise ValueError(
+                f"`pattern` {self.n} of {self.m} does not divide {names} of {path!r}, shape "
+                f"{scores.shape}: choose another `m`, or leave the leaf out with `prunable`"
+            )
+        last = range(-len(along), 0)
+        moved = jnp.moveaxis(scores, along, last)
+        rows = moved.reshape(*moved.shape[: -len(along)], -1, self.m)
+        one, other = rows[..., :, None], rows[..., None, :]
+        later = np.triu(np.ones((self.m, self.m), bool), 1).reshape((1,) * (one.ndim - 2) + (self.m, self.m))
+        better = jnp.sum((other > one) | ((other == one) & later), -1)
+        return jnp.moveaxis((better < self.n).reshape(moved.shape), last, along)
+
+
+Pattern = Unstructured | Block | Units | NByM
+
+UNSTRUCTURED = Unstructured()

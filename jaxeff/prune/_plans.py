@@ -1,0 +1,307 @@
+"""Which elements of which groups are to go: a `Plan`, which is JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeff.prune._groups import Group, Groups, Member, Shapes, map_named, named_variables, stand_in
+
+_VERSION = 2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """What to remove from a model, and all that is needed to remove it.
+
+    Attributes:
+        groups: those that lose elements.
+        removed: the elements that each loses, by name, ascending; of a group with blocks those of each
+            block, nested as `Group.blocks` says.
+        params, state: shapes of the model's leaves by path, as `Groups` has them.
+    """
+
+    groups: tuple[Group, ...]
+    removed: Mapping[str, tuple[Any, ...]]
+    params: Shapes
+    state: Shapes
+
+    @property
+    def shapes(self) -> Shapes:
+        return {**self.params, **self.state}
+
+    @classmethod
+    def of(cls, groups: Groups, removed: Mapping[str, Sequence[Any]]) -> Plan:
+        """The plan that removes these elements of these groups.
+
+        Args:
+            groups: of `prune.groups`.
+            removed: elements by group's name. Of a group with blocks either those of each block, equally
+                many, or one list for all blocks.
+
+        Raises:
+            ValueError: no such group, a locked one, an element that it does not have, or all of them.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxeff import prune
+        >>> model = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]
+        >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+        >>> Plan.of(prune.groups(params, model, jnp.ones((8, 3))), {"a:1": [0, 2]}).widths()
+        {'a': {1: 2}, 'b': {0: 2}}
+        """
+        known = {group.name: group for group in groups}
+        for name in removed:
+            if name not in known:
+                raise ValueError(
+                    f"`removed` names {name!r}, which is no group: print the groups to see their names"
+                )
+            if known[name].locked is not None:
+                raise ValueError(f"`removed` names {name!r}, which is locked: {known[name].locked}")
+        chosen = {
+            name: elements
+            for name, group in known.items()
+            if (elements := _elements(name, group.size, group.blocks, removed.get(name, ())))
+        }
+        kept = tuple(dataclasses.replace(known[name], importance=None) for name in chosen)
+        return cls(kept, chosen, groups.params, groups.state)
+
+    def widths(self) -> dict[str, dict[int, int]]:
+        """The new size of every axis that changes, by path and axis: to build the smaller module with."""
+        return {
+            path: {axis: _left(gone, axis) for axis, gone in axes.items()}
+            for path, axes in self._gone().items()
+        }
+
+    def sizes(self) -> dict[str, int]:
+        """How many elements each group that loses any keeps, by name, in each of its blocks."""
+        return {group.name: group.size - np.shape(self.removed[group.name])[-1] for group in self.groups}
+
+    def alike(self) -> Plan:
+        """A plan of the same sizes, which removes the same elements of every block."""
+        removed = {
+            group.name: _nested(np.broadcast_to(np.arange(np.shape(gone)[-1]), np.shape(gone)).tolist())
+            if group.blocks
+            else gone
+            for group, gone in zip(self.groups, self.removed.values(), strict=True)
+        }
+        return dataclasses.replace(self, removed=removed)
+
+    def kept(self) -> dict[str, dict[int, np.ndarray]]:
+        """The indices that stay, ascending, by path and axis, of every axis that changes.
+
+        A list of them, or, where each block keeps its own, an array for `jnp.take_along_axis`: of the leaf's
+        rank, with size 1 on axes that make no difference.
+        """
+        return {
+            path: {axis: _indices(gone, axis) for axis, gone in axes.items()}
+            for path, axes in self._gone().items()
+        }
+
+    def _gone(self) -> dict[str, dict[int, np.ndarray]]:
+        """By path and axis, [...] that broadcasts against the leaf: True where an index goes."""
+        shapes = self.shapes
+        gone: dict[str, dict[int, np.ndarray]] = {}
+        for group in self.groups:
+            removed = np.asarray(self.removed[group.name])
+            for member in group.members:
+                axes, shape = gone.setdefault(member.path, {}), shapes[member.path]
+                along = np.zeros((*group.blocks, shape[member.axis]), bool)
+                held = member.indices[removed].reshape(*group.blocks, -1)
+                np.put_along_axis(along, held, True, axis=-1)
+                along = _laid_out(along, (*member.block_axes, member.axis), len(shape))
+                axes[member.axis] = axes.get(member.axis, np.False_) | along
+        return {path: dict(sorted(axes.items())) for path, axes in sorted(gone.items())}
+
+    def masks(self, params: Any) -> Any:
+        """The plan as masks for `prune.apply`, True = kept; a single True for a leaf that stays whole.
+
+        The large model with these masks computes what the small one does.
+        """
+        self.check(params)
+        gone = self._gone()
+        return map_named(lambda path, leaf: _mask(jnp.shape(leaf), gone.get(path, {})), params)
+
+    def check(self, params: Any) -> None:
+        """That these are of the plan's model: its params, its state, or both."""
+        shapes = {
+            path: jnp.shape(leaf) for path, leaf in named_variables(jax.tree.map(stand_in, params)).items()
+        }
+        parts = [part for part in (self.params, self.state) if part and part.keys() == shapes.keys()]
+        expected = parts[0] if parts else self.shapes
+        if different := sorted(shapes.keys() ^ expected.keys()):
+            where = "`params`" if different[0] in shapes else "the plan"
+            raise ValueError(f"the plan is of another model: {different[0]!r} is in {where} alone")
+        for path, shape in shapes.items():
+            if shape != tuple(expected[path]):
+                raise ValueError(
+                    f"the plan is of another model: {path!r} has shape {tuple(expected[path])} there and "
+                    f"{shape} here"
+                )
+
+    def to_json(self) -> str:
+        """The plan as text that `Plan.from_json` reads in any process."""
+        model = self._model()
+        removed = {name: np.asarray(elements).tolist() for name, elements in self.removed.items()}
+        return json.dumps({"version": _VERSION, "signature": _signature(model), "removed": removed, **model})
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "params": {path: list(shape) for path, shape in self.params.items()},
+            "state": {path: list(shape) for path, shape in self.state.items()},
+            "groups": {
+                group.name: {
+                    "size": group.size,
+                    "blocks": list(group.blocks),
+                    "members": [
+                        [m.path, m.axis, [_encoded(column) for column in m.indices.T], list(m.block_axes)]
+                        for m in group.members
+                    ],
+                }
+                for group in self.groups
+            },
+        }
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote.
+
+        What is removed may have been edited; the description of the model may not.
+
+        Raises:
+            ValueError: it is no plan, is of another version, was damaged, or removes what a group does not
+                have or all that it has.
+        """
+        found = _parsed(text)
+        model = {name: found[name] for name in ("params", "state", "groups")}
+        if found["signature"] != _signature(model):
+            raise ValueError(
+                "the plan's description of the model was changed, and its signature no longer fits: edit "
+                "'removed' alone, or make a new plan"
+            )
+        removed = found["removed"]
+        if not isinstance(removed, dict) or removed.keys() - model["groups"].keys():
+            unknown = (
+                sorted(removed.keys() - model["groups"].keys())[0] if isinstance(removed, dict) else removed
+            )
+            raise ValueError(
+                f"the plan removes of {unknown!r}, which is none of its groups: {[*model['groups']]}"
+            )
+        chosen = {
+            name: elements
+            for name, group in model["groups"].items()
+            if (elements := _elements(name, group["size"], tuple(group["blocks"]), removed.get(name, ())))
+        }
+        groups = tuple(_decoded_group(name, model["groups"][name]) for name in chosen)
+        shapes = ({path: tuple(shape) for path, shape in model[name].items()} for name in ("params", "state"))
+        return cls(groups, chosen, *shapes)
+
+
+def _laid_out(along: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
+    """An array whose dimensions are these axes of a leaf, with size 1 on all others."""
+    sizes = dict(zip(axes, along.shape, strict=True))
+    return along.transpose(np.argsort(axes)).reshape([sizes.get(axis, 1) for axis in range(rank)])
+
+
+def _left(gone: np.ndarray, axis: int) -> int:
+    """How many indices of an axis stay: in all blocks as many."""
+    return gone.shape[axis] - int(np.count_nonzero(gone, axis=axis).flat[0])
+
+
+def _indices(gone: np.ndarray, axis: int) -> np.ndarray:
+    # False comes first, and a stable sort keeps the order of the indices.
+    kept = np.argsort(gone, axis=axis, kind="stable").take(range(_left(gone, axis)), axis=axis)
+    return kept.ravel() if kept.size == kept.shape[axis] else kept
+
+
+def _mask(shape: tuple[int, ...], gone: Mapping[int, np.ndarray]) -> jax.Array:
+    if not gone:
+        return jnp.asarray(True)
+    return jnp.asarray(np.broadcast_to(~functools.reduce(np.logical_or, gone.values()), shape))
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`text` is no JSON: {error}") from error
+    names = ("version", "signature", "removed", "params", "state", "groups")
+    missing = [name for name in names if not isinstance(found, dict) or name not in found]
+    if missing:
+        raise ValueError(f"`text` is no plan: {missing[0]!r} is missing")
+    if found["version"] != _VERSION:
+        raise ValueError(f"the plan is of version {found['version']!r}, and this jaxeff reads {_VERSION}")
+    return found
+
+
+def _signature(model: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
+
+
+def _encoded(column: np.ndarray) -> list[int]:
+    """[start, step] where indices are evenly spaced, else ['at', ...] all of them."""
+    steps = np.diff(column)
+    step = int(steps[0]) if len(steps) else 1
+    if (steps == step).all():
+        return [int(column[0]), step]
+    return [int(column[0]), 0, *column.tolist()]
+
+
+def _decoded(encoded: Sequence[int], size: int) -> np.ndarray:
+    start, step, *every = encoded
+    return np.array(every) if every else start + step * np.arange(size)
+
+
+def _decoded_group(name: str, found: Mapping[str, Any]) -> Group:
+    size = found["size"]
+    members = tuple(
+        Member(path, axis, np.stack([_decoded(column, size) for column in columns], axis=1), tuple(axes))
+        for path, axis, columns, axes in found["members"]
+    )
+    return Group(name, size, members, None, blocks=tuple(found["blocks"]))
+
+
+def _elements(name: str, size: int, blocks: tuple[int, ...], elements: Any) -> tuple[Any, ...]:
+    """What is to be removed of a group, checked and ascending, by block if there are any; () for nothing."""
+    rows = _rows(elements, len(blocks))
+    if rows is None:
+        per_block = f", or {blocks} such lists, equally long" if blocks else ""
+        raise ValueError(
+            f"the elements to remove of {name!r} must be a list of whole numbers{per_block}, got {elements!r}"
+        )
+    if not rows.size:
+        return ()
+    if rows.ndim > 1 and rows.shape[:-1] != blocks:
+        raise ValueError(f"{name!r} has {blocks} blocks, and elements of {rows.shape[:-1]} are to be removed")
+    wrong = rows[(rows < 0) | (rows >= size)]
+    if wrong.size:
+        raise ValueError(f"{name!r} has elements 0 to {size - 1}, and {wrong[0]} is to be removed")
+    rows = np.sort(np.broadcast_to(rows, (*blocks, rows.shape[-1])), axis=-1)
+    if (np.diff(rows, axis=-1) == 0).any():
+        raise ValueError(f"an element of {name!r} is to be removed twice")
+    if rows.shape[-1] == size:
+        raise ValueError(f"all {size} elements of {name!r} are to be removed: a group cannot be emptied")
+    return _nested(rows.tolist())
+
+
+def _rows(elements: Any, blocks: int) -> np.ndarray | None:
+    """[n] or, of each block, [*blocks, n]; None where elements are something else."""
+    if not isinstance(elements, (Sequence, np.ndarray)) or isinstance(elements, str):
+        return None
+    try:
+        rows = np.asarray(elements)
+    except ValueError:
+        return None
+    whole = rows.dtype.kind in "iu" or not rows.size
+    return rows if whole and rows.ndim in (1, 1 + blocks) else None
+
+
+def _nested(rows: Any) -> Any:
+    return tuple(map(_nested, rows)) if isinstance(rows, list) else rows

@@ -1,0 +1,65 @@
+"""A report as notebooks show it: one small table, without colours or script of its own.
+
+The page that `Report.to_html` writes has more; a notebook strips scripts from what it has not run itself.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+from jaxeff.report import _table as table
+from jaxeff.report._recommendations import recommend
+from jaxeff.report._records import Snapshot
+
+SHOWN = 60
+"""Rows at most: the first ones, and how many were left out."""
+_UNFOLDED = 5  # items of a list, at most, that nobody has to open
+_BOX = '<div tabindex="0" style="max-height: 32em; overflow: auto">'
+
+
+def render(report: Snapshot) -> str:
+    """HTML in which every name is escaped."""
+    rows = report.rows
+    body = "".join(_line(_ROW, table.cells(row)) for row in rows[:SHOWN])
+    more = "{:,} more layers: print(report) and the page of report.to_html have all."
+    parts = [
+        f"{_BOX}<table><thead>{_line(_HEADER, table.HEADER)}</thead><tbody>{body}</tbody></table></div>",
+        _paragraphs([] if rows else [table.no_weights(report)]),
+        _paragraphs([more.format(len(rows) - SHOWN)] if len(rows) > SHOWN else []),
+        _paragraphs(table.model(report)),
+        _listed("Notes", [f"{path}: {note}." for path, note in table.notes(report)]),
+        _listed("Recommendations", [str(advice) for advice in recommend(report)]),
+    ]
+    return f"<div>{''.join(parts)}</div>"
+
+
+def preformatted(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+# Notebooks set all cells to the right, where paths are hard to tell apart.
+_HEADER = ('<th scope="col" style="text-align: left">', '<th scope="col">', "</th>")
+_ROW = ('<th scope="row" style="text-align: left; font-weight: normal">', "<td>", "</td>")
+
+
+def _line(tags: tuple[str, str, str], cells: Sequence[str]) -> str:
+    """A row of a table, by what opens its first cell and the others, and what closes the others."""
+    named, opened, closed = tags
+    first, *others = map(html.escape, cells)
+    return f"<tr>{named}{first}</th>{''.join(f'{opened}{cell}{closed}' for cell in others)}</tr>"
+
+
+def _paragraphs(texts: Iterable[str]) -> str:
+    return "".join(f"<p>{html.escape(text)}</p>" for text in texts)
+
+
+def _listed(title: str, texts: Sequence[str]) -> str:
+    """Folded where it is long."""
+    if not texts:
+        return ""
+    more = [f"{len(texts) - SHOWN:,} more."] if len(texts) > SHOWN else []
+    items = "".join(f"<li>{html.escape(text)}</li>" for text in [*texts[:SHOWN], *more])
+    state = " open" if len(texts) <= _UNFOLDED else ""
+    summary = f"<summary>{title} ({len(texts):,})</summary>"
+    return f"<details{state}>{summary}{_BOX}<ul>{items}</ul></div></details>"

@@ -1,0 +1,283 @@
+"""What to do about a report, each with the numbers it rests on.
+
+Two sets of rules. The methodology's three compare a metric with a fixed threshold, set for scores
+that grow with abs(w): squared or gradient scores are more concentrated of themselves, and these three
+leave them alone. The calibrated ones compare a layer with its null: what the same metric would be if
+the weights were noise. Where the two disagree, trust the calibrated ones; the docstrings say why. What
+was measured of a layer, where it is given, outranks both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+from jaxeff.output.text import number
+from jaxeff.report._limits import LIMITS, Limits, interpret_redundancy
+from jaxeff.report._records import LayerReport, Snapshot
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    """One thing to do.
+
+    Attributes:
+        rule: which rule spoke: 'dead units', 'below null', 'measured sensitivity', ...
+        path: of the layer; None for the model.
+        message: what to do, in a sentence.
+        evidence: the numbers that the rule compared.
+        saved_macs: multiply-accumulates an example that would go, at most; None where that is unknown.
+        saved_bytes: of weights that would go, at most; None for the model.
+    """
+
+    rule: str
+    path: str | None
+    message: str
+    evidence: Mapping[str, float]
+    saved_macs: int | None = None
+    saved_bytes: int | None = None
+
+    def __str__(self) -> str:
+        return f"[{self.rule}] {self.path + ': ' if self.path else ''}{self.message}{self._worth()}"
+
+    def _worth(self) -> str:
+        if not self.saved_bytes:
+            return ""
+        macs = "" if self.saved_macs is None else f"{number(self.saved_macs)} MACs an example and "
+        return f" Worth at most {macs}{number(self.saved_bytes)} bytes."
+
+
+class MeasuredLosses(Protocol):
+    """The losses with one layer at a time pruned, as `jaxeff.prune.sensitivity` measures them."""
+
+    @property
+    def paths(self) -> tuple[str, ...]: ...
+    @property
+    def sparsities(self) -> tuple[float, ...]: ...
+    @property
+    def dense(self) -> Any: ...
+    @property
+    def order(self) -> str: ...
+    def highest(self, tolerance: float) -> Mapping[str, float]: ...
+    def rises(self) -> Any: ...
+
+
+def recommend(
+    report: Snapshot, limits: Limits = LIMITS, sensitivity: MeasuredLosses | None = None
+) -> tuple[Recommendation, ...]:
+    """All that the rules have to say, ranked by what it would save: multiply-accumulates, then bytes.
+
+    What it says of single weights saves time where zeros are skipped, and nowhere else: a dense product takes
+    as long with zeros in it. What it says of the model, of which no saving is known, comes last.
+
+    Args:
+        sensitivity: of the same model, from `jaxeff.prune.sensitivity`: adds what was measured of each layer.
+
+    Raises:
+        ValueError: the sensitivity is of other params.
+    """
+    measured = {} if sensitivity is None else _measured(sensitivity, report, limits)
+    found: list[Recommendation] = []
+    for row in report.rows:
+        found += _of_layer(row, limits)
+        # Layers that a scan stacks are one leaf: spoken of once, after the first.
+        leaf = row.path if row.path in measured else _leaf(row.path)
+        found += [measured.pop(leaf)] if leaf in measured else []
+    found += measured.values()
+    return (*sorted(found, key=_worth, reverse=True), *_of_model(report, limits))
+
+
+def _worth(advice: Recommendation) -> tuple[int, int]:
+    return advice.saved_macs or 0, advice.saved_bytes or 0
+
+
+def _saved(rows: Iterable[LayerReport], share: float) -> dict[str, int | None]:
+    """What goes with this share of the layers' weights."""
+    rows = list(rows)
+    macs = [row.macs for row in rows if row.macs is not None]
+    return {
+        "saved_macs": round(share * sum(macs)) if len(macs) == len(rows) else None,
+        "saved_bytes": round(share * sum(row.bytes for row in rows)),
+    }
+
+
+def _of_layer(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
+    yield from _dead_units(row)
+    if math.isnan(float(row.metrics.utilization)) or float(row.metrics.max) == 0:
+        return
+    yield from _below_null(row, limits)
+    if _by_size(row):
+        yield from _layer_redundancy(row, limits)
+
+
+def _by_size(row: LayerReport) -> bool:
+    """Whether the methodology's thresholds were set for scores like these."""
+    return row.side not in ("gradient", "none")
+
+
+def _dead_units(row: LayerReport) -> Iterator[Recommendation]:
+    """Units that emitted nothing but zeros: removing them changes nothing on this batch."""
+    if row.activity is None or not bool(row.evidence_finite):
+        return
+    dead, units = int(row.activity.dead), row.activity.units
+    if not 0 < dead or row.nonlinearity == "identity":
+        return
+    share = dead / units
+    yield Recommendation(
+        "dead units",
+        row.path,
+        f"{dead:,} of {units:,} units emit nothing on this batch ({int(row.activity.count):,} values each): "
+        f"{round(share * row.size):,} weights here, and those that read them. Check on more data, then "
+        "remove.",
+        {"dead_units": dead, "units": units, "values": float(row.activity.count)},
+        **_saved([row], share),
+    )
+
+
+# Of the utilization of N normal weights, times sqrt(N): by simulation, 25 to 10,000 weights.
+_DEVIATION = 0.26
+
+
+def _below_null(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
+    """Importance held by fewer weights than noise would hold it in.
+
+    The entropy chain rule says where: among the units (remove units) or within them (remove weights).
+    """
+    if row.null is None:
+        return
+    utilization, null = float(row.metrics.utilization), float(row.null.utilization)
+    if not null - utilization > limits.below_null + 3 * _DEVIATION / math.sqrt(row.size):
+        return
+    units = float(row.effective_units) / row.unit_count
+    fan_in = float(row.effective_fan_in) * row.unit_count / row.size
+    where = (
+        f"most of it among the units ({float(row.effective_units):,.0f} effective of {row.unit_count:,}): "
+        "a narrower layer"
+        if units < fan_in
+        else f"most of it within the units ({float(row.effective_fan_in):,.0f} effective weights each of "
+        f"{row.size // row.unit_count:,}): masks on single weights"
+    )
+    yield Recommendation(
+        "below null",
+        row.path,
+        f"uses {utilization:.1%} of its weights where noise would use {null:.1%}; {where}. "
+        "Measure the loss as you remove: concentration is a reason to try, not a proof.",
+        {
+            "utilization": utilization,
+            "null_utilization": null,
+            "effective_units": float(row.effective_units),
+            "effective_fan_in": float(row.effective_fan_in),
+        },
+        **_saved([row], 1 - utilization / null),
+    )
+
+
+def _layer_redundancy(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
+    """Methodology, rule 1: redundancy above 60 %. Rare in large layers: it shrinks with ln N."""
+    redundancy = float(row.metrics.redundancy)
+    if redundancy > limits.layer_redundancy:
+        yield Recommendation(
+            "layer redundancy",
+            row.path,
+            f"redundancy {redundancy:.0%} ({interpret_redundancy(redundancy, limits)}): reduce its units or "
+            "prune it structurally, the highest first.",
+            {"redundancy": redundancy, "limit": limits.layer_redundancy},
+            **_saved([row], 1 - float(row.metrics.utilization)),
+        )
+
+
+def _measured(sensitivity: MeasuredLosses, report: Snapshot, limits: Limits) -> dict[str, Recommendation]:
+    """By leaf, how far it went, alone, before the loss rose by more than the limit."""
+    known = {row.path for row in report.rows} | {other.path for other in report.others}
+    if strange := set(sensitivity.paths) - known - set(map(_leaf, known)):
+        raise ValueError(f"`sensitivity` is of other params: the report has no {sorted(strange)[0]!r}")
+    tolerance = limits.loss_rise * abs(float(sensitivity.dense))
+    highest = sensitivity.highest(tolerance)
+    return {
+        path: dataclasses.replace(
+            _of_curve(sensitivity, index, highest[path], tolerance),
+            **_saved([row for row in report.rows if path in (row.path, _leaf(row.path))], highest[path]),
+        )
+        for index, path in enumerate(sensitivity.paths)
+    }
+
+
+def _of_curve(sensitivity: MeasuredLosses, index: int, highest: float, tolerance: float) -> Recommendation:
+    sparsity = highest or sensitivity.sparsities[0]
+    rise = float(sensitivity.rises()[index, sensitivity.sparsities.index(sparsity)])
+    dense = float(sensitivity.dense)
+    pruned = f"pruned alone by {sensitivity.order} {'up ' if highest else ''}to {100 * sparsity:.3g} %"
+    rose = f"{rise:.2g} from {dense:.3g} (measured)"
+    message = (
+        f"{pruned}, the loss rose by at most {rose}."
+        if highest
+        else f"{pruned}, the loss rose by {rose}: prune other layers first."
+    )
+    evidence = {"sparsity": sparsity, "loss_rise": rise, "dense_loss": dense, "limit": tolerance}
+    return Recommendation("measured sensitivity", sensitivity.paths[index], message, evidence)
+
+
+def _leaf(path: str) -> str:
+    """Of a layer's path in a report: 'blocks/kernel[3]' is one of those stacked in 'blocks/kernel'."""
+    return path.rsplit("[", 1)[0]
+
+
+def _of_model(report: Snapshot, limits: Limits) -> Iterator[Recommendation]:
+    if all(map(_by_size, report.rows)):
+        yield from _model_utilization(report, limits)
+        yield from _model_sparsity(report, limits)
+    yield from _at_null(report, limits)
+
+
+def _model_utilization(report: Snapshot, limits: Limits) -> Iterator[Recommendation]:
+    """Methodology, rule 2: utilization of the whole model below 30 %."""
+    utilization, null = float(report.model.utilization), float(report.model.null_utilization)
+    if utilization < limits.model_utilization:
+        yield Recommendation(
+            "model utilization",
+            None,
+            f"the model uses {utilization:.1%} of its weights (noise: {null:.1%}): it is oversized for this "
+            "data. Try layers narrower by 30-50 %, and measure.",
+            {"utilization": utilization, "null_utilization": null, "limit": limits.model_utilization},
+        )
+
+
+def _model_sparsity(report: Snapshot, limits: Limits) -> Iterator[Recommendation]:
+    """Methodology, rule 3: more than half of the weights are faint.
+
+    Taken against each layer's own mean: the methodology's absolute threshold changes when a layer
+    and the next are rescaled against each other, which leaves the network as it was.
+    """
+    sparsity = float(report.model.relative_sparsity_1e2)
+    if sparsity > limits.sparsity:
+        yield Recommendation(
+            "model sparsity",
+            None,
+            f"{sparsity:.1%} of the weights have less than 1 % of their layer's mean importance: a "
+            "candidate for pruning 40-60 % of the weights. Measure the loss.",
+            {
+                "relative_sparsity_1e2": sparsity,
+                "sparsity_1e2": float(report.model.sparsity_1e2),
+                "limit": limits.sparsity,
+            },
+        )
+
+
+def _at_null(report: Snapshot, limits: Limits) -> Iterator[Recommendation]:
+    """Layers that look like noise: no advice rests on their metrics."""
+    close = [
+        row
+        for row in report.rows
+        if row.null is not None
+        and abs(float(row.metrics.utilization) - float(row.null.utilization)) <= limits.at_null
+    ]
+    if close:
+        yield Recommendation(
+            "at null",
+            None,
+            f"{len(close)} of {len(report.rows)} layers are spread as noise would be (utilization within "
+            f"{limits.at_null:.2f} of the null): this criterion gives no reason to prune or to keep them.",
+            {"layers": len(close), "of": len(report.rows), "limit": limits.at_null},
+        )

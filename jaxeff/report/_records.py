@@ -1,0 +1,371 @@
+"""What a report is made of: the numbers of layers, of other leaves, of modules and of the model.
+
+Everything is a pytree: structure (paths, shapes, reasons) is static, numbers are arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeff.metrics import Distribution, Metrics
+from jaxeff.metrics._half_normal import Null
+from jaxeff.numerics.summation import namespace
+from jaxeff.statistics import HeadlessAttention, UnitStatistics
+
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Activity:
+    """What the units of a layer or module emit; every property has the shape of the units.
+
+    Attributes:
+        shape: of the units: (3072,), or (12, 64) for heads and their features.
+        rank: number of axes of each of the sums.
+        sums: over everything that each unit emitted.
+    """
+
+    shape: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
+    rank: int = dataclasses.field(metadata=_STATIC)
+    sums: UnitStatistics
+
+    @property
+    def mean_absolute(self) -> jax.Array:
+        """mean |a| of each unit."""
+        return self._laid(self.sums.mean_absolute)
+
+    @property
+    def rms(self) -> jax.Array:
+        """sqrt(mean a^2) of each unit."""
+        return self._laid(self.sums.rms)
+
+    @property
+    def maximum(self) -> jax.Array:
+        """max |a| of each unit."""
+        return self._laid(self.sums.maximum)
+
+    @property
+    def zero_fraction(self) -> jax.Array:
+        """The fraction of each unit's values that are exactly 0."""
+        return self._laid(self.sums.zero_fraction)
+
+    @property
+    def dead(self) -> jax.Array:
+        """Number of units that emitted nothing but 0."""
+        axes = tuple(range(-len(self.shape), 0))
+        return namespace(self.maximum).sum(self.maximum == 0, axis=axes, dtype=np.int32)
+
+    @property
+    def saturated(self) -> jax.Array:
+        """Number of units all of whose values lay within 1 % of a bound of their nonlinearity.
+
+        0 where it has no bounds on both sides, as relu has not.
+        """
+        axes = tuple(range(-len(self.shape), 0))
+        if self.sums.saturated is None:
+            return namespace(self.sums.count).zeros_like(self.dead)
+        xp = namespace(self.sums.count)
+        fractions = self._laid(self.sums.saturated / xp.maximum(self.sums.count, 1))
+        return xp.sum(fractions == 1, axis=axes, dtype=np.int32)
+
+    @property
+    def count(self) -> jax.Array:
+        """Values seen of each unit."""
+        return self.sums.count
+
+    @property
+    def units(self) -> int:
+        return math.prod(self.shape)
+
+    def _laid(self, sums: jax.Array) -> jax.Array:
+        # The sums have the weight's rank; vmap and scan add axes in front.
+        return sums.reshape(*sums.shape[: sums.ndim - self.rank], *self.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerNumbers:
+    """The numbers of one layer, [], or of all layers stacked, [layers].
+
+    Attributes:
+        metrics: of the importance of all the layer's weights.
+        null: the same where the weights are noise; None for a criterion without one.
+        effective_units: exp(entropy) of the units' importance.
+        effective_fan_in: effective weights per effective unit; the product of both is
+            `metrics.effective_params` (the entropy chain rule).
+        nonfinite_weights: entries of the weight itself that are nan or infinite.
+        largest_weight: max |w|.
+        evidence_finite: False where the activations or derivatives that the criterion reads are nan or
+            infinite, or were not seen: the layer is then scored by magnitude.
+        distribution: of the importance over the weights; None unless `curves` were asked for.
+    """
+
+    metrics: Metrics
+    null: Null | None
+    effective_units: jax.Array
+    effective_fan_in: jax.Array
+    nonfinite_weights: jax.Array
+    largest_weight: jax.Array
+    evidence_finite: jax.Array
+    # By keyword, for the fields of `LayerReport` that follow have no default.
+    distribution: Distribution | None = dataclasses.field(default=None, kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerStructure:
+    """What is known of one layer before any number.
+
+    Attributes:
+        path: keys below `params`, joined by '/'; with an index for one of several layers that a scan
+            stacks into one array.
+        kind: 'dense', 'conv', 'embedding', or 'weight' where no operation was read.
+        shape, dtype: of the weight.
+        nonlinearity: between pre- and post-activation; None where no operation was read.
+        scored: what the criterion reads: 'post', 'input', 'magnitude', 'gradient', 'none' or 'user'.
+        reason: why the activations could not be read; None where they were.
+        uses: how many operations consume the weight.
+        unit_axes: axes of the weight that index its units.
+        macs: multiply-accumulates per example; None where unknown.
+        uncounted: whether they are unknown for a use inside a `while`.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    nonlinearity: str | None
+    scored: str
+    reason: str | None
+    uses: int
+    unit_axes: tuple[int, ...]
+    macs: int | None
+    # By keyword, for the fields of `LayerReport` that follow have no default.
+    uncounted: bool = dataclasses.field(default=False, kw_only=True)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Of the weight, stored dense."""
+        return self.size * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in self.unit_axes)
+
+    @property
+    def unit_count(self) -> int:
+        return math.prod(self.unit_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport(LayerNumbers, LayerStructure):
+    """One weight: its `LayerStructure`, its `LayerNumbers`, and the arrays over its units.
+
+    Attributes:
+        units: importance per unit, shaped like the weight's unit axes.
+        activity: what the units emit; None where no activations were read.
+    """
+
+    units: jax.Array
+    activity: Activity | None
+
+    @property
+    def side(self) -> str:
+        """As `scored`, or 'magnitude' where that is all the layer could be scored by."""
+        return self.scored if bool(self.evidence_finite) else "magnitude"
+
+    @property
+    def note(self) -> str:
+        """What a reader must know before using the numbers; empty for nothing."""
+        return "; ".join([*_notes(self), *_uncounted(self)])
+
+
+def _register_view(view: Any, structure: Any) -> None:
+    static = [field.name for field in dataclasses.fields(structure)]
+    data = [field.name for field in dataclasses.fields(view) if field.name not in static]
+    _ = jax.tree_util.register_dataclass(view, data_fields=data, meta_fields=static)
+
+
+_register_view(LayerReport, LayerStructure)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OtherNumbers:
+    """Numbers of one leaf that is no weight, [], or of all of them, [leaves]; nan where it holds none."""
+
+    mean_absolute: jax.Array
+    rms: jax.Array
+    maximum: jax.Array
+    zeros: jax.Array
+    nonfinite: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherStructure:
+    """A leaf that is no weight: its path, its role ('bias', 'scale', 'int32 array', ...) and shape."""
+
+    path: str
+    role: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherReport(OtherNumbers, OtherStructure):
+    """A leaf that is no weight, and the numbers of its own elements."""
+
+
+_register_view(OtherReport, OtherStructure)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModuleReport:
+    """The output that Flax captured of one module (path '' is the model); units are its last axis."""
+
+    path: str = dataclasses.field(metadata=_STATIC)
+    activity: Activity
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionReport:
+    """The heads of one softmax attention.
+
+    Attributes:
+        path: what the paths of its weights have in common.
+        heads: how many there are.
+        units: how many groups of heads share keys and values; the heads themselves where all share one key.
+        entropy: [heads], mean over the batch and all queries, in nats: 0 where a head looks at one position,
+            ln of their number where it looks at all alike. Layers that a scan stacks stand in front.
+        importance: [units], summed over the unit's part of the query, key, value and output weights.
+    """
+
+    path: str = dataclasses.field(metadata=_STATIC)
+    heads: int = dataclasses.field(metadata=_STATIC)
+    units: int = dataclasses.field(metadata=_STATIC)
+    entropy: jax.Array
+    importance: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelReport:
+    """The model as a whole. Layers whose metrics are not finite are left out of every sum.
+
+    Attributes:
+        total_params: all elements of `params`, weights or not.
+        weights: elements of all weights that have a row.
+        effective_params: sum of the layers' effective weights.
+        utilization: effective_params / weights.
+        null_utilization: the same of the layers' nulls; nan where a layer has none.
+        compression_potential: 1 - utilization. Noise has 0.25: see `null_utilization`.
+        average_redundancy: unweighted mean over layers.
+        sparsity_1e2, sparsity_1e3: fraction of weights with importance below 1e-2, 1e-3.
+        relative_sparsity_1e2, relative_sparsity_1e3: below 1e-2, 1e-3 of their own layer's mean.
+        pooled_effective_params, pooled_utilization: of all weights of the model taken as one
+            distribution: a layer of faint weights counts for little.
+        excluded: how many layers were left out.
+        relevance_residual: for a criterion of relevance, what of the winning outputs was neither passed on to
+            the inputs nor taken by biases, as a fraction; None for any other criterion.
+    """
+
+    total_params: int = dataclasses.field(metadata=_STATIC)
+    weights: int = dataclasses.field(metadata=_STATIC)
+    effective_params: jax.Array
+    utilization: jax.Array
+    null_utilization: jax.Array
+    compression_potential: jax.Array
+    average_redundancy: jax.Array
+    sparsity_1e2: jax.Array
+    sparsity_1e3: jax.Array
+    relative_sparsity_1e2: jax.Array
+    relative_sparsity_1e3: jax.Array
+    pooled_effective_params: jax.Array
+    pooled_utilization: jax.Array
+    excluded: jax.Array
+    relevance_residual: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A report of one model with its numbers on the host: what every table, page and file is made of.
+
+    Attributes:
+        analysed_params: elements of the weights that were scored by what was seen of them.
+    """
+
+    criterion: str
+    rows: tuple[LayerReport, ...]
+    others: tuple[OtherReport, ...]
+    modules: tuple[ModuleReport, ...]
+    attentions: tuple[AttentionReport, ...]
+    model: ModelReport
+    headless: tuple[HeadlessAttention, ...]
+    analysed_params: int
+
+
+def none_of(kind: Any) -> Any:
+    """The stacked numbers of no layer, or of no leaf."""
+    nothing: dict[str, Any] = {field.name: np.zeros(0, np.float32) for field in dataclasses.fields(kind)}
+    if kind is LayerNumbers:
+        nothing.update(metrics=none_of(Metrics), null=None, distribution=None)
+    return kind(**nothing)
+
+
+# Products below 1.2e-38 are flushed to 0; what lies 2^24 below the largest no longer matters.
+_FAINT = 1e-30
+
+
+def _notes(row: LayerReport) -> list[str]:
+    notes = [] if row.reason is None else [f"{_fallback(row, 'its activations were not read')}: {row.reason}"]
+    if int(row.nonfinite_weights):
+        notes.append(f"{int(row.nonfinite_weights):,} weights are nan or infinite")
+    elif row.activity is not None and not float(row.activity.count):
+        notes.append(_fallback(row, "not reached on this batch", "not reached on this batch: "))
+    elif not bool(row.evidence_finite):
+        read = "derivatives" if row.scored == "gradient" else "activations, or their sums,"
+        notes.append(f"its {read} are nan or infinite: scored by magnitude")
+    elif int(row.metrics.nonfinite):
+        notes.append(
+            f"the importance of {int(row.metrics.nonfinite):,} weights is negative, nan or beyond float32"
+        )
+    elif float(row.largest_weight) == 0:
+        notes.append("all weights are 0")
+    elif int(row.metrics.zeros) == row.size:
+        notes.append(_all_zero(row))
+    elif float(row.metrics.max) < _FAINT:
+        notes.append("its importances are so small that float32 rounds some of them to 0: rescale the layer")
+    return notes
+
+
+def _uncounted(row: LayerReport) -> list[str]:
+    reason = "it is used inside a while loop, whose number of steps only running it tells"
+    return [f"its MACs are unknown: {reason}"] if row.uncounted else []
+
+
+def _fallback(row: LayerReport, otherwise: str, lead: str = "") -> str:
+    """That the layer is scored by magnitude, if it is."""
+    return f"{lead}scored by magnitude" if row.side == "magnitude" else otherwise
+
+
+def _all_zero(row: LayerReport) -> str:
+    if row.scored == "gradient":
+        return "the loss does not depend on it on this batch: every importance is 0"
+    if row.activity is not None and float(np.max(row.activity.maximum)) == 0:
+        return "no unit emits anything on this batch: every importance is 0"
+    return "every importance is 0 in float32: weights and activations are too small to multiply"

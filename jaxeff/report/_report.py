@@ -1,0 +1,325 @@
+"""The report: what was measured of every parameter, as a pytree.
+
+`Report` passes through jit, vmap over an ensemble and scan over training. Printing, JSON and
+recommendations read its snapshot, which is of one model whose numbers are concrete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxeff.output import files
+from jaxeff.report import _notebook as notebook
+from jaxeff.report import _serialization as serialization
+from jaxeff.report import _table as table
+from jaxeff.report._recommendations import MeasuredLosses, Recommendation, recommend
+from jaxeff.report._records import (
+    Activity,
+    AttentionReport,
+    LayerNumbers,
+    LayerReport,
+    LayerStructure,
+    ModelReport,
+    ModuleReport,
+    OtherNumbers,
+    OtherReport,
+    OtherStructure,
+    Snapshot,
+    none_of,
+)
+from jaxeff.statistics import HeadlessAttention
+
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that `jaxeff.analyze` found. `str(report)` is a table of 100 columns.
+
+    The numbers of all layers are held stacked, so that a report is a few arrays however deep the
+    model; `layers`, `rows` and `others` take them apart.
+
+    Attributes:
+        criterion: its name.
+        structure: of every weight, in forward order.
+        other_structure: of every leaf that is no weight.
+        numbers: of every weight, stacked.
+        units: importance per unit, one array a weight.
+        activities: what the units emit, one a weight.
+        other_numbers: of every leaf that is no weight, stacked.
+        modules: outputs that Flax captured.
+        attentions: heads of every softmax attention.
+        model: the model-level numbers.
+        headless: softmaxes that weigh data, and in which no heads were found, with the reason.
+    """
+
+    criterion: str = dataclasses.field(metadata=_STATIC)
+    structure: tuple[LayerStructure, ...] = dataclasses.field(metadata=_STATIC)
+    other_structure: tuple[OtherStructure, ...] = dataclasses.field(metadata=_STATIC)
+    numbers: LayerNumbers
+    units: tuple[jax.Array, ...]
+    activities: tuple[Activity | None, ...]
+    other_numbers: OtherNumbers
+    modules: tuple[ModuleReport, ...]
+    attentions: tuple[AttentionReport, ...]
+    model: ModelReport
+    headless: tuple[HeadlessAttention, ...] = dataclasses.field(default=(), metadata=_STATIC)
+
+    @functools.cached_property
+    def rows(self) -> tuple[LayerReport, ...]:
+        """Every weight, in forward order."""
+        numbers = _unstacked(self.numbers, len(self.structure))
+        return tuple(map(_row, self.structure, numbers, self.units, self.activities))
+
+    @functools.cached_property
+    def others(self) -> tuple[OtherReport, ...]:
+        """Every leaf that is no weight."""
+        numbers = _unstacked(self.other_numbers, len(self.other_structure))
+        pairs = zip(self.other_structure, numbers, strict=True)
+        return tuple(OtherReport(**vars(structure), **vars(each)) for structure, each in pairs)
+
+    @staticmethod
+    def assemble(
+        criterion: str,
+        rows: Sequence[LayerReport],
+        others: Sequence[OtherReport],
+        modules: Sequence[ModuleReport],
+        attentions: Sequence[AttentionReport],
+        model: ModelReport,
+        headless: Sequence[HeadlessAttention] = (),
+    ) -> Report:
+        """A report from its parts, as `rows` and `others` give them."""
+        return Report(
+            criterion,
+            tuple(_part(LayerStructure, row) for row in rows),
+            tuple(_part(OtherStructure, other) for other in others),
+            _stacked([_part(LayerNumbers, row) for row in rows], LayerNumbers),
+            tuple(row.units for row in rows),
+            tuple(row.activity for row in rows),
+            _stacked([_part(OtherNumbers, other) for other in others], OtherNumbers),
+            tuple(modules),
+            tuple(attentions),
+            model,
+            tuple(headless),
+        )
+
+    def _row(self, index: int) -> LayerReport:
+        numbers = _at(self.numbers, index)
+        return _row(self.structure[index], numbers, self.units[index], self.activities[index])
+
+    @property
+    def layers(self) -> dict[str, LayerReport]:
+        """Every weight by path, in forward order."""
+        # The pytree holds a tuple: a dict would come back from jit sorted by key.
+        return {row.path: row for row in self.rows}
+
+    @property
+    def unpaired(self) -> dict[str, str]:
+        """Weights scored by magnitude because their activations could not be read, or are not finite: why.
+
+        Of several models, and where numbers are traced, only those that could not be read.
+        """
+        unread = {layer.path: layer.reason for layer in self.structure if layer.reason is not None}
+        reasons = {**{row.path: row.note for row in self._fallen_back()}, **unread}
+        return {layer.path: reasons[layer.path] for layer in self.structure if layer.path in reasons}
+
+    @property
+    def analysed_params(self) -> int:
+        """Elements of the weights whose activations were read, and finite where these were scored by them."""
+        seen = zip(self.structure, self.activities, strict=True)
+        read = sum(layer.size for layer, activity in seen if activity is not None)
+        return read - sum(row.size for row in self._fallen_back() if row.activity is not None)
+
+    def _fallen_back(self) -> list[LayerReport]:
+        """Weights scored by magnitude for what the criterion reads is not finite, as far as that is known."""
+        finite = self.numbers.evidence_finite
+        if isinstance(finite, Tracer) or np.ndim(finite) != 1:
+            return []
+        return [self._row(int(index)) for index in np.flatnonzero(~np.asarray(finite, bool))]
+
+    def single(self) -> Report:
+        """The report with its numbers on the host.
+
+        Raises:
+            ValueError: it is of several models (from `vmap`) or steps (from `scan`).
+        """
+        members = np.shape(self.model.utilization)
+        if members:
+            raise ValueError(
+                f"this report is of {math.prod(members)} models or steps: take one first, such as "
+                "jax.tree.map(lambda x: x[0], report)"
+            )
+        # As it is where its numbers are there already: its rows are made once.
+        here = all(isinstance(leaf, (np.ndarray, np.generic)) for leaf in jax.tree.leaves(self))
+        return self if here else jax.device_get(self)
+
+    def snapshot(self) -> Snapshot:
+        """The rows and numbers on the host, which tables, pages and files are made of.
+
+        Raises:
+            ValueError: the report is of several models or steps.
+        """
+        one = self.single()
+        return Snapshot(
+            one.criterion,
+            one.rows,
+            one.others,
+            one.modules,
+            one.attentions,
+            one.model,
+            one.headless,
+            one.analysed_params,
+        )
+
+    def __contains__(self, path: object) -> bool:
+        return any(layer.path == path for layer in self.structure)
+
+    def __iter__(self) -> Iterator[str]:
+        """Paths of the weights, in forward order."""
+        return (layer.path for layer in self.structure)
+
+    def __getitem__(self, path: str) -> LayerReport:
+        if not isinstance(path, str):
+            raise TypeError(f"a layer is found by its path, got {path!r}; `report.rows` has them in order")
+        paths = [layer.path for layer in self.structure]
+        if path not in paths:
+            near = [known for known in paths if path.split("/")[0] in known] or paths
+            shown = ", ".join(near[:5]) + (", ..." if len(near) > 5 else "")
+            raise KeyError(f"no layer {path!r}; there are {shown}")
+        return self._row(paths.index(path))
+
+    def __str__(self) -> str:
+        members = np.shape(self.model.utilization)
+        if members:
+            return table.of_several(math.prod(members), len(self.structure))
+        return table.render(self.snapshot())
+
+    def _repr_html_(self) -> str:
+        one = not np.ndim(self.model.utilization)
+        return notebook.render(self.snapshot()) if one else notebook.preformatted(str(self))
+
+    def recommendations(self, sensitivity: MeasuredLosses | None = None) -> tuple[Recommendation, ...]:
+        """What to do, each with the numbers it rests on, ranked by what it would save.
+
+        Args:
+            sensitivity: of the same model, from `jaxeff.prune.sensitivity`: adds what was measured of each
+                layer.
+
+        Raises:
+            ValueError: the report is of several models or steps, or the sensitivity of other params.
+        """
+        return recommend(self.snapshot(), sensitivity=sensitivity)
+
+    def scalars(self) -> dict[str, float]:
+        """A flat dict of numbers for any tracker: 'model/utilization', 'layers/Dense_0/kernel/gini', ..."""
+        concrete = self.single()
+        flat = {f"model/{name}": float(value) for name, value in _numbers(concrete.model).items()}
+        flat["model/unpaired_layers"] = float(len(concrete.unpaired))
+        for row in concrete.rows:
+            values = {**_numbers(row.metrics), **_numbers(row)}
+            if row.null is not None:
+                values["null_utilization"] = row.null.utilization
+            if row.activity is not None:
+                values["dead_units"] = row.activity.dead
+                values["saturated_units"] = row.activity.saturated
+            flat.update({f"layers/{row.path}/{name}": float(value) for name, value in values.items()})
+        for attention in concrete.attentions:
+            name = f"attentions/{attention.path}"
+            flat[f"{name}/entropy"] = float(jnp.mean(attention.entropy))
+            flat[f"{name}/lowest_entropy"] = float(jnp.min(attention.entropy))
+        return flat
+
+    def to_records(self) -> list[dict[str, str | int | float | None]]:
+        """A flat dict for every layer, all with the same keys: what pandas and polars make a DataFrame of.
+
+        nan stays nan; None is what is not known of a layer, such as the units of one without activations.
+        For polars pass `infer_schema_length=None`: the first hundred rows of a column may be unknown.
+
+        Raises:
+            ValueError: the report is of several models or steps.
+        """
+        return serialization.to_records(self.single().rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python data; nan is None, infinity a string, arrays are nested lists."""
+        return serialization.to_dict(self.snapshot())
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The report as JSON without NaN literals; `Report.from_json` reads it back."""
+        return serialization.to_json(self.snapshot(), indent=indent)
+
+    def to_html(self, path: str | os.PathLike, *, title: str = "jaxeff report") -> None:
+        """Writes one HTML file that needs no network and no other file.
+
+        Args:
+            path: of the file; what is there is replaced once the new one is whole.
+            title: at its head.
+
+        Raises:
+            ImportError: Jinja is not installed.
+            OSError: the file cannot be written.
+            ValueError: the report is of several models or steps.
+        """
+        from jaxeff.report import page
+
+        files.write(path, page.render(self.snapshot(), title))
+
+    @staticmethod
+    def from_json(text: str) -> Report:
+        """A report as `to_json` wrote it.
+
+        Raises:
+            ValueError: the text is no report, or of another schema version.
+        """
+        return Report.assemble(**serialization.from_json(text))
+
+
+def _fields(node: Any) -> dict[str, Any]:
+    return {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+
+
+def _part(kind: Any, view: Any) -> Any:
+    return kind(**{field.name: getattr(view, field.name) for field in dataclasses.fields(kind)})
+
+
+def _stacked(parts: Sequence[Any], kind: Any) -> Any:
+    return jax.tree.map(lambda *numbers: jnp.stack(numbers, axis=-1), *parts) if parts else none_of(kind)
+
+
+def _at(stacked: Any, index: int) -> Any:
+    # The last axis: vmap and scan add theirs in front.
+    return jax.tree.map(lambda numbers: numbers[..., index], stacked)
+
+
+def _unstacked(stacked: Any, count: int) -> list[Any]:
+    leaves, tree = jax.tree.flatten(stacked)
+    columns = [[numbers[..., index] for index in range(count)] for numbers in leaves]
+    return [tree.unflatten(row) for row in zip(*columns, strict=True)]
+
+
+def _row(
+    structure: LayerStructure, numbers: LayerNumbers, units: jax.Array, activity: Activity | None
+) -> LayerReport:
+    return LayerReport(**vars(structure), **vars(numbers), units=units, activity=activity)
+
+
+def _numbers(node: Any) -> Mapping[str, Any]:
+    """The scalar numbers that stand directly in a report's node."""
+    return {
+        name: value
+        for name, value in _fields(node).items()
+        if isinstance(value, (int, float, jax.Array, np.ndarray))
+        and np.ndim(value) == 0
+        and name != "evidence_finite"
+    }

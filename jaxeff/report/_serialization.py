@@ -1,0 +1,157 @@
+"""A report as JSON and back.
+
+nan is null, infinities are the strings "Infinity" and "-Infinity": JSON has no literals for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeff.metrics._half_normal import Null
+from jaxeff.report._recommendations import recommend
+from jaxeff.report._records import (
+    AttentionReport,
+    LayerReport,
+    ModelReport,
+    ModuleReport,
+    OtherReport,
+    Snapshot,
+)
+from jaxeff.statistics import HeadlessAttention
+
+# A reader opens any minor version: it leaves out fields it does not know, and takes those that are missing
+# for unknown. Whatever it would read wrongly needs a new major version.
+SCHEMA = 3
+MINOR = 1
+
+
+def to_dict(report: Snapshot) -> dict[str, Any]:
+    """Plain Python data: a dict for each layer and other leaf, the model, the recommendations."""
+    return {
+        "schema": SCHEMA,
+        "schema_minor": MINOR,
+        "criterion": report.criterion,
+        "model": encoded(report.model),
+        "layers": encoded(report.rows),
+        "others": encoded(report.others),
+        "modules": encoded(report.modules),
+        "attentions": encoded(report.attentions),
+        "headless": encoded(report.headless),
+        "recommendations": encoded(recommend(report)),
+    }
+
+
+def to_records(rows: Sequence[LayerReport]) -> list[dict[str, str | int | float | None]]:
+    """A flat dict for each row: text, numbers of Python, None."""
+    return [_record(row) for row in rows]
+
+
+def _record(row: LayerReport) -> dict[str, str | int | float | None]:
+    null, activity = row.null, row.activity
+    return {
+        "path": row.path,
+        "kind": row.kind,
+        "shape": "x".join(map(str, row.shape)),
+        "weights": row.size,
+        "dtype": row.dtype,
+        "bytes": row.bytes,
+        "nonlinearity": row.nonlinearity,
+        "side": row.side,
+        "note": row.note,
+        "uses": row.uses,
+        "macs": row.macs,
+        **{field.name: getattr(row.metrics, field.name).item() for field in dataclasses.fields(row.metrics)},
+        **{
+            f"null_{field.name}": None if null is None else getattr(null, field.name).item()
+            for field in dataclasses.fields(Null)
+        },
+        "units": row.unit_count,
+        "effective_units": row.effective_units.item(),
+        "effective_fan_in": row.effective_fan_in.item(),
+        "dead_units": None if activity is None else int(activity.dead),
+        "saturated_units": None if activity is None else int(activity.saturated),
+        "nonfinite_weights": row.nonfinite_weights.item(),
+        "largest_weight": row.largest_weight.item(),
+    }
+
+
+def to_json(report: Snapshot, *, indent: int | None = None) -> str:
+    return json.dumps(to_dict(report), allow_nan=False, indent=indent)
+
+
+def from_json(text: str) -> dict[str, Any]:
+    """The parts of a report, as `Report.assemble` takes them."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a jaxeff report: {error}") from error
+    if not isinstance(data, dict) or "schema" not in data:
+        raise ValueError(
+            "not a jaxeff report: it has no schema version. Pass what `Report.to_json` returned."
+        )
+    if data["schema"] != SCHEMA:
+        raise ValueError(f"the report has schema {data['schema']!r}, this version of jaxeff reads {SCHEMA}")
+    try:
+        return {
+            "criterion": _decoded(str, data["criterion"]),
+            "rows": _decoded(tuple[LayerReport, ...], data["layers"]),
+            "others": _decoded(tuple[OtherReport, ...], data["others"]),
+            "modules": _decoded(tuple[ModuleReport, ...], data["modules"]),
+            "attentions": _decoded(tuple[AttentionReport, ...], data["attentions"]),
+            "model": _decoded(ModelReport, data["model"]),
+            # Reports of schema 3.0 have none.
+            "headless": _decoded(tuple[HeadlessAttention, ...], data.get("headless", ())),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a jaxeff report: {type(error).__name__} at {error}") from error
+
+
+def encoded(node: Any) -> Any:
+    """Plain Python data that JSON can hold."""
+    if dataclasses.is_dataclass(node):
+        return {field.name: encoded(getattr(node, field.name)) for field in dataclasses.fields(node)}
+    if isinstance(node, Mapping):
+        return {key: encoded(value) for key, value in node.items()}
+    if isinstance(node, (tuple, list)):
+        return [encoded(item) for item in node]
+    if isinstance(node, (jax.Array, np.ndarray, np.generic)):
+        return encoded(np.asarray(node).tolist())
+    if isinstance(node, float) and not math.isfinite(node):
+        return None if math.isnan(node) else "Infinity" if node > 0 else "-Infinity"
+    return node
+
+
+def _decoded(kind: Any, data: Any) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return None if data is None else _decoded(next(a for a in arguments if a is not type(None)), data)
+    if origin is tuple:
+        return tuple(_decoded(arguments[0], item) for item in data)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        fields = [f for f in dataclasses.fields(kind) if f.name in data or f.default is dataclasses.MISSING]
+        return kind(**{f.name: _decoded(hints[f.name], data[f.name]) for f in fields})
+    return _array(data) if kind is jax.Array else data
+
+
+def _array(data: Any) -> jax.Array:
+    numbers = np.array(_floats(data))
+    # Counts and flags were written without a decimal point.
+    kinds = {"i": jnp.int32, "b": jnp.bool_}
+    return jnp.asarray(numbers, kinds.get(numbers.dtype.kind, jnp.float32))
+
+
+def _floats(data: Any) -> Any:
+    if isinstance(data, list):
+        return [_floats(item) for item in data]
+    return math.nan if data is None else float(data) if isinstance(data, str) else data

@@ -1,0 +1,164 @@
+"""A report as text, 100 columns wide or as wide as a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxeff.model.roles import whole_numbers
+from jaxeff.output.text import UNKNOWN, WIDTH, aligned, decimal, left_out, number, percent, section, wrapped
+from jaxeff.report._recommendations import recommend
+from jaxeff.report._records import AttentionReport, LayerReport, Snapshot
+
+HEADER = (
+    "layer", "shape", "emits", "weights", "bytes", "MACs", "used", "null", "gini", "units", "fan-in", "dead"
+)  # fmt: skip
+_DISPENSABLE = ("fan-in", "bytes", "shape", "emits", "weights", "dead", "units", "MACs", "gini")
+_LEFT = ("shape", "emits")
+_MARK = "*"
+
+
+def render(
+    report: Snapshot, shown: Sequence[int] | None = None, width: int = WIDTH, advised: int | None = None
+) -> str:
+    """The table: a row per layer in forward order, the model, what was analysed, what to do.
+
+    Args:
+        shown: numbers of the rows to show, in that order; all of them unless given. What follows the rows
+            speaks of all.
+        width: of the lines, in columns.
+        advised: how many recommendations to show, the first of them; all unless given.
+    """
+    rows = report.rows
+    chosen = rows if shown is None else [rows[index] for index in shown]
+    table = [HEADER, *map(cells, chosen)]
+    lines = aligned(table, width, dispensable=_DISPENSABLE, left=_LEFT) if chosen else []
+    lines += left_out(len(rows), len(chosen), "layers") if rows else wrapped(no_weights(report), width)
+    lines += ["", *(line for text in model(report) for line in wrapped(text, width))]
+    lines += [*_attentions(report, width), *_notes(report, width), *_recommendations(report, width, advised)]
+    return "\n".join(lines)
+
+
+def of_several(members: int, layers: int) -> str:
+    """What is printed of a report of several models (from `vmap` or `scan`), which is not one table."""
+    return (
+        f"Report of {members} models or steps, {layers} layers each. "
+        "jax.tree.map(lambda x: x[0], report) is the first."
+    )
+
+
+def no_weights(report: Snapshot) -> str:
+    """What is said in place of the rows of a report that has none."""
+    arrays = [(other.path, other.shape, other.role.removesuffix(" array")) for other in report.others]
+    return f"No weights: no floating leaf of two axes or more multiplies data.{whole_numbers(arrays)}"
+
+
+def cells(row: LayerReport) -> tuple[str, ...]:
+    """What stands under each word of HEADER."""
+    dead = "" if row.activity is None else number(float(row.activity.dead))
+    return (
+        row.path + (_MARK if row.note else ""),
+        "x".join(map(str, row.shape)),
+        row.nonlinearity or UNKNOWN,
+        number(row.size),
+        number(row.bytes),
+        UNKNOWN if row.macs is None else number(row.macs),
+        percent(float(row.metrics.utilization)),
+        percent(float(row.null.utilization)) if row.null is not None else UNKNOWN,
+        decimal(float(row.metrics.gini)),
+        f"{number(float(row.effective_units))}/{number(row.unit_count)}",
+        number(float(row.effective_fan_in)),
+        dead or UNKNOWN,
+    )
+
+
+def model(report: Snapshot) -> list[str]:
+    """What is said of the model as a whole, in sentences."""
+    model = report.model
+    counted = sum(row.size for row in report.rows if math.isfinite(float(row.metrics.effective_params)))
+    lines = [
+        f"Model: {percent(float(model.utilization))} of {number(counted)} weights used "
+        f"({number(float(model.effective_params))} effective), noise under the same activations: "
+        f"{percent(float(model.null_utilization))}. Scored by {report.criterion}.",
+        f"Parameters: {model.total_params:,} in all; {shares(report)}.",
+    ]
+    known = [row.macs for row in report.rows if row.macs is not None]
+    if known:
+        lines.append(
+            f"Cost: {number(sum(known))} multiply-accumulates (MACs) an example in these layers, "
+            f"{number(sum(row.bytes for row in report.rows))} bytes of weights."
+        )
+    if model.relevance_residual is not None:
+        lines.append(
+            f"Relevance: {float(model.relevance_residual):.1e} of the winning outputs was neither passed on "
+            "to the inputs nor taken by biases."
+        )
+    if int(model.excluded):
+        lines.append(
+            f"{int(model.excluded)} of {len(report.rows)} layers are not finite and left out of these sums."
+        )
+    return lines
+
+
+def shares(report: Snapshot) -> str:
+    """What part of all parameters was analysed, and how."""
+    total = max(report.model.total_params, 1)
+    analysed = report.analysed_params
+    others = sum(other.size for other in report.others)
+    magnitude = report.model.weights - analysed
+    roles = sorted({other.role for other in report.others})
+    named = f" ({', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''})" if roles else ""
+    parts = [
+        f"{analysed / total:.1%} analysed with activations",
+        f"{magnitude / total:.1%} by magnitude only",
+        f"{others / total:.1%} not weights{named}",
+    ]
+    return ", ".join(parts)
+
+
+def _attentions(report: Snapshot, width: int) -> list[str]:
+    return section(width, "Attention:", attentions(report))
+
+
+def attentions(report: Snapshot) -> list[str]:
+    """A line for every softmax that weighs data: its heads, or why none were found."""
+    return [
+        *(attention(found) for found in report.attentions),
+        *(f"{each.path or 'model'}: no heads found: {each.reason}" for each in report.headless),
+    ]
+
+
+def attention(found: AttentionReport) -> str:
+    """The spread of the heads' entropies, and of the units' shares of the importance."""
+    entropy, importance = np.asarray(found.entropy), np.asarray(found.importance)
+    shares = importance / np.sum(importance, axis=-1, keepdims=True)
+    units = "" if found.units == found.heads else f" in {found.units} groups"
+    each = "head" if found.units == found.heads else "group"
+    return (
+        f"{found.path or 'model'}: {found.heads} heads{units}, entropy {decimal(float(entropy.min()))} to "
+        f"{decimal(float(entropy.max()))} nats; a {each} holds {percent(float(shares.min()))} to "
+        f"{percent(float(shares.max()))} of the importance"
+    )
+
+
+def _notes(report: Snapshot, width: int) -> list[str]:
+    return section(width, f"Notes ({_MARK}):", [f"{path}: {note}." for path, note in notes(report)])
+
+
+def notes(report: Snapshot) -> list[tuple[str, str]]:
+    """Paths and what a reader must know of them."""
+    noted = [(row.path, row.note) for row in report.rows if row.note]
+    damaged = [
+        (o.path, f"{int(o.nonfinite):,} elements are nan or infinite")
+        for o in report.others
+        if int(o.nonfinite)
+    ]
+    return [*noted, *damaged]
+
+
+def _recommendations(report: Snapshot, width: int, advised: int | None) -> list[str]:
+    advice = [str(each) for each in recommend(report)]
+    shown, rest = advice[:advised], left_out(len(advice), advised, "recommendations")
+    return [*(section(width, "Recommendations:", shown) or [""] * len(rest)), *rest]

@@ -1,0 +1,266 @@
+"""What the page shows of the whole model: numbers as text, and charts as coordinates for its template."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jaxeff.output import text
+from jaxeff.report import _table as table
+from jaxeff.report._records import LayerReport, Snapshot
+
+_RANKED = 10
+_NOISE = 0.02  # what noise itself may seem to spare
+_LABELLED = 4
+
+
+def summary(report: Snapshot) -> dict[str, Any]:
+    """The tiles at the head of the page, and the sentence on what was analysed."""
+    model = report.model
+    tiles = [
+        ("Weights in use", text.percent(float(model.utilization)), f"noise: {_noise(report)}"),
+        ("Effective weights", text.number(float(model.effective_params)), f"of {model.weights:,}"),
+        ("Parameters", f"{model.total_params:,}", table.shares(report)),
+        ("Layers", f"{len(report.rows):,}", _excluded(report)),
+        ("Redundancy", text.percent(float(model.average_redundancy)), "mean over layers"),
+        (
+            "Faint weights",
+            text.percent(float(model.relative_sparsity_1e2)),
+            "below 1 % of the mean",
+        ),
+    ]
+    return {"criterion": report.criterion, "tiles": tiles}
+
+
+def _noise(report: Snapshot) -> str:
+    null = float(report.model.null_utilization)
+    return "unknown" if math.isnan(null) else text.percent(null)
+
+
+def _excluded(report: Snapshot) -> str:
+    excluded = int(report.model.excluded)
+    return f"{excluded} not finite and left out" if excluded else "all of them counted"
+
+
+def anchors(report: Snapshot) -> dict[str, int]:
+    """The number of each layer, by path."""
+    return {row.path: index for index, row in enumerate(report.rows)}
+
+
+# The table.
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What stands in a cell, and the number it is sorted by; None for unknown."""
+
+    text: str
+    value: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One layer; utilization and its null as positions from 0 to 100, for a bar."""
+
+    index: int
+    path: str
+    note: str
+    emits: str
+    shape: Cell
+    weights: Cell
+    bytes: Cell
+    macs: Cell
+    used: Cell
+    bar: float | None
+    null: float | None
+    below: Cell
+    gini: Cell
+    redundancy: Cell
+    units: Cell
+    dead: Cell
+
+
+def rows(layers: Sequence[LayerReport]) -> list[Row]:
+    return [_row(index, row) for index, row in enumerate(layers)]
+
+
+def _row(index: int, row: LayerReport) -> Row:
+    used, null = float(row.metrics.utilization), _null(row)
+    below = math.nan if null is None else null - used
+    dead = math.nan if row.activity is None else float(row.activity.dead)
+    return Row(
+        index=index,
+        path=row.path,
+        note=row.note,
+        emits=row.nonlinearity or "–",
+        shape=Cell("×".join(map(str, row.shape)), row.size),
+        weights=Cell(text.number(row.size), row.size),
+        bytes=Cell(text.number(row.bytes), row.bytes),
+        macs=Cell("–" if row.macs is None else text.number(row.macs), row.macs),
+        used=_cell(used, text.percent(used)),
+        bar=_percentage(used),
+        null=None if null is None else _percentage(null),
+        below=_cell(below, "–" if math.isnan(below) else f"{100 * below:+.1f}"),
+        gini=_cell(float(row.metrics.gini), text.decimal(float(row.metrics.gini))),
+        redundancy=_cell(float(row.metrics.redundancy), text.percent(float(row.metrics.redundancy))),
+        units=_cell(
+            float(row.effective_units) / row.unit_count,
+            f"{text.number(float(row.effective_units))}/{text.number(row.unit_count)}",
+        ),
+        dead=_cell(dead, "–" if math.isnan(dead) else f"{dead:,.0f}"),
+    )
+
+
+def _null(row: LayerReport) -> float | None:
+    return (
+        None if row.null is None or math.isnan(float(row.null.utilization)) else float(row.null.utilization)
+    )
+
+
+def _cell(value: float, text: str) -> Cell:
+    return Cell(text, float(f"{value:.6g}") if math.isfinite(value) else None)
+
+
+def _percentage(value: float) -> float | None:
+    return round(100 * value, 1) if math.isfinite(value) else None
+
+
+# Charts: coordinates of their viewBox. In a narrow window text is 20 units high, which the margins hold.
+
+WIDTH, HEIGHT = 720.0, 252.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 68.0, 28.0, 12.0, 48.0
+_LABEL, _LINE = 26, 22.0  # characters of a label, and how far from the next it stands
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    x: float
+    y: float
+    title: str
+    label: str = ""
+    end: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Points and marks to compare them with; ticks are places on an axis and what they say."""
+
+    points: Sequence[Point]
+    marks: Sequence[Point]
+    x_ticks: Sequence[tuple[float, str]]
+    y_ticks: Sequence[tuple[float, str]]
+    width: float = WIDTH
+    height: float = HEIGHT
+    left: float = _LEFT
+    right: float = WIDTH - _RIGHT
+    top: float = _TOP
+    bottom: float = HEIGHT - _BOTTOM
+
+
+def utilization(layers: Sequence[LayerReport]) -> Chart:
+    """Every layer in forward order, and a dash where noise would be."""
+    step = (WIDTH - _LEFT - _RIGHT) / max(len(layers), 1)
+    points, marks = [], []
+    for index, row in enumerate(layers):
+        x = round(_LEFT + (index + 0.5) * step, 1)
+        used, null = float(row.metrics.utilization), _null(row)
+        if math.isfinite(used):
+            points.append(Point(x, _height(used), f"{row.path}: {text.percent(used)}"))
+        if null is not None:
+            marks.append(Point(x, _height(null), f"{row.path}, noise: {text.percent(null)}"))
+    every = -(-len(layers) // 10) or 1
+    ticks = [(round(_LEFT + (i + 0.5) * step, 1), str(i + 1)) for i in range(0, len(layers), every)]
+    return Chart(points, marks, ticks, [(_height(part / 4), f"{25 * part}%") for part in range(5)])
+
+
+def _height(fraction: float) -> float:
+    return round(HEIGHT - _BOTTOM - min(max(fraction, 0), 1) * (HEIGHT - _BOTTOM - _TOP), 1)
+
+
+def cost(layers: Sequence[LayerReport]) -> Chart:
+    """Each layer's share of the cost, and how much less of it is in use than of noise would be."""
+    found = [(row, spare) for row in layers if (spare := _spare(row)) is not None]
+    by_macs = has_macs(layers)
+    costs = [float(row.macs or 0) if by_macs else float(row.size) for row, _ in found]
+    total = sum(costs) or 1.0
+    most = _limit(max([each / total for each in costs], default=0.0))
+    scale = _limit(max([spare for _, spare in found], default=0.0))
+    named = sorted(range(len(found)), key=lambda i: -costs[i] * max(found[i][1], 0))[:_LABELLED]
+    heights = [_height(spare / scale) for _, spare in found]
+    labelled = _apart([index for index in named if found[index][1] > 0], heights)
+    points = []
+    for index, (row, spare) in enumerate(found):
+        share = costs[index] / total
+        x = round(_LEFT + share / most * (WIDTH - _LEFT - _RIGHT - 8), 1)
+        title = f"{row.path}: {text.percent(share)} of the cost, {text.percent(spare)} spare"
+        label = text.shorten(row.path, _LABEL) if index in labelled else ""
+        points.append(Point(x, heights[index], title, label, end=x > WIDTH / 2))
+    places = [_LEFT + part / 4 * (WIDTH - _LEFT - _RIGHT - 8) for part in range(5)]
+    x_ticks = [(round(x, 1), f"{100 * most * part / 4:.3g}%") for part, x in enumerate(places)]
+    y_ticks = [(_height(part / 4), f"{25 * part * scale:.3g}%") for part in range(5)]
+    return Chart(points, [], x_ticks, y_ticks)
+
+
+def _apart(indices: Sequence[int], heights: Sequence[float]) -> list[int]:
+    """Those of the indices whose labels do not lie on one before."""
+    kept: list[int] = []
+    for index in indices:
+        if all(abs(heights[index] - heights[other]) >= _LINE for other in kept):
+            kept.append(index)
+    return kept
+
+
+def _limit(most: float) -> float:
+    """The end of an axis that reaches the largest value, in quarters that read well."""
+    return next((limit for limit in (0.02, 0.04, 0.1, 0.2, 0.4, 0.6, 0.8) if most <= limit), 1.0)
+
+
+def has_macs(layers: Sequence[LayerReport]) -> bool:
+    """Whether the cost of every layer is known in multiply-accumulates; else it is in weights."""
+    return bool(layers) and all(row.macs is not None for row in layers)
+
+
+def _spare(row: LayerReport) -> float | None:
+    """1 - utilization / null, from 0."""
+    used, null = float(row.metrics.utilization), _null(row)
+    return None if null is None or not null or math.isnan(used) else min(max(1 - used / null, 0.0), 1.0)
+
+
+# What to prune first.
+
+
+def ranking(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
+    """The layers with the most weights that noise would use and they do not, the most first."""
+    total = sum(row.size for row in layers)
+    found = [(index, spare) for index, row in enumerate(layers) if (spare := _spare(row) or 0.0) > _NOISE]
+    at_stake = sorted(
+        ((spare * layers[index].size, index) for index, spare in found), key=lambda pair: -pair[0]
+    )
+    return [
+        {
+            "index": index,
+            "path": layers[index].path,
+            "spare": text.number(weights),
+            "share": text.percent(weights / total),
+            "of": text.percent(weights / layers[index].size),
+            "where": "units" if _among_units(layers[index]) else "single weights",
+        }
+        for weights, index in at_stake[:_RANKED]
+    ]
+
+
+def _among_units(row: LayerReport) -> bool:
+    """Whether more is spare among the units than within them, by the chain rule of entropy."""
+    return (
+        float(row.effective_units) / row.unit_count < float(row.effective_fan_in) * row.unit_count / row.size
+    )
+
+
+def others(report: Snapshot) -> list[tuple[str, str, str, str]]:
+    """Leaves that are no weights: path, role, shape, mean absolute value."""
+    return [
+        (other.path, other.role, "×".join(map(str, other.shape)), text.number(float(other.mean_absolute)))
+        for other in report.others
+    ]

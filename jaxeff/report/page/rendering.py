@@ -1,0 +1,85 @@
+"""A report -> the text of a page.
+
+The page forbids itself everything but its own style and script, which its policy names by their hashes. Jinja
+escapes every name; what the script reads is JSON in which no `<` stands.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from jaxeff.report import _table as table
+from jaxeff.report._recommendations import recommend
+from jaxeff.report._records import Snapshot
+from jaxeff.report.page import details, figures
+
+_TEMPLATES = "templates"
+
+
+def check_available() -> None:
+    """
+    Raises:
+        ImportError: Jinja is not installed.
+    """
+    _ = _jinja()
+
+
+def _jinja() -> Any:
+    try:
+        return importlib.import_module("jinja2")
+    except ImportError as error:
+        raise ImportError("an HTML page needs Jinja: pip install 'jaxeff[html]'") from error
+
+
+def render(report: Snapshot, title: str = "jaxeff report") -> str:
+    """The page, as text that every encoding of Unicode can hold.
+
+    Raises:
+        ImportError: Jinja is not installed.
+    """
+    jinja = _jinja()
+    layers = report.rows
+    environment = jinja.Environment(
+        loader=jinja.PackageLoader("jaxeff.report.page", _TEMPLATES),
+        autoescape=True,
+        undefined=jinja.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style, script = _text("page.css"), _text("page.js")
+    page = environment.get_template("page.html").render(
+        title=title,
+        version=version("jaxeff"),
+        style=jinja.utils.markupsafe.Markup(style),
+        script=jinja.utils.markupsafe.Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        data=jinja.utils.htmlsafe_json_dumps(details.of(layers), separators=(",", ":")),
+        summary=figures.summary(report),
+        rows=figures.rows(layers),
+        utilization=figures.utilization(layers),
+        cost=figures.cost(layers),
+        cost_unit="multiply-accumulates" if figures.has_macs(layers) else "weights",
+        ranking=figures.ranking(layers),
+        advice=recommend(report),
+        anchors=figures.anchors(report),
+        no_weights=table.no_weights(report),
+        notes=table.notes(report),
+        attentions=table.attentions(report),
+        others=figures.others(report),
+    )
+    # A name may hold half a surrogate pair, which no file can.
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _text(name: str) -> str:
+    return (files("jaxeff.report.page") / _TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,322 @@
+"""Runs a model under observation: what its units emit, reduced where the activations are made.
+
+In: a `Model`'s function, its arrays and what is known of them. Out: the sites' and modules'
+statistics and what every leaf is of `params`. The activations themselves are never kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxeff import graph
+from jaxeff.graph import axes
+from jaxeff.graph.nonlinearities import BOUNDS
+from jaxeff.graph.program import Value
+from jaxeff.model.functions import Function
+from jaxeff.model.roles import ParamInfo
+from jaxeff.numerics.meshes import by_compiler
+from jaxeff.numerics.precision import widened
+from jaxeff.statistics.records import (
+    AttentionStatistics,
+    HeadlessAttention,
+    HeadSlices,
+    ModuleStatistics,
+    SiteStatistics,
+    Statistics,
+    UnitStatistics,
+)
+from jaxeff.statistics.sums import sums
+from jaxeff.statistics.units import OverAxes, fold, join, of_emissions
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def observe(
+    function: Function,
+    paths: Sequence[str],
+    origins: Sequence[str],
+    batch_size: int | None,
+    params: Any,
+    inputs: Any,
+) -> Statistics:
+    """Run `function(params, inputs)` once and sum what its units take in and emit.
+
+    Args:
+        paths: of the leaves of `params`.
+        origins: of the leaves of `inputs`, as `models.Model` has them.
+        batch_size: examples, to give multiply-accumulates of one.
+    """
+    found, modules = trace(function, paths, origins, params, inputs)
+    watch = _Watch()
+    roles = [_watch_site(watch, site, found.leaves[site.leaf].shape) for site in found.sites]
+    outputs = [(path, watch.add(value, _last_axis(value))) for path, value in modules]
+    shapes = [leaf.shape for leaf in found.leaves]
+    attentions, headless = graph.attentions(found.program, found.sites, shapes, found.provenance)
+    heads = [watch.add(a.probabilities, _HeadEntropy(a.over, a.head_dims)) for a in attentions]
+    _, observed = graph.evaluate(found.program, jax.tree.leaves((params, inputs)), watch.hooks())
+
+    def seen(watched: _Watched) -> Any:
+        return observed[watched[0]][watched[1]]
+
+    sites = tuple(
+        _site_statistics(site, found.leaves, batch_size, seen(input), seen(pre), [*map(seen, post)])
+        for site, (input, pre, post) in zip(found.sites, roles, strict=True)
+    )
+    return Statistics(
+        sites,
+        tuple(ModuleStatistics(path, seen(watched)) for path, watched in outputs),
+        tuple(
+            _attention_statistics(attention, found.leaves, seen(watched))
+            for attention, watched in zip(attentions, heads, strict=True)
+        ),
+        {},
+        _params(found),
+        tuple(_headless(one, found.leaves) for one in headless),
+    )
+
+
+def trace(
+    function: Function, paths: Sequence[str], origins: Sequence[str], params: Any, inputs: Any
+) -> tuple[graph.Graph, list[tuple[str, Value]]]:
+    """The model's graph, and the captured module outputs in execution order."""
+    try:
+        closed, (outputs, captured) = jax.make_jaxpr(function, return_shape=True)(params, inputs)
+    except jax.errors.UnexpectedTracerError:
+        # Flax captured a value out of a transformation (a module called inside nn.cond, say).
+        plain = function.without_capture()
+        closed, (outputs, captured) = jax.make_jaxpr(plain, return_shape=True)(params, inputs)
+    program = graph.flatten(closed)
+    leaves = [
+        graph.Leaf(path, tuple(jnp.shape(leaf)), jnp.result_type(leaf))
+        for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
+    ]
+    returned = len(jax.tree.leaves(outputs))
+    values = program.outputs[returned:]
+    given = list(zip(program.inputs[len(leaves) :], origins, strict=True))
+    constants, batch = ([v for v, origin in given if origin == kind] for kind in ("constant", "batch"))
+    found = graph.build(program, leaves, constants, batch, returned)
+    # What holds no data is no activation: OptimizedLSTMCell's submodules return their kernels.
+    modules = [
+        (path, value)
+        for path, value in zip(sorted(captured), values, strict=True)
+        if isinstance(value, Value) and found.provenance.is_data(value)
+    ]
+    made = {value: i for i, operation in enumerate(program.operations) for value in operation.outputs}
+    return found, sorted(modules, key=lambda module: made.get(module[1], -1))
+
+
+_Reduction = Callable[[jax.Array], Any]
+_Watched = tuple[Value, int]
+
+
+class _Watch:
+    """Which values to reduce while the program runs, and how: each value may be asked for several times."""
+
+    def __init__(self) -> None:
+        self._reductions: dict[Value, list[_Reduction]] = {}
+
+    def add(self, value: Value, reduction: _Reduction) -> _Watched:
+        """Ask for a reduction; the answer will be `observed[value][i]`. Equal ones are made once."""
+        asked = self._reductions.setdefault(value, [])
+        if reduction not in asked:
+            asked.append(reduction)
+        return value, asked.index(reduction)
+
+    def hooks(self) -> graph.Hooks:
+        reductions = {
+            value: functools.partial(_reduce_all, asked) for value, asked in self._reductions.items()
+        }
+        return graph.Hooks(reductions, _add_all)
+
+
+def _reduce_all(reductions: Sequence[_Reduction], array: jax.Array) -> list[Any]:
+    return [reduction(array) for reduction in reductions]
+
+
+def _add_all(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
+    return [a + b for a, b in zip(first, second, strict=True)]
+
+
+def _watch_site(
+    watch: _Watch, site: graph.Site, shape: tuple[int, ...]
+) -> tuple[_Watched, _Watched, list[_Watched]]:
+    activation = site.activation
+    pre = _UnitSums(OverAxes(activation.pre_dims, site.unit_axes, shape))
+    # The parts of a fused layer are joined: all count their saturated values, or none.
+    bounded = any(emission.nonlinearity in BOUNDS for emission in activation.post)
+    post = [
+        watch.add(emission.value, _UnitSums(over, _edges(emission.nonlinearity) if bounded else None))
+        for emission, over in zip(activation.post, of_emissions(site), strict=True)
+    ]
+    return watch.add(site.input, _over_input(site, shape)), watch.add(activation.pre, pre), post
+
+
+def _edges(nonlinearity: str) -> tuple[float, float]:
+    """Beyond which values are within 1 % of a bound: there the slope has all but gone."""
+    low, high = BOUNDS.get(nonlinearity, (-jnp.inf, jnp.inf))
+    margin = 0.01 * (high - low) if nonlinearity in BOUNDS else 0
+    return low + margin, high - margin
+
+
+def _over_input(site: graph.Site, shape: tuple[int, ...]) -> _Reduction:
+    if site.kind == "embedding":
+        return functools.partial(_count_rows, next(iter(site.input_axes)), shape)
+    if site.groups == 1:
+        return _UnitSums(OverAxes(site.input_dims, site.input_axes, shape))
+    return functools.partial(_grouped_input, site, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _UnitSums:
+    """The statistics of an array; values beyond the edges count as saturated."""
+
+    over: OverAxes
+    edges: tuple[float, float] | None = None
+
+    def __call__(self, array: jax.Array) -> UnitStatistics:
+        found = self.over.reduce(array, functools.partial(sums, edges=self.edges))
+        count = jnp.asarray(self.over.count, found.maximum.dtype)
+        return UnitStatistics(
+            found.absolute, found.square, found.maximum, found.zeros, count, found.saturated
+        )
+
+
+def _last_axis(value: Value) -> _Reduction:
+    units = len(value.shape) - 1
+    dims = (*axes.of_data(value.shape[:-1]), (axes.Factor(0, value.shape[units]),))
+    return _UnitSums(OverAxes(dims, frozenset({0}), value.shape[-1:]))
+
+
+def _count_rows(axis: int, shape: tuple[int, ...], indices: jax.Array) -> UnitStatistics:
+    """An embedding's input, seen as one-hot rows: how often each row was looked up."""
+    rows = by_compiler(
+        lambda indices: jnp.zeros(shape[axis], jnp.int32).at[indices.ravel()].add(1), indices
+    ).astype(jnp.float32)
+    rows = rows.reshape([size if i == axis else 1 for i, size in enumerate(shape)])
+    count = jnp.asarray(indices.size, jnp.float32)
+    return UnitStatistics(rows, rows, (rows > 0).astype(jnp.float32), count - rows, count)
+
+
+def _grouped_input(site: graph.Site, shape: tuple[int, ...], array: jax.Array) -> UnitStatistics:
+    """A grouped convolution's input: which channel a kernel element meets depends on its output's group."""
+    (inputs,), (outputs,) = site.input_axes, site.unit_axes
+    channels = (site.groups, shape[inputs])
+    dims = tuple(_numbered(dim) for dim in site.input_dims)
+    per_channel = _UnitSums(OverAxes(dims, frozenset({0, 1}), channels))(array)
+    laid = [size if axis in (inputs, outputs) else 1 for axis, size in enumerate(shape)]
+
+    def lay(sums: jax.Array) -> jax.Array:
+        if sums.ndim == 0:
+            return sums
+        spread = jnp.repeat(sums, shape[outputs] // site.groups, axis=0)
+        return (spread if outputs < inputs else spread.T).reshape(laid)
+
+    return jax.tree.map(lay, per_channel)
+
+
+def _numbered(dim: tuple[axes.Factor, ...]) -> tuple[axes.Factor, ...]:
+    # The channels' dimension is (groups, channels of a group): axes 0 and 1 of what is kept.
+    return tuple(axes.Factor(i, factor.size) for i, factor in enumerate(dim)) if len(dim) == 2 else dim
+
+
+@dataclasses.dataclass(frozen=True)
+class _HeadEntropy:
+    """Sums the entropies of each head's distributions, each over one dimension, and counts them."""
+
+    over: int
+    head_dims: tuple[int, ...]
+
+    def __call__(self, array: jax.Array) -> jax.Array:
+        return by_compiler(self._summed, array)
+
+    def _summed(self, array: jax.Array) -> jax.Array:
+        entropies = jnp.sum(jax.scipy.special.entr(widened(array)), self.over, keepdims=True)
+        others = tuple(i for i in range(array.ndim) if i not in self.head_dims)
+        sums = jnp.ravel(jnp.sum(entropies, others))
+        return jnp.append(sums, entropies.size // sums.size)
+
+
+def _attention_statistics(
+    attention: graph.Attention, leaves: Sequence[graph.Leaf], sums: jax.Array
+) -> AttentionStatistics:
+    slices = tuple(
+        HeadSlices(leaves[member.leaf].path, member.axis, member.indices)
+        for member in sorted(attention.members, key=lambda member: member.leaf)
+    )
+    scans = [loop for loop in attention.loops if loop.name == "scan"]
+    in_time = tuple(position for position, loop in enumerate(scans) if loop.axis is None)
+    summed = jnp.sum(sums, in_time)
+    path, heads = _common([part.path for part in slices]), attention.heads
+    return AttentionStatistics(path, heads, attention.units, slices, summed[..., :-1], summed[..., -1:])
+
+
+def _headless(attention: graph.Headless, leaves: Sequence[graph.Leaf]) -> HeadlessAttention:
+    path = _common([leaves[leaf].path for leaf in sorted(attention.leaves)])
+    return HeadlessAttention(path, attention.reason)
+
+
+def _common(paths: Sequence[str]) -> str:
+    """The keys with which all paths begin; of paths that share none, the first."""
+    shared = os.path.commonprefix([path.split("/") for path in paths])
+    return "/".join(shared) or (paths[0] if paths else "")
+
+
+def _site_statistics(
+    site: graph.Site,
+    leaves: Sequence[graph.Leaf],
+    batch_size: int | None,
+    input: UnitStatistics,
+    pre: UnitStatistics,
+    post: Sequence[UnitStatistics],
+) -> SiteStatistics:
+    bias = site.activation.bias
+    return SiteStatistics(
+        path=leaves[site.leaf].path,
+        kind=site.kind,
+        nonlinearity=site.activation.nonlinearity,
+        bias=None if bias is None else leaves[bias].path,
+        unit_axes=tuple(sorted(site.unit_axes)),
+        input_axes=tuple(sorted(site.input_axes)),
+        layer_axes=tuple(sorted(loop.axis for loop in site.loops if loop.axis is not None)),
+        macs=_per_example(site.macs, batch_size),
+        input=_over_iterations(input, site.loops),
+        pre=_over_iterations(pre, site.loops),
+        post=_over_iterations(_joined(site, post), site.loops),
+        uncounted=site.macs is None,
+    )
+
+
+def _per_example(macs: int | None, batch_size: int | None) -> int | None:
+    return macs // batch_size if macs is not None and batch_size and macs % batch_size == 0 else None
+
+
+def _joined(site: graph.Site, parts: Sequence[UnitStatistics]) -> UnitStatistics:
+    """The statistics of all units from those of each emission, which saw as many positions."""
+    laid = [dataclasses.replace(part, count=part.zeros) for part in parts]
+    joined = jax.tree.map(lambda *sums: join(site, sums), *laid)
+    return dataclasses.replace(joined, count=parts[0].count)
+
+
+def _over_iterations(seen: UnitStatistics, loops: Sequence[graph.Loop]) -> UnitStatistics:
+    """Fold the leading axes that scans have added."""
+    scans = sum(loop.name == "scan" for loop in loops)
+    rank = seen.absolute_sum.ndim - scans
+    laid = dataclasses.replace(seen, count=seen.count.reshape(*seen.count.shape, *(1,) * rank))
+    folded = jax.tree.map(lambda sums: fold(sums, loops), laid)
+    count = folded.count.reshape(()) if folded.count.size == 1 else folded.count
+    return dataclasses.replace(folded, maximum=fold(laid.maximum, loops, jnp.max), count=count)
+
+
+def _params(found: graph.Graph) -> tuple[ParamInfo, ...]:
+    def info(index: int) -> ParamInfo:
+        leaf = found.leaves[index]
+        role = found.others.get(index, "weight") if leaf.size else "empty"
+        return ParamInfo(leaf.path, leaf.shape, str(jnp.dtype(leaf.dtype)), role, found.unpaired.get(index))
+
+    return tuple(info(index) for index in found.order)
