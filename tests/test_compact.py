@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from network import drawn, normal
 from shrinkable import NETWORKS
-from test_structured import PASSES, Net, large, random_plan, two_layers, width_of
+from test_structure import PASSES, Net, large, random_plan, two_layers, width_of
 
 import jaxeff
 from jaxeff import prune
@@ -157,6 +157,58 @@ def test_numbers_stay_those_of_the_large_model():
     small, small_apply = prune.compact(params, model, x, plan)
     close(small_apply(small, x), model(prune.apply(params, plan.masks(params)), x))
     assert float(jnp.abs(model(small, x) - small_apply(small, x)).max()) > 1e-3
+
+
+# --- Stacked blocks, each of which loses elements of its own -----------------------------------------
+
+
+def scanned(between):
+    """Three stacked blocks, whose 8 columns `between` takes apart and puts together."""
+
+    def model(params, x):
+        def block(x, w):
+            return x + between(x @ w["a"]) @ w["b"], None
+
+        return jax.lax.scan(block, x, params)[0]
+
+    return {"a": normal(3, 4, 8), "b": normal(3, 8, 4)}, model
+
+
+def of_its_own_in_each_block(groups):
+    removed = {
+        group.name: [((np.arange(group.size // 2) + block) % group.size).tolist() for block in range(3)]
+        for group in groups.unlocked
+    }
+    return prune.Plan.of(groups, removed)
+
+
+STACKED = {
+    "whole": jnp.tanh,
+    "pairs": lambda y: jnp.tanh(y.reshape(-1, 4, 2)).reshape(-1, 8)[:, ::-1],
+    "halves": lambda y: jnp.concatenate([jnp.tanh(y[:, :4]), 0.5 * y[:, 4:]], -1),
+    "turned": lambda y: jnp.concatenate([0.5 * y[:, 4:], jnp.tanh(y[:, :4])], -1),
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_blocks_may_lose_elements_of_their_own(name):
+    (params, model), x = scanned(STACKED[name]), normal(5, 4)
+    plan = of_its_own_in_each_block(prune.groups(params, model, x))
+    small, small_apply = prune.compact(params, model, x, plan)
+    close(small_apply(small, x), model(prune.apply(params, plan.masks(params)), x))
+
+
+def test_what_would_stand_elsewhere_in_each_block_is_refused():
+    """Even columns and odd ones are groups of their own: where they stand once some are gone is up to the block."""
+    params, model = scanned(lambda y: jnp.concatenate([jnp.tanh(y[:, ::2]), 0.5 * y[:, 1::2]], -1))
+    x = normal(5, 4)
+    groups = prune.groups(params, model, x)
+    with pytest.raises(ValueError, match=r"at other places of a slice in each \(slice, .*test_compact.py"):
+        _ = prune.compact(params, model, x, of_its_own_in_each_block(groups))
+    # The same in all blocks can go.
+    plan = prune.Plan.of(groups, {group.name: [[0, 3]] * 3 for group in groups.unlocked})
+    small, small_apply = prune.compact(params, model, x, plan)
+    close(small_apply(small, x), model(prune.apply(params, plan.masks(params)), x))
 
 
 # --- Custom derivatives --------------------------------------------------------------------------------
