@@ -203,8 +203,10 @@ def test_what_would_stand_elsewhere_in_each_block_is_refused():
     params, model = scanned(lambda y: jnp.concatenate([jnp.tanh(y[:, ::2]), 0.5 * y[:, 1::2]], -1))
     x = normal(5, 4)
     groups = prune.groups(params, model, x)
+    even, odd = (group.name for group in groups.unlocked)
+    plan = prune.Plan.of(groups, {even: [[0, 1], [0, 1], [2, 3]], odd: [[2, 3], [0, 1], [0, 1]]})
     with pytest.raises(ValueError, match=r"at other places of a slice in each \(slice, .*test_compact.py"):
-        _ = prune.compact(params, model, x, of_its_own_in_each_block(groups))
+        _ = prune.compact(params, model, x, plan)
     # The same in all blocks can go.
     plan = prune.Plan.of(groups, {group.name: [[0, 3]] * 3 for group in groups.unlocked})
     small, small_apply = prune.compact(params, model, x, plan)

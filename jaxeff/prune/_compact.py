@@ -193,13 +193,13 @@ def compact(
     ((3, 2), (8, 2))
     """
     check_apply(apply_fn)
-    state = apply_fn.state if isinstance(apply_fn, StatefulApply) else {}
+    state: Any = {}
+    if isinstance(apply_fn, StatefulApply) and jax.tree.leaves(apply_fn.state):
+        state = shrink(apply_fn.state, plan)
+        apply_fn = apply_fn.with_state(None)  # The large state would be kept alive, and is never used.
     small_params = shrink(params, plan)
     keywords = {**apply_kwargs, **({} if rngs is None else {"rngs": rngs})}
-    small_state = shrink(state, plan) if jax.tree.leaves(state) else state
-    if jax.tree.leaves(state):
-        apply_fn = apply_fn.with_state(None)  # The large state would be kept alive, and is never used.
-    small_apply = CompactApply(apply_fn, plan, keywords, small_state)
+    small_apply = CompactApply(apply_fn, plan, keywords, state)
     batch = batch if isinstance(batch, tuple) else (batch,)
     # What cannot be is said here, and not at the first call.
     _ = jax.eval_shape(small_apply, small_params, *batch)
