@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from network import drawn, normal
 from shrinkable import NETWORKS
-from test_structured import PASSES, Net, large, random_plan, two_layers, width_of
+from test_structure import PASSES, Net, large, random_plan, two_layers, width_of
 
 import jaxeff
 from jaxeff import prune
