@@ -45,6 +45,7 @@ class Coupled:
         blocks: sizes of the axes that all members' leaves are stacked along, where each block may lose
             elements of its own, equally many; empty where there are none.
         block_axes: of each member, these axes of its leaf.
+        scan: of blocks, the scan that goes through them.
     """
 
     size: int
@@ -53,6 +54,7 @@ class Coupled:
     kind: str = "unit"
     blocks: tuple[int, ...] = ()
     block_axes: Sequence[tuple[int, ...]] = ()
+    scan: Operation | None = None
 
 
 def couple(program: Program, leaves: Sequence[bool], allowed: frozenset[str] = frozenset()) -> list[Coupled]:
@@ -140,7 +142,8 @@ def _collected(
     of_label[atoms] = group[atoms]
     shapes = {leaf: [dim.size for dim in leaves[leaf]] for leaf in order}
     groups_in = GroupsIn(labels, of_label)
-    iterations = set().union(*map(groups_in.of, walk.iterations))
+    scans = {number: scan for scan, along in walk.iterations for number in groups_in.of(along)}
+    iterations = scans.keys()
     attention = attention_of(labels, groups_in, [(one.size, one.members) for one in found], shapes)
     over = stacked_over(
         groups_in, [(one.size, one.members) for one in found], walk.seen, attention.heads, iterations
@@ -150,7 +153,7 @@ def _collected(
     }
     kinds = kinds_of(program, walk.described, groups_in, attention, iterations, stacks)
     return [
-        dataclasses.replace(one, kind=kinds.get(i, "unit"), **_blocks(one, found, over[i]))
+        dataclasses.replace(one, kind=kinds.get(i, "unit"), scan=scans.get(i), **_blocks(one, found, over[i]))
         for i, one in enumerate(found)
     ]
 
@@ -240,14 +243,14 @@ class Walk:
 
     Attributes:
         described: every value so far, also inside the bodies of loops.
-        iterations: labels of the blocks that scans go through.
+        iterations: scans, with the labels of the blocks that each goes through.
     """
 
     def __init__(self, labels: Labels):
         self.labels = labels
         self.seen = Seen([], [])
         self.described: dict[Value, Described] = {}
-        self.iterations: list[np.ndarray] = []
+        self.iterations: list[tuple[Operation, np.ndarray]] = []
         self._constants: dict[Value, Any] = {}
         self._iterations: tuple[np.ndarray, ...] = ()
 
@@ -317,7 +320,7 @@ class Walk:
 
         outside = self._iterations
         if len(time.factors) == 1:
-            self.iterations.append(time.factors[0])
+            self.iterations.append((operation, time.factors[0]))
             self._iterations = (*outside, time.factors[0])
         ends, results = self._repeated(body, initial)
         self._iterations = outside

@@ -172,7 +172,7 @@ class Groups:
             else {}
         )
         rest = {name: each for name, each in importance.items() if name not in own} if own else importance
-        scores = _scores(rest, self.shapes)
+        scores = _scores(rest, self.shapes) if rest or not own else {}
         scored = []
         for group in self.groups:
             raw = (
