@@ -18,7 +18,7 @@ from jax.extend import source_info_util
 from jax.extend.core import Literal
 
 from jaxeff.graph.coupling import INPUT, OUTPUT, Walk, resolved
-from jaxeff.graph.coupling_labels import DATA, REPLAY, SCALE, STATISTICS, WEIGHT, Described, Labels
+from jaxeff.graph.coupling_labels import DATA, DEPTH, REPLAY, SCALE, STATISTICS, WEIGHT, Described, Labels
 from jaxeff.graph.program import Operation, Program, Value
 
 Kept = tuple[np.ndarray, ...]
@@ -99,7 +99,7 @@ class Remaining:
         outputs: Sequence[Input | None],
         derivative: bool = False,
     ):
-        allowed = frozenset({SCALE, REPLAY, STATISTICS} if derivative else {SCALE, REPLAY})
+        allowed = frozenset({DEPTH, SCALE, REPLAY, STATISTICS} if derivative else {DEPTH, SCALE, REPLAY})
         labelled = _Labelled(Labels(allowed), inputs)
         walk = Walk(labelled.labels)
         labelled.tie(walk.run(program, labelled.inputs), outputs)

@@ -142,6 +142,8 @@ class Resized:
             return _strong(results[:carried], body.inputs[count:]), results[carried:]
 
         options = {name: operation.params[name] for name in ("length", "reverse", "unroll")}
+        if len(operands) > count + carried:
+            options["length"] = len(operands[-1])
         carry, stacked = jax.lax.scan(
             step, operands[count : count + carried], operands[count + carried :], **options
         )

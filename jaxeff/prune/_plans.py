@@ -169,6 +169,7 @@ class Plan:
             "groups": {
                 group.name: {
                     "size": group.size,
+                    "kind": group.kind,
                     "blocks": list(group.blocks),
                     "members": [
                         [m.path, m.axis, [_encoded(column) for column in m.indices.T], list(m.block_axes)]
@@ -275,7 +276,7 @@ def _decoded_group(name: str, found: Mapping[str, Any]) -> Group:
         Member(path, axis, np.stack([_decoded(column, size) for column in columns], axis=1), tuple(axes))
         for path, axis, columns, axes in found["members"]
     )
-    return Group(name, size, members, None, blocks=tuple(found["blocks"]))
+    return Group(name, size, members, None, kind=found["kind"], blocks=tuple(found["blocks"]))
 
 
 def _elements(name: str, size: int, blocks: tuple[int, ...], elements: Any) -> tuple[Any, ...]:
