@@ -178,6 +178,7 @@ def of_its_own_in_each_block(groups):
     removed = {
         group.name: [((np.arange(group.size // 2) + block) % group.size).tolist() for block in range(3)]
         for group in groups.unlocked
+        if group.blocks
     }
     return prune.Plan.of(groups, removed)
 
@@ -198,17 +199,26 @@ def test_blocks_may_lose_elements_of_their_own(name):
     close(small_apply(small, x), model(prune.apply(params, plan.masks(params)), x))
 
 
+def test_blocks_go_with_elements_of_those_that_stay():
+    (params, model), x = scanned(jnp.tanh), normal(5, 4)
+    groups = prune.groups(params, model, x)
+    plan = prune.Plan.of(groups, {"a:0": [1], "a:2": [[0, 1], [1, 2], [5, 7]]})
+    small, small_apply = prune.compact(params, model, x, plan)
+    assert jax.tree.map(jnp.shape, small) == {"a": (2, 4, 6), "b": (2, 6, 4)}
+    close(small_apply(small, x), model(prune.apply(params, plan.masks(params)), x))
+
+
 def test_what_would_stand_elsewhere_in_each_block_is_refused():
     """Even columns and odd ones are groups of their own: where they stand once some are gone is up to the block."""
     params, model = scanned(lambda y: jnp.concatenate([jnp.tanh(y[:, ::2]), 0.5 * y[:, 1::2]], -1))
     x = normal(5, 4)
     groups = prune.groups(params, model, x)
-    even, odd = (group.name for group in groups.unlocked)
+    even, odd = (group.name for group in groups.unlocked if group.blocks)
     plan = prune.Plan.of(groups, {even: [[0, 1], [0, 1], [2, 3]], odd: [[2, 3], [0, 1], [0, 1]]})
     with pytest.raises(ValueError, match=r"at other places of a slice in each \(slice, .*test_compact.py"):
         _ = prune.compact(params, model, x, plan)
     # The same in all blocks can go.
-    plan = prune.Plan.of(groups, {group.name: [[0, 3]] * 3 for group in groups.unlocked})
+    plan = prune.Plan.of(groups, {even: [[0, 3]] * 3, odd: [[0, 3]] * 3})
     small, small_apply = prune.compact(params, model, x, plan)
     close(small_apply(small, x), model(prune.apply(params, plan.masks(params)), x))
 
