@@ -129,7 +129,7 @@ def applications() -> None:
 
 
 def compacted(name: str, side: int) -> tuple[float, float]:
-    """The largest difference from the masked model, over the largest output, and the share of parameters left."""
+    """Largest difference from the masked model, relative to the largest output, and the share of parameters left."""
     import keras  # pyright: ignore
 
     model = getattr(keras.applications, name)(

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# What is imported where it is first used: the command line reads checkpoints without Flax and Optax.
+# Imported at first use, so that the command line reads checkpoints without Flax and Optax.
 _MODULES = ("checkpoints", "cost", "importance", "metrics", "plot", "prune", "sketch")
 _NAMES = {
     "_analyze": ("analyze",),
@@ -64,7 +64,7 @@ def __getattr__(name: str) -> Any:
     if name not in (*_MODULES, *_PLACES):
         raise AttributeError(f"module 'jaxeff' has no attribute {name!r}")
     if name != "checkpoints":
-        # Before anything is returned that a caller may save.
+        # Saving has to be registered before a caller gets anything to save.
         _ = importlib.import_module("jaxeff._saving")
     if name in _MODULES:
         return importlib.import_module(f"jaxeff.{name}")

@@ -1,4 +1,4 @@
-"""The pipeline: params, apply_fn, batch -> Report."""
+"""The pipeline from params, apply_fn and batch to a Report."""
 
 from __future__ import annotations
 
@@ -34,34 +34,35 @@ def analyze(
     curves: bool = False,
     **apply_kwargs: Any,
 ) -> Report:
-    """Which weights of a model earn their keep on this batch.
+    """Analyze which weights of a model earn their keep on a batch.
 
     Works under `jax.jit`, `jax.vmap` over an ensemble and `jax.lax.scan` over training steps, and
     compiles once for equal models and shapes.
 
     Args:
-        params: the variables dict, its `params` collection, a TrainState's `params`, or what
-            `jaxeff.from_nnx` gives.
-        apply_fn: a Linen `apply`, `TrainState.apply_fn`, what `jaxeff.from_nnx` gives, or
+        params: the variables dict, its `params` collection, a TrainState's `params`, or the params from
+            `jaxeff.from_nnx`.
+        apply_fn: a Linen `apply`, `TrainState.apply_fn`, the function from `jaxeff.from_nnx`, or
             `f(params, *batch)`.
-        batch: the model's input; a tuple is several positional inputs. Without `apply_fn` and
+        batch: the model's input; a tuple holds several positional inputs. Without `apply_fn` and
             `batch`, weights are scored by magnitude alone.
         criterion: a name in `jaxeff.importance.CRITERIA`, or a function `(weight, site) -> importance`.
-        loss_fn: `loss_fn(outputs, targets)`, the mean loss, or one loss for each example, [n], or for each
-            of its positions, [n, ...]; the criteria that need gradients read it, and a function of your own
-            then finds them in `site.derivatives`.
-        targets: any tree of arrays, which `loss_fn` gets.
+        loss_fn: `loss_fn(outputs, targets)` returns the mean loss, one loss per example, [n], or one per
+            position, [n, ...]. Criteria that need gradients require it. Your own criterion then finds
+            them in `site.derivatives`.
+        targets: any tree of arrays, passed to `loss_fn`.
         statistics: from `jaxeff.collect` or `jaxeff.calibrate`, instead of `apply_fn` and `batch`.
         rngs, **apply_kwargs: passed to `apply_fn`.
-        curves: whether to count how the importance of every layer is spread, which histograms and Lorenz
-            curves are drawn from: `LayerReport.distribution`. It makes the first call longer.
+        curves: also record how the importance of each layer is distributed, for histograms and Lorenz
+            curves (`LayerReport.distribution`). The first call takes longer.
 
     Returns:
-        One row for every weight, in forward order; every other leaf of `params` is counted as what
-        it is.
+        A report with one row per weight, in forward order. Every other leaf of `params` is listed with
+        its role.
 
     Raises:
-        TypeError, ValueError: an argument is not of its kind, or the arguments do not fit each other.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is invalid, or the arguments do not match each other.
 
     >>> import flax.linen as nn
     >>> model = nn.Dense(4, use_bias=False)
@@ -91,7 +92,7 @@ def analyze(
 
 
 def _without_model(criterion: Criterion) -> Criterion:
-    """Magnitudes in place of the default criterion; any other that needs a model is refused."""
+    """Replace the default criterion by magnitude; refuse any other that needs a model."""
     if criterion.function is importance.activation:
         return importance.named("magnitude")
     if criterion.reads_activations or criterion.needs:
@@ -112,7 +113,7 @@ def _check_statistics(params: Params, statistics: Statistics, criterion: Criteri
     if found != wanted:
         different = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
         raise ValueError(
-            f"`statistics` were collected on other `params`: {different[0]!r} has shape "
+            f"`statistics` were collected with other `params`: {different[0]!r} has shape "
             f"{found.get(different[0])} there and {wanted.get(different[0])} here. Collect them with these "
             "`params`."
         )
@@ -129,7 +130,7 @@ def _report(
     params: Params,
     statistics: Statistics,
 ) -> Report:
-    # Numbers, and NumPy's arrays in the precision that JAX takes them in: `jnp.asarray` compiles per shape.
+    # `device_put` takes numbers and NumPy arrays in JAX's precision; `jnp.asarray` would compile once per shape.
     named = {
         path: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
         for path, leaf in params.named.items()
@@ -151,7 +152,7 @@ def _report(
     heads = layers.heads(criterion, weights, statistics.attentions)
     rest = [info for info in statistics.params if info.role != "weight"]
     other_numbers = others.measure([named[info.path] for info in rest])
-    # Sums are few: a report of concrete arrays has its numbers on the host, where reading compiles nothing.
+    # The sums are small. Concrete ones go to the host, where reading them compiles nothing.
     seen = placement.on_host_if_concrete((statistics.sites, statistics.modules, statistics.attentions))
     sites, modules, attentions = seen
     return Report(

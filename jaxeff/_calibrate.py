@@ -1,7 +1,7 @@
-"""Statistics of many batches, and whether they were enough.
+"""Statistics summed over many batches, and a check that the batches were enough.
 
-In: any iterable of batches. Out: one `Statistics`, as of one large batch, with the stability of the
-scores. One batch is held at a time.
+Takes any iterable of batches and holds one at a time. Returns one `Statistics`, like that of one large
+batch, with the stability of the scores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxeff.output.progress import progress_bar
 from jaxeff.statistics import Stability, Statistics, check_alike
 
 STABLE = 0.95
-"""Below this rank correlation over the last doubling of the batches, scores still move."""
+"""Scores are not stable if their rank correlation over the last doubling of the batches is below this."""
 
 
 def calibrate(
@@ -42,32 +42,32 @@ def calibrate(
     rngs: Any = None,
     **apply_kwargs: Any,
 ) -> Statistics:
-    """Collect statistics over many batches: as `jaxeff.collect` on all of them together.
+    """Collect statistics over many batches, as `jaxeff.collect` does on one.
 
-    Sums of activations and of per-example gradients equal those of one large batch to float32
-    rounding; what is nonlinear in a batch's gradient is averaged over batches, each weighed by its
-    examples. Programs compile once for batches of one shape. A batch of another leading size (the last
-    of a data set) compiles them once more.
+    Sums of activations and of per-example gradients equal those of one large batch up to float32
+    rounding. Quantities that are nonlinear in a batch's gradient are averaged over the batches, weighted
+    by their examples. Programs compile once for batches of one shape, and once more for a batch of
+    another leading size, such as the last of a data set.
 
-    Whether the batches are enough is told by `statistics.stability`: the rank correlation of each weight's
-    scores after n batches with those after twice as many, for the first criterion.
+    `statistics.stability` shows whether the batches were enough: for the first criterion, it holds the rank
+    correlation of each weight's scores after n batches with those after 2 n.
 
     Args:
-        params, apply_fn: as `jaxeff.collect` takes them.
-        batches: an iterable of batches, or of `(batch, targets)` pairs where a `loss_fn` is given. It is run
-            through once.
-        criterion: what the statistics are for, one or several.
-        loss_fn: as `jaxeff.analyze` takes it.
+        params, apply_fn: as in `jaxeff.collect`.
+        batches: an iterable of batches, or of `(batch, targets)` pairs if `loss_fn` is given; read once.
+        criterion: one or several criteria that will read the statistics.
+        loss_fn: as in `jaxeff.analyze`.
         seed: of the random signs that estimate a Hessian; each batch draws its own.
-        progress: whether a bar on standard error, where that is a terminal, shows how far it is.
+        progress: show a progress bar if stderr is a terminal.
         rngs, **apply_kwargs: passed to `apply_fn`, the same for each batch.
 
     Raises:
-        TypeError, ValueError: an argument is not of its kind, there are no batches, or a batch differs from
-            the first in more than its leading size.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is invalid, there are no batches, or a batch differs from the first in more
+            than its leading size.
 
     Warns:
-        UserWarning: there was one batch, or the scores of some weights still move.
+        UserWarning: there was only one batch, or the scores of some weights are not stable yet.
 
     >>> import jax.numpy as jnp
     >>> batches = [jnp.full((4, 1), value) for value in (1.0, 3.0)]
@@ -108,7 +108,7 @@ def calibrate(
 
 
 def _items(batches: Iterable[Any], loss_fn: Callable | None) -> Iterator[tuple[Any, Any]]:
-    """Each batch with its targets."""
+    """Yield each batch with its targets."""
     if not isinstance(batches, Iterable):
         raise TypeError(f"`batches` must be an iterable of batches, got {type(batches).__name__}")
     if isinstance(batches, dict) or hasattr(batches, "shape"):
@@ -128,7 +128,7 @@ def _items(batches: Iterable[Any], loss_fn: Callable | None) -> Iterator[tuple[A
 
 
 def _bound(items: Iterator[tuple[Any, Any]], bind: Callable[..., Run]) -> Iterator[tuple[Run, Any, Any]]:
-    """Each batch with the run for its shapes: bound once for each leading size."""
+    """Yield each batch with the run for its shapes, which is prepared once per leading size."""
     runs: dict[Any, Run] = {}
     first: Any = None
     for number, (batch, targets) in enumerate(items):
@@ -137,7 +137,7 @@ def _bound(items: Iterator[tuple[Any, Any]], bind: Callable[..., Run]) -> Iterat
         if shapes[:2] != first[:2]:
             raise ValueError(
                 f"batch {number} of `batches` has {shapes[2]}, the first has {first[2]}: batches may differ "
-                "in their leading size alone; pad them to one shape"
+                "only in their leading size; pad them to one shape"
             )
         if shapes not in runs:
             runs[shapes] = bind(batch=batch, targets=targets)
@@ -145,7 +145,7 @@ def _bound(items: Iterator[tuple[Any, Any]], bind: Callable[..., Run]) -> Iterat
 
 
 def _described(tree: Any) -> tuple[Any, Any, str]:
-    """The structure of a batch, its leaves without their leading size, and its shapes in words."""
+    """Return a batch's structure, its dtypes and shapes without the leading size, and its shapes in words."""
     leaves, structure = jax.tree.flatten(tree)
     shapes = [jnp.shape(leaf) for leaf in leaves]
     dtypes = [jnp.result_type(leaf) for leaf in leaves]
@@ -154,7 +154,7 @@ def _described(tree: Any) -> tuple[Any, Any, str]:
 
 
 class _CompensatedSums(NamedTuple):
-    """The sum of the batches' statistics so far, and its rounding error."""
+    """Sum of the batches' statistics so far, and its rounding error."""
 
     total: Statistics
     error: Statistics
@@ -162,14 +162,14 @@ class _CompensatedSums(NamedTuple):
 
 def _add(sums: _CompensatedSums, found: Statistics) -> _CompensatedSums:
     check_alike(sums.total, found)
-    # Batches of two leading sizes may differ in what is static of a site.
+    # The static fields of a site may differ between batches of different leading sizes.
     alike = jax.tree.unflatten(jax.tree.structure(sums.total), jax.tree.leaves(found))
     return _added(sums, alike)
 
 
 @jax.jit
 def _added(sums: _CompensatedSums, found: Statistics) -> _CompensatedSums:
-    """With the rounding errors kept apart, thousands of batches add up as exactly as one."""
+    """Add, keeping the rounding errors apart, so that thousands of batches add up as exactly as one."""
 
     def add(path: Any, total: jax.Array, error: jax.Array, found: jax.Array) -> tuple[jax.Array, jax.Array]:
         if path[-1].name == "maximum":
@@ -191,7 +191,7 @@ _SAMPLE = 4096
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sampled_ranks(criterion: Criterion, params: Any, statistics: Statistics) -> list[jax.Array]:
-    """The ranks of evenly spread weights of each layer among themselves."""
+    """Rank an evenly spaced sample of the weights of each layer."""
     scores = importance.scores(params, statistics, criterion)
     return [by_compiler(_sample_ranks, score) for score in scores.values()]
 
@@ -201,7 +201,7 @@ def _sample_ranks(score: jax.Array) -> jax.Array:
 
 
 def _stability(name: str, statistics: Statistics, ranks: list[tuple[int, list[jax.Array]]]) -> Stability:
-    """Each checkpoint's ranks with those of the one before."""
+    """Correlate the ranks at each checkpoint with those at the one before."""
     paths = tuple(info.path for info in statistics.params if info.role == "weight")
     found = [_correlations(before, after) for (_, before), (_, after) in itertools.pairwise(ranks)]
     counts = [count for count, _ in ranks[1:]]
@@ -215,9 +215,9 @@ def _correlations(first: list[jax.Array], second: list[jax.Array]) -> jax.Array:
 
 
 def _warn(stability: Stability, count: int) -> None:
-    """Tells the caller of `calibrate` where the batches were too few."""
+    """Warn the caller of `calibrate` if the batches were too few."""
     if count == 1:
-        message = "calibrated on one batch: how much the scores depend on it is unknown. Pass more batches."
+        message = "calibrated on one batch, so the stability of the scores is unknown. Pass more batches."
         warnings.warn(message, stacklevel=3)
         return
     lowest, path = min(
@@ -225,7 +225,7 @@ def _warn(stability: Stability, count: int) -> None:
     )
     if lowest < STABLE:
         message = (
-            f"the scores of {path!r} still move: rank correlation {lowest:.2f} over the last doubling, to "
-            f"{count} batches. Pass more batches, or larger ones."
+            f"the scores of {path!r} are not stable yet: rank correlation {lowest:.2f} over the last "
+            f"doubling, to {count} batches. Pass more or larger batches."
         )
         warnings.warn(message, stacklevel=3)

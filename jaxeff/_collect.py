@@ -1,4 +1,4 @@
-"""params, apply_fn, batch -> Statistics."""
+"""One run of the model on one batch: params, apply_fn, batch -> Statistics."""
 
 from __future__ import annotations
 
@@ -37,22 +37,23 @@ def collect(
     rngs: Any = None,
     **apply_kwargs: Any,
 ) -> Statistics:
-    """Run the model and sum what its units emit, and what the loss makes of its weights.
+    """Run the model once and sum its activations, and the derivatives of the loss that a criterion needs.
 
     Args:
-        params: the variables dict, its `params` collection, or what `jaxeff.from_nnx` gives.
-        apply_fn: a Linen `apply`, `TrainState.apply_fn`, what `jaxeff.from_nnx` gives, or
+        params: the variables dict, its `params` collection, or the params from `jaxeff.from_nnx`.
+        apply_fn: a Linen `apply`, `TrainState.apply_fn`, the function from `jaxeff.from_nnx`, or
             `f(params, *batch)`.
-        batch: the model's input; a tuple is several positional inputs.
-        criterion: what the statistics are for, one or several: it decides which derivatives are taken.
-            Sums of activations are always there.
-        loss_fn, targets: as `jaxeff.analyze` takes them, for criteria that need gradients.
+        batch: the model's input; a tuple holds several positional inputs.
+        criterion: one or several criteria that will read the statistics. They decide which derivatives
+            are taken; activations are always summed.
+        loss_fn, targets: as in `jaxeff.analyze`, for criteria that need gradients.
         seed: of the random signs that estimate a Hessian.
         rngs: passed to `apply_fn` as `rngs`, for dropout.
-        **apply_kwargs: passed to `apply_fn`; arrays among them may change without recompiling.
+        **apply_kwargs: passed to `apply_fn`. Arrays among them may change without recompiling.
 
     Raises:
-        TypeError, ValueError: an argument is not of its kind, or `apply_fn` does not accept them.
+        TypeError: an argument has the wrong type, or `apply_fn` does not accept the arguments.
+        ValueError: an argument is invalid.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> model = nn.Dense(2, use_bias=False)
@@ -67,7 +68,7 @@ def collect(
 
 
 def named(criterion: Criteria, *, with_loss: bool) -> tuple[Criterion, ...]:
-    """One criterion or several, each under its name."""
+    """Return one or several criteria as a tuple of `Criterion`."""
     several = isinstance(criterion, Iterable) and not isinstance(criterion, str)
     return tuple(
         importance.named(one, with_loss=with_loss)
@@ -77,11 +78,11 @@ def named(criterion: Criteria, *, with_loss: bool) -> tuple[Criterion, ...]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A model and a loss, bound once: what is done with each batch of the same shapes.
+    """A model and a loss, prepared once for all batches of the same shapes.
 
     Attributes:
-        criteria: what the statistics are for.
-        objective: the loss and the arrays that it reads; None where no criterion needs derivatives.
+        criteria: the criteria that will read the statistics.
+        objective: the loss and the arrays that it reads; None if no criterion needs derivatives.
     """
 
     model: Model
@@ -89,7 +90,7 @@ class Run:
     objective: tuple[Objective, Arrays] | None
 
     def statistics(self, batch: Any, targets: Any, key: jax.Array) -> Statistics:
-        """Of one batch; `key` is that of the random signs."""
+        """Collect the statistics of one batch; `key` seeds the random signs."""
         model = self.model
         batch = jax.tree.leaves(batch)
         inputs = objectives.with_batch(model.origins, model.inputs, batch)
@@ -143,7 +144,7 @@ def prepare(
     rngs: Any,
     apply_kwargs: Mapping[str, Any],
 ) -> Run:
-    """Bind a model and a loss to the shapes of a batch and its targets."""
+    """Prepare a model and a loss for the shapes of a batch and its targets."""
     _check_loss_given(criteria, loss_fn, targets)
     params = Params.of(params)
     model = models.from_apply(params, apply_fn, batch, rngs, apply_kwargs)
@@ -165,7 +166,7 @@ def _needs(criteria: Iterable[Criterion]) -> tuple[Need, ...]:
 
 
 def _weights(model: Model) -> set[str]:
-    """Which of the leaves are weights."""
+    """Return the paths of the leaves that are weights."""
     arguments = model.function, model.paths, model.origins, model.batch_size, model.params, model.inputs
     return {info.path for info in observe.eval_shape(*arguments).params if info.role == "weight"}
 
@@ -176,5 +177,5 @@ def _check_loss_given(criteria: Iterable[Criterion], loss_fn: Any, targets: Any)
             absent = "loss_fn" if loss_fn is None else "targets"
             raise ValueError(
                 f"`{absent}` is missing: criterion {criterion.name!r} needs `loss_fn`, a function "
-                "(outputs, targets) -> mean loss or one loss for each example, and `targets`"
+                "(outputs, targets) -> mean loss or one loss per example, and `targets`"
             )

@@ -1,7 +1,4 @@
-"""Which criterion to trust: the loss as weights are removed in the order of each one's scores.
-
-In: a model, a loss and criteria. Out: a `Comparison`, whose curves are measured, not predicted.
-"""
+"""Deletion curves: the measured loss as weights are removed in the order of a criterion's scores."""
 
 from __future__ import annotations
 
@@ -38,18 +35,18 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Deletion curves of several criteria, beside removal at random.
+    """Deletion curves of several criteria, and of removal at random. `str(comparison)` is a table.
 
     Attributes:
-        criteria: their names.
-        scope: 'layer' or 'global', as asked for.
-        fractions: [fractions], of the weights removed, those of the lowest scores first.
-        loss: [criteria, fractions], the mean loss with them at 0.
+        criteria: names of the criteria.
+        scope: 'layer' or 'global'.
+        fractions: [fractions], fraction of the weights removed, lowest scores first.
+        loss: [criteria, fractions], mean loss with these weights set to 0.
         random_loss: [controls, fractions], the same in random orders.
-        area: [criteria], under the loss curve over the fractions, over their range: the mean loss along the
-            way. The lower, the better the criterion knows what the network can do without.
-        random_area: [controls].
-        rank_correlation: [criteria, criteria], Spearman's, over all weights (at most 65,536, evenly spread).
+        area: [criteria], area under the loss curve divided by the range of the fractions, which is the mean
+            loss along the way. The lower it is, the better the criterion finds weights to spare.
+        random_area: [controls], the same in random orders.
+        rank_correlation: [criteria, criteria], Spearman's, over all weights (at most 65,536, evenly spaced).
     """
 
     criteria: tuple[str, ...] = dataclasses.field(metadata=_STATIC)
@@ -80,24 +77,25 @@ def compare_criteria(
     rngs: Any = None,
     **apply_kwargs: Any,
 ) -> Comparison:
-    """Remove weights in the order of each criterion's scores, and measure the loss as they go.
+    """Remove weights in the order of each criterion's scores and measure the loss on the way.
 
-    Weights are set to 0, nothing is retrained. Ties go by index. Exactly round(fraction x N) weights are
-    removed, of the N of the model or of each layer.
+    Weights are set to 0 without retraining; ties are removed by index. Exactly round(fraction x N) weights
+    are removed, of the N weights of the model or of each layer.
 
     Args:
-        params, apply_fn, batch: as `jaxeff.analyze` takes them.
+        params, apply_fn, batch: as in `jaxeff.analyze`.
         criteria: names or functions.
-        loss_fn, targets: as `jaxeff.analyze` takes them.
-        fractions: of weights removed, in [0, 1], ascending.
-        scope: 'global' removes the lowest scores of the whole model, whichever layers they are in, which
-            asks of a criterion that it compares layers as well; 'layer' the same fraction of each layer.
-        held_out: another `(batch, targets)` to measure the loss on; the scores stay those of `batch`.
+        loss_fn, targets: as in `jaxeff.analyze`.
+        fractions: fractions of the weights to remove, ascending, in [0, 1].
+        scope: 'global' removes the lowest scores of the whole model, so the criterion has to compare layers
+            too; 'layer' removes the same fraction of each layer.
+        held_out: another `(batch, targets)` on which to measure the loss; scores still come from `batch`.
         seed: of the random controls, and of the random signs that estimate a Hessian.
         rngs, **apply_kwargs: passed to `apply_fn`.
 
     Raises:
-        TypeError, ValueError: an argument is not of its kind, or the arguments do not fit each other.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is invalid, or the arguments do not match each other.
 
     >>> w, x = jnp.array([[3.0], [1e-3]]), jnp.eye(2)
     >>> loss = lambda outputs, targets: jnp.mean(jnp.square(outputs - targets))
@@ -155,12 +153,12 @@ def _checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
 
 
 Stacks = tuple[tuple[int, ...], ...] | None
-"""For each weight the axes over which it stacks layers; None where all weights are in one order."""
+"""For each weight, the axes over which it stacks layers; None to order all weights together."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _orders(stacks: Stacks, scores: list[jax.Array]) -> list[jax.Array]:
-    """For each weight when it goes, from 0: in the whole model, or in its layer where `stacks` is given."""
+    """Return the position of each weight in the order of removal: of its layer if `stacks`, else of the model."""
     return by_compiler(lambda *scores: _ordered(stacks, scores), *scores, like=scores)
 
 
@@ -182,13 +180,13 @@ def _within_layers(score: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _places(scores: jax.Array) -> jax.Array:
-    """The place of each score in ascending order; equal ones by index."""
+    """Return the position of each score in ascending order; equal scores by index."""
     order = jnp.argsort(scores, stable=True)
     return jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
 
 
 def _counts(fractions: tuple[float, ...], orders: list[jax.Array], stacks: Stacks) -> np.ndarray:
-    """[fractions, weights], how many of the order that each weight stands in go."""
+    """Return [fractions, weights]: how many weights are removed from the order that each weight is in."""
     if stacks is None:
         sizes = [sum(order.size for order in orders)] * len(orders)
     else:
@@ -203,7 +201,7 @@ def _counts(fractions: tuple[float, ...], orders: list[jax.Array], stacks: Stack
 def _losses(
     objective: Objective, params: Any, arrays: Arrays, orders: list[jax.Array], counts: np.ndarray
 ) -> jax.Array:
-    """The mean loss with the first weights of each order at 0, for each row of counts."""
+    """Return the mean loss for each row of counts, with the first weights of each order at 0."""
     problem = WeightLoss(objective, params, arrays)
 
     def loss(counts: jax.Array) -> jax.Array:
@@ -238,13 +236,13 @@ def _rank_correlation(scores: list[list[jax.Array]]) -> jax.Array:
 
 
 def _sampled(scores: Sequence[jax.Array]) -> jax.Array:
-    """Every k-th score of each weight, so that all weights together give at most 65,536."""
+    """Take every k-th score of each weight, at most 65,536 in all."""
     stride = math.ceil(sum(score.size for score in scores) / _SAMPLE)
     return jnp.concatenate([jnp.ravel(score)[::stride] for score in scores])[:_SAMPLE]
 
 
 def _render(comparison: Comparison) -> str:
-    """A row for each criterion, the best first: area, and the loss at some fractions removed."""
+    """Render a row per criterion, best first: its area, and its loss at some fractions removed."""
     fractions = comparison.fractions.tolist()
     shown = [i for i, fraction in enumerate(fractions) if round(100 * fraction) in (0, 20, 50, 80, 90, 95)]
     header = ("removed by", "area", *(f"{fractions[i]:.0%}" for i in shown))
@@ -262,6 +260,6 @@ def _render(comparison: Comparison) -> str:
     spread = float(jnp.max(comparison.random_area) - jnp.min(comparison.random_area))
     note = (
         f"Loss by fraction of the weights removed, {comparison.scope} order; area is its mean along the way. "
-        f"At random: the mean of {comparison.random_area.size} orders, whose areas spread over {spread:.3f}."
+        f"At random: the mean of {comparison.random_area.size} orders, whose areas differ by up to {spread:.3f}."
     )
     return "\n".join([*text.aligned(lines), "", *text.wrapped(note, text.WIDTH)])

@@ -1,6 +1,6 @@
-"""Analysis every so many training steps, inside the compiled step: `jaxeff.monitor`.
+"""Analysis every N training steps, inside the compiled step: `jaxeff.monitor`.
 
-The state is a pytree that lives in the train state. Between two analyses a step costs a comparison.
+The monitor's state is a pytree to keep in the train state. A step without an analysis costs one comparison.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from jaxeff.report import Report
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Vitals:
-    """What events are told from, of every weight in the report's order.
+    """The numbers from which events are derived, for all weights in the report's order.
 
     Attributes:
-        effective_params: [weights].
-        dead: [weights], units that emitted nothing but 0; nan where no activations were read.
+        effective_params: [weights], effective weights.
+        dead: [weights], units that emitted only 0; nan if no activations were read.
     """
 
     effective_params: jax.Array
@@ -47,13 +47,14 @@ class Vitals:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MonitorState:
-    """
+    """State of a monitor, to keep with the train state.
+
     Attributes:
-        step: int32 [], how many updates there were.
-        analysed: int32 [], the update that `report` is of; 0 is the start.
-        report: the latest.
-        first: what it was at the start.
-        previous: what it was in the report before.
+        step: int32 [], number of updates so far.
+        analysed: int32 [], update at which `report` was made; 0 is the start.
+        report: the latest report.
+        first: vitals at the start.
+        previous: vitals of the report before the latest.
     """
 
     step: jax.Array
@@ -69,13 +70,14 @@ class Event:
 
     Attributes:
         path: of the weight.
-        sign: 'dead units', 'effective parameters'; 'not finite', of weights, and 'fallen back', where what
-            the criterion reads was not finite and magnitudes stand in: no other is looked for then.
-        step: the update it was seen at.
-        first: the number at the start; None for the last two signs.
-        previous: the number in the report before; likewise.
-        now: the number in this report.
-        of: how many units, or weights, there are.
+        sign: 'dead units'; 'effective parameters'; 'not finite', if weights are; or 'fallen back', if the
+            criterion's statistics are not finite, so that magnitudes replace the scores. The last two
+            exclude the others.
+        step: update at which it was seen.
+        first: number at the start; None for the last two signs.
+        previous: number in the report before; None for the last two signs.
+        now: number in this report.
+        of: total number of units or weights.
     """
 
     path: str
@@ -90,7 +92,7 @@ class Event:
         if self.sign == "not finite":
             return f"step {self.step}: {self.path}: {self.now:,.0f} of {self.of:,} weights are not finite"
         if self.sign == "fallen back":
-            return f"step {self.step}: {self.path}: what scores rest on is not finite; scored by magnitude"
+            return f"step {self.step}: {self.path}: statistics are not finite; scored by magnitude"
         return (
             f"step {self.step}: {self.path}: {self.now:,.0f} of {self.of:,} {_NOUNS[self.sign]}, "
             f"{self.previous:,.0f} in the report before, {self.first:,.0f} at the start"
@@ -102,7 +104,7 @@ _NOUNS = {"dead units": "units are dead", "effective parameters": "weights are e
 
 @dataclasses.dataclass(frozen=True)
 class Monitor:
-    """See `monitor`."""
+    """Analyzes a network every N training steps; made by `monitor`."""
 
     every: int
     criterion: str | Criterion | Callable[..., jax.Array]
@@ -111,12 +113,11 @@ class Monitor:
     collapse: float
 
     def init(self, params: Any, apply_fn: Any, batch: Any, **analysis: Any) -> MonitorState:
-        """The state before the first step, with a report of it; a step may donate it.
+        """Analyze the network before the first step and return the initial state, which a step may donate.
 
         Args:
-            params: as for `jaxeff.analyze`.
-            apply_fn: the same.
-            batch: the same; it may be the training batch, or one set aside.
+            params, apply_fn: as in `jaxeff.analyze`.
+            batch: as in `jaxeff.analyze`; a training batch or a held-out one.
             **analysis: further arguments of `jaxeff.analyze`, such as `targets` and `rngs`.
         """
         report = self._analyze(params, apply_fn, batch, analysis)
@@ -126,9 +127,14 @@ class Monitor:
     def update(
         self, state: MonitorState, params: Any, apply_fn: Any, batch: Any, **analysis: Any
     ) -> MonitorState:
-        """The state after one more step: analysed anew where their number is a multiple of `every`.
+        """Advance the state by one step, and analyze the network if the step is a multiple of `every`.
 
-        To be called under `jit` or `scan`. Under `vmap` it analyses every time, as `lax.cond` does there.
+        Call it under `jit` or `scan`. Under `vmap` it analyzes at every step, because `lax.cond` runs both
+        branches there.
+
+        Raises:
+            TypeError: `state` is not a MonitorState.
+            ValueError: `state` belongs to another model.
         """
         if not isinstance(state, MonitorState):
             raise TypeError(f"`state` must be a MonitorState from `init`, got {type(state).__name__}")
@@ -137,16 +143,19 @@ class Monitor:
         def again() -> MonitorState:
             report = self._analyze(params, apply_fn, batch, analysis)
             if jax.tree.structure(report) != jax.tree.structure(state.report):
-                raise ValueError("`state` is of another model: make one with `init(params, apply_fn, batch)`")
+                raise ValueError(
+                    "`state` belongs to another model: make one with `init(params, apply_fn, batch)`"
+                )
             return MonitorState(step, step, report, state.first, Vitals.of(state.report))
 
         return jax.lax.cond(step % self.every == 0, again, lambda: dataclasses.replace(state, step=step))
 
     def events(self, state: MonitorState) -> tuple[Event, ...]:
-        """Early signs in the latest report, by weight in forward order.
+        """Return the early signs of trouble in the latest report, by weight in forward order.
 
         Raises:
-            ValueError: the state is of several models.
+            TypeError: `state` is not a MonitorState.
+            ValueError: the state holds several models.
         """
         if not isinstance(state, MonitorState):
             raise TypeError(f"`state` must be a MonitorState from `init`, got {type(state).__name__}")
@@ -180,20 +189,20 @@ def monitor(
     growth: float = 0.1,
     collapse: float = 0.5,
 ) -> Monitor:
-    """Analyses a network while it trains, every so many steps, inside the compiled step.
+    """Analyze the network every N training steps, inside the compiled step, and report early signs of trouble.
 
-    `init` gives a state to keep with the train state, `update` takes it through a step, and `events` says
-    what to worry about. The latest report is `state.report`; `state.report.scalars()` goes to any tracker.
+    `init` returns a state to keep with the train state, `update` advances it by one step, and `events` lists
+    the early signs. The latest report is `state.report`; `state.report.scalars()` goes to any tracker.
 
     Args:
         every: steps between two analyses.
-        criterion: as for `jaxeff.analyze`.
-        loss_fn: the same; `targets` go to `init` and `update`.
-        growth: by what fraction of a layer's units more must be dead than at the start, to be an event.
-        collapse: to what fraction of those at the start effective parameters must fall, to be an event.
+        criterion, loss_fn: as in `jaxeff.analyze`; `targets` go to `init` and `update`.
+        growth: report an event if the dead units of a layer have grown by this fraction of its units.
+        collapse: report an event if the effective weights of a layer have fallen to this fraction of their
+            number at the start.
 
     Raises:
-        ValueError: `every` is no positive integer, or `growth` or `collapse` not in (0, 1].
+        ValueError: `every` is not a positive integer, or `growth` or `collapse` is not in (0, 1].
 
     >>> import flax.linen as nn
     >>> model, batch = nn.Dense(4), jnp.ones((8, 3))

@@ -1,8 +1,7 @@
 """The strongest routes from unit to unit through a network.
 
-In: which axes of which weights are tied (`prune.groups`), which of them are units (a report), and a score for
-every weight. Out: `Pathways`. Two weights are connected where an axis of one is tied to an axis of the other
-because the traced program says so, whatever their names.
+`prune.groups` says which axes of which weights are tied, and a report says which of them are units. Two weights
+are connected if the traced program ties an axis of one to an axis of the other; names do not matter.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from jaxeff.report import Report
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """Units one after the other, as (number of the group, number of the unit in it), and its strength."""
+    """A chain of units, each as (index of its group, index in the group), and its strength."""
 
     units: tuple[tuple[int, int], ...]
     strength: float
@@ -29,14 +28,14 @@ class Route:
 
 @dataclasses.dataclass(frozen=True)
 class Pathways:
-    """The strongest routes, the strongest first.
+    """Routes through a network, strongest first.
 
     Attributes:
         groups: names of the groups of units that weights connect, in the order in which the model uses them.
-        sizes: how many units each has.
-        routes: numbers of groups and units are places in these.
-        left_out: weights that lead back into a group that came before, as those of a residual or recurrent
-            state do: no route takes them.
+        sizes: number of units in each group.
+        routes: chains of units, whose group indices refer to `groups`.
+        left_out: weights on no route because they lead back into an earlier group, such as those of a
+            residual stream or recurrent state.
     """
 
     groups: tuple[str, ...]
@@ -46,24 +45,24 @@ class Pathways:
 
 
 def pathways(report: Report, groups: Groups, importance: Any, count: int = 20) -> Pathways:
-    """The strongest routes from the model's first units to its last.
+    """Find the strongest routes from the model's first units to its last.
 
-    A unit is worth 1, of which each unit before it gets the part that the importance of the weights between
-    them has in all that lead into the unit; the strength of a route is the product of its parts. So the
-    strengths of all routes that end in one unit sum to 1. It is a heuristic of magnitudes: it says nothing of
-    signs, nor that the network would fail without the route.
+    The strength of a step from one unit to the next is the importance of the weights between them, as a share
+    of the importance of all weights into the second. The strength of a route is the product of its steps, so
+    the strengths of all routes into one unit sum to 1. This is a heuristic of magnitudes: it ignores signs and
+    does not imply that the network would fail without the route.
 
     Args:
-        report: of the same model; says which axes of a weight are its units.
+        report: a report of the same model, which says which axes of a weight are its units.
         groups: from `jaxeff.prune.groups`.
         importance: scores shaped like `params`, from `jaxeff.importance.scores` (by path) or
             `jaxeff.prune.scored`.
-        count: how many routes.
+        count: number of routes to return.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: `count` is below 1; the arguments are of different models; scores are negative or not
-            finite; or no weight connects two groups.
+        TypeError: an argument has the wrong type.
+        ValueError: `count` is below 1, the arguments belong to different models, scores are negative or not
+            finite, or no weight connects two groups.
 
     >>> import jax, jax.numpy as jnp, jaxeff
     >>> from jaxeff import prune
@@ -83,7 +82,7 @@ def pathways(report: Report, groups: Groups, importance: Any, count: int = 20) -
     _check_one_model(report, groups, named_variables(importance))
     into, left_out = _connections(report, groups, named_variables(importance))
     if not into:
-        raise ValueError("no weight with a score connects two groups of units: there is no route")
+        raise ValueError("there is no route, because no weight with a score connects two groups of units")
     used = sorted({*into, *(source for sources in into.values() for source in sources)})
     best: dict[int, list[list[Route]]] = {}
     for target in used:
@@ -125,11 +124,11 @@ def _check_one_model(report: Any, groups: Any, scores: Mapping[str, Any]) -> Non
         for member in group.members:
             shape = shapes.get(member.path)
             if shape is not None and int(np.max(member.indices, initial=0)) >= shape[member.axis]:
-                raise ValueError(f"`groups` are of another model: {member.path!r} has shape {shape} here")
+                raise ValueError(f"`groups` belong to another model: {member.path!r} has shape {shape} here")
 
 
 Connections = dict[int, dict[int, np.ndarray]]
-"""Group -> groups before it -> [units there, units here], the importance of the weights between them."""
+"""Group -> each group before it -> [units there, units here], the importance of the weights between them."""
 
 
 def _connections(report: Report, groups: Groups, scores: Mapping[str, Any]) -> tuple[Connections, list[str]]:
@@ -157,7 +156,7 @@ def _connections(report: Report, groups: Groups, scores: Mapping[str, Any]) -> t
 
 
 def _last(groups: Groups, into: Connections, used: Sequence[int]) -> list[int]:
-    """The model's outputs; where none is among the groups, those that lead nowhere."""
+    """Return the groups of the model's outputs, or, if there are none, those that lead nowhere."""
     sources = {source for before in into.values() for source in before}
     ends = [group for group in used if group not in sources]
     outputs = [group for group in ends if OUTPUT in (groups.groups[group].locked or "")]
@@ -165,13 +164,13 @@ def _last(groups: Groups, into: Connections, used: Sequence[int]) -> list[int]:
 
 
 def _holds_units(group: Group) -> bool:
-    """Not the axis of a kernel that slides, which nothing else is tied to."""
+    """Return whether a group holds units. The sliding axes of a kernel do not; nothing else is tied to them."""
     ends = (INPUT, OUTPUT)
     return len(group.members) > 1 or group.locked is None or any(end in group.locked for end in ends)
 
 
 def _between(score: np.ndarray, here: Member, there: Member) -> np.ndarray:
-    """The importance of the weights from each unit of one group to each of the other."""
+    """Return the importance of the weights from each unit of one group to each unit of the other."""
     others = tuple(axis for axis in range(score.ndim) if axis not in (here.axis, there.axis))
     flat = score.sum(axis=others)
     flat = flat if here.axis < there.axis else flat.T
@@ -186,7 +185,7 @@ def _routes_into(
     size: int,
     count: int,
 ) -> list[list[Route]]:
-    """The `count` strongest routes that end in each unit of a group."""
+    """Find the `count` strongest routes into each unit of a group."""
     if not before:
         return [[Route(((target, unit),), 1.0)] for unit in range(size)]
     totals = np.sum([between.sum(axis=0) for between in before.values()], axis=0)

@@ -1,6 +1,6 @@
-"""What jaxeff returns, saved by `flax.serialization`.
+"""Registration of jaxeff's results with `flax.serialization`.
 
-Apart from the dataclasses themselves, which the command line reads without Flax.
+It is separate from the dataclasses, which the command line uses without Flax.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Kind = TypeVar("Kind")
 
 
 def saved_by_flax(kind: type[Kind]) -> type[Kind]:
-    """Has `flax.serialization` save the arrays of a registered dataclass, by their keys.
+    """Let `flax.serialization` save the arrays of a registered dataclass, by their keys.
 
-    As with `flax.struct`, what is static is not saved: it comes from the target of `from_bytes`.
+    As with `flax.struct`, static fields are not saved; they come from the target of `from_bytes`.
     """
 
     def to_state(tree: Any) -> dict[str, Any]:
@@ -31,8 +31,8 @@ def saved_by_flax(kind: type[Kind]) -> type[Kind]:
         names = [jax.tree_util.keystr(keys) for keys, _ in _with_keys(target)]
         if different := sorted(state.keys() ^ set(names)):
             raise ValueError(
-                f"the saved {kind.__name__} and the target differ: {different[0]!r} is in one of them alone. "
-                "Pass a target of the model that was saved"
+                f"the saved {kind.__name__} and the target differ: only one of them has {different[0]!r}. "
+                "Pass a target made from the model that was saved"
             )
         return jax.tree.unflatten(jax.tree.structure(target), [state[name] for name in names])
 

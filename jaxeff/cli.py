@@ -6,9 +6,12 @@ interrupted. 141: whoever read the output has left.
 
 import argparse
 import gc
+import importlib
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(argv)
     except KeyboardInterrupt:
-        print("jaxeff: interrupted", file=sys.stderr)
+        print(_INTERRUPTED, file=sys.stderr)
         return 130
     except BrokenPipeError:
         _leave_output()
@@ -55,6 +58,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         if collects:
             gc.enable()
     return 0
+
+
+_INTERRUPTED = "jaxeff: interrupted"
+
+
+@contextmanager
+def _exit_when_interrupted() -> Iterator[None]:
+    """Ctrl-C ends the process on the spot.
+
+    Not by an exception: raised while JAX's extensions are initialized, it would crash the process.
+    """
+
+    def exit_at_once(*arguments: object) -> NoReturn:
+        _ = os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{_INTERRUPTED}\n".encode())
+        os._exit(130)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    # The caller's own handler stays; a shell ignores interrupts of jobs in the background.
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    before = signal.signal(signal.SIGINT, exit_at_once)
+    try:
+        yield
+    finally:
+        _ = signal.signal(signal.SIGINT, before)
 
 
 def _told(error: OSError) -> str:
@@ -70,7 +99,10 @@ def _leave_output() -> None:
 
 def _run(argv: Sequence[str] | None) -> None:
     try:
-        arguments = _parser().parse_args(argv)
+        with _exit_when_interrupted():
+            arguments = _parser().parse_args(argv)
+            # Not at the top: --help and mistyped arguments need not wait for JAX.
+            _ = importlib.import_module(arguments.module)
         arguments.command(arguments)
     finally:
         _flush()
@@ -87,7 +119,6 @@ def _flush() -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    # Here and not above: --help and mistyped arguments need not wait for Flax and Optax.
     from jaxeff import demo
 
     gc.enable()
@@ -139,10 +170,10 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _width() -> int:
-    """Of the terminal; where the output is none, of a table anywhere."""
+    """COLUMNS if set, else the terminal's width, else that of a table anywhere."""
     from jaxeff.output.text import WIDTH
 
-    return max(shutil.get_terminal_size().columns, 20) if sys.stdout.isatty() else WIDTH
+    return max(shutil.get_terminal_size((WIDTH, 24)).columns, 20)
 
 
 _STANDARD_OUTPUT = "-"
@@ -215,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     seed, epochs = _integer(0, 2**32 - 1), _integer(1, 10_000)
     _ = demo.add_argument("--seed", type=seed, metavar="N", help="initial weights and order of batches")
     _ = demo.add_argument("--epochs", type=epochs, metavar="N", help="passes over the training digits")
-    demo.set_defaults(command=_demo)
+    demo.set_defaults(command=_demo, module="jaxeff.demo")
     _add_checkpoints(commands)
     return parser
 
@@ -236,7 +267,7 @@ def _add_checkpoints(commands: Any) -> None:
         "--html", metavar="FILE", type=_file, help="also write the report as a page for a browser"
     )
     help_ = (
-        "a heading of the table (layer, weights, used, gini, ...) or a metric (redundancy, entropy, ...): "
+        "a heading of the table (layer, weights, gini, ...) or a metric (redundancy, entropy, ...): "
         "those with most to spare first"
     )
     _ = analyze.add_argument("--sort", metavar="ORDER", default="path", type=_order(_metrics), help=help_)
@@ -250,7 +281,7 @@ def _add_checkpoints(commands: Any) -> None:
     for command, run in ((analyze, _analyze), (compare, _compare)):
         help_ = "show the first N of each list: of rows, and of what follows them"
         _ = command.add_argument("--top", metavar="N", type=_integer(0, 10**9), help=help_)
-        command.set_defaults(command=run)
+        command.set_defaults(command=run, module="jaxeff.checkpoints")
 
 
 def _file(text: str) -> str:

@@ -1,7 +1,7 @@
-"""Metrics of weights of any number, from one pass: `count` counts, `merge` adds, `summarize` tells.
+"""Metrics of any number of weights from one pass: `count` counts, `merge` adds, `summarize` gives the metrics.
 
 whole = count(x)                          one pass
-whole = merge(count(part), count(other))  the same to the bit, however x is cut
+whole = merge(count(part), count(other))  the same to the bit, however x is split
 metrics, bounds = summarize(whole)        each metric, and how far off it may be
 """
 

@@ -349,7 +349,9 @@ class Scanned(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Dense(8, name="embed")(x)
-        stack = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=self.length)
+        stack = nn.scan(
+            nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=self.length
+        )
         x, _ = stack(self.heads, self.value, self.expanded, name="layers")(x, None)
         return nn.Dense(3, name="head")(x)
 

@@ -123,7 +123,9 @@ def test_scores_that_still_move_are_warned_of():
 
     # Each batch shows one input alone: the scores of the others move from 0.
     batches = [np.eye(8, dtype=np.float32)[i : i + 1] for i in range(8)]
-    with pytest.warns(UserWarning, match="the scores of 'w' still move: rank correlation .* to 8 batches"):
+    with pytest.warns(
+        UserWarning, match="the scores of 'w' are not stable yet: rank correlation .* to 8 batches"
+    ):
         jaxeff.calibrate({"w": jnp.ones((8, 3))}, network, batches, criterion="wanda")
 
 

@@ -96,14 +96,24 @@ def test_demo_prints_accuracy_and_report_and_keeps_progress_apart():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Test accuracy: ")
     assert "Dense_0/kernel" in done.stdout
-    shown = [line.split()[:2] for line in done.stderr.splitlines()]
-    assert shown == [[task, step] for task in ("Training", "Pruning") for step in ("1/2", "2/2")]
-    rows = {line[:29].strip(): line[29:].split() for line in done.stdout.splitlines()[-8:]}
-    before, after = (int(number.replace(",", "")) for number in rows["parameters that are not 0"])
+    shown = [line.split("  ")[0] for line in done.stderr.splitlines()]
+    tasks = ("Training", "Pruning", "Without pruning")
+    assert shown == [f"{task} {step}" for task in tasks for step in ("1/2", "2/2")]
+    rows = {line[:19].strip(): line[19:].split() for line in done.stdout.splitlines()[-8:]}
+    before, pruned, whole = (int(number.replace(",", "")) for number in rows["nonzero parameters"])
     weights, biases = 3 * 3 * 16 + 3 * 3 * 16 * 32 + 512 * 512 + 512 * 10, 16 + 32 + 512 + 10
-    assert weights <= before <= weights + biases
-    assert round(0.1 * weights) <= after <= round(0.1 * weights) + biases
-    assert rows["test accuracy"][1] == "%"
+    assert weights <= before <= weights + biases and weights <= whole <= weights + biases
+    assert round(0.1 * weights) <= pruned <= round(0.1 * weights) + biases
+    assert rows["test accuracy"][1::2] == ["%"] * 3
+    sizes = [int(number.replace(",", "")) for number in rows["bytes, packed"]]
+    assert sizes[0] == sizes[2] == 4 * (weights + biases) and sizes[1] < 0.15 * sizes[0]
+
+
+def test_the_network_that_is_not_pruned_has_the_same_steps(trained):
+    state, _ = trained
+    (pruned, _), (whole, _) = demo.train_pruned(state, 0, 1), demo.train_further(state, 0, 1)
+    assert int(pruned.step) == int(whole.step) and "masks" not in dir(whole.opt_state)
+    assert float(whole.params["Dense_0"]["kernel"].astype(bool).mean()) > 0.999
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
@@ -120,6 +130,37 @@ def test_interrupt_ends_with_one_line_and_status_130():
         rest = running.stderr.read().splitlines()
     assert running.returncode == 130
     assert [line for line in rest if not line.startswith("Training ")] == ["jaxeff: interrupted"]
+
+
+INTERRUPTED_WHILE_JAXLIB_INITIALIZES = """
+import signal, sys
+from jaxeff import cli
+
+class Loading:
+    def find_spec(name, *_):
+        if name == "jaxlib._jax":
+            sys.setprofile(interrupt)
+
+def interrupt(frame, event, _):
+    # What the extension calls in Python while it makes its enumerations.
+    if event == "call" and frame.f_code.co_filename.endswith("enum.py"):
+        sys.setprofile(None)
+        signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Loading)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+@pytest.mark.parametrize(
+    "arguments", [["demo"], ["analyze", "m.safetensors"], ["analyze", "m", "--sort", "gini"]]
+)
+def test_interrupt_while_jax_is_imported_ends_with_one_line_and_status_130(arguments):
+    command = [sys.executable, "-c", INTERRUPTED_WHILE_JAXLIB_INITIALIZES, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "jaxeff: interrupted\n")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")

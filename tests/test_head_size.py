@@ -164,6 +164,8 @@ def test_where_heads_alone_may_shrink_their_size_has_to_be_named():
     module = nn.MultiHeadDotProductAttention(1, qkv_features=8)
     params = module.init(jax.random.key(0), X)
     groups = prune.groups(params, module.apply, X)
-    with pytest.raises(ValueError, match=r"of kind 'head_size': pass `kinds`, or name them, \{'value/kernel:2': 0.5\}"):
+    with pytest.raises(
+        ValueError, match=r"of kind 'head_size': pass `kinds`, or name them, \{'value/kernel:2': 0.5\}"
+    ):
         prune.plan(groups, prune.scored(params), 0.5)
     assert prune.plan(groups, prune.scored(params), {"value/kernel:2": 0.5}).sizes() == {"value/kernel:2": 4}

@@ -143,7 +143,7 @@ def test_activations_that_are_not_finite_are_an_event():
 def test_a_state_of_another_model_and_what_is_no_state():
     other = nn.Dense(5)
     params = other.init(jax.random.key(0), BATCH)
-    with pytest.raises(ValueError, match="`state` is of another model"):
+    with pytest.raises(ValueError, match="`state` belongs to another model"):
         WATCH.update(_start(), params, other.apply, BATCH)
     for call in (
         lambda: WATCH.update(PARAMS, _start(), MODEL.apply, BATCH),

@@ -15,6 +15,7 @@ import jaxeff
 from jaxeff.metrics import Metrics
 from jaxeff.metrics._curve import Distribution
 from jaxeff.metrics._half_normal import Null
+from jaxeff.output.text import shorten
 from jaxeff.report import Activity, LayerReport, ModuleReport, OtherReport, Report
 from jaxeff.report import _table as table
 from jaxeff.report import _totals as totals
@@ -111,7 +112,7 @@ def test_a_table_fits_the_width_it_is_given(rows, width):
     lines = table.render(report_of(*rows).snapshot(), width=width).splitlines()
     assert max(map(len, lines)) <= width
     if rows:
-        assert {"layer", "used", "null"} <= set(lines[0].split())
+        assert {"layer", "utilization", "null"} <= set(lines[0].split())
 
 
 def test_a_table_says_which_columns_it_left_out():
@@ -122,15 +123,39 @@ def test_a_table_says_which_columns_it_left_out():
     assert sorted([*header, *left_out]) == sorted(table.HEADER)
 
 
-def test_columns_that_tell_nothing_are_left_out_first():
+def test_columns_that_are_empty_throughout_are_not_there_and_not_counted_as_left_out():
     row = layer("encoder/attention/query/kernel", macs=None, activity=None)
-    header, rule, *_ = table.render(report_of(row).snapshot(), width=150).splitlines()
-    assert header.split() == list(table.HEADER)
-    for less, left_out in ((1, ["MACs"]), (6, ["MACs", "dead"])):
-        printed = table.render(report_of(row).snapshot(), width=len(rule) - less)
-        assert printed.split("\n")[0].split() == [name for name in table.HEADER if name not in left_out]
-        assert row.path in printed.split("\n")[2]
-        assert f"(columns left out for want of width: {', '.join(left_out)})" in printed
+    shown = [name for name in table.HEADER if name not in ("MACs", "dead")]
+    header, rule, *_ = printed = table.render(report_of(row).snapshot(), width=150).splitlines()
+    assert header.split() == shown and "left out" not in " ".join(printed)
+    assert table.render(report_of(row).snapshot(), width=len(rule)).splitlines()[:3] == printed[:3]
+    printed = " ".join(table.render(report_of(row).snapshot(), width=40).split())
+    left_out = printed.split("width: ")[1].split(")")[0].split(", ")
+    assert sorted([*printed.split("---")[0].split(), *left_out]) == sorted(shown)
+    # One row with a number brings the column back.
+    assert "MACs" in table.render(report_of(row, layer("b")).snapshot(), width=150).split("\n")[0]
+
+
+def test_names_lose_what_all_begin_and_end_with_before_they_lose_a_middle():
+    names = [
+        f"encoder/block_{index}/attention/{name}/kernel" for index in range(12) for name in ("query", "key")
+    ]
+    assert shorten(names, 100) == names
+    assert shorten(names, 33)[:2] == [
+        "…block_0/attention/query/kernel",
+        "…block_0/attention/key/kernel",
+    ]
+    assert shorten(names, 25)[:2] == ["…block_0/attention/query…", "…block_0/attention/key…"]
+
+
+@pytest.mark.parametrize("width", [18, 24, 40])
+def test_shortened_names_stay_apart_and_fit(width):
+    names = [
+        f"model.layers.{i}.{part}.weight" for i in range(32) for part in ("mlp.up_proj", "self_attn.q_proj")
+    ]
+    shortened = shorten([*names, "lm_head.weight"], width)
+    assert len(set(shortened)) == 65 and max(map(len, shortened)) <= width
+    assert len(shorten(["a" * 50], width)[0]) == width
 
 
 def test_layers_are_printed_in_forward_order_one_line_each():
@@ -145,7 +170,7 @@ def test_a_row_shows_the_layers_numbers():
     header, _, line = str(report_of(row)).splitlines()[:3]
     shown = dict(zip(header.split(), line.split(), strict=True))
     assert shown["layer"] == "dense/kernel" and shown["shape"] == "64x32" and shown["emits"] == "relu"
-    assert (shown["used"], shown["null"], shown["gini"]) == ("61.2%", "73.4%", "0.487")
+    assert (shown["utilization"], shown["null"], shown["gini"]) == ("61.2%", "73.4%", "0.487")
     assert (shown["units"], shown["dead"]) == ("28.8/32", "5")
     assert (shown["weights"], shown["bytes"], shown["MACs"]) == ("2.05k", "8.19k", "2.05k")
 
@@ -174,8 +199,8 @@ def test_notes_are_printed_with_their_layer_and_marked_in_the_table():
 
 
 def test_unknown_numbers_are_printed_as_unknown():
-    line = str(report_of(layer(gini=math.nan, null=None))).splitlines()[2].split()
-    assert line[6:9] == ["70.0%", "–", "?"]
+    line = str(report_of(layer("a", gini=math.nan, macs=None), layer("b"))).splitlines()[2].split()
+    assert (line[5], line[8]) == ("–", "?")
 
 
 def test_a_report_of_several_models_says_how_to_take_one():
@@ -218,6 +243,12 @@ def test_scalars_are_floats_under_flat_names():
 
 
 # In notebooks and tables
+
+
+def test_a_notebook_leaves_out_columns_that_are_empty_throughout():
+    shown = report_of(layer(activity=None, macs=None))._repr_html_()
+    assert ">MACs<" not in shown and ">dead<" not in shown and ">utilization<" in shown
+    assert ">MACs<" in report_of(layer())._repr_html_()
 
 
 def test_a_notebook_shows_the_table_without_scripts_or_colours():
@@ -481,10 +512,10 @@ def test_a_report_holds_paths():
     report = report_of(layer())
     (path,) = report
     assert path in report and "elsewhere" not in report and report[path].path == path
-    with pytest.raises(TypeError, match="found by its path, got 0"):
+    with pytest.raises(TypeError, match="by its path, got 0"):
         _ = report[0]
 
 
 def test_layers_that_are_not_finite_are_not_among_the_weights_used():
     params = {"a": jnp.full((3, 4), jnp.nan), "b": jnp.ones((5, 2))}
-    assert "of 10 weights used" in str(jaxeff.analyze(params))
+    assert "effective of 10 weights)" in str(jaxeff.analyze(params))

@@ -426,7 +426,7 @@ def test_stacked_layers_are_spoken_of_once_each():
 
 def test_a_sensitivity_of_other_params_is_refused(report):
     with pytest.raises(
-        ValueError, match="`sensitivity` is of other params: the report has no 'layer0/kernel'"
+        ValueError, match="`sensitivity` belongs to other params: the report has no 'layer0/kernel'"
     ):
         _ = report.recommendations(measured([1, 1, 1]))
 
@@ -460,7 +460,7 @@ def test_axes_of_its_own():
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"pip install 'jaxeff\[plot\]'"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         _ = plot.sensitivity(measured([1, 2, 3]))
 
 

@@ -237,7 +237,7 @@ def in_order(weights: Sequence[WeightChange], order: str) -> list[WeightChange]:
     return sorted(weights, key=lambda weight: -math.inf if math.isnan(weight.change) else -weight.change)
 
 
-_HEADER = ("layer", "shape", "used A", "used B", "gini A", "gini B", "change")
+_HEADER = ("layer", "shape", "util. A", "util. B", "gini A", "gini B", "change")
 _DISPENSABLE = ("gini A", "gini B", "shape")
 
 

@@ -18,8 +18,8 @@ _USED = (
 )
 _SPARE = tuple(field.name for field in dataclasses.fields(Metrics) if field.name not in (*_USED, "size"))
 # Columns of the table that a checkpoint has something to say in: its headings are orders too.
-_HEADINGS = {"layer": "path", "weights": "size", "used": "utilization"}
-_COLUMNS = ("layer", "shape", "weights", "bytes", "used", "null", "gini", "units", "fan-in")
+_HEADINGS = {"layer": "path", "weights": "size"}
+_COLUMNS = ("layer", "shape", "weights", "bytes", "utilization", "null", "gini", "units", "fan-in")
 ORDERS = (*_COLUMNS, *(name for name in ("path", "size", *_USED, *_SPARE) if name not in _COLUMNS))
 
 

@@ -1,4 +1,4 @@
-"""What a model costs: operations counted, memory, measured time."""
+"""Cost of a model: operations, memory and measured time."""
 
 from jaxeff.cost._chips import Chip as Chip
 from jaxeff.cost._compiling import Compiled as Compiled

@@ -1,4 +1,4 @@
-"""A function and shapes -> what XLA says of the compiled program, of one device."""
+"""XLA's figures of a compiled function, for one device."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """XLA's own figures of a compiled program, on each device that runs it. None where the backend has none.
+    """XLA's own figures of a compiled program, per device. None if the backend does not report them.
 
     Attributes:
-        devices: how many run it.
-        flops: XLA's count. It takes the body of every loop once, leaves out what meets padding, and knows
-            nothing of what it hands to a library.
+        devices: number of devices that run it.
+        flops: XLA's count. It counts the body of every loop once, skips padding, and does not see into
+            library calls.
         transcendentals: elements of exp, log, tanh and the like, counted in the same way.
-        bytes_accessed: what the program's operations read and write, in memory or cache; loops once.
-        argument_bytes, output_bytes: of its arguments and results.
-        alias_bytes: of the results that take the place of a donated argument.
-        scratch_bytes: the most that its intermediate arrays need at one time.
+        bytes_accessed: bytes that the operations read and write, in memory or cache; loops count once.
+        argument_bytes, output_bytes: of arguments and results.
+        alias_bytes: of results that reuse a donated argument.
+        scratch_bytes: maximum of the intermediate arrays at one time.
         code_bytes: of the program itself.
-        lower_seconds, compile_seconds: how long it took to trace and lower the function, and to compile it.
+        lower_seconds, compile_seconds: time to trace and lower the function, and to compile it.
     """
 
     devices: int
@@ -41,7 +41,7 @@ class Compiled:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Arguments, results and scratch together: the most that lives at one time."""
+        """Arguments, results and scratch together: the maximum at one time."""
         parts = self.argument_bytes, self.output_bytes, self.scratch_bytes, self.alias_bytes
         if None in parts:
             return None
@@ -53,12 +53,12 @@ class Compiled:
 
 
 def compiled(function: Callable, *arguments: Any, **keywords: Any) -> Compiled:
-    """Compile a function for these arguments, or for their shapes, and ask XLA about it; nothing runs.
+    """Compile a function for these arguments or shapes and return XLA's figures; nothing runs.
 
     Args:
-        function: any function of arrays, or what `jax.jit` made of one, whose options then count.
-        *arguments, **keywords: arrays or `jax.ShapeDtypeStruct`; laid out over devices, the figures are of
-            one device's part.
+        function: any function of arrays, or a result of `jax.jit`, whose options then apply.
+        *arguments, **keywords: arrays or `jax.ShapeDtypeStruct`. If they are laid out over devices, the figures
+            are those of one device's part.
 
     >>> import jax.numpy as jnp
     >>> found = compiled(jnp.dot, jnp.ones((8, 4)), jnp.ones((4, 2)))
@@ -69,7 +69,7 @@ def compiled(function: Callable, *arguments: Any, **keywords: Any) -> Compiled:
 
 
 class Compilation(NamedTuple):
-    """A compiled function, its traced program, whether it donates arguments, and what XLA says of it."""
+    """A compiled function, its traced program, whether it donates arguments, and XLA's figures."""
 
     program: jax.stages.Compiled
     traced: Any
@@ -93,7 +93,7 @@ def compile(function: Callable, arguments: tuple, keywords: Mapping[str, Any]) -
 def _figures(program: jax.stages.Compiled, lower: float, compile: float) -> Compiled:
     costs = program.cost_analysis() or {}
     memory: Any = program.memory_analysis()
-    # Some backends give one dictionary a computation.
+    # Some backends return one dictionary per computation.
     costs = costs[0] if isinstance(costs, (list, tuple)) else costs
 
     def size(name: str) -> int | None:
@@ -116,7 +116,7 @@ def _figures(program: jax.stages.Compiled, lower: float, compile: float) -> Comp
 
 
 def _known(costs: Mapping[str, float], name: str) -> float | None:
-    """XLA gives -1 for unknown; it leaves out what is 0."""
+    """Return a figure, or None for -1, which is XLA's unknown. A missing figure is 0."""
     if not costs:
         return None
     found = costs.get(name, 0.0)

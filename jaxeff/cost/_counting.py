@@ -1,4 +1,4 @@
-"""params, apply_fn, batch -> Cost."""
+"""Count what a model does: params, apply_fn, batch -> Cost."""
 
 from __future__ import annotations
 
@@ -35,29 +35,30 @@ def count(
     rngs: Any = None,
     **apply_kwargs: Any,
 ) -> Cost:
-    """Count what a model does, from its traced program: nothing is compiled, run or allocated.
+    """Count the operations of a model from its traced program; nothing is compiled, run or allocated.
 
-    A scan counts as its body times its length, a `cond` as the largest of its branches, a `while` as one
-    iteration; the last two are said in `statements`, as is every operation that is not counted.
+    A scan counts as its body times its length, a `cond` as the largest of its branches, and a `while` as one
+    iteration. `statements` lists the last two, and every operation that is not counted.
 
     Args:
-        params: the variables dict, its `params` collection, or what `jaxeff.from_nnx` gives; arrays, or
-            `jax.ShapeDtypeStruct` in their place (`jax.eval_shape(model.init, ...)`).
-        apply_fn: as `jaxeff.analyze` takes it.
-        batch: the model's input, arrays or shapes; a tuple is several positional inputs.
-        loss_fn, targets: `loss_fn(outputs, targets)`: counts the backward pass as well, from the traced
-            gradient of its mean with respect to `params`. The forward pass is then that of training: with
-            the loss, and the derivatives that JAX prepares on the way.
-        optimizer: an Optax optimizer: counts one update as well, from its traced program.
-        rngs: passed to `apply_fn` as `rngs`; keys, or their shapes.
+        params: the variables dict, its `params` collection, or the params from `jaxeff.from_nnx`; arrays or
+            `jax.ShapeDtypeStruct` (`jax.eval_shape(model.init, ...)`).
+        apply_fn: as in `jaxeff.analyze`.
+        batch: the model's input, arrays or shapes; a tuple holds several positional inputs.
+        loss_fn, targets: also count the backward pass, from the traced gradient of the mean of
+            `loss_fn(outputs, targets)` with respect to `params`. The forward pass is then that of training: it
+            includes the loss, and the derivatives that JAX prepares on the way.
+        optimizer: an Optax optimizer; also count one update, from its traced program.
+        rngs: passed to `apply_fn` as `rngs`; keys or their shapes.
         **apply_kwargs: passed to `apply_fn`.
 
     Returns:
-        MACs and FLOPs of the whole batch, exact: `cost.total`, by phase, operator, module and layer, and
+        Exact MACs and FLOPs of the whole batch: `cost.total`, by phase, operator, module and layer, and
         `cost.per_example`.
 
     Raises:
-        TypeError, ValueError: an argument is not of its kind, or `apply_fn` does not accept them.
+        TypeError: an argument has the wrong type, or `apply_fn` does not accept the arguments.
+        ValueError: an argument is invalid.
 
     >>> import flax.linen as nn, jax.numpy as jnp
     >>> model, x = nn.Dense(4), jax.ShapeDtypeStruct((8, 3), jnp.float32)
@@ -90,7 +91,7 @@ def count(
 
 
 def count_function(function: Callable, *arguments: Any, **keywords: Any) -> Cost:
-    """Count any function of arrays, or of shapes: no layers, and no examples.
+    """Count any function of arrays or shapes, without layers and examples.
 
     >>> count_function(jnp.dot, jnp.ones((2, 3)), jnp.ones((3, 4))).macs
     24
@@ -99,14 +100,14 @@ def count_function(function: Callable, *arguments: Any, **keywords: Any) -> Cost
 
 
 def of_program(closed: ClosedJaxpr, arguments: Any) -> Cost:
-    """Count a traced program; the arguments say over how many devices it runs."""
+    """Count a traced program. The layout of the arguments determines its number of devices."""
     return _cost([tally(graph.flatten(closed), "forward", _nobody, "")], None, arguments)
 
 
 def _owners(
     program: graph.Program, bound: Bound, described: Sequence[tuple[str, Any]]
 ) -> dict[Operation, str]:
-    """The weight that meets data in each contraction of the forward pass.
+    """Return the weight that meets data in each contraction of the forward pass.
 
     Args:
         described: path and leaf of each of the program's first inputs.
@@ -132,7 +133,7 @@ def _by_use(owners: Mapping[Operation, str]) -> Owner:
 
 
 def _by_module(forward: graph.Program, owners: Mapping[Operation, str], root: str) -> Owner:
-    """For the backward pass: the weight of a module, where its forward pass contracts that one alone."""
+    """Return, for the backward pass, the weight of each module whose forward pass contracts only that one."""
     held: dict[str, set[str | None]] = {}
     for operation in _contractions(forward):
         held.setdefault(module_path(operation.scope, root), set()).add(owners.get(operation))
@@ -162,7 +163,7 @@ def _floating(leaf: Any) -> bool:
 
 
 def _root(bound: Bound) -> str:
-    """How a Linen model names itself in the names around its operations."""
+    """Return the name that a Linen model gives itself in the scopes of its operations."""
     function = bound.function
     return (
         (function.module.name or type(function.module).__name__)
@@ -176,13 +177,13 @@ def _cost(found: Sequence[Tally], batch_size: int | None, arguments: Any) -> Cos
     devices = max(laid_out, *(one.devices for one in found))
     entries = [entry for one in found for entry in one.entries]
     if laid_out > max(one.devices for one in found):
-        # Nothing in the program says how its work is divided: XLA does.
+        # XLA decides how the work is divided; the program does not say.
         entries = [dataclasses.replace(entry, per_device=None) for entry in entries]
     statements = tuple(statement for one in found for statement in one.said)
     return Cost(tuple(entries), statements, batch_size, devices)
 
 
 def _devices(arguments: Any) -> int:
-    """Over how many devices the arguments are laid out."""
+    """Return the number of devices over which the arguments are laid out."""
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments)]
     return max((sharding.num_devices for sharding in shardings if sharding is not None), default=1)

@@ -1,4 +1,4 @@
-"""params, apply_fn, batch -> Memory."""
+"""Memory of a model: params, apply_fn, batch -> Memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POLICY = jax.checkpoint_policies.dots_saveable
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Elements, and their bytes on all devices together (one copy of each)."""
+    """Number of elements, and their bytes on all devices together (one copy of each)."""
 
     elements: int
     bytes: int
@@ -38,10 +38,10 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class SavedResidual:
-    """One array that the forward pass keeps for the backward pass, parameters and inputs left out.
+    """One array that the forward pass saves for the backward pass, other than parameters and inputs.
 
     Attributes:
-        operator: that made it.
+        operator: primitive that made it.
     """
 
     operator: str
@@ -55,12 +55,12 @@ class SavedResidual:
 
 @dataclasses.dataclass(frozen=True)
 class GradientMemory:
-    """What a gradient holds in memory.
+    """Memory of a gradient.
 
     Attributes:
-        kept: arrays that JAX keeps for the backward pass, the largest first. XLA may do with fewer: it fuses
-            and recomputes cheap ones.
-        compiled: what XLA says of the compiled gradient, on each device; None where it was not compiled.
+        kept: arrays that JAX saves for the backward pass, largest first. XLA may save fewer, as it fuses and
+            recomputes cheap ones.
+        compiled: XLA's figures of the compiled gradient, per device; None if it was not compiled.
     """
 
     kept: tuple[SavedResidual, ...]
@@ -84,15 +84,15 @@ class Memory:
 
     Attributes:
         parameters: by dtype.
-        state: the other variables, such as running averages, by dtype.
-        optimizer_state: by dtype; None where no optimizer was given.
-        parameter_bytes_per_device: what one device holds of the parameters as they are laid out; None for
-            shapes without a layout.
-        forward: what XLA says of the compiled forward pass; None where it was not compiled.
-        without_remat: the gradient of the loss, nothing rematerialised; None where no loss was given.
-        with_remat: the same as the model is written, where it calls `jax.checkpoint` (Flax's `remat`); else
+        state: other variables, such as running averages, by dtype.
+        optimizer_state: by dtype; None without an optimizer.
+        parameter_bytes_per_device: bytes of the parameters on one device, as they are laid out; None for shapes
+            without a layout.
+        forward: XLA's figures of the compiled forward pass; None if it was not compiled.
+        without_remat: the gradient of the loss without rematerialization; None without a loss.
+        with_remat: the same with the model's own `jax.checkpoint` (Flax's `remat`), if it has any; otherwise
             with the whole model under `jax.checkpoint` and the given policy.
-        own_remat: which of the two `with_remat` is.
+        own_remat: whether `with_remat` uses the model's own `jax.checkpoint`.
         storage: of each pruned weight; empty without masks.
     """
 
@@ -119,7 +119,7 @@ class Memory:
         return _render(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python data, the derived numbers included."""
+        """Return plain Python data, including the derived numbers."""
         return {
             **dataclasses.asdict(self),
             "parameter_bytes": self.parameter_bytes,
@@ -131,7 +131,7 @@ class Memory:
         }
 
     def to_json(self, *, indent: int | None = None) -> str:
-        """`to_dict` as JSON."""
+        """Return `to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
 
@@ -149,20 +149,21 @@ def memory(
     rngs: Any = None,
     **apply_kwargs: Any,
 ) -> Memory:
-    """What a model takes in memory, from shapes and from what XLA says of the compiled program. Nothing runs.
+    """Return the memory of a model, from shapes and XLA's figures of the compiled program; nothing runs.
 
     Args:
-        params, apply_fn, batch, rngs, **apply_kwargs: as `jaxeff.cost.count` takes them: arrays, or shapes.
-        loss_fn, targets: `loss_fn(outputs, targets)`: adds what the gradient of its mean takes, with and
-            without rematerialisation.
-        optimizer: adds the bytes of its state.
-        masks: from `jaxeff.prune.masks`: adds what each pruned weight takes, stored in four ways.
-        policy: of `jax.checkpoint`, for a model that has none of its own: what may be kept. By default the
-            results of products, so that all that is pointwise is computed again.
-        compile: whether to compile, which can take minutes. Without, XLA's figures are None.
+        params, apply_fn, batch, rngs, **apply_kwargs: as in `jaxeff.cost.count`, arrays or shapes.
+        loss_fn, targets: also measure the gradient of the mean of `loss_fn(outputs, targets)`, with and without
+            rematerialization.
+        optimizer: also count the bytes of its state.
+        masks: from `jaxeff.prune.masks`; also count the bytes of each pruned weight, stored in four ways.
+        policy: of `jax.checkpoint`, for a model without its own: which results to save. By default the results
+            of products are saved and everything pointwise is recomputed.
+        compile: whether to compile, which can take minutes. If False, XLA's figures are None.
 
     Raises:
-        TypeError, ValueError: an argument is not of its kind, or does not fit the others.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is invalid, or does not match the others.
 
     >>> import flax.linen as nn, optax
     >>> model, x = nn.Dense(4), jax.ShapeDtypeStruct((8, 3), jnp.float32)
@@ -201,7 +202,7 @@ def memory(
 
 
 def sizes(tree: Any) -> dict[str, Size]:
-    """Elements and bytes of a tree's leaves, by dtype."""
+    """Return elements and bytes of a tree's leaves, by dtype."""
     found: dict[str, Size] = {}
     for leaf in jax.tree.leaves(tree):
         dtype = training.dtype_of(leaf)
@@ -236,7 +237,7 @@ def _gradient(
 
 
 def _kept(gradient: training.Gradient) -> tuple[SavedResidual, ...]:
-    """What the forward program hands to the backward program, and has made itself."""
+    """Return the arrays that the forward program makes and passes to the backward program."""
     program = graph.flatten(gradient.forward)
     count = len(program.outputs)
     handed = dict.fromkeys(
@@ -255,7 +256,7 @@ def _largest_first(found: Iterable[SavedResidual]) -> list[SavedResidual]:
 
 
 def _render(memory: Memory) -> str:
-    """A row for each part, and one for each pruned weight."""
+    """Render a row per part, and one per pruned weight."""
     parts = [*_of_sizes("parameters", memory.parameters), *_of_sizes("state", memory.state)]
     if memory.parameter_bytes_per_device not in (None, memory.parameter_bytes):
         parts.append(("parameters, on one device", _bytes(memory.parameter_bytes_per_device)))

@@ -1,7 +1,7 @@
-"""Operation -> Work, or why it is not counted.
+"""The work of one operation, or the reason why it is not counted.
 
 Every primitive is in one of the tables below, or in `graph.primitives` with the reason why it is not
-counted: what is in none is reported, never taken as free.
+counted. A primitive in neither is reported, and never taken as free.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxeff.graph import contractions, multiplications
 from jaxeff.graph.primitives import UNCOUNTED
 from jaxeff.graph.program import ENTERED, Operation, Value
 
-# They move, copy or name elements, or pass them on in another type: nothing is calculated.
+# These move, copy, name or convert elements, without arithmetic.
 MOVES = frozenset({
     "after_all", "axis_index", "bitcast_convert_type", "broadcast", "broadcast_in_dim", "complex",
     "concatenate", "conj", "convert_element_type", "copy", "copy_p", "create_token",
@@ -56,7 +56,7 @@ UNKNOWN = "no rule for this operation"
 
 
 def work_of(operation: Operation) -> Work | str:
-    """What one run of an operation without a body does, or why it is not counted.
+    """Return the work of one run of an operation without a body, or why it is not counted.
 
     >>> import jax
     >>> from jaxeff.graph import flatten
@@ -84,7 +84,7 @@ def work_of(operation: Operation) -> Work | str:
 
 
 def _steps(operation: Operation) -> int | None:
-    """Elementary operations on elements, one after the other; None where there is no rule."""
+    """Return the number of successive elementary operations per element; None without a rule."""
     name = operation.name
     if name in _ARITHMETIC or name in TRANSCENDENTAL:
         return _size(operation.outputs[0])
@@ -95,7 +95,7 @@ def _steps(operation: Operation) -> int | None:
 
 
 def _integer_power(operation: Operation) -> int:
-    """Multiplications by repeated squaring, and a division where the power is negative."""
+    """Count multiplications by repeated squaring, and a division if the power is negative."""
     power = abs(operation.params["y"])
     products = max(power.bit_length() - 1 + power.bit_count() - 1, 0)
     return (products + (operation.params["y"] < 0)) * _size(operation.outputs[0])
@@ -113,7 +113,7 @@ def _window(operation: Operation) -> int:
 
 
 def _select_and_scatter(operation: Operation) -> int:
-    """The gradient of max-pooling: the comparisons of each window, and one addition."""
+    """Count the gradient of max-pooling: the comparisons of each window, and one addition."""
     return _size(operation.inputs[0]) * math.prod(operation.params["window_dimensions"])
 
 
@@ -142,7 +142,7 @@ _STEPS: Mapping[str, Callable[[Operation], int]] = {
 COUNTED = frozenset({
     *MOVES, *_ARITHMETIC, *TRANSCENDENTAL, *_REDUCTIONS, *_STEPS, *contractions.NAMES, *ENTERED, "shard_map",
 })  # fmt: skip
-"""Primitives whose work is counted, or that run a program whose work is."""
+"""Primitives whose work is counted, or that run a program whose work is counted."""
 
 
 def _size(operand: Any) -> int:

@@ -1,4 +1,4 @@
-"""What a count found: `Cost`, made of `Entry` and `Statement`."""
+"""The result of a count: `Cost`, made of `Entry` and `Statement`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from jaxeff.output import text
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What one operator does in one module for the whole batch; of an operation on a weight, that one alone.
+    """Work of one operator in one module for the whole batch; an operation on a weight has an entry of its own.
 
     Attributes:
         phase: 'forward', 'backward' or 'optimizer'.
         module: path of the innermost module around it; '' for the model itself.
-        path: of the weight that it consumes; None where it consumes none.
+        path: of the weight that it consumes; None if it consumes none.
         operator: name of the primitive.
-        runs: how often operators of this entry run, iterations of loops included.
+        runs: number of runs of operators of this entry, iterations of loops included.
         work: of all runs, on all devices.
-        per_device: of one device; None where XLA decides how the work is divided.
+        per_device: work of one device; None if XLA decides how the work is divided.
     """
 
     phase: str
@@ -36,15 +36,15 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """What a count leaves out, or takes for granted.
+    """Something that a count leaves out or assumes.
 
     Attributes:
-        phase, module: as those of `Entry`.
-        kind: 'uncounted' where nothing of the operator is in the count, 'assumed' where the count holds only
-            under what `reason` says.
+        phase, module: as in `Entry`.
+        kind: 'uncounted' if the count leaves out the operator; 'assumed' if the count holds only under the
+            condition in `reason`.
         operator: name of the primitive.
         reason: in words.
-        runs: how often it runs.
+        runs: number of runs.
     """
 
     phase: str
@@ -61,15 +61,15 @@ class Statement:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a program does. `str(cost)` is a table as wide as the terminal, up to 100 columns.
+    """Operations of a program. `str(cost)` is a table as wide as the terminal, up to 100 columns.
 
-    Every number is of the whole batch; `per_example` is a share of it.
+    Every number is for the whole batch, except `per_example`.
 
     Attributes:
-        entries: what each operator does in each module, in execution order.
+        entries: work of each operator in each module, in execution order.
         statements: what was not counted, and what was assumed.
-        batch_size: examples in the batch; None where the batch has no leading axis.
-        devices: how many the program is written for.
+        batch_size: examples in the batch; None if the batch has no leading axis.
+        devices: number of devices that the program is written for.
     """
 
     entries: tuple[Entry, ...]
@@ -92,12 +92,12 @@ class Cost:
 
     @property
     def per_example(self) -> Work | None:
-        """The total over `batch_size`; None where that is unknown."""
+        """The total over `batch_size`; None if that is unknown."""
         return None if self.batch_size is None else self.total / self.batch_size
 
     @property
     def per_device(self) -> Work | None:
-        """Of one device; None where XLA decides how the work is divided: see `jaxeff.cost.compiled`."""
+        """Work of one device; None if XLA decides how the work is divided (see `jaxeff.cost.compiled`)."""
         parts = [entry.per_device for entry in self.entries]
         return None if None in parts else _sum(part for part in parts if part is not None)
 
@@ -108,7 +108,7 @@ class Cost:
 
     @property
     def uncounted(self) -> dict[str, int]:
-        """Operators that nothing is counted of, and how often they run."""
+        """Operators that are not counted, and their numbers of runs."""
         found: dict[str, int] = {}
         for statement in self.statements:
             if statement.kind == "uncounted":
@@ -122,20 +122,20 @@ class Cost:
 
     @property
     def operators(self) -> dict[str, Work]:
-        """By primitive, the largest first."""
+        """By primitive, largest first."""
         return _sorted(self._by(lambda entry: [entry.operator]))
 
     @property
     def layers(self) -> dict[str, Work]:
         """The operations that consume each weight, by its path, in execution order.
 
-        In the backward pass, also those that make its gradient, where the names of modules tell (Linen's do).
+        In the backward pass, also the operations that make its gradient, if module names identify them (as in Linen).
         """
         return self._by(lambda entry: [] if entry.path is None else [entry.path])
 
     @property
     def modules(self) -> dict[str, Work]:
-        """All that happens in each module and those inside it, by path; '' is the model."""
+        """All operations in each module and its submodules, by path; '' is the model."""
         return self._by(lambda entry: _enclosing(entry.module))
 
     @property
@@ -144,10 +144,10 @@ class Cost:
         return tuple(entry for entry in self.entries if entry.path is not None)
 
     def phase(self, name: str) -> Cost:
-        """The part of one phase.
+        """Return the cost of one phase.
 
         Raises:
-            ValueError: it was not counted.
+            ValueError: the phase was not counted.
         """
         if name not in self.phases:
             raise ValueError(f"`name` must be one of {', '.join(self.phases)}, got {name!r}")
@@ -161,7 +161,7 @@ class Cost:
         return _render(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python data: the totals, each way of dividing them, and every statement."""
+        """Return plain Python data: the totals, each breakdown of them, and every statement."""
         return {
             "batch_size": self.batch_size,
             "devices": self.devices,
@@ -177,7 +177,7 @@ class Cost:
         }
 
     def to_json(self, *, indent: int | None = None) -> str:
-        """`to_dict` as JSON."""
+        """Return `to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     def _by(self, keys: Callable[[Entry], Iterable[str]]) -> dict[str, Work]:
@@ -207,13 +207,13 @@ def _plain(work: Work | None) -> dict[str, Any] | None:
     return None if work is None else dataclasses.asdict(work)
 
 
-# Operators below this share of everything are one row together.
+# Operators below this share of the total share one row.
 _SHOWN = 0.0005
 _COLUMNS = ("MACs", "FLOPs", "transc.", "share")
 
 
 def _render(cost: Cost) -> str:
-    """The totals, a row per layer, a row per operator, and what was not counted."""
+    """Render the totals, a row per layer, a row per operator, and what was not counted."""
     width = text.terminal_width()
     lines = [*text.wrapped(_headline(cost), width), ""]
     share = cost.total.weight
@@ -263,7 +263,7 @@ def _with_rest(works: dict[str, Work], whole: int) -> dict[str, Work]:
 
 
 def _merged(cost: Cost) -> list[str]:
-    """One sentence an operator and reason, whichever modules it stands in."""
+    """Return one sentence per operator and reason, for all modules together."""
     runs: dict[tuple[str, str, str, str], int] = {}
     for found in cost.statements:
         key = found.phase, found.operator, found.kind, found.reason

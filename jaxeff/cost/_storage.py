@@ -1,4 +1,4 @@
-"""params, masks -> the bytes of each weight, stored in four ways."""
+"""Bytes of pruned weights, stored in four ways: params, masks -> Storage."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from jaxeff.cost._training import dtype_of
 from jaxeff.model.params import Params
 
 _INDEX = 4
-"""Bytes of an index: int32, which `jax.experimental.sparse` and most libraries take."""
+"""Bytes of an index: int32, as in `jax.experimental.sparse` and most libraries."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """One weight, of which some entries are 0.
+    """Storage of one weight with zeros.
 
     Attributes:
-        size: entries in all.
-        kept: those that are not pruned.
-        itemsize: bytes of one.
-        columns: entries of a row: the last axis.
+        size: number of entries.
+        kept: number of entries that are not pruned.
+        itemsize: bytes per entry.
+        columns: entries per row, which is the last axis.
     """
 
     size: int
@@ -38,17 +38,17 @@ class Storage:
 
     @property
     def masked(self) -> int:
-        """Bytes with a mask beside it, a byte an entry: as `jaxeff.prune` keeps it while training."""
+        """Bytes of all entries and a mask of one byte per entry, as `jaxeff.prune` keeps it while training."""
         return self.dense + self.size
 
     @property
     def packed(self) -> int:
-        """Bytes of the kept entries alone and a mask of one bit an entry."""
+        """Bytes of the kept entries and a mask of one bit per entry."""
         return self.kept * self.itemsize + math.ceil(self.size / 8)
 
     @property
     def compressed(self) -> int:
-        """Bytes in compressed sparse rows (CSR): kept entries, a column each, and where each row begins."""
+        """Bytes in compressed sparse rows (CSR): kept entries, a column index for each, and the start of each row."""
         rows = self.size // max(self.columns, 1)
         return self.kept * (self.itemsize + _INDEX) + (rows + 1) * _INDEX
 
@@ -63,19 +63,18 @@ class Storage:
 
 
 def storage(params: Any, masks: Any = None) -> dict[str, Storage]:
-    """What each pruned weight takes, dense, masked, bit-packed or in compressed sparse rows.
+    """Return the bytes of each pruned weight: dense, masked, bit-packed, and in compressed sparse rows.
 
     Args:
-        params: a tree of arrays, or variables, of which the `params` collection is meant; beside masks,
-            shapes will do.
-        masks: True = kept, from `jaxeff.prune.masks` for the same tree. Without them, an entry is pruned that
-            is 0, in every leaf of two axes or more.
+        params: a tree of arrays, or variables, whose `params` collection is used; with masks, shapes suffice.
+        masks: True = kept, from `jaxeff.prune.masks` for the same tree. Without masks, the zeros of every leaf
+            of two axes or more count as pruned.
 
     Returns:
-        By path, the leaves that have a mask of their shape (or, without masks, two axes or more).
+        By path, the leaves that have a mask of their shape (without masks, those of two axes or more).
 
     Raises:
-        ValueError: the masks are of other params.
+        ValueError: the masks belong to other params.
 
     >>> found = storage({"w": jnp.eye(16)})["w"]
     >>> found.kept, found.dense, found.packed, found.compressed, found.smallest

@@ -1,4 +1,4 @@
-"""Program -> what each of its operations does: the entries and statements of a `Cost`."""
+"""Walks a program and tallies the work of its operations: the entries and statements of a `Cost`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from jaxeff.graph import Program, flatten
 from jaxeff.graph.program import Operation, Value
 
 Owner = Callable[[Operation, str], str | None]
-"""The path of the weight that an operation consumes, given the module it stands in."""
+"""Returns the path of the weight that an operation consumes, given the module that contains it."""
 
 
 @dataclasses.dataclass
 class Tally:
-    """What has been counted so far of one phase.
+    """Running totals of one phase.
 
     Attributes:
-        works: (module, weight, operator, number of the site) -> work of all runs, of one device, and runs.
+        works: (module, weight, operator, index of the site) -> work of all runs, work of one device, and runs.
         statements: (kind, operator, module, reason) -> runs.
-        devices: the most devices that any part of the program is written for.
+        devices: maximum number of devices that any part of the program is written for.
         split: whether the work of one device is known throughout.
     """
 
@@ -73,14 +73,14 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class Around:
-    """What is known around an operation.
+    """The context of an operation.
 
     Attributes:
-        owner: which weight an operation consumes.
-        modules: the path of the module that an operation stands in.
-        numbers: of the sites, one after the other.
-        runs: how often the loops around it run it.
-        devices: how many devices run it, each with arrays of its own.
+        owner: returns the weight that an operation consumes.
+        modules: returns the path of the module that contains an operation.
+        numbers: running indices of the sites.
+        runs: how often the surrounding loops run it.
+        devices: number of devices that run it, each with its own arrays.
     """
 
     owner: Owner
@@ -94,8 +94,8 @@ def tally(program: Program, phase: str, owner: Owner, root: str) -> Tally:
     """Count a program and the bodies of its loops.
 
     Args:
-        owner: which weight an operation consumes.
-        root: name of the outermost module, left out of the modules' paths.
+        owner: returns the weight that an operation consumes.
+        root: name of the outermost module, which is left out of the modules' paths.
     """
     found = Tally(phase)
     _walk(program, Around(owner, _Modules(root), itertools.count(1)), found)
@@ -103,7 +103,7 @@ def tally(program: Program, phase: str, owner: Owner, root: str) -> Tally:
 
 
 class _Modules:
-    """Scopes as paths of modules, each worked out once."""
+    """Paths of modules by scope, each computed once."""
 
     def __init__(self, root: str):
         self._root = root
@@ -121,7 +121,7 @@ _OF_JAX = frozenset({"", "checkpoint", "rematted_computation", "while", "body", 
 
 
 def module_path(scope: str, root: str) -> str:
-    """The path of a module from the names around an operation, as the paths of its weights begin.
+    """Return the path of a module from the scopes of an operation, as it begins the paths of the module's weights.
 
     >>> module_path("transpose(jvp(MLP))/block_0.encode/block_0/Dense_0/...qhd,...khd->...hqk", "MLP")
     'block_0/Dense_0'
@@ -169,9 +169,9 @@ def _count(operation: Operation, module: str, around: Around, found: Tally) -> N
 
 
 def _shards(operation: Operation) -> tuple[int, int]:
-    """Into how many parts the types of an operation's arrays divide it, and over how many devices it runs.
+    """Return how many parts an operation's arrays are divided into, and how many devices run it.
 
-    The types say so under explicit sharding alone; elsewhere XLA decides.
+    Types say so only under explicit sharding; otherwise XLA decides.
     """
     sizes: dict[str, int] = {}
     devices = 1
@@ -217,7 +217,7 @@ def _cond(operation: Operation, module: str, around: Around, found: Tally) -> No
         found.state("assumed", operation.name, module, reason, around.runs)
     for branch in branches:
         if branch is not largest:
-            # What cannot be counted is said of every branch.
+            # Operations that cannot be counted are reported for every branch.
             branch.works.clear()
         found.join(branch)
 

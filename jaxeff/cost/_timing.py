@@ -1,4 +1,4 @@
-"""A function and its arguments -> how long it takes, and what bounds it."""
+"""The measured time of a function, and what bounds it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from jaxeff.cost._records import Cost
 from jaxeff.cost._work import amounts
 from jaxeff.output.text import duration, number, percent, terminal_width, wrapped
 
-# Below this share of both peaks, neither is what a program waits for.
+# Below this share of both peaks, neither bounds the program.
 _NEAR = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """What one device reaches, measured.
+    """Measured peak rates of one device.
 
     Attributes:
-        device: its name.
+        device: name of the device.
         dtype: of the matrix product.
         flops_per_second: of the product of two square matrices.
         bytes_per_second: read and written by the copy of an array too large for caches.
@@ -50,9 +50,9 @@ def peak(dtype: Any = jnp.float32, *, width: int = 2048, copied: int = 2**28, de
     Call it once, and pass the result to each `latency`.
 
     Args:
-        dtype: of the matrices: that of the models to compare with, at JAX's default matmul precision.
-        width: rows and columns of the matrices. Accelerators need more than CPUs to reach their best.
-        copied: bytes of the array that is copied; several times the largest cache.
+        dtype: of the matrices; use the dtype of the models to compare with. JAX's default matmul precision applies.
+        width: rows and columns of the matrices. Accelerators need more than CPUs to reach their peak.
+        copied: bytes of the array to copy; use several times the largest cache.
         device: the default device unless given.
     """
     device = jax.local_devices()[0] if device is None else device
@@ -70,7 +70,7 @@ def peak(dtype: Any = jnp.float32, *, width: int = 2048, copied: int = 2**28, de
 
 
 def _copies(size: int, repeats: int) -> list[float]:
-    """Seconds of each copy of an array onto itself: new memory would be mapped page by page."""
+    """Return the seconds of each copy of an array onto itself; new memory would be mapped page by page."""
     # An addition: a plain copy may be left out by the compiler.
     copy = jax.jit(lambda array: array + 1, donate_argnums=0)
     array = jax.block_until_ready(copy(jnp.zeros(size, jnp.float32)))
@@ -84,12 +84,12 @@ def _copies(size: int, repeats: int) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """How long a compiled function takes, from its call until its results are there.
+    """Time of a compiled function, from the call until its results are ready.
 
     Attributes:
         seconds: of each run, in order.
-        cost: what it does, counted from its program.
-        compiled: what XLA says of it, and how long it took to compile.
+        cost: counted from its program.
+        compiled: XLA's figures, and the time it took to compile.
         peak: of the device, if it was given.
     """
 
@@ -105,12 +105,12 @@ class Latency:
 
     @property
     def percentile_10(self) -> float:
-        """Seconds that one run in ten stays below."""
+        """Seconds; one run in ten is faster."""
         return self._percentile(10)
 
     @property
     def percentile_90(self) -> float:
-        """Seconds that nine runs in ten stay below."""
+        """Seconds; nine runs in ten are faster."""
         return self._percentile(90)
 
     def _percentile(self, percent: float) -> float:
@@ -118,12 +118,12 @@ class Latency:
 
     @property
     def flops_per_second(self) -> float:
-        """FLOPs of the count, over the median."""
+        """Counted FLOPs over the median time."""
         return self.cost.flops / self.median
 
     @property
     def bytes_moved(self) -> int | None:
-        """Arguments read and results written, once each: the least that memory has to move."""
+        """Arguments read and results written, once each: the minimum that memory has to move."""
         compiled = self.compiled
         if compiled.argument_bytes is None or compiled.output_bytes is None:
             return None
@@ -136,23 +136,23 @@ class Latency:
 
     @property
     def compute_share(self) -> float | None:
-        """Of the peak's FLOPs per second; None without a peak."""
+        """FLOPs per second as a share of the peak; None without a peak."""
         if self.peak is None:
             return None
         return self.flops_per_second / (self.peak.flops_per_second * self.compiled.devices)
 
     @property
     def memory_share(self) -> float | None:
-        """Of the peak's bytes per second, for `bytes_moved`; None without a peak. Caches lift it above 1."""
+        """`bytes_moved` per second as a share of the peak; None without a peak. Caches can lift it above 1."""
         if self.peak is None or self.bytes_moved is None:
             return None
         return self.bytes_moved / self.median / (self.peak.bytes_per_second * self.compiled.devices)
 
     @property
     def bound(self) -> str | None:
-        """'compute' or 'memory', whichever is nearer to its peak; 'neither' where both are below a quarter.
+        """'compute' or 'memory', whichever is nearer to its peak; 'neither' if both are below a quarter.
 
-        Then something else takes the time: dispatch, small or serial operations, transcendentals,
+        'neither' means that the time goes elsewhere: dispatch, small or serial operations, transcendentals, or
         intermediate arrays in memory. None without a peak.
         """
         compute, memory = self.compute_share, self.memory_share
@@ -166,7 +166,7 @@ class Latency:
         return _render(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python data, the derived numbers included."""
+        """Return plain Python data, including the derived numbers."""
         derived = (
             "median", "percentile_10", "percentile_90", "flops_per_second", "bytes_moved",
             "arithmetic_intensity", "compute_share", "memory_share", "bound",
@@ -188,15 +188,15 @@ def latency(
     peak: Peak | None = None,
     **keywords: Any,
 ) -> Latency:
-    """Time a function: compiled before, warm, and blocked until its results are there.
+    """Time a function: compiled beforehand, warm, and blocked until its results are ready.
 
     Args:
-        function: any function of arrays, or what `jax.jit` made of one, without static or donated arguments:
-            every run gets the same ones.
-        *arguments, **keywords: what it is called with: arrays, which a run reads where they lie.
-        repeats: timed runs, one after the other.
-        warmup: runs before, which are not timed.
-        peak: of the device, from `jaxeff.cost.peak`: says what bounds the function.
+        function: any function of arrays, or a result of `jax.jit` without static or donated arguments; every run
+            gets the same arguments.
+        *arguments, **keywords: arrays, which each run reads where they lie.
+        repeats: number of timed runs.
+        warmup: number of untimed runs before.
+        peak: of the device, from `jaxeff.cost.peak`, to say what bounds the function.
 
     Raises:
         ValueError: `repeats` or `warmup` is too small, an argument is a shape, or one is donated.
@@ -218,17 +218,17 @@ def latencies(
     warmup: int = 3,
     peak: Peak | None = None,
 ) -> dict[str, Latency]:
-    """Time several functions in turn, so that what else the machine does hits all alike.
+    """Time several functions in turn, so that other load on the machine affects all alike.
 
-    Compare run by run: the n-th run of each was beside the n-th of the others.
+    Compare run by run: the n-th run of each was next to the n-th of the others.
 
     Args:
-        calls: `(function, arguments)` by name, each as `latency` takes them.
-        repeats, warmup, peak: as `latency` takes them. Every second round goes backwards, so that no function
-            always runs behind the same other.
+        calls: `(function, arguments)` by name, each as in `latency`.
+        repeats, warmup, peak: as in `latency`. Every second round goes backwards, so that no function always runs
+            after the same other one.
 
     Raises:
-        ValueError: as `latency`.
+        ValueError: as in `latency`.
 
     >>> array = jnp.ones((16, 16))
     >>> calls = {"product": (jnp.matmul, (array, array)), "sum": (jnp.add, (array, array))}
@@ -253,7 +253,7 @@ def _check_counts(repeats: int, warmup: int) -> None:
 def _prepared(
     function: Callable, arguments: tuple, keywords: Mapping[str, Any]
 ) -> tuple[Callable[[], Any], Cost, Compiled]:
-    """A function compiled for its arguments, as one that runs it on them."""
+    """Compile a function for its arguments; return it with them."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((arguments, keywords))):
         raise ValueError(
             "an argument is a jax.ShapeDtypeStruct: `latency` runs the function and needs arrays"
@@ -268,7 +268,7 @@ def _prepared(
 
 
 def _in_turn(runs: Sequence[Callable[[], Any]], repeats: int, warmup: int) -> list[tuple[float, ...]]:
-    """Seconds of each run of each, all of them once a round."""
+    """Return the seconds of each run of each function, with one run of each per round."""
     seconds: list[list[float]] = [[] for _ in runs]
     for turn in range(-warmup, repeats):
         for which in range(len(runs))[:: -1 if turn % 2 else 1]:
@@ -280,7 +280,7 @@ def _in_turn(runs: Sequence[Callable[[], Any]], repeats: int, warmup: int) -> li
 
 
 def _render(latency: Latency) -> str:
-    """What was timed, and what bounds it."""
+    """Render the times, and what bounds them."""
     compiled, shown = latency.compiled, latency.seconds
     lines = [
         f"{duration(latency.median)} a run (10th percentile {duration(latency.percentile_10)}, 90th "

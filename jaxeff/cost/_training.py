@@ -1,6 +1,6 @@
-"""The programs of a training step: its forward and backward pass, and the optimizer's update.
+"""The programs of a training step: forward pass, backward pass and the optimizer's update.
 
-In: a bound model, a loss, an optimizer; shapes will do for arrays. Out: traced programs. Nothing runs.
+They are traced from a bound model, a loss and an optimizer, of arrays or shapes. Nothing runs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from jaxeff.model.functions import MISFITS, first_line
 
 
 class Gradient(NamedTuple):
-    """The gradient of a loss in two programs.
+    """The gradient of a loss, as two programs.
 
     Attributes:
-        forward: the loss, and all that the backward pass needs, which are its last outputs. Its inputs are
-            the floating leaves of `params`, its other leaves, and the model's inputs.
-        kept: how many outputs of `forward` the backward pass needs.
-        backward: what is made of them.
+        forward: returns the loss and, as its last outputs, everything that the backward pass needs. Its inputs are
+            the floating leaves of `params`, the other leaves, and the model's inputs.
+        kept: number of outputs of `forward` that the backward pass needs.
+        backward: the program that consumes them.
     """
 
     forward: ClosedJaxpr
@@ -35,7 +35,7 @@ class Gradient(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Traced:
-    """A model as its program: a function of (params, inputs) that runs none of the user's code again.
+    """A model as its program: a function of (params, inputs) that does not run the user's code again.
 
     Attributes:
         closed: its inputs are the leaves of (params, inputs).
@@ -51,15 +51,15 @@ class Traced:
 
 
 def trace(bound: Bound) -> Traced:
-    """The program of the outputs."""
+    """Trace the program of the outputs."""
     closed, shapes = jax.make_jaxpr(bound.plain, return_shape=True)(bound.params, bound.inputs)
     return Traced(closed, jax.tree.structure(shapes))
 
 
 def check_loss(loss_fn: Any, targets: Any) -> None:
-    """Raise what is wrong with a loss before anything is traced."""
+    """Check the loss before anything is traced."""
     if loss_fn is None and targets is not None:
-        raise ValueError("`targets` are given without `loss_fn`, a function (outputs, targets) -> loss")
+        raise ValueError("`targets` need a `loss_fn`, a function (outputs, targets) -> loss")
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(f"`loss_fn` must be a function (outputs, targets), got {type(loss_fn).__name__}")
 
@@ -69,13 +69,13 @@ Call = Callable[[Any, Any], Any]
 
 
 def differentiated(bound: Bound, call: Call, loss_fn: Callable, targets: Any) -> Gradient:
-    """The gradient of the mean loss with respect to the floating leaves of `params`.
+    """Trace the gradient of the mean loss with respect to the floating leaves of `params`.
 
     Args:
-        call: what `trace` gives, or a function that computes the same.
+        call: the result of `trace`, or a function that computes the same.
 
     Raises:
-        ValueError: the loss does not fit the outputs and targets, or has no gradient.
+        ValueError: the loss does not match the outputs and targets, or has no gradient.
     """
     loss = loss_of(call, loss_fn)
     params, rest = split_floating(bound.params)
@@ -97,12 +97,12 @@ def differentiated(bound: Bound, call: Call, loss_fn: Callable, targets: Any) ->
 
 
 def loss_of(call: Call, loss_fn: Callable) -> Callable[[Any, Any, Any], jax.Array]:
-    """The mean loss as a function of (params, inputs, targets)."""
+    """Return the mean loss as a function of (params, inputs, targets)."""
     return lambda params, inputs, targets: jnp.mean(loss_fn(call(params, inputs), targets))
 
 
 def without_remat(traced: Traced) -> Traced | None:
-    """The model with every `jax.checkpoint` in it told to keep everything; None where it has none."""
+    """Return the model with every `jax.checkpoint` told to save everything; None if it has none."""
     if not _rematerialises(traced.closed.jaxpr):
         return None
     return dataclasses.replace(traced, closed=_keeping(traced.closed))
@@ -124,7 +124,7 @@ def _inside(equation: Any) -> list[Jaxpr]:
 
 
 def _keeping(program: Any) -> Any:
-    """The same program with other policies, also in the bodies of its calls and loops."""
+    """Return the program with other policies, also in the bodies of its calls and loops."""
     inner = getattr(program, "jaxpr", program)
     # Newer JAX has one class for both: its `jaxpr` is itself.
     if inner is not program:
@@ -151,7 +151,7 @@ def _is_program(value: Any) -> bool:
 
 
 def split_floating(params: Any) -> tuple[Any, Any]:
-    """The leaves that have a gradient, and the others, each with None where the other has a leaf."""
+    """Split into the leaves that have a gradient and the others; each tree has None where the other has a leaf."""
 
     def pick(floating: bool) -> Any:
         return jax.tree.map(
@@ -166,7 +166,7 @@ def joined(first: Any, second: Any) -> Any:
 
 
 def update(params: Any, optimizer: optax.GradientTransformation) -> ClosedJaxpr:
-    """One update of the floating leaves, from gradients to new params."""
+    """Trace one update of the floating leaves, from gradients to new params."""
     params = split_floating(params)[0]
     shapes = abstract(params)
     state = jax.eval_shape(optimizer.init, shapes)
@@ -179,7 +179,7 @@ def update(params: Any, optimizer: optax.GradientTransformation) -> ClosedJaxpr:
 
 
 def abstract(tree: Any) -> Any:
-    """The same tree with shapes in place of arrays."""
+    """Return the tree with shapes in place of arrays."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), dtype_of(leaf)), tree)
 
 

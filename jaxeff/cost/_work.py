@@ -1,4 +1,4 @@
-"""What one operation does, in numbers that add."""
+"""The work of one operation, in numbers that add."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from jaxeff.output.text import number
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Exact integers (a share of a batch that does not divide is a float).
+    """Exact integers (or floats, for shares of a batch that are not whole).
 
     Attributes:
         macs: multiply-accumulates of dot products, convolutions and ragged products, of any dtype.
-        flops: floating-point operations: two for each multiply-accumulate, and one for each element that
-            an addition, multiplication, division, comparison, selection or reduction of floats makes.
-        transcendentals: elements of exp, log, tanh, sqrt and the like. Not among the FLOPs, since what one
-            costs is up to the device; XLA keeps them apart as well.
-        integer_operations: elements of arithmetic on integers and booleans (masks, indices). Not among the
-            FLOPs.
-        padding_macs: those of `macs` that multiply a zero of a convolution's padding.
+        flops: floating-point operations: two per multiply-accumulate, and one per element of a floating
+            addition, multiplication, division, comparison, selection or reduction.
+        transcendentals: elements of exp, log, tanh, sqrt and the like. They are not FLOPs, since their cost
+            depends on the device; XLA keeps them apart as well.
+        integer_operations: elements of arithmetic on integers and booleans (masks, indices). They are not FLOPs.
+        padding_macs: the part of `macs` that multiplies the zeros of a convolution's padding.
     """
 
     macs: int = 0
@@ -39,13 +38,13 @@ class Work:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The five, in order."""
+        """The five numbers, in order."""
         # Not dataclasses.astuple, which copies deeply: this runs for every operation of a program.
         return self.macs, self.flops, self.transcendentals, self.integer_operations, self.padding_macs
 
     @property
     def weight(self) -> int:
-        """Flops and transcendentals together: by which two branches are compared."""
+        """FLOPs and transcendentals together, by which branches are compared."""
         return self.flops + self.transcendentals
 
 
@@ -55,5 +54,5 @@ def _divided(number: int, parts: int) -> int:
 
 
 def amounts(work: Work) -> str:
-    """Multiply-accumulates and FLOPs in words."""
+    """Return multiply-accumulates and FLOPs in words."""
     return f"{number(work.macs)} MACs, {number(work.flops)} FLOPs"

@@ -1,4 +1,4 @@
-"""One score for each weight: published criteria, your own, and the same at the level of units or layers."""
+"""Importance scores, one per weight, by published criteria or your own; also per unit, head or layer."""
 
 from jaxeff.importance._criteria import CRITERIA as CRITERIA
 from jaxeff.importance._criteria import Criterion as Criterion

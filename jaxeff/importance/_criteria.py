@@ -1,8 +1,8 @@
-"""Importance criteria: one score for each weight, from the weight and what was seen of it.
+"""Importance criteria, each a score per weight from the weight and the statistics of its operation.
 
-A criterion is a function `criterion(weight, site) -> importance`; a user's own is passed the same
-way. `site` is a `SiteStatistics`: its sums broadcast against the weight, so that a criterion reads
-as its formula. L is the mean loss of a batch, g = dL/dw.
+A criterion is a function `criterion(weight, site) -> importance`; pass your own in the same way. `site` is a
+`SiteStatistics`, whose sums broadcast against the weight, so that a criterion reads like its formula. L is the
+mean loss of a batch, and g = dL/dw.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Score = Callable[[jax.Array, SiteStatistics], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:
-    """A scoring function, and what is known of it.
+    """A scoring function and its properties.
 
     Attributes:
         function: `f(weight, site) -> importance`.
         side: what it reads: 'post', 'input', 'magnitude' for the weight alone, 'gradient', 'none', or
-            'user' for a user's own.
+            'user' for your own function.
         needs: the sums of derivatives that it reads.
-        null_power: the power of abs(w) that it is proportional to; None where it is none, so that the
-            scores of noise are unknown.
+        null_power: the power of abs(w) that it is proportional to; None if there is none, in which case the scores
+            of noise are unknown.
     """
 
     function: Score
@@ -47,12 +47,12 @@ class Criterion:
 
     @property
     def reads_activations(self) -> bool:
-        """Whether it can score a use that was read, and no other weight."""
+        """Whether it needs activations, and so cannot score a weight without them."""
         return self.side in ("post", "input", "user") or any(quantity == "gate" for quantity, _ in self.needs)
 
 
 def magnitude(weight: jax.Array, site: SiteStatistics | None = None) -> jax.Array:
-    """abs(w), whatever the unit emits.
+    """Score abs(w), whatever the unit emits.
 
     References:
         Han, Pool, Tran and Dally, Learning both Weights and Connections, 2015, arXiv:1506.02626
@@ -64,9 +64,9 @@ def magnitude(weight: jax.Array, site: SiteStatistics | None = None) -> jax.Arra
 
 
 def filter_norm(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """The l1 norm of the weight's unit (its filter), shared evenly by the unit's weights.
+    """Score the l1 norm of the weight's unit (its filter), shared evenly by the unit's weights.
 
-    The units of a layer then sum to their norms, and its weights show no concentration within them.
+    The scores of a unit sum to its norm, and show no concentration within the unit.
 
     References:
         Li, Kadav, Durdanovic, Samet and Graf, Pruning Filters for Efficient ConvNets, 2017,
@@ -77,9 +77,9 @@ def filter_norm(weight: jax.Array, site: SiteStatistics) -> jax.Array:
 
 
 def random(weight: jax.Array, site: SiteStatistics | None = None, seed: int = 0) -> jax.Array:
-    """Uniform noise, whatever the weight: the control that every other criterion has to beat.
+    """Score uniform noise, the control that every other criterion has to beat.
 
-    Equal weights get equal noise; layers that differ in one bit get their own.
+    Equal weights get equal noise; layers that differ in one bit get different noise.
     """
     bits = jax.lax.bitcast_convert_type(weight.astype(jnp.float32), jnp.uint32)
     key = jax.random.fold_in(jax.random.key(seed), jnp.sum(bits, dtype=jnp.uint32))
@@ -87,27 +87,27 @@ def random(weight: jax.Array, site: SiteStatistics | None = None, seed: int = 0)
 
 
 def activation(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """abs(w_ij) mean abs(a_j), a_j the post-activation of unit j over the batch and all positions.
+    """Score abs(w_ij) mean abs(a_j), with a_j the post-activation of unit j over the batch and all positions.
 
-    The factor is the same for all weights of a unit: it ranks units, and leaves the order of the
-    weights within a unit to their magnitude.
+    All weights of a unit share one factor. It ranks the units, and leaves the order of weights within a unit to
+    their magnitude.
 
     Args:
         weight: any shape.
-        site: whose `post` sums broadcast against it.
+        site: its `post` sums broadcast against the weight.
     """
     return jnp.abs(weight) * site.post.mean_absolute
 
 
 def wanda(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """abs(w_ij) rms(x_i), x_i input i over the batch and all positions.
+    """Score abs(w_ij) rms(x_i), with x_i input i over the batch and all positions.
 
-    A weight on an input that is always 0 has importance 0, which no output-side criterion sees. For
-    an embedding, x is the one-hot row of each token.
+    A weight on an input that is always 0 has importance 0, which output-side criteria cannot see. For an
+    embedding, x is the one-hot row of each token.
 
     Args:
         weight: any shape.
-        site: whose `input` sums broadcast against it.
+        site: its `input` sums broadcast against the weight.
 
     References:
         Sun, Liu, Bair and Kolter, A Simple and Effective Pruning Approach for Large Language Models,
@@ -117,12 +117,12 @@ def wanda(weight: jax.Array, site: SiteStatistics) -> jax.Array:
 
 
 def gradient(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """mean abs(g) over batches: how steeply the loss rises or falls with the weight."""
+    """Score mean abs(g) over batches: how steeply the loss changes with the weight."""
     return _given(site.derivatives.gradient).mean_absolute
 
 
 def taylor(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """mean (g w)^2 over batches: the squared first-order change of the loss when w goes to 0.
+    """Score mean (g w)^2 over batches: the squared first-order change of the loss when w goes to 0.
 
     References:
         Molchanov, Mallya, Tyree, Frosio and Kautz, Importance Estimation for Neural Network Pruning,
@@ -132,9 +132,9 @@ def taylor(weight: jax.Array, site: SiteStatistics) -> jax.Array:
 
 
 def unit_taylor(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """mean abs(sum of a dL/da) over batches, a the unit's post-activations; shared by its weights.
+    """Score mean abs(sum of a dL/da) over batches, with a the unit's post-activations; shared by its weights.
 
-    The first-order change of the loss when the whole unit (a channel, a neuron) falls silent.
+    This is the first-order change of the loss when the whole unit (a channel, a neuron) goes silent.
 
     References:
         Molchanov, Tyree, Karras, Aila and Kautz, Pruning Convolutional Neural Networks for Resource
@@ -145,7 +145,7 @@ def unit_taylor(weight: jax.Array, site: SiteStatistics) -> jax.Array:
 
 
 def fisher(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """mean g_n^2 over examples, times w^2: twice the second-order change by the empirical Fisher matrix.
+    """Score mean g_n^2 over examples, times w^2: twice the second-order change by the empirical Fisher matrix.
 
     References:
         Theis, Korshunova, Tejani and Huszar, Faster Gaze Prediction with Dense Networks and Fisher
@@ -155,12 +155,11 @@ def fisher(weight: jax.Array, site: SiteStatistics) -> jax.Array:
 
 
 def obd(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """abs(h) w^2 / 2, h the diagonal of the Hessian of L: the second-order change when w goes to 0.
+    """Score abs(h) w^2 / 2, with h the diagonal of the Hessian of L: the second-order change when w goes to 0.
 
-    h is estimated from `derivatives.SAMPLES` random sign vectors a batch (Hutchinson); its standard error
-    is `site.derivatives.hessian.standard_error`. At a minimum h is >= 0, and an estimate below 0 is the
-    noise of a weight that is strongly coupled to others: its size counts, since 0 would remove that
-    weight first.
+    h is estimated from `derivatives.SAMPLES` random sign vectors per batch (Hutchinson); its standard error
+    is `site.derivatives.hessian.standard_error`. At a minimum h >= 0, so a negative estimate is noise, from a
+    weight that is strongly coupled to others. Its absolute value counts, since 0 would remove that weight first.
 
     References:
         LeCun, Denker and Solla, Optimal Brain Damage, 1990
@@ -169,10 +168,9 @@ def obd(weight: jax.Array, site: SiteStatistics) -> jax.Array:
 
 
 def obd_gauss_newton(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """abs(h) w^2 / 2, h the diagonal of the Gauss-Newton matrix, estimated as for `obd`.
+    """Score abs(h) w^2 / 2, with h the diagonal of the Gauss-Newton matrix, estimated as for `obd`.
 
-    What `obd` has besides, the curvature of the network itself, is left out: LeCun's own choice, since h
-    then is >= 0.
+    It leaves out the curvature of the network itself, as LeCun et al. did, so that h >= 0.
 
     References:
         LeCun, Denker and Solla, Optimal Brain Damage, 1990
@@ -182,9 +180,9 @@ def obd_gauss_newton(weight: jax.Array, site: SiteStatistics) -> jax.Array:
 
 
 def snip(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """abs(g w), g the mean over batches: meant for a network at initialisation.
+    """Score abs(g w), with g the mean over batches; meant for a network at initialization.
 
-    The published score is divided by its sum over the network, which changes no order.
+    The published score is divided by its sum over the network, which does not change the order.
 
     References:
         Lee, Ajanthan and Torr, SNIP: Single-shot Network Pruning based on Connection Sensitivity, 2019,
@@ -194,10 +192,10 @@ def snip(weight: jax.Array, site: SiteStatistics) -> jax.Array:
 
 
 def grasp(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """max(w (Hg), 0): how much removing w lowers the flow of gradients; meant for initialisation.
+    """Score max(w (Hg), 0): how much removing w lowers the gradient flow; meant for a network at initialization.
 
-    The published score is -w (Hg), of which the highest go first. Weights whose removal raises the
-    flow, which go before all others, have importance 0 here and no order among them.
+    The published score is -w (Hg), whose highest are removed first. Weights whose removal raises the gradient flow
+    are removed before all others; here they have importance 0, and no order among them.
 
     References:
         Wang, Zhang and Grosse, Picking Winning Tickets Before Training by Preserving Gradient Flow, 2020,
@@ -207,10 +205,10 @@ def grasp(weight: jax.Array, site: SiteStatistics) -> jax.Array:
 
 
 def synflow(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """abs(w) dR/dabs(w), R the summed outputs with all parameters positive and all inputs 1.
+    """Score abs(w) dR/dabs(w), with R the summed outputs if all parameters are positive and all inputs 1.
 
-    Needs no data: the batch gives its shapes alone (token numbers stay as they are). One step; the
-    published procedure repeats it while pruning.
+    It needs no data: only the shapes of the batch count (and token numbers, which stay as they are). This is one
+    step; the published procedure repeats it while pruning.
 
     References:
         Tanaka, Kunin, Yamins and Ganguli, Pruning neural networks without any data by iteratively
@@ -220,11 +218,11 @@ def synflow(weight: jax.Array, site: SiteStatistics) -> jax.Array:
 
 
 def lrp(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """abs(sum of R), R the relevance of the winning outputs that passes through the weight; epsilon rule.
+    """Score abs(sum of R), with R the relevance of the winning outputs that passes through the weight; epsilon rule.
 
     R_ij = x_i w_ij R_j / z_j at each position; the winning output is the largest at each position of the
-    model's outputs. Needs no loss. Products of data (attention, gates), normalisers and nonlinearities
-    pass on as `jaxeff.graph.lrp_rules` says; `statistics.conservation` tells what was lost on the way.
+    model's outputs. No loss is needed. `jaxeff.graph.lrp_rules` defines how products of data (attention, gates),
+    normalizers and nonlinearities pass relevance on; `statistics.conservation` tells how much was lost.
 
     References:
         Bach et al., On Pixel-Wise Explanations for Non-Linear Classifier Decisions by Layer-Wise Relevance
@@ -235,7 +233,7 @@ def lrp(weight: jax.Array, site: SiteStatistics) -> jax.Array:
 
 
 def lrp_alpha_beta(weight: jax.Array, site: SiteStatistics) -> jax.Array:
-    """As `lrp`, with the alpha-beta rule: alpha = 2 of the positive shares, less beta = 1 of the negative.
+    """Score as `lrp`, by the alpha-beta rule: alpha = 2 of the positive shares minus beta = 1 of the negative.
 
     References:
         Bach et al., 2015, as for `lrp`
@@ -245,7 +243,7 @@ def lrp_alpha_beta(weight: jax.Array, site: SiteStatistics) -> jax.Array:
 
 def _given(moments: Moments | None) -> Moments:
     if moments is None:
-        raise ValueError("these statistics hold no derivatives for this criterion: collect them with it")
+        raise ValueError("these statistics hold no derivatives for this criterion: collect them for it")
     return moments
 
 
@@ -282,10 +280,10 @@ CRITERIA: Mapping[str, Criterion] = {
 
 
 def named(criterion: str | Score | Criterion, *, with_loss: bool = False) -> Criterion:
-    """The criterion of that name; a user's own function reads what it likes.
+    """Return the criterion of a name, or a function of your own as a criterion.
 
     Args:
-        with_loss: whether gradients can be had, for a user's own.
+        with_loss: whether gradients are available to a function of your own.
 
     >>> named("taylor").side
     'gradient'

@@ -1,4 +1,4 @@
-"""From one score a weight to one a unit, an attention head or a layer."""
+"""Reduction of scores per weight to scores per unit, attention head or layer."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Scores = Mapping[str, jax.Array]
 
 
 class Reduction(NamedTuple):
-    """How the scores of several weights become one: `last(over(first(scores)), count)`.
+    """Reduces the scores of several weights to one: `last(over(first(scores)), count)`.
 
-    Parts that were reduced apart are joined by `join` before the last step.
+    `join` combines parts that were reduced separately, before the last step.
     """
 
     first: Callable[[jax.Array], jax.Array]
@@ -38,7 +38,7 @@ REDUCTIONS: Mapping[str, Reduction] = {
 
 
 def by_unit(scores: Scores, statistics: Statistics, reduction: Reduction) -> dict[str, jax.Array]:
-    """Each weight's units, shaped like its unit axes; layers that a scan stacks keep their axes."""
+    """Return the score of each unit, shaped like the weight's unit axes; layers that a scan stacks keep their axes."""
     return {
         path: _kept(
             score, (*unit_axes(statistics, path, score.ndim), *layer_axes(statistics, path)), reduction
@@ -48,12 +48,12 @@ def by_unit(scores: Scores, statistics: Statistics, reduction: Reduction) -> dic
 
 
 def by_layer(scores: Scores, statistics: Statistics, reduction: Reduction) -> dict[str, jax.Array]:
-    """Each weight as a whole, []; one number for each of the layers that a scan stacks."""
+    """Return the score of each weight as a whole, []; one per layer if a scan stacks them."""
     return {path: _kept(score, layer_axes(statistics, path), reduction) for path, score in scores.items()}
 
 
 def by_head(scores: Scores, statistics: Statistics, reduction: Reduction) -> dict[str, jax.Array]:
-    """[units] of each attention over its query, key, value and output weights; stacked layers in front."""
+    """Return [units] for each attention, over its query, key, value and output weights; stacked layers lead."""
     return {
         attention.path: heads_of(
             attention.slices,
@@ -72,16 +72,16 @@ def heads_of(
     stacking: Mapping[str, tuple[int, ...]],
     reduction: Reduction,
 ) -> jax.Array:
-    """[units] of one attention.
+    """Return [units] for one attention.
 
     Args:
-        stacking: of each path, the axes over which its weight stacks layers.
+        stacking: for each path, the axes over which its weight stacks layers.
     """
     parts, counts = [], []
     for piece in slices:
         stacked, score = stacking[piece.path], scores[piece.path]
         along = _over(score, (*stacked, piece.axis), reduction)
-        # Layers in front, whatever their order in the weight.
+        # Layers lead, whatever their order in the weight.
         along = jnp.moveaxis(gathered(along), _rank(piece.axis, stacked), -1)
         indices = np.asarray(piece.indices)
         parts.append(reduction.over(along[..., indices], axis=-1))
@@ -92,7 +92,7 @@ def heads_of(
 
 
 def _rank(axis: int, others: Sequence[int]) -> int:
-    """Where an axis stands once all but it and the others are gone."""
+    """Return the position of an axis once all axes but it and the others are gone."""
     return sum(other < axis for other in others)
 
 
@@ -106,10 +106,10 @@ def _over(score: jax.Array, kept: Sequence[int], reduction: Reduction) -> jax.Ar
 
 
 def unit_axes(statistics: Statistics, path: str, rank: int) -> tuple[int, ...]:
-    """Of a weight's first use. Flax lays every kernel out with its units last, where none was read."""
+    """Return the unit axes of a weight's first use; the last axis, as in Flax kernels, if no use was read."""
     return next((site.unit_axes for site in statistics.sites if site.path == path), (rank - 1,))
 
 
 def layer_axes(statistics: Statistics, path: str) -> tuple[int, ...]:
-    """The axes over which a weight stacks layers, each of which is a layer of its own."""
+    """Return the axes over which a weight stacks layers, each of which is a layer of its own."""
     return next((site.layer_axes for site in statistics.sites if site.path == path), ())

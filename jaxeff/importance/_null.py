@@ -1,9 +1,8 @@
-"""The null of a layer: the metrics of the scores that noise would have in place of its weights.
+"""The null of a layer: the metrics of its scores if its weights were noise.
 
-Scores are proportional to a power of |w|, and what they are multiplied by is what was seen of the layer: its
-factors. Noise is independent of them, so that its scores are the products of the factors and of |z|^power, z
-normal. The utilization of such products is the product of both utilizations; Gini and coverages are those of
-a sample of them.
+Scores are proportional to a power of |w|, times factors that come from the statistics of the layer. Noise is
+independent of these factors, so its scores are products of the factors and of |z|^power, with z normal. The
+utilization of such products is the product of both utilizations. Gini and coverages are taken from a sample.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ SIZE = _PROFILE // _RUN * _CELLS
 
 
 def is_sampled(criterion: Criterion) -> bool:
-    """Whether there is a null, and it depends on what was seen."""
+    """Return whether there is a null that depends on the statistics of the layer."""
     return criterion.null_power is not None and criterion.function is not magnitude
 
 
@@ -43,14 +42,14 @@ def factors_of(
     derivatives: Derivatives,
     usable: jax.Array,
 ) -> jax.Array:
-    """The factors that the criterion puts on the weights of a layer, whatever these are.
+    """Return the factors by which the criterion multiplies the weights of a layer.
 
     Args:
         criterion: one that has a `null_power`.
-        usable: [], False to take magnitudes instead.
+        usable: [], False to use magnitudes instead.
 
     Returns:
-        [n], n up to 4096, evenly spread over the layer.
+        [n], n up to 4096, evenly spaced over the layer.
     """
     one = jnp.ones((1,) * weight.ndim, wide(weight.dtype))
     factor = one
@@ -62,19 +61,19 @@ def factors_of(
 
 
 def profile_of(factors: Any) -> Any:
-    """[..., 4096], spread evenly over the factors [..., n], each about as often."""
+    """Return [..., 4096], evenly spaced among the factors [..., n], each about equally often."""
     return factors[..., np.arange(_PROFILE) * factors.shape[-1] // _PROFILE]
 
 
 def sample_of(criterion: Criterion, factors: Any, usable: Any) -> Weighted:
-    """Scores of noise under the factors of one layer, [4096] and descending.
+    """Return scores of noise under the factors of one layer, [4096], descending.
 
     Factors are sorted and averaged 32 at a time, and the noise is cut into 32 equally likely cells, each at
-    its mean: Gini and coverages are those of infinitely many weights to 2e-3, and to 4e-3 where a hundredth
-    of the factors holds nearly all.
+    its mean: Gini and coverages are those of infinitely many weights to 2e-3, and to 4e-3 if a hundredth
+    of the factors holds nearly everything.
 
     Args:
-        factors: from `factors_of`; on the host where they are NumPy's.
+        factors: from `factors_of`; NumPy arrays stay on the host.
     """
     xp, factors = namespace(factors), profile_of(factors)
     runs = xp.mean(_in_order(_relative(factors)).reshape(-1, _RUN), axis=1)
@@ -87,11 +86,11 @@ def sample_of(criterion: Criterion, factors: Any, usable: Any) -> Weighted:
 
 
 def null_of(criterion: Criterion, used: Any, usable: Any, sums: Any) -> Null:
-    """The null, also of several layers stacked.
+    """Return the null of one layer, or of several stacked.
 
     Args:
-        used: [...], the utilization of the factors.
-        sums: [..., 16], of the samples, from `sums_of`.
+        used: [...], utilization of the factors.
+        sums: [..., 16], sums of the samples, from `sums_of`.
     """
     xp = namespace(sums)
     used = used * xp.where(usable, half_normal.UTILIZATION[_power(criterion)], half_normal.UTILIZATION[1])
@@ -102,7 +101,7 @@ def null_of(criterion: Criterion, used: Any, usable: Any, sums: Any) -> Null:
 
 
 def utilization_of(factors: Any) -> Any:
-    """exp(entropy) / n of the factors [n]."""
+    """Return exp(entropy) / n of the factors [n]."""
     xp = namespace(factors)
     held = [total(part) for part in surprises(_relative(factors), xp.ones_like(factors))]
     return information(xp.full_like(held[0], factors.size), *held).utilization
@@ -120,9 +119,9 @@ def _power(criterion: Criterion) -> int:
 
 
 def _in_order(x: Any) -> Any:
-    """Ascending, of what is not negative."""
+    """Sort non-negative values ascending."""
     if namespace(x) is np:
         return np.sort(x)
-    # A constant, as the factors of a magnitude are, XLA would sort while compiling: in a second.
+    # XLA would sort a constant, such as the factors of a magnitude, while compiling, which takes a second.
     bits, _ = importances(jax.lax.optimization_barrier(x))
     return float_of(jnp.sort(bits))

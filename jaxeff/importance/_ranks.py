@@ -1,4 +1,4 @@
-"""Compare two orders of scores: ranks, and the correlation of ranks (Spearman's)."""
+"""Ranks of scores, and their correlation (Spearman's)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def ranks(scores: jax.Array) -> jax.Array:
-    """The rank of each score from 0, equal scores by their mean rank.
+    """Return the rank of each score from 0; equal scores share their mean rank.
 
     >>> ranks(jnp.array([5.0, 1.0, 5.0]))
     Array([1.5, 0. , 1.5], dtype=float32)
@@ -19,7 +19,7 @@ def ranks(scores: jax.Array) -> jax.Array:
 
 
 def correlation(first: jax.Array, second: jax.Array) -> jax.Array:
-    """The correlation of two arrays; of ranks, Spearman's. 1 for two constant ones.
+    """Return the correlation of two arrays (Spearman's, if they are ranks); 1 for two constant arrays.
 
     >>> correlation(jnp.array([0.0, 1.0, 2.0]), jnp.array([0.0, 2.0, 4.0]))
     Array(1., dtype=float32)

@@ -1,4 +1,4 @@
-"""Score the weights of a model by a criterion, over all uses of each and at the level that is asked for."""
+"""Scores of a model's weights by a criterion, over all uses of each weight and at any level."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxeff.statistics import Derivatives, SiteStatistics, Statistics, UnitStati
 
 
 def missing(criterion: Criterion, statistics: Statistics) -> str | None:
-    """What the criterion reads and the statistics do not hold, in words; None for nothing."""
+    """Return in words what the criterion reads and the statistics lack; None if nothing."""
     weights = [info.path for info in statistics.params if info.role == "weight"]
     for quantity, total in criterion.needs:
         found = (
@@ -37,17 +37,17 @@ def score(
     sites: Sequence[SiteStatistics],
     derivatives: Derivatives | None = None,
 ) -> jax.Array:
-    """The importance of a weight over all its uses, in float32 or wider.
+    """Return the importance of a weight over all its uses, in float32 or wider.
 
-    A tied or shared weight is scored at each use; the scores are averaged by the number of
-    positions that each use saw, as if all had been one. A derivative is one over all uses.
+    A tied or shared weight is scored at each use, and the scores are averaged by the number of positions that each
+    use saw, as if all uses were one. Derivatives already cover all uses.
 
     Args:
-        sites: of the weight; without any, a criterion that reads activations gives magnitudes.
-        derivatives: of the loss by the weight, for a criterion that needs them.
+        sites: of the weight; without any, a criterion that reads activations returns magnitudes.
+        derivatives: of the loss with respect to the weight, for a criterion that needs them.
 
     Raises:
-        ValueError: the criterion returned another shape than the weight's.
+        ValueError: the criterion returned a shape other than the weight's.
     """
     criterion, weight = named(criterion), widened(weight)
     if not sites and criterion.reads_activations:
@@ -69,17 +69,16 @@ def scores(
     level: str = "weight",
     reduction: str = "sum",
 ) -> dict[str, jax.Array]:
-    """The importance of everything at one level of a model, by path.
+    """Score all weights, units, heads or layers of a model, by path.
 
     Args:
-        params: as `jaxeff.analyze` takes them.
+        params: as in `jaxeff.analyze`.
         statistics: from `jaxeff.collect` or `jaxeff.calibrate`, for this criterion.
-        criterion: as `jaxeff.analyze` takes it.
-        level: 'weight', each array shaped like its weight; 'unit', shaped like the weight's unit axes
-            (neurons, channels, head features); 'head', [units] of each attention by the common path of its
-            weights, a group of heads that share keys and values being one unit; or 'layer', []. Layers
-            that a scan stacks keep their axes.
-        reduction: how the scores of several weights become one: 'sum', 'mean', 'max' or 'l2'.
+        criterion: as in `jaxeff.analyze`.
+        level: 'weight' returns arrays shaped like each weight; 'unit' arrays shaped like its unit axes (neurons,
+            channels, head features); 'head' [units] for each attention, by the common path of its weights, where
+            heads that share keys and values are one unit; 'layer' []. Layers that a scan stacks keep their axes.
+        reduction: how the scores of several weights are combined: 'sum', 'mean', 'max' or 'l2'.
 
     Raises:
         ValueError: a name is unknown, or the statistics lack what the criterion reads.
@@ -122,7 +121,7 @@ _LEVELS: Mapping[str, Callable[[levels.Scores, Statistics, levels.Reduction], di
 def over_uses(
     criterion: Criterion, weight: jax.Array, sites: Sequence[SiteStatistics], derivatives: Derivatives
 ) -> jax.Array:
-    """What the criterion makes of a weight, averaged over its uses by the positions that each saw."""
+    """Average the criterion's scores over a weight's uses, weighted by the positions that each saw."""
     sites = sites or (_unread(weight),)
     sites = [dataclasses.replace(site, derivatives=derivatives) for site in sites]
     if not criterion.reads_activations:
@@ -133,7 +132,7 @@ def over_uses(
 
 
 def _unread(weight: jax.Array) -> SiteStatistics:
-    """A use of which nothing is known. Flax lays every kernel out with its units last."""
+    """Return a use about which nothing is known; its units are the last axis, as in Flax kernels."""
     nan = jnp.full((1,) * weight.ndim, jnp.nan)
     unknown = UnitStatistics(nan, nan, nan, nan, jnp.zeros(()))
     units = (weight.ndim - 1,)

@@ -1,11 +1,11 @@
-"""How evenly importance is spread over the weights of one layer: an array in, numbers out.
+"""Metrics of how evenly importance is spread over the weights of one layer.
 
     summarize(x)             every metric at once
     gini(x), entropy(x) ...  one of them
     sketch                   counts that add, for weights in parts
 
-Every function takes a non-negative array of importances x, of any shape and real dtype. All of it runs under
-`jit`, `vmap`, `grad` and `scan`.
+Every function takes a non-negative array of importances x, of any shape and real dtype, and runs under `jit`,
+`vmap`, `grad` and `scan`.
 """
 
 from jaxeff.metrics import sketch as sketch

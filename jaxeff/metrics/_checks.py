@@ -1,4 +1,4 @@
-"""What a metric takes: one array of real numbers."""
+"""Checks of the arguments of metrics."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jax.typing import ArrayLike
 
 
 def checked(x: ArrayLike) -> Array:
-    """x as an array of importances, of whatever real dtype.
+    """Return x as an array of importances, of any real dtype.
 
     Raises:
-        TypeError: x is no array, or one of booleans or complex numbers.
+        TypeError: x is not an array, or holds booleans or complex numbers.
         ValueError: x is empty.
     """
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):

@@ -1,7 +1,6 @@
-"""How a layer's importance is spread over its weights, in cells relative to the mean.
+"""The distribution of a layer's importance over its weights, in cells relative to the mean.
 
-What a histogram and a Lorenz curve are drawn from: metrics say how uneven a layer is, these say in what
-way.
+Metrics say how uneven a layer is. Histograms and Lorenz curves, drawn from these cells, say in what way.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ CELLS = ((_OCTAVES[1] - _OCTAVES[0]) << _CELL_BITS) + 2
 EDGES: np.ndarray = (
     (_FIRST + np.arange(CELLS - 1, dtype=np.uint32)).astype(np.uint32) << np.uint32(_SHIFT)
 ).view(np.float32)
-"""[CELLS - 1], between the cells, as multiples of the mean: 2^-10, 1.25 2^-10, 1.5 2^-10, ..., 2^6."""
+"""[CELLS - 1], bounds between the cells, as multiples of the mean: 2^-10, 1.25 2^-10, 1.5 2^-10, ..., 2^6."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Distribution:
-    """Of one layer, [CELLS], or of all layers stacked, [CELLS, layers]: fractions, which sum to 1.
+    """Distribution of one layer, [CELLS], or of all layers stacked, [CELLS, layers], as fractions that sum to 1.
 
-    The first cell holds what is below the first of EDGES, zeros included, the last what is not below the
-    last. Layers counted by bins are exact to 0.4 % of an edge's position. Nan where the metrics are, and
-    for a layer without any importance.
+    The first cell holds values below the first of EDGES, zeros included; the last holds values from the last
+    edge on. Layers counted by bins are exact to 0.4 % of an edge's position. Nan if the metrics are nan, and for
+    a layer without any importance.
 
     Attributes:
-        weights: how much of the weights is in each cell.
-        importance: how much of the importance.
+        weights: fraction of the weights in each cell.
+        importance: fraction of the importance in each cell.
     """
 
     weights: Array
@@ -47,7 +46,7 @@ class Distribution:
 
 
 def cells_of(spread: Spread) -> Any:
-    """The fractions of weights and of importance in each cell, [CELLS, 2].
+    """Return the fractions of weights and of importance in each cell, [CELLS, 2].
 
     Values of a bin are in the cell of their mean.
     """
@@ -66,17 +65,17 @@ def cells_of(spread: Spread) -> Any:
 
 
 def unpacked(cells: Any) -> Distribution:
-    """Of one layer, [CELLS, 2], or of several, [layers, CELLS, 2], stacked."""
+    """Unpack the cells of one layer, [CELLS, 2], or of several stacked, [layers, CELLS, 2]."""
     weights, importance = (namespace(cells).moveaxis(cells[..., part], 0, -1) for part in range(2))
     return Distribution(weights, importance)
 
 
 def lorenz(distribution: Distribution) -> tuple[np.ndarray, np.ndarray]:
-    """Points of the Lorenz curve, from the faintest weights on: fraction of weights, share of importance.
+    """Return points of the Lorenz curve, faintest weights first: fraction of weights, share of importance.
 
     Returns:
-        Two arrays [CELLS + 1] from 0 to 1. Straight between two points, where the curve hangs below by at
-        most 1/40 of the cell's own width.
+        Two arrays [CELLS + 1] from 0 to 1. Between two points the curve is drawn straight, and lies below by at
+        most 1/40 of the cell's width.
     """
     parts = (np.asarray(part, np.float64) for part in (distribution.weights, distribution.importance))
     first, second = (np.concatenate([[0.0], np.cumsum(part)]) for part in parts)

@@ -1,11 +1,11 @@
 """The public metrics. N is the number of weights, S their sum and p = x / S; logarithms are natural.
 
-A negative or non-finite entry makes every float metric nan and is counted in `Metrics.nonfinite`; an empty
-array raises ValueError, one that is no array, boolean or complex TypeError. Float64 is computed in float64,
-anything else, integers included, in float32.
+A negative or non-finite entry makes every float metric nan and is counted in `Metrics.nonfinite`. An empty
+array raises ValueError; anything else than an array of real numbers raises TypeError. Metrics are computed in
+float64 for float64, and in float32 for all other dtypes, integers included.
 
-Derivatives are those of the formulas; counts have none. Entropy's slope at x = 0, infinite from the right, is
-taken as 0, and so is every slope where a metric stands by convention (an all-zero or invalid layer).
+Derivatives are those of the formulas; counts have none. The slope of entropy at x = 0, infinite from the right,
+is taken as 0, and so are all slopes of a metric whose value is a convention (an all-zero or invalid layer).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from jaxeff.numerics.precision import widened
 from jaxeff.numerics.summation import running_total, total
 
 SORTED = 1 << 14
-"""Arrays of up to so many weights, and of float64, are sorted; larger ones are counted by bit pattern."""
+"""Arrays of up to this many weights, and float64 arrays, are sorted; larger ones are counted by bit pattern."""
 
 
 def summarize(x: ArrayLike) -> Metrics:
-    """All metrics of x [...] at once.
+    """Compute all metrics of x [...] at once.
 
-    Sorts up to 16,384 weights, and float64 always; counts larger arrays, as `jaxeff.sketch` does.
-    Errors against exact arithmetic: 2e-6 in what lies in [0, 1]; 2e-6 max(1, H) in entropy; relative 5e-6 in
-    effective_params, mean and max; relative 1e-5, or 1e-6 of the mean, in std. A coverage is right for a
-    share within 2e-6. Counting puts weights within 0.2 % of each other into one bin: where that holds a share
+    Sorts up to 16,384 weights, and float64 of any size; counts larger arrays, as `jaxeff.sketch` does.
+    Errors against exact arithmetic: 2e-6 for metrics in [0, 1]; 2e-6 max(1, H) for entropy; relative 5e-6 for
+    effective_params, mean and max; relative 1e-5, or 1e-6 of the mean, for std. A coverage is right for a
+    share within 2e-6. Counting puts weights within 0.2 % of each other into one bin: if that concerns a share
     s of all weights, Gini and coverages are good to 5e-4 s, and the bin at the bound of a relative sparsity
     counts in part.
 
@@ -45,7 +45,7 @@ def summarize(x: ArrayLike) -> Metrics:
 
     Raises:
         ValueError: x is empty.
-        TypeError: x is no array, or one of booleans or complex numbers.
+        TypeError: x is not an array, or holds booleans or complex numbers.
 
     >>> summarize(jnp.array([4.0, 3.0, 2.0, 1.0])).coverage_90
     Array(0.75, dtype=float32)
@@ -76,7 +76,7 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Metrics, Metrics]:
     return _counted(*primals), jax.jvp(_by_order, primals, tangents)[1]
 
 
-# One metric alone. Only what needs an order sorts.
+# Single metrics, which sort only if they need an order.
 
 
 def _information(x: ArrayLike) -> Information:
@@ -93,7 +93,7 @@ def _information_of(x: Array) -> Information:
 
 
 def _relative(x: Array) -> tuple[Array, Array]:
-    """Importances over the largest, 0 for what is none; and what is none."""
+    """Return importances over the largest, with invalid entries as 0, and which entries are invalid."""
     bits, invalid = importances(lax.stop_gradient(x))
     x = jnp.where(invalid, 0, x)
     return relative(x, jnp.max(x), bits, jnp.max(bits))[0], invalid
@@ -105,9 +105,9 @@ def _valid(invalid: Array, value: Array) -> Array:
 
 @jax.jit
 def entropy(x: ArrayLike) -> Array:
-    """Shannon entropy H = -sum p ln p in nats, with 0 ln 0 = 0.
+    """Compute the Shannon entropy H = -sum p ln p in nats, with 0 ln 0 = 0.
 
-    From 0, one weight holds all, to ln N, all weights equal. Nan for an all-zero layer.
+    It ranges from 0 (one weight holds everything) to ln N (all weights equal). Nan for an all-zero layer.
 
     References:
         Shannon, A Mathematical Theory of Communication, 1948
@@ -120,7 +120,7 @@ def entropy(x: ArrayLike) -> Array:
 
 @jax.jit
 def normalized_entropy(x: ArrayLike) -> Array:
-    """H / ln N, in [0, 1]. A single weight has 1, an all-zero layer nan.
+    """Compute H / ln N, in [0, 1]; 1 for a single weight, nan for an all-zero layer.
 
     >>> normalized_entropy(jnp.array([1.0, 1.0, 0.0, 0.0]))
     Array(0.5, dtype=float32)
@@ -130,9 +130,9 @@ def normalized_entropy(x: ArrayLike) -> Array:
 
 @jax.jit
 def effective_params(x: ArrayLike) -> Array:
-    """exp(H): how many equal weights would have this entropy; 0 for an all-zero layer.
+    """Compute exp(H), the number of equal weights with this entropy; 0 for an all-zero layer.
 
-    The effective rank of Roy and Vetterli, with importances in place of singular values.
+    This is the effective rank of Roy and Vetterli, with importances in place of singular values.
 
     References:
         Roy and Vetterli, The Effective Rank: A Measure of Effective Dimensionality, 2007
@@ -145,7 +145,7 @@ def effective_params(x: ArrayLike) -> Array:
 
 @jax.jit
 def utilization(x: ArrayLike) -> Array:
-    """exp(H) / N, in [1/N, 1]; 0 for an all-zero layer.
+    """Compute exp(H) / N, in [1/N, 1]; 0 for an all-zero layer.
 
     Noise does not have 1: |w| has sqrt(e) / 2 = 0.824 for uniform w and 0.753 for normal w.
 
@@ -157,7 +157,7 @@ def utilization(x: ArrayLike) -> Array:
 
 @jax.jit
 def redundancy(x: ArrayLike) -> Array:
-    """1 - H / ln N, in [0, 1]; 1 for an all-zero layer. Shrinks as 1 / ln N for a given shape.
+    """Compute 1 - H / ln N, in [0, 1]; 1 for an all-zero layer. For a given distribution it shrinks as 1 / ln N.
 
     >>> redundancy(jnp.array([1.0, 1.0, 0.0, 0.0]))
     Array(0.5, dtype=float32)
@@ -166,10 +166,10 @@ def redundancy(x: ArrayLike) -> Array:
 
 
 def gini(x: ArrayLike) -> Array:
-    """Gini coefficient: 0 when all weights are equal, (N - 1) / N when one holds everything.
+    """Compute the Gini coefficient: 0 if all weights are equal, (N - 1) / N if one holds everything.
 
-    With x sorted ascending and i from 1, G = 2 sum i x_(i) / (N S) - (N + 1) / N. Scaling or
-    repeating a layer changes nothing, so layers compare. Nan for an all-zero layer.
+    With x sorted ascending and i from 1, G = 2 sum i x_(i) / (N S) - (N + 1) / N. It does not change if a layer
+    is scaled or repeated, so layers can be compared. Nan for an all-zero layer.
 
     References:
         Hurley and Rickard, Comparing Measures of Sparsity, 2009, arXiv:0811.4706
@@ -182,9 +182,9 @@ def gini(x: ArrayLike) -> Array:
 
 @partial(jax.jit, static_argnames="share")
 def coverage(x: ArrayLike, share: float) -> Array:
-    """Smallest fraction of the weights that together hold `share` of the importance.
+    """Compute the smallest fraction of the weights that together hold `share` of the importance.
 
-    k / N, with k the smallest count whose k largest x reach share * S (to one part in 10^6, so that
+    It is k / N, where k is the smallest count whose k largest x reach share * S (to one part in 10^6, so that
     8 of 10 equal weights hold 0.8). Nan for an all-zero layer.
 
     Args:
@@ -210,9 +210,9 @@ def _coverage(x: Array, share: float) -> Array:
 
 @partial(jax.jit, static_argnames="threshold")
 def sparsity(x: ArrayLike, threshold: float) -> Array:
-    """Fraction of weights with x < threshold, strictly and in exact arithmetic.
+    """Compute the fraction of weights with x < threshold, strictly and in exact arithmetic.
 
-    Depends on the scale of x; `relative_sparsity` does not.
+    It depends on the scale of x; `relative_sparsity` does not.
 
     Args:
         x: [...], importances.
@@ -228,9 +228,9 @@ def sparsity(x: ArrayLike, threshold: float) -> Array:
 
 @partial(jax.jit, static_argnames="threshold")
 def relative_sparsity(x: ArrayLike, threshold: float) -> Array:
-    """Fraction of weights with x < threshold * mean(x): sparsity free of scale.
+    """Compute the fraction of weights with x < threshold * mean(x), which does not depend on the scale of x.
 
-    An x within one part in 10^6 of the bound counts as on it, not below. 1 for an all-zero layer.
+    An x within one part in 10^6 of the bound is on it, not below. 1 for an all-zero layer.
 
     Args:
         x: [...], importances.

@@ -1,4 +1,4 @@
-"""What noise is: |z| and z^2 of a normal z, in closed form."""
+"""The null in closed form: |z| and z^2 of a normal z."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxeff.metrics._records import COVERAGES
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Null:
-    """The scale-free metrics of a layer whose weights are noise, under the same activations."""
+    """Scale-free metrics of a layer whose weights are noise, under the same activations."""
 
     utilization: jax.Array
     gini: jax.Array
@@ -36,9 +36,9 @@ UTILIZATION = {
 
 @functools.cache
 def null_of_magnitude() -> Null:
-    """The null of magnitudes, the same for every layer.
+    """Return the null of magnitudes, which is the same for every layer.
 
-    Gini is sqrt(2) - 1; the largest |z| > t hold exp(-t^2 / 2) of the sum.
+    Gini is sqrt(2) - 1; the values |z| > t hold exp(-t^2 / 2) of the sum.
     """
     normal = NormalDist()
     coverages = [2 * (1 - normal.cdf(math.sqrt(-2 * math.log(share)))) for share in COVERAGES.values()]
@@ -48,7 +48,7 @@ def null_of_magnitude() -> Null:
 
 @functools.cache
 def cell_means(power: int, cells: int) -> np.ndarray:
-    """[cells], the means of |z|^power (1 or 2) in equally likely cells."""
+    """Return the means of |z|^power (1 or 2) in equally likely cells, [cells]."""
     normal = NormalDist()
     edges = np.array([normal.inv_cdf(0.5 + 0.5 * cell / cells) for cell in range(cells)])
     density = np.array([*map(normal.pdf, edges), 0.0])

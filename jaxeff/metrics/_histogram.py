@@ -1,11 +1,11 @@
 """Passes over an array that count its weights by bit pattern, in exact integers.
 
-The 31 bits of a non-negative float32 are ordered as the numbers are. The first 17 (8 of exponent, 9 of
-mantissa) name one of 2^17 bins, at most 2^-9 wide relative to what they hold; the last 14 are a weight's
-place in its bin, in units in the last place. Integers add without rounding, so no order, split or sharding
-of the array changes a bit, and subnormals count although XLA's CPU flushes them to zero.
+The bits of a non-negative float32 have the same order as the numbers. The first 17 of its 31 bits (8 of
+exponent, 9 of mantissa) name one of 2^17 bins, whose relative width is at most 2^-9; the last 14 bits are the
+weight's position in its bin, in units in the last place. Integers add without rounding, so order, splitting and
+sharding of the array change no bit, and subnormals count although XLA's CPU flushes them to zero.
 
-An array that lies on several devices is counted where it lies: no weight is moved.
+An array that lies on several devices is counted where it lies; weights are not moved.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ ROWS, COLUMNS = 256, 512  # one row an exponent
 BINS = ROWS * COLUMNS
 PLACE_BITS = 14
 
-# No number has the last row of bins: it holds what is no importance, and zeros.
+# No number falls in the last row of bins, which holds invalid entries and zeros.
 INVALID_BIN, ZERO_BIN = BINS - COLUMNS, BINS - COLUMNS + 1
-# And, apart from the others of their bins, the weights below a threshold that share its bin.
+# It also holds the weights below a threshold that share its bin, apart from the others there.
 BELOW_BINS = ZERO_BIN + 1, ZERO_BIN + 2
 LIMITS = [int(limit) for limit in limits(np.float32)]
 _INVALID = np.uint32(INVALID_BIN << PLACE_BITS)
@@ -47,8 +47,8 @@ class Histogram(NamedTuple):
     """Exact counts of an array, as uint32.
 
     Attributes:
-        table: [BINS, 2], of each bin its weights, and the sum of their places modulo 2^32.
-        high: [BINS], the multiples of 2^32 in that sum; [] where there can be none.
+        table: [BINS, 2], for each bin the number of its weights and the sum of their positions modulo 2^32.
+        high: [BINS], multiples of 2^32 in that sum; [] if there cannot be any.
         largest: [], the largest bit pattern.
     """
 
@@ -58,14 +58,14 @@ class Histogram(NamedTuple):
 
 
 def patterns(x: Any) -> Any:
-    """Bit patterns as uint32; those of reserved bins for what is no importance and for 0."""
+    """Return bit patterns as uint32, with reserved patterns for invalid entries and for 0."""
     xp, x = namespace(x), x.astype(np.float32)
     bits = x.view(np.uint32) if xp is np else lax.bitcast_convert_type(x, jnp.uint32)
     return xp.where(bits << 1 == 0, _ZERO, xp.minimum(bits, _INVALID))
 
 
 def bins_of(found: Any) -> Any:
-    """The bin of each pattern."""
+    """Return the bin of each pattern."""
     xp = namespace(found)
     at = found >> PLACE_BITS
     for limit, apart in zip(LIMITS, BELOW_BINS, strict=True):
@@ -74,7 +74,7 @@ def bins_of(found: Any) -> Any:
 
 
 def histogram_on_host(x: np.ndarray) -> Histogram:
-    """Counts of x [N], of at most 2^18 weights."""
+    """Count x [N] of at most 2^18 weights."""
     found = patterns(x)
     at, places = bins_of(found), found & ((1 << PLACE_BITS) - 1)
     columns = np.bincount(at, minlength=BINS), np.bincount(at, weights=places, minlength=BINS)
@@ -83,25 +83,25 @@ def histogram_on_host(x: np.ndarray) -> Histogram:
 
 
 def add_words(low: Array, high: Array, more: Array) -> tuple[Array, Array]:
-    """A number of two words plus one word."""
+    """Add one word to a number of two words."""
     total = low + more
     return total, high + (total < low).astype(jnp.uint32)
 
 
 def histogram(x: Array, size: Any = None, sharding: NamedSharding | None = None) -> Histogram:
-    """Counts of x [...].
+    """Count the weights of x [...].
 
     Args:
-        size: [], an integer, which may be traced: only the first entries of x [M] count, and the others
-            must be 0. Whole pieces of padding are not looked at.
-        sharding: how x lies on a mesh, where that is known and x does not say so itself.
+        size: [], an integer, which may be traced: number of leading entries of x [M] to count; the others must
+            be 0. Whole pieces of padding are skipped.
+        sharding: layout of x on a mesh, if it is known and not part of x.
     """
     mesh, spec = _layout(x, sharding)
     if any(spec):
         return _in_parts(x, mesh, spec)
     if size is not None or sharding is not None or jax.sharding.get_abstract_mesh().manual_axes:
         return _flat(x, size)
-    # The devices that it is compiled for may be others than those of this process.
+    # The program may be compiled for other devices than those of this process.
     on_cpu = _in_place if may_lie_in_parts(x) else _flat
     return lax.platform_dependent(x, cpu=on_cpu, default=_in_place)
 
@@ -121,14 +121,14 @@ def _layout(x: Array, sharding: NamedSharding | None) -> tuple[Any, tuple[Any, .
 
 
 def may_lie_in_parts(x: Array) -> bool:
-    """Whether x is sharded by its type, or XLA may decide, as of an array in a trace on several devices."""
+    """Return whether x is sharded by its type, or XLA may shard it, as in a trace on several devices."""
     if jax.sharding.get_abstract_mesh().manual_axes:
         return False
     return any(jax.typeof(x).sharding.spec) or (isinstance(x, Tracer) and jax.device_count() > 1)
 
 
 def _in_pieces(x: Array, size: Any) -> Histogram:
-    """Run by run and piece by piece, of x [M]."""
+    """Count x [M] run by run and piece by piece."""
     if x.size % _PIECE:
         x = jnp.pad(x, (0, -x.size % _PIECE))
     size = jnp.asarray(size, jnp.int32)
@@ -151,7 +151,7 @@ def _in_pieces(x: Array, size: Any) -> Histogram:
 
 
 def _largest(x: Array) -> Array:
-    """The largest bit pattern of an importance."""
+    """Return the largest bit pattern of a valid importance."""
     x = x.astype(jnp.float32)
     largest = jnp.max(x)
 
@@ -164,7 +164,7 @@ def _largest(x: Array) -> Array:
 
 
 def _run(x: Array, size: Array) -> tuple[Array, Array]:
-    """Of the first `size` of x [M], up to _RUN weights: the table and the high words of its places."""
+    """Count the first `size` of x [M], at most _RUN weights; return the table and the high words of the positions."""
     return in_turn_or_at_once(_by_pieces, _by_one_scatter, x, size)
 
 
@@ -192,7 +192,7 @@ def _by_pieces(x: Array, size: Array) -> tuple[Array, Array]:
 
 
 def _by_one_scatter(x: Array, size: Array) -> tuple[Array, Array]:
-    """The same of x [...] as it is: where it lies in parts, a copy in another shape would be gathered."""
+    """Count x [...] in its own shape, since reshaping an array that lies in parts would gather it."""
     found = patterns(x)
     at, none = bins_of(found), jnp.zeros(BINS, jnp.uint32)
 
@@ -206,16 +206,16 @@ def _by_one_scatter(x: Array, size: Array) -> tuple[Array, Array]:
 
 
 def _high_words(size: int, table: Array, digits: Callable[[int, int], Array]) -> Array:
-    """The multiples of 2^32 in the sums of places, where a bin is so crowded that there are any.
+    """Return the multiples of 2^32 in the sums of positions, which only crowded bins have.
 
     Args:
-        size: how many weights there are at most.
-        digits: digits(shift, width) sums over each bin the `width` bits of a place from `shift` on.
+        size: maximum number of weights.
+        digits: `digits(shift, width)` sums the `width` bits of the positions from bit `shift` on, for each bin.
     """
     if size <= _UNCROWDED:
         return jnp.zeros((), jnp.uint32)
     counts, places = table[:, 0], table[:, 1]
-    width = 32 - size.bit_length()  # so many bits of each place sum to less than a word
+    width = 32 - size.bit_length()  # this many bits of all positions sum to less than a word
 
     def carried() -> Array:
         low, high = jnp.zeros_like(places), jnp.zeros_like(places)
@@ -233,12 +233,12 @@ def _digits(found: Array, shift: int, width: int) -> Array:
 
 
 def _in_place(x: Array) -> Histogram:
-    """XLA's partitioner counts each part on its device."""
+    """Count under XLA's partitioner, which counts each part on its device."""
     return Histogram(*_by_one_scatter(x, jnp.asarray(x.size, jnp.int32)), _largest(x))
 
 
 def _in_parts(x: Array, mesh: Any, spec: tuple[Any, ...]) -> Histogram:
-    """Each part by its device, and the sum of all by all-reduces of tables."""
+    """Count each part on its device, and add the tables by all-reduces."""
     axes = tuple(axis for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis)
 
     by_device = partial(

@@ -1,4 +1,4 @@
-"""An array -> its weighted distribution by sorting, and what only the single weights tell."""
+"""The weighted distribution of an array by sorting, and the sums that need single weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxeff.numerics.summation import bits_of, float_of
 
 
 def spread_of(x: Array, size: Any) -> Spread:
-    """The spread of the first `size` entries of x [M], float32 or float64; the others must be 0.
+    """Return the spread of the first `size` entries of x [M], float32 or float64; the others must be 0.
 
     One compiled program serves layers of many sizes. Derivatives come by automatic differentiation, of the
     array gathered in its order.
@@ -27,7 +27,7 @@ def spread_of(x: Array, size: Any) -> Spread:
     values, bits = _descending(x)
     values, largest = relative(values, values[0], bits, bits[0])
     counts = (jnp.arange(x.size, dtype=jnp.int32) < size).astype(x.dtype)
-    # What is no importance was sorted as 0.
+    # Invalid entries were sorted as 0.
     invalid = invalid.astype(x.dtype)
     first, second = (jnp.where(bits < limit, counts, 0) for limit in limits(x.dtype))
     tallied = jnp.where(bits == 0, counts, 0) - invalid, invalid, first, second
@@ -35,7 +35,7 @@ def spread_of(x: Array, size: Any) -> Spread:
 
 
 def spread_on_host(x: np.ndarray) -> Spread:
-    """The spread of x [N], in float64."""
+    """Return the spread of x [N], in float64."""
     values, invalid = _importances_on_host(x)
     # Sorted as they came, which is faster.
     values = np.sort(values)[::-1].astype(np.float64)
@@ -47,22 +47,22 @@ def spread_on_host(x: np.ndarray) -> Spread:
 
 
 def squares_on_host(x: np.ndarray) -> np.ndarray:
-    """sum (x - mean)^2 relative to the largest, of x [N], in float64."""
+    """Return sum (x - mean)^2 of x [N], relative to the largest, in float64."""
     values = _importances_on_host(x)[0].astype(np.float64)
     values /= max(values.max(), np.finfo(np.float64).tiny)
     return np.sum(np.square(values - values.mean()))
 
 
 def _importances_on_host(x: np.ndarray) -> tuple[np.ndarray, int]:
-    """x with 0 for what is no importance, and how many are none."""
+    """Return x with invalid entries as 0, and their number."""
     valid = (x >= 0) & (x < np.inf)
     return np.where(valid, x, 0), x.size - np.count_nonzero(valid)
 
 
 @jax.custom_jvp
 def _descending(x: Array) -> tuple[Array, Array]:
-    """Importances from the largest on, 0 for what is none, and their bit patterns."""
-    # Patterns are ordered as the numbers are, and are sorted in a fifth of the time.
+    """Return importances in descending order, with invalid entries as 0, and their bit patterns."""
+    # Patterns have the same order as the numbers, and sort in a fifth of the time.
     ordered = -lax.sort(-importances(x)[0], is_stable=False)
     return float_of(ordered), ordered
 
@@ -78,7 +78,7 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
 
 
 def importances(x: Array) -> tuple[Array, Array]:
-    """Bit patterns, 0 for whatever is no importance; and what is none: nan, infinite or negative."""
+    """Return bit patterns, 0 for invalid entries, and which entries are invalid: nan, infinite or negative."""
     bits = bits_of(x)
     invalid = _invalid(bits, x.dtype)
     return jnp.where(invalid | _negative_zero(bits), 0, bits), invalid
@@ -94,12 +94,12 @@ def _invalid(bits: Array, dtype: Any) -> Array:
 
 
 def limits(dtype: Any) -> list[np.ndarray]:
-    """The bit patterns that the thresholds count below."""
+    """Return the bit patterns below which the thresholds count."""
     return [first_not_below(threshold, dtype) for threshold in THRESHOLDS.values()]
 
 
 def first_not_below(threshold: float, dtype: Any) -> np.ndarray:
-    """The pattern of the smallest float that is not below the threshold; float32(0.01) is below 0.01."""
+    """Return the pattern of the smallest float that is not below the threshold; float32(0.01) is below 0.01."""
     kind, integer = (np.float64, np.int64) if np.dtype(dtype).itemsize == 8 else (np.float32, np.int32)
     with np.errstate(over="ignore"):
         nearest = np.asarray(threshold, kind)
@@ -109,10 +109,10 @@ def first_not_below(threshold: float, dtype: Any) -> np.ndarray:
 
 
 def relative(values: Array, largest: Array, bits: Array, largest_bits: Array) -> tuple[Array, Array]:
-    """Values [...] over the largest, which is returned too; 0 where all are 0.
+    """Return values [...] over the largest, which is returned too; 0 if all are 0.
 
     Args:
-        bits: of the same values, without derivatives.
+        bits: patterns of the same values, without derivatives.
     """
     if values.dtype == jnp.float64:
         scaled, top = values, largest
@@ -124,9 +124,9 @@ def relative(values: Array, largest: Array, bits: Array, largest_bits: Array) ->
 
 
 def _within_range(values: Array, bits: Array, largest: Array) -> Array:
-    """Float32 values times a power of two: neither they nor 1 over the largest leave the normal floats.
+    """Scale float32 values by a power of two, so that neither they nor 1 over the largest leave the normal floats.
 
-    XLA divides by multiplying with the reciprocal, and its CPU takes subnormals for 0, hence their integers.
+    XLA divides by multiplying with the reciprocal, and its CPU flushes subnormals to 0; hence the integers.
     """
     raised = jnp.where(bits < 1 << 23, bits.astype(values.dtype) * 2.0**-23, values * 2.0**126)
     return jnp.where(largest < _FAINT, raised, jnp.where(largest > _HUGE, values * 2.0**-64, values))

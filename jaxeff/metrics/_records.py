@@ -1,4 +1,4 @@
-"""The metrics of one array, and how far they may be from exact arithmetic."""
+"""The metrics of one array, and the bounds of their errors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ RELATIVE_THRESHOLDS: Mapping[str, float] = {"relative_sparsity_1e2": 1e-2, "rela
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """Every metric of one array, each a scalar; `vmap` and `scan` put axes in front.
+    """Every metric of one array, each a scalar; `vmap` and `scan` add leading axes.
 
-    Fields are as the functions of `jaxeff.metrics` of the same name; `coverage_80` holds 80 % of the
+    Fields are defined by the functions of `jaxeff.metrics` of the same name; `coverage_80` holds 80 % of the
     importance, `sparsity_1e2` counts x < 1e-2. The last three are int32 counts, which stop at 2^31 - 1.
     """
 
@@ -40,21 +40,21 @@ class Metrics:
     """Population standard deviation (ddof 0)."""
     max: Array
     zeros: Array
-    """Entries equal to 0; -0.0 is one, the smallest subnormal is not."""
+    """Entries equal to 0, including -0.0 but not the smallest subnormal."""
     nonfinite: Array
-    """Entries that are no importance: nan, infinite or negative."""
+    """Invalid entries: nan, infinite or negative."""
     size: Array
-    """N."""
+    """Number of entries."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """How far each float field of `Metrics` may be from exact arithmetic on the same weights.
+    """Bounds of the error of each float field of `Metrics`, against exact arithmetic on the same weights.
 
-    Relative to the exact value for effective_params, mean and max, to the exact mean for std; absolute for
-    the others. 0 where a metric stands by convention. Mean, std and max below 2^-126, the smallest normal
-    float32, may be given as 0.
+    Bounds are relative to the exact value for effective_params, mean and max, relative to the exact mean for std,
+    and absolute for the others. They are 0 if the metric's value is a convention. Mean, std and max below 2^-126,
+    the smallest normal float32, may be returned as 0.
     """
 
     entropy: Array

@@ -1,7 +1,7 @@
-"""The metrics of a weighted distribution: values and how many weights have each.
+"""The metrics of a weighted distribution: values, and how many weights have each.
 
-A sorted array is one (counts of 1, and 0 where it is padded), and so are the bins of a histogram, a sketch,
-and the null of a layer. With v_1 >= v_2 >= ... the values, n their counts, N = sum n, S = sum n v and
+Sorted arrays (with counts of 1, and 0 for padding), bins of histograms and sketches, and the null of a layer are
+such distributions. With v_1 >= v_2 >= ... the values, n their counts, N = sum n, S = sum n v and
 C_k = n_1 + ... + n_k:
 
     entropy   ln S - (sum n v ln v) / S
@@ -9,8 +9,8 @@ C_k = n_1 + ... + n_k:
     coverage  the first group at which the running sum reaches the share, and as much of it as is needed
     std       sqrt(sum n (v - mean)^2 / N)
 
-Values are taken relative to the largest, so that no sum overflows. Written against the array API: NumPy
-arrays are summarized on the host, in the precision that they come in.
+Values are relative to the largest, so that no sum overflows. The code uses the array API: NumPy arrays are
+summarized on the host, in their own precision.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from jaxeff.numerics.summation import namespace, running_total, total
 
 SHARES = tuple(COVERAGES.values())
 SQUARES = 6
-"""Which of the sums is sum n (v - mean)^2."""
+"""Index of sum n (v - mean)^2 among the sums."""
 
 
 class Weighted(NamedTuple):
     """A distribution of importances, relative to the largest.
 
     Attributes:
-        values: [..., K], descending, 1 the largest; of a bin with several weights their mean.
-        counts: [..., K], floats; 0 where there is nothing.
-        low: [..., K], where the bin of each value begins; None where values are those of single weights.
-        width: [..., K], of the bin; None likewise.
-        largest: [...], what the values are relative to.
+        values: [..., K], descending from 1; for a bin of several weights their mean.
+        counts: [..., K], floats; 0 for padding.
+        low: [..., K], lower bound of each value's bin; None if values are single weights.
+        width: [..., K], width of the bin; None if values are single weights.
+        largest: [...], the largest importance.
     """
 
     values: Any
@@ -59,12 +59,12 @@ class Spread(NamedTuple):
 
 
 def tie(dtype: Any) -> float:
-    """Sums that reach a target to this factor reach it: 8 of 10 equal weights hold 0.8."""
+    """Return the factor by which a sum may miss a target and still reach it: 8 of 10 equal weights hold 0.8."""
     return 1 - (1e-6 if np.dtype(dtype).itemsize == 4 else 1e-12)
 
 
 def surprises(values: Any, counts: Any) -> tuple[Any, Any]:
-    """n v and n v ln v of each entry. By convention the slope at a weight of 0, which is infinite, is 0."""
+    """Return n v and n v ln v of each entry. The slope at a weight of 0, which is infinite, is 0 by convention."""
     xp = namespace(values)
     positive = values > 0
     held = xp.where(positive, values, 0) * counts
@@ -72,16 +72,16 @@ def surprises(values: Any, counts: Any) -> tuple[Any, Any]:
 
 
 def reached(values: Any, counts: Any, running: Any, through: Any, targets: Any, largest: Any = None) -> Any:
-    """How many of the largest weights sum to each of the targets [..., T], of descending values [..., K].
+    """Count how many of the largest weights sum to each target [..., T], of descending values [..., K].
 
     Args:
-        running: [..., K], the running sum of n.
-        through: [..., K], the running sum of n v.
-        largest: [..., K], taken for the weights of the group that reaches the target; their mean by default.
+        running: [..., K], running sum of n.
+        through: [..., K], running sum of n v.
+        largest: [..., K], assumed for the weights of the group that reaches the target; their mean by default.
     """
     xp = namespace(values)
     held, most = counts * values, values if largest is None else largest
-    short = through[..., None, :] < targets[..., :, None]  # groups that are needed whole, and are not enough
+    short = through[..., None, :] < targets[..., :, None]  # groups that are needed whole and do not suffice
     if xp is np:
         # A sixth of the passes; on a device the gathers cost more than they save.
         at = np.minimum(np.count_nonzero(short, axis=-1), values.shape[-1] - 1)
@@ -92,21 +92,21 @@ def reached(values: Any, counts: Any, running: Any, through: Any, targets: Any, 
         value = xp.max(xp.where(short | (counts == 0)[..., None, :], 0, most[..., None, :]), axis=-1)
         upto = xp.min(xp.where(short, running[..., -1:, None], running[..., None, :]), axis=-1)
     more = xp.ceil((targets - before) / xp.where(value > 0, value, 1))
-    # No more than the group has, whatever the quotient is rounded to.
+    # At most the size of the group, even if the quotient was rounded up.
     return xp.minimum(whole + xp.maximum(more, 1), upto)
 
 
 def sums_of(spread: Spread) -> Any:
-    """The sums that every metric is a formula of, [..., 16]: see `metrics_of`."""
+    """Return the sums [..., 16] from which `metrics_of` computes every metric."""
     (values, counts, _, _, largest), tallied = spread
     xp, dtype = namespace(values), values.dtype
     held, surprise = surprises(values, counts)
-    # Of the values as they are, for Gini and mean have slopes at 0.
+    # From the values themselves, because Gini and mean have slopes at 0.
     running, through = running_total(counts), running_total(counts * values)
     size, sum_ = running[..., -1], through[..., -1]
     mean = (sum_ / size)[..., None]
     below = [_below(spread.distribution, mean, threshold) for threshold in RELATIVE_THRESHOLDS.values()]
-    # Of each group, the fraction of weights after it less that before it.
+    # For each group, the fraction of weights after it minus the fraction before it.
     balance = 1 - (2 * running - counts) / size[..., None]
     terms = [held, surprise, counts * values * balance, counts * (values - mean) ** 2]
     sums = xp.stack([total(term) for term in (*terms, *(counts * part for part in below), *tallied)], axis=-1)
@@ -165,7 +165,7 @@ def metrics_of(sums: Any, integers: Any = None, squares: Any = None) -> Metrics:
 
 
 class Information(NamedTuple):
-    """Entropy and its kin."""
+    """Entropy and the metrics derived from it."""
 
     entropy: Any
     normalized_entropy: Any
@@ -175,7 +175,7 @@ class Information(NamedTuple):
 
 
 def information(size: Any, sum_: Any, surprise: Any) -> Information:
-    """From N, S = sum n v and sum n v ln v, v relative to the largest."""
+    """Compute from N, S = sum n v and sum n v ln v, with v relative to the largest."""
     xp = namespace(sum_)
     alive = sum_ > 0
     sum_ = xp.where(alive, sum_, 1)
@@ -194,7 +194,7 @@ def information(size: Any, sum_: Any, surprise: Any) -> Information:
 
 
 def effective_units(units: Any, rank: int = 1) -> Any:
-    """exp(entropy) of the importance of units, over the last `rank` axes; nan where one is no number."""
+    """Return exp(entropy) of the importance of units, over the last `rank` axes; nan if any is nan."""
     xp = namespace(units)
     units = units.reshape(*units.shape[: units.ndim - rank], -1)
     largest = xp.max(units, axis=-1)

@@ -1,7 +1,7 @@
-"""Metrics of weights of any number, from one pass: `count` counts, `merge` adds, `summarize` tells.
+"""Metrics of any number of weights from one pass: `count` counts, `merge` adds, `summarize` gives the metrics.
 
 whole = count(x)                         one pass
-whole = merge(count(part), count(other)) the same to the bit, however x is cut
+whole = merge(count(part), count(other)) the same to the bit, however x is split
 metrics, bounds = summarize(whole)       each metric, and how far off it may be
 """
 
@@ -34,8 +34,8 @@ from jaxeff.metrics._records import RELATIVE_THRESHOLDS, Bounds, Metrics
 from jaxeff.metrics._weighted import SHARES, Spread, Weighted, metrics_of, reached, sums_of
 from jaxeff.numerics.summation import namespace, running_total, total
 
-# What is read of a sketch: whole bins of the 28 octaves up to the largest weight, then 8 bins at a time. What
-# lies 2^60 below the largest weight counts as 0.
+# Metrics read whole bins for the 28 octaves up to the largest weight, then 8 bins at a time. Weights 2^60
+# below the largest count as 0.
 _FINE, _COARSE, _POOLED = 28, 32, 8
 ENTRIES = _FINE * COLUMNS + _COARSE * COLUMNS // _POOLED
 
@@ -45,35 +45,35 @@ ENTRIES = _FINE * COLUMNS + _COARSE * COLUMNS // _POOLED
 class Sketch:
     """Counts of an array's bit patterns: unsigned integers, exact for up to 2^40 weights, 2 MB.
 
-    Bins are the first 17 bits of a float32's pattern. Adding two sketches (`merge`) gives that of both
-    arrays. Of the last 512 bins, which no number has, the first holds the entries that are no importance, the
-    second zeros, and the next two those that share a bin with 1e-2 and 1e-3 and are below.
+    A bin is the first 17 bits of a float32's pattern. Adding two sketches (`merge`) gives the sketch of both
+    arrays. No number falls in the last 512 bins: the first of them holds invalid entries, the second zeros, and
+    the next two the weights below 1e-2 and 1e-3 that share their bins.
     """
 
     bins: Array
-    """[131072, 4], of each bin its weights and the sum of their last 14 bits: low and high words."""
+    """[131072, 4], for each bin the number of its weights and the sum of their last 14 bits, as low and high words."""
     size: Array
-    """[2], entries: low and high word."""
+    """[2], number of entries, as low and high word."""
     largest: Array
     """[], the largest bit pattern."""
 
 
 @jax.jit
 def count(x: ArrayLike, size: ArrayLike | None = None) -> Sketch:
-    """Counts of x [...], in one pass; without derivatives.
+    """Count the weights of x [...] in one pass; there are no derivatives.
 
-    The bin of a weight is its bit pattern >> 14, its place in it the last 14 bits. An entry that is no
-    importance (nan, infinite or negative) makes every float metric nan. Values are taken as float32, which
-    the narrower dtypes fit exactly and others are rounded to.
+    The bin of a weight is its bit pattern >> 14, and its position in the bin is the last 14 bits. An invalid
+    entry (nan, infinite or negative) makes every float metric nan. Values are converted to float32, which is exact
+    for narrower dtypes and rounds others.
 
     Args:
         x: [...], importances, at most 2^31 - 1.
-        size: [], an integer, which may be traced: only so many of the first entries of x.ravel() count, and
-            the others must be 0.
+        size: [], an integer, which may be traced: number of leading entries of x.ravel() to count; the others
+            must be 0.
 
     Raises:
         ValueError: x is empty, or too large for one pass.
-        TypeError: x is no array, or one of booleans or complex numbers.
+        TypeError: x is not an array, or holds booleans or complex numbers.
 
     >>> metrics, bounds = summarize(count(jnp.array([4.0, 3.0, 2.0, 1.0])))
     >>> metrics.coverage_80, bounds.coverage_80 < 1e-5
@@ -97,12 +97,12 @@ def of_histogram(found: Histogram, size: Any) -> Sketch:
 
 
 def merge(a: Sketch, b: Sketch) -> Sketch:
-    """The sketch of two arrays together, to the bit.
+    """Merge the sketches of two arrays into that of both together, exact to the bit.
 
-    Bins add, a + b, so that order and grouping change nothing.
+    Bins add, so order and grouping change nothing.
 
     Raises:
-        TypeError: a or b is no sketch.
+        TypeError: a or b is not a sketch.
 
     >>> parts = count(jnp.array([4.0, 3.0])), count(jnp.array([2.0, 1.0]))
     >>> summarize(merge(*parts))[0].size
@@ -124,7 +124,7 @@ def _merged(a: Sketch, b: Sketch) -> Sketch:
 
 
 def _added(a: Array, b: Array) -> Array:
-    """Sums of numbers [..., 2 n] of low and high words in turn."""
+    """Add numbers [..., 2 n] of alternating low and high words."""
     pairs = (*a.shape[:-1], -1, 2)
     a, b = a.reshape(pairs), b.reshape(pairs)
     low = a[..., 0] + b[..., 0]
@@ -133,13 +133,13 @@ def _added(a: Array, b: Array) -> Array:
 
 
 def summarize(sketch: Sketch) -> tuple[Metrics, Bounds]:
-    """Every metric of the weights of a sketch, and how far it may be from exact arithmetic on them.
+    """Compute every metric of a sketch's weights, and bounds of the errors against exact arithmetic on them.
 
     |metric - exact| <= bound, or <= bound * exact where `Bounds` says so. Counts are exact up to 2^31 - 1,
-    where they stop. Bounds are wide where many weights share a bin, as in a layer of nearly equal weights.
+    where they stop. Bounds are wide if many weights share a bin, as in a layer of nearly equal weights.
 
     Raises:
-        TypeError: it is no sketch.
+        TypeError: the argument is not a sketch.
 
     >>> metrics, bounds = summarize(count(jnp.array([3.0, 1.0, 0.0, 0.0])))
     >>> metrics.gini, bounds.gini < 1e-5
@@ -156,7 +156,7 @@ def _summarized(sketch: Sketch) -> tuple[Metrics, Bounds]:
 
 
 def on_host(sketch: Sketch) -> tuple[Metrics, Bounds]:
-    """The same of a sketch whose arrays are NumPy's: in float64, and compiling nothing."""
+    """Compute the metrics of a sketch of NumPy arrays, in float64 and without compiling."""
     with np.errstate(all="ignore"):
         return _summary(sketch, np.float64)
 
@@ -168,10 +168,10 @@ def _summary(sketch: Sketch, dtype: Any) -> tuple[Metrics, Bounds]:
 
 
 def spread_of(sketch: Sketch, dtype: Any = np.float32) -> Spread:
-    """How the weights of a sketch are spread; on the host where its arrays are NumPy's."""
+    """Return the spread of a sketch's weights; on the host if its arrays are NumPy arrays."""
     xp = namespace(sketch.bins)
     zeros, invalid = (_float(sketch.bins[at, :2], dtype) for at in (ZERO_BIN, INVALID_BIN))
-    # Those that a threshold keeps apart from the others of their bin are below the larger threshold, too.
+    # Weights kept apart because they are below the smaller threshold are below the larger one too.
     apart = [_float(sketch.bins[at, :2], dtype) for at in BELOW_BINS]
     below = [
         total(_float(sketch.bins[: limit >> PLACE_BITS, :2], dtype))
@@ -185,16 +185,16 @@ def spread_of(sketch: Sketch, dtype: Any = np.float32) -> Spread:
 
 
 def integers_of(sketch: Sketch) -> Any:
-    """[3], zeros, entries that are no importance, and all: exact up to 2^31 - 1, where they stop."""
+    """Return [3]: numbers of zeros, of invalid entries, and of all; exact up to 2^31 - 1, where they stop."""
     most, xp = np.uint32(2**31 - 1), namespace(sketch.bins)
     words = xp.stack([sketch.bins[ZERO_BIN, :2], sketch.bins[INVALID_BIN, :2], sketch.size])
     return xp.where(words[:, 1] > 0, most, xp.minimum(words[:, 0], most)).astype(np.int32)
 
 
 def squares_of(x: Array, size: Any = None) -> Array:
-    """sum (x - mean)^2 relative to the largest, of x [...] or of the first `size` entries of x [M].
+    """Return sum (x - mean)^2 relative to the largest, of x [...] or of the first `size` entries of x [M].
 
-    Bins tell it to their width only, which is too little for weights that are nearly equal.
+    Bins know it only to their width, which is too coarse for weights that are nearly equal.
     """
     x = lax.stop_gradient(x)
     bits, invalid = importances(x)
@@ -208,7 +208,7 @@ def squares_of(x: Array, size: Any = None) -> Array:
 
 
 def _sum(x: Array) -> Array:
-    """In levels: axis by axis, where x may lie in parts that another shape would gather."""
+    """Sum in levels, axis by axis, as x may lie in parts that another shape would gather."""
     if x.ndim == 1 and not may_lie_in_parts(x):
         return total(x)
     while x.ndim:
@@ -221,7 +221,7 @@ def _float(words: Any, dtype: Any) -> Any:
 
 
 def weighted(sketch: Sketch, dtype: Any = np.float32) -> Weighted:
-    """The distribution of a sketch: [16384] means of bins, the largest first, then zeros."""
+    """Return the distribution of a sketch: [16384] means of bins, largest first, then zeros."""
     xp = namespace(sketch.bins)
     largest = sketch.largest
     rows = _FINE + _COARSE
@@ -244,7 +244,7 @@ def weighted(sketch: Sketch, dtype: Any = np.float32) -> Weighted:
     )
     top = _largest_mantissa(largest, dtype, xp)
     zero = _float(sketch.size, dtype) - total(counts) - _float(sketch.bins[INVALID_BIN, :2], dtype)
-    # The last entry stands for zeros and all that is as good as 0.
+    # The last entry holds zeros and weights that count as 0.
     nothing = xp.zeros(1, dtype)
     values, start, width = (xp.concatenate([part[:-1], nothing]) / top for part in (values, start, width))
     counts = xp.concatenate([counts[:-1], xp.maximum(zero + counts[-1:], 0)])
@@ -252,7 +252,7 @@ def weighted(sketch: Sketch, dtype: Any = np.float32) -> Weighted:
 
 
 def _octaves(sketch: Sketch, first: Any, rows: int, dtype: Any) -> list[Any]:
-    """Counts and sums of places of all bins of `rows` exponents from `first` on, [rows, 512]; 0 below 0."""
+    """Return counts and position sums of all bins of `rows` exponents from `first` on, [rows, 512]; 0 below 0."""
     xp = namespace(sketch.bins)
     table = sketch.bins.reshape(ROWS, COLUMNS, 4)
     row = first + xp.arange(rows, dtype=np.int32)
@@ -270,14 +270,14 @@ def _octaves(sketch: Sketch, first: Any, rows: int, dtype: Any) -> list[Any]:
 
 
 def _power_of_two(exponent: Any, dtype: Any, xp: Any) -> Any:
-    """2^exponent, from -126 on."""
+    """Return 2^exponent, for exponents from -126 on."""
     if xp is np:
         return np.ldexp(np.ones(exponent.shape, dtype), exponent)
     return lax.bitcast_convert_type((jnp.maximum(exponent, -126) + 127) << 23, jnp.float32).astype(dtype)
 
 
 def _largest_mantissa(largest: Any, dtype: Any, xp: Any) -> Any:
-    """The largest weight over 2^its octave."""
+    """Return the largest weight over 2^its octave."""
     fraction = (largest & np.uint32((1 << 23) - 1)).astype(dtype) * 2.0**-23
     mantissa = fraction + (largest >= 1 << 23).astype(dtype)
     return xp.where(largest > 0, mantissa, 1)
@@ -290,7 +290,7 @@ def _float_of(largest: Any, dtype: Any) -> Any:
 
 
 def _pooled(mean: Any, counts: Any, start: Any, width: Any) -> tuple[Any, Any, Any, Any]:
-    """Eight bins as one."""
+    """Pool eight bins into one."""
     xp = namespace(mean)
     mean, counts, start, width = (part.reshape(-1, _POOLED) for part in (mean, counts, start, width))
     whole = total(counts)
@@ -301,9 +301,9 @@ def _pooled(mean: Any, counts: Any, start: Any, width: Any) -> tuple[Any, Any, A
 
 
 def _bounds(sketch: Sketch, distribution: Weighted, metrics: Metrics) -> Bounds:
-    """How far each metric may be off: what lies in a bin is known by its number and mean alone.
+    """Bound the error of each metric, since a bin knows only the number and mean of its weights.
 
-    With n weights between a and a + w, m their mean: v ln v sums to at most n w^2 / (8 a), and at most
+    For n weights between a and a + w with mean m: v ln v sums to at most n w^2 / (8 a), and at most
     n w / e, more than n m ln m; differences of pairs to at most n^2 w / 2; squares to at most n w^2 / 4 more
     than n m^2; and the k largest to at most k (a + w) and at least k m.
     """
@@ -317,7 +317,7 @@ def _bounds(sketch: Sketch, distribution: Weighted, metrics: Metrics) -> Bounds:
     log_size = xp.log(xp.maximum(size, 2))
     several = xp.where(counts > 1, counts, 0)
     zeros = _float(sketch.bins[ZERO_BIN, :2], dtype)
-    # The share of what is so far below the largest that it counts as 0.
+    # Share of the weights so far below the largest that they count as 0.
     faint = xp.maximum(counts[-1] - zeros, 0) * 2.0 ** (1 - _FINE - _COARSE) / sum_
     slack = 2 * (rounding + faint)
     ends = xp.where(counts > 1, low + width, values)

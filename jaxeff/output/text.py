@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import textwrap
 from collections.abc import Collection, Sequence
@@ -10,7 +11,7 @@ from collections.abc import Collection, Sequence
 WIDTH = 100
 UNKNOWN = "–"
 _NARROWEST = 50
-_NAME = 16  # what names have to be shortened to before columns are left out
+_NAME = 16  # columns are left out only until names have this many characters
 
 
 def terminal_width() -> int:
@@ -26,14 +27,16 @@ def aligned(
     left: Collection[str] = (),
     gap: int = 1,
 ) -> list[str]:
-    """Lay out lines of cells in columns, the first line of them headers with a rule below.
+    """Lay out lines of cells in columns, with the first line as headers above a rule.
+
+    A column that is unknown in every row is not shown.
 
     Args:
-        width: of the lines, in columns; names, the first cell of each line, are shortened to what the others
-            leave. None for as wide as they are.
-        dispensable: headers of columns that are left out until names have room, the first of them first, but
-            after those that tell nothing of any row; a last line then says so.
-        left: headers of columns that are set to the left, as names are; all others are set to the right.
+        width: of the lines, in columns. The names, which are the first cells, are shortened to what the other
+            columns leave. None for no limit.
+        dispensable: headers of columns to leave out, the first of them first, until names have room. A last line
+            says which were left out.
+        left: headers of columns to align left, as names are; all others align right.
         gap: spaces between columns.
 
     >>> print("\\n".join(aligned([("layer", "size"), ("kernel", "12")])))
@@ -42,38 +45,36 @@ def aligned(
     kernel   12
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    headers, kept, gone = list(lines[0]), list(range(1, len(widths))), []
+    headers, unknown, gone = list(lines[0]), empty(lines), []
+    kept = [index for index in range(1, len(widths)) if headers[index] not in unknown]
 
     def room() -> int:
         return widths[0] if width is None else width - sum(widths[index] + gap for index in kept)
 
-    empty = _empty(lines)
-    # Names are not shortened for the sake of a column that tells nothing.
-    wanted = [(header, widths[0]) for header in empty]
-    wanted += [(header, min(widths[0], _NAME)) for header in dispensable if header not in empty]
-    for header, least in wanted:
-        if room() < least:
+    for header in dispensable:
+        if header not in unknown and room() < min(widths[0], _NAME):
             gone.append(header)
             kept.remove(headers.index(header))
     first = max(min(widths[0], room()), 1)
+    names = [*shorten([headers[0]], first), *shorten([line[0] for line in lines[1:]], first)]
     texts = [
         (" " * gap)
         .join(
             [
-                shorten(line[0], first).ljust(first),
+                name.ljust(first),
                 *(_placed(line[index], widths[index], headers[index] in left) for index in kept),
             ]
         )
         .rstrip()
-        for line in lines
+        for name, line in zip(names, lines, strict=True)
     ]
     said = wrapped(f"(columns left out for want of width: {', '.join(gone)})", width or WIDTH) if gone else []
     rule = "-" * min(max(map(len, texts)), width or WIDTH)
     return [texts[0], rule, *texts[1:], *said]
 
 
-def _empty(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Headers of columns in which nothing is known of any row."""
+def empty(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Return the headers of columns that are unknown in every row."""
     _, *columns = zip(*lines, strict=True)
     return [header for header, *column in columns if set(column) == {UNKNOWN}]
 
@@ -82,16 +83,46 @@ def _placed(cell: str, width: int, left: bool) -> str:
     return cell.ljust(width) if left else cell.rjust(width)
 
 
-def shorten(path: str, width: int) -> str:
-    """The path in at most `width` characters, the middle left out: both its ends tell layers apart.
+def shorten(names: Sequence[str], width: int) -> list[str]:
+    """Shorten names together to at most `width` characters each, so that they stay distinct where they can.
 
-    >>> shorten("encoder/block_11/attention/query/kernel", 24)
-    'encoder/bl…/query/kernel'
+    They lose the leading words that all share, then the last word if all share it, and then a middle.
+
+    >>> shorten([f"encoder.layer.{index}.attention.self.query.weight" for index in (2, 3)], 24)
+    ['…2.attention.self.query…', '…3.attention.self.query…']
     """
-    if len(path) <= width:
-        return path
-    end = max(width - 1 - (width - 1) * 2 // 5 - 1, 1)
-    return f"{path[: width - 1 - end]}…{path[-end:]}"
+    if max(map(len, names), default=0) <= width:
+        return list(names)
+    if len(names) > 1:
+        names = _without_common_ends(names, width)
+    best: list[str] = []
+    for head in sorted(range(width), key=lambda head: abs(head - 0.4 * width)):
+        shortened = [_without_middle(name, head, width) for name in names]
+        best = max(best, shortened, key=lambda each: len(set(each)))
+        if len(set(best)) == len(set(names)):
+            break
+    return best
+
+
+def _without_common_ends(names: Sequence[str], width: int) -> list[str]:
+    start = os.path.commonprefix(names)
+    start = start[: max(start.rfind("/"), start.rfind(".")) + 1]
+    names = [f"…{name[len(start) :]}" for name in names] if start else list(names)
+    if max(map(len, names)) <= width:
+        return names
+    # Only the last word, such as `kernel` or `weight`.
+    end = max(names[0].rfind("/"), names[0].rfind("."))
+    last = names[0][end:] if end > 1 else ""
+    return [f"{name.removesuffix(last)}…" for name in names] if last and _all_end(names, last) else names
+
+
+def _all_end(names: Sequence[str], last: str) -> bool:
+    return all(name.endswith(last) and len(name) > len(last) + 1 for name in names)
+
+
+def _without_middle(name: str, head: int, width: int) -> str:
+    tail = width - 1 - head
+    return name if len(name) <= width else f"{name[:head]}…{name[len(name) - tail :]}"
 
 
 def section(width: int, title: str, items: Sequence[str]) -> list[str]:

@@ -83,7 +83,7 @@ def _matplotlib(part: str) -> Any:
     try:
         return importlib.import_module(f"matplotlib.{part}")
     except ImportError as error:
-        raise ImportError("jaxeff.plot needs Matplotlib: pip install 'jaxeff[plot]'") from error
+        raise ImportError("jaxeff.plot needs Matplotlib: pip install matplotlib") from error
 
 
 def say(axes: Axes, sentence: str) -> Axes:

@@ -78,11 +78,11 @@ def _null(row: LayerReport, metric: str) -> Any:
     return None if row.null is None else getattr(row.null, metric, None)
 
 
-SPOKES = ("utilization", "entropy", "equality", "units in use", "coverage of 80 %", "not faint")
+SPOKES = ("utilization", "entropy", "equality", "units", "coverage of 80 %", "not faint")
 
 
 def radar(report: Report, paths: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
-    """Six numbers of each layer around a circle, from 0 at its centre to 1: the larger, the more is in use.
+    """Six numbers of each layer around a circle, from 0 at its centre to 1: the larger, the more even.
 
     utilization; normalized entropy; 1 - Gini; effective units over units; coverage_80; and what part of the
     weights has at least 1 % of the mean importance. The area means nothing: it depends on their order.

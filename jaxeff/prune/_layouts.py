@@ -171,19 +171,11 @@ class Layout(Mapping[str, Leaf]):
 
     def __str__(self) -> str:
         rows = [("leaf", "shape", "is", "pruned", "layers", "why")]
-        for leaf in self.leaves:
+        names = text.shorten([leaf.path for leaf in self.leaves], text.WIDTH // 3)
+        for name, leaf in zip(names, self.leaves, strict=True):
             layers = math.prod(leaf.shape[axis] for axis in leaf.axes.layers) if leaf.axes else 1
             may = "yes" if leaf.prunable else "no"
-            rows.append(
-                (
-                    text.shorten(leaf.path, text.WIDTH // 3),
-                    str(leaf.shape),
-                    leaf.role,
-                    may,
-                    str(layers),
-                    leaf.reason,
-                )
-            )
+            rows.append((name, str(leaf.shape), leaf.role, may, str(layers), leaf.reason))
         return "\n".join(text.aligned(rows, left=rows[0]))
 
 

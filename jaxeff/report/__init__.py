@@ -1,4 +1,4 @@
-"""What `jaxeff.analyze` returns: the numbers of every layer and of the model, and all that shows them."""
+"""The report that `jaxeff.analyze` returns, with the numbers of every layer and of the model, and its views."""
 
 from jaxeff.report._recommendations import Recommendation as Recommendation
 from jaxeff.report._records import Activity as Activity

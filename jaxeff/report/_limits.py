@@ -1,4 +1,4 @@
-"""The thresholds of the recommendations, and the methodology's words for what lies between them."""
+"""Thresholds of the recommendations, and the methodology's words for the bands between them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The thresholds, once each. The first three and the bands are the methodology's.
+    """Thresholds of the recommendations. The first three and the bands are the methodology's.
 
     Attributes:
         layer_redundancy: a layer above this is redundant.
         model_utilization: a model below this is oversized.
         sparsity: a model with more than this fraction of faint weights can be pruned.
-        below_null: a layer whose utilization is this much below its null, and three standard
-            deviations of noise more, holds its importance in fewer weights than noise would.
-        at_null: a layer this close to its null cannot be told from noise by this criterion.
-        loss_rise: what pruning a layer alone may cost, as a fraction of the dense loss.
-        utilization_bands, gini_bands: between low and medium, and medium and high.
-        severe_redundancy: above this the methodology speaks of severe over-parameterization.
+        below_null: a layer holds its importance in fewer weights than noise would if its utilization is
+            below its null by more than this plus three standard deviations of noise.
+        at_null: this criterion cannot tell a layer this close to its null from noise.
+        loss_rise: largest acceptable rise of the loss when a layer is pruned alone, as a fraction of the dense loss.
+        utilization_bands, gini_bands: bounds between low and medium, and between medium and high.
+        severe_redundancy: the methodology calls redundancy above this severe over-parameterization.
     """
 
     layer_redundancy: float = 0.6
@@ -37,9 +37,9 @@ LIMITS = Limits()
 
 
 def interpret_utilization(utilization: float, limits: Limits = LIMITS) -> str:
-    """The methodology's band: 'high' above 0.7, 'medium' from 0.3, 'low' below; 'unknown' for nan.
+    """Return the methodology's band: 'high' above 0.7, 'medium' from 0.3, 'low' below; 'unknown' for nan.
 
-    Noise has 0.753 (normal weights), so 'high' alone says nothing: look at the null.
+    Noise has 0.753 (normal weights), so 'high' alone says nothing: compare with the null.
 
     >>> interpret_utilization(0.75), interpret_utilization(0.2)
     ('high', 'low')
@@ -48,7 +48,7 @@ def interpret_utilization(utilization: float, limits: Limits = LIMITS) -> str:
 
 
 def interpret_gini(gini: float, limits: Limits = LIMITS) -> str:
-    """The methodology's band: 'low' concentration below 0.4, 'medium' to 0.6, 'high' above.
+    """Return the methodology's band: 'low' concentration below 0.4, 'medium' to 0.6, 'high' above.
 
     >>> interpret_gini(0.41)
     'medium'
@@ -57,10 +57,10 @@ def interpret_gini(gini: float, limits: Limits = LIMITS) -> str:
 
 
 def interpret_redundancy(redundancy: float, limits: Limits = LIMITS) -> str:
-    """The methodology's words: 'severe' above 0.7, 'redundant' above 0.6, else 'none'.
+    """Return the methodology's word: 'severe' above 0.7, 'redundant' above 0.6, else 'none'.
 
-    Redundancy is -ln(utilization) / ln(N), so it shrinks with the layer: 0.6 needs a utilization
-    below 0.0003 at a million weights.
+    Redundancy is -ln(utilization) / ln(N), so it shrinks with the size of the layer: at a million weights, 0.6
+    needs a utilization below 0.0003.
     """
     if math.isnan(redundancy):
         return "unknown"

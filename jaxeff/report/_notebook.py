@@ -1,6 +1,6 @@
-"""A report as notebooks show it: one small table, without colours or script of its own.
+"""The HTML of a report in notebooks: one small table, without colours or scripts.
 
-The page that `Report.to_html` writes has more; a notebook strips scripts from what it has not run itself.
+`Report.to_html` writes a page with more. Notebooks strip scripts from cells that they have not run themselves.
 """
 
 from __future__ import annotations
@@ -8,23 +8,28 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from jaxeff.output.text import empty
 from jaxeff.report import _table as table
 from jaxeff.report._recommendations import recommend
 from jaxeff.report._records import Snapshot
 
 SHOWN = 60
-"""Rows at most: the first ones, and how many were left out."""
+"""Maximum number of rows; a line below says how many were left out."""
 _UNFOLDED = 5  # items of a list, at most, that nobody has to open
 _BOX = '<div tabindex="0" style="max-height: 32em; overflow: auto">'
 
 
 def render(report: Snapshot) -> str:
-    """HTML in which every name is escaped."""
+    """Return HTML in which every name is escaped."""
     rows = report.rows
-    body = "".join(_line(_ROW, table.cells(row)) for row in rows[:SHOWN])
+    lines = [table.HEADER, *map(table.cells, rows[:SHOWN])]
+    unknown = empty(lines)
+    kept = [index for index, header in enumerate(table.HEADER) if header not in unknown]
+    header, *cells = [[line[index] for index in kept] for line in lines]
+    body = "".join(_line(_ROW, line) for line in cells)
     more = "{:,} more layers: print(report) and the page of report.to_html have all."
     parts = [
-        f"{_BOX}<table><thead>{_line(_HEADER, table.HEADER)}</thead><tbody>{body}</tbody></table></div>",
+        f"{_BOX}<table><thead>{_line(_HEADER, header)}</thead><tbody>{body}</tbody></table></div>",
         _paragraphs([] if rows else [table.no_weights(report)]),
         _paragraphs([more.format(len(rows) - SHOWN)] if len(rows) > SHOWN else []),
         _paragraphs(table.model(report)),
@@ -44,7 +49,7 @@ _ROW = ('<th scope="row" style="text-align: left; font-weight: normal">', "<td>"
 
 
 def _line(tags: tuple[str, str, str], cells: Sequence[str]) -> str:
-    """A row of a table, by what opens its first cell and the others, and what closes the others."""
+    """Return a table row, from the tags that open its first cell, open the others, and close those."""
     named, opened, closed = tags
     first, *others = map(html.escape, cells)
     return f"<tr>{named}{first}</th>{''.join(f'{opened}{cell}{closed}' for cell in others)}</tr>"
@@ -55,7 +60,7 @@ def _paragraphs(texts: Iterable[str]) -> str:
 
 
 def _listed(title: str, texts: Sequence[str]) -> str:
-    """Folded where it is long."""
+    """Return a list under a title, folded if it is long."""
     if not texts:
         return ""
     more = [f"{len(texts) - SHOWN:,} more."] if len(texts) > SHOWN else []

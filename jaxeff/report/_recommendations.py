@@ -1,10 +1,10 @@
-"""What to do about a report, each with the numbers it rests on.
+"""Recommendations from a report, each with the numbers it rests on.
 
-Two sets of rules. The methodology's three compare a metric with a fixed threshold, set for scores
-that grow with abs(w): squared or gradient scores are more concentrated of themselves, and these three
-leave them alone. The calibrated ones compare a layer with its null: what the same metric would be if
-the weights were noise. Where the two disagree, trust the calibrated ones; the docstrings say why. What
-was measured of a layer, where it is given, outranks both.
+There are two sets of rules. The methodology's three compare a metric with a fixed threshold. They were set for
+scores that grow with abs(w) and are not applied to squared or gradient scores, which are inherently more
+concentrated. The calibrated rules compare a layer with its null, the same metric if the weights were noise.
+Where the two disagree, trust the calibrated ones; their docstrings say why. A measured sensitivity outranks
+both.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from jaxeff.report._records import LayerReport, Snapshot
 
 @dataclasses.dataclass(frozen=True)
 class Recommendation:
-    """One thing to do.
+    """One recommendation, with its evidence. `str(recommendation)` is a sentence.
 
     Attributes:
-        rule: which rule spoke: 'dead units', 'below null', 'measured sensitivity', ...
+        rule: name of the rule: 'dead units', 'below null', 'measured sensitivity', ...
         path: of the layer; None for the model.
         message: what to do, in a sentence.
         evidence: the numbers that the rule compared.
-        saved_macs: multiply-accumulates an example that would go, at most; None where that is unknown.
-        saved_bytes: of weights that would go, at most; None for the model.
+        saved_macs: multiply-accumulates per example saved at most; None if unknown.
+        saved_bytes: bytes of weights saved at most; None for the model.
     """
 
     rule: str
@@ -50,7 +50,7 @@ class Recommendation:
 
 
 class MeasuredLosses(Protocol):
-    """The losses with one layer at a time pruned, as `jaxeff.prune.sensitivity` measures them."""
+    """Losses with one layer at a time pruned, as measured by `jaxeff.prune.sensitivity`."""
 
     @property
     def paths(self) -> tuple[str, ...]: ...
@@ -67,22 +67,22 @@ class MeasuredLosses(Protocol):
 def recommend(
     report: Snapshot, limits: Limits = LIMITS, sensitivity: MeasuredLosses | None = None
 ) -> tuple[Recommendation, ...]:
-    """All that the rules have to say, ranked by what it would save: multiply-accumulates, then bytes.
+    """Return the recommendations of all rules, ranked by the multiply-accumulates they would save, then by bytes.
 
-    What it says of single weights saves time where zeros are skipped, and nowhere else: a dense product takes
-    as long with zeros in it. What it says of the model, of which no saving is known, comes last.
+    Removing single weights saves time only where zeros are skipped; a dense product takes as long with zeros in
+    it. Recommendations for the model come last, since their saving is unknown.
 
     Args:
-        sensitivity: of the same model, from `jaxeff.prune.sensitivity`: adds what was measured of each layer.
+        sensitivity: from `jaxeff.prune.sensitivity`, of the same model; adds the measurement of each layer.
 
     Raises:
-        ValueError: the sensitivity is of other params.
+        ValueError: the sensitivity belongs to other params.
     """
     measured = {} if sensitivity is None else _measured(sensitivity, report, limits)
     found: list[Recommendation] = []
     for row in report.rows:
         found += _of_layer(row, limits)
-        # Layers that a scan stacks are one leaf: spoken of once, after the first.
+        # Layers that a scan stacks are one leaf, which is reported once, after the first.
         leaf = row.path if row.path in measured else _leaf(row.path)
         found += [measured.pop(leaf)] if leaf in measured else []
     found += measured.values()
@@ -94,7 +94,7 @@ def _worth(advice: Recommendation) -> tuple[int, int]:
 
 
 def _saved(rows: Iterable[LayerReport], share: float) -> dict[str, int | None]:
-    """What goes with this share of the layers' weights."""
+    """Return what removing this share of the layers' weights would save."""
     rows = list(rows)
     macs = [row.macs for row in rows if row.macs is not None]
     return {
@@ -113,12 +113,12 @@ def _of_layer(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
 
 
 def _by_size(row: LayerReport) -> bool:
-    """Whether the methodology's thresholds were set for scores like these."""
+    """Return whether the methodology's thresholds apply to the layer's scores."""
     return row.side not in ("gradient", "none")
 
 
 def _dead_units(row: LayerReport) -> Iterator[Recommendation]:
-    """Units that emitted nothing but zeros: removing them changes nothing on this batch."""
+    """Recommend removing units that emitted only zeros, which changes nothing on this batch."""
     if row.activity is None or not bool(row.evidence_finite):
         return
     dead, units = int(row.activity.dead), row.activity.units
@@ -136,14 +136,14 @@ def _dead_units(row: LayerReport) -> Iterator[Recommendation]:
     )
 
 
-# Of the utilization of N normal weights, times sqrt(N): by simulation, 25 to 10,000 weights.
+# Standard deviation of the utilization of N normal weights, times sqrt(N): by simulation, 25 to 10,000 weights.
 _DEVIATION = 0.26
 
 
 def _below_null(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
-    """Importance held by fewer weights than noise would hold it in.
+    """Report that fewer weights hold the importance than if they were noise.
 
-    The entropy chain rule says where: among the units (remove units) or within them (remove weights).
+    The entropy chain rule says where to remove: whole units, or weights within them.
     """
     if row.null is None:
         return
@@ -162,7 +162,7 @@ def _below_null(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
     yield Recommendation(
         "below null",
         row.path,
-        f"uses {utilization:.1%} of its weights where noise would use {null:.1%}; {where}. "
+        f"utilization {utilization:.1%}, null {null:.1%}; {where}. "
         "Measure the loss as you remove: concentration is a reason to try, not a proof.",
         {
             "utilization": utilization,
@@ -175,7 +175,7 @@ def _below_null(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
 
 
 def _layer_redundancy(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
-    """Methodology, rule 1: redundancy above 60 %. Rare in large layers: it shrinks with ln N."""
+    """Apply the methodology's rule 1: redundancy above 60 %. It is rare in large layers, as it shrinks with ln N."""
     redundancy = float(row.metrics.redundancy)
     if redundancy > limits.layer_redundancy:
         yield Recommendation(
@@ -189,10 +189,10 @@ def _layer_redundancy(row: LayerReport, limits: Limits) -> Iterator[Recommendati
 
 
 def _measured(sensitivity: MeasuredLosses, report: Snapshot, limits: Limits) -> dict[str, Recommendation]:
-    """By leaf, how far it went, alone, before the loss rose by more than the limit."""
+    """Return for each leaf how far it could be pruned alone before the loss rose by more than the limit."""
     known = {row.path for row in report.rows} | {other.path for other in report.others}
     if strange := set(sensitivity.paths) - known - set(map(_leaf, known)):
-        raise ValueError(f"`sensitivity` is of other params: the report has no {sorted(strange)[0]!r}")
+        raise ValueError(f"`sensitivity` belongs to other params: the report has no {sorted(strange)[0]!r}")
     tolerance = limits.loss_rise * abs(float(sensitivity.dense))
     highest = sensitivity.highest(tolerance)
     return {
@@ -220,7 +220,7 @@ def _of_curve(sensitivity: MeasuredLosses, index: int, highest: float, tolerance
 
 
 def _leaf(path: str) -> str:
-    """Of a layer's path in a report: 'blocks/kernel[3]' is one of those stacked in 'blocks/kernel'."""
+    """Return the leaf of a layer's path: 'blocks/kernel[3]' is one of the layers stacked in 'blocks/kernel'."""
     return path.rsplit("[", 1)[0]
 
 
@@ -232,23 +232,23 @@ def _of_model(report: Snapshot, limits: Limits) -> Iterator[Recommendation]:
 
 
 def _model_utilization(report: Snapshot, limits: Limits) -> Iterator[Recommendation]:
-    """Methodology, rule 2: utilization of the whole model below 30 %."""
+    """Apply the methodology's rule 2: utilization of the whole model below 30 %."""
     utilization, null = float(report.model.utilization), float(report.model.null_utilization)
     if utilization < limits.model_utilization:
         yield Recommendation(
             "model utilization",
             None,
-            f"the model uses {utilization:.1%} of its weights (noise: {null:.1%}): it is oversized for this "
-            "data. Try layers narrower by 30-50 %, and measure.",
+            f"utilization {utilization:.1%}, null {null:.1%}: the model is oversized for this data. Try "
+            "layers narrower by 30-50 %, and measure.",
             {"utilization": utilization, "null_utilization": null, "limit": limits.model_utilization},
         )
 
 
 def _model_sparsity(report: Snapshot, limits: Limits) -> Iterator[Recommendation]:
-    """Methodology, rule 3: more than half of the weights are faint.
+    """Apply the methodology's rule 3: more than half of the weights are faint.
 
-    Taken against each layer's own mean: the methodology's absolute threshold changes when a layer
-    and the next are rescaled against each other, which leaves the network as it was.
+    Faint is relative to each layer's own mean. The methodology's absolute threshold changes if one layer is scaled
+    up and the next down, which leaves the network's function unchanged.
     """
     sparsity = float(report.model.relative_sparsity_1e2)
     if sparsity > limits.sparsity:
@@ -266,7 +266,7 @@ def _model_sparsity(report: Snapshot, limits: Limits) -> Iterator[Recommendation
 
 
 def _at_null(report: Snapshot, limits: Limits) -> Iterator[Recommendation]:
-    """Layers that look like noise: no advice rests on their metrics."""
+    """Report layers that look like noise, whose metrics support no advice."""
     close = [
         row
         for row in report.rows

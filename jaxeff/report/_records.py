@@ -1,6 +1,6 @@
-"""What a report is made of: the numbers of layers, of other leaves, of modules and of the model.
+"""The records of a report: numbers of layers, of other leaves, of modules and of the model.
 
-Everything is a pytree: structure (paths, shapes, reasons) is static, numbers are arrays.
+Everything is a pytree. Structure (paths, shapes, reasons) is static, numbers are arrays.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Activity:
-    """What the units of a layer or module emit; every property has the shape of the units.
+    """Activations of the units of a layer or module. Every property has the shape of the units.
 
     Attributes:
         shape: of the units: (3072,), or (12, 64) for heads and their features.
         rank: number of axes of each of the sums.
-        sums: over everything that each unit emitted.
+        sums: over all values that each unit emitted.
     """
 
     shape: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
@@ -53,20 +53,20 @@ class Activity:
 
     @property
     def zero_fraction(self) -> jax.Array:
-        """The fraction of each unit's values that are exactly 0."""
+        """Fraction of each unit's values that are exactly 0."""
         return self._laid(self.sums.zero_fraction)
 
     @property
     def dead(self) -> jax.Array:
-        """Number of units that emitted nothing but 0."""
+        """Number of units that emitted only 0."""
         axes = tuple(range(-len(self.shape), 0))
         return namespace(self.maximum).sum(self.maximum == 0, axis=axes, dtype=np.int32)
 
     @property
     def saturated(self) -> jax.Array:
-        """Number of units all of whose values lay within 1 % of a bound of their nonlinearity.
+        """Number of units whose values all lay within 1 % of a bound of their nonlinearity.
 
-        0 where it has no bounds on both sides, as relu has not.
+        0 for nonlinearities that are not bounded on both sides, such as relu.
         """
         axes = tuple(range(-len(self.shape), 0))
         if self.sums.saturated is None:
@@ -77,7 +77,7 @@ class Activity:
 
     @property
     def count(self) -> jax.Array:
-        """Values seen of each unit."""
+        """Number of values seen of each unit."""
         return self.sums.count
 
     @property
@@ -92,19 +92,19 @@ class Activity:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerNumbers:
-    """The numbers of one layer, [], or of all layers stacked, [layers].
+    """Numbers of one layer, [], or of all layers stacked, [layers].
 
     Attributes:
-        metrics: of the importance of all the layer's weights.
-        null: the same where the weights are noise; None for a criterion without one.
+        metrics: of the importance of all weights of the layer.
+        null: the same metrics if the weights were noise; None for a criterion without a null.
         effective_units: exp(entropy) of the units' importance.
         effective_fan_in: effective weights per effective unit; the product of both is
             `metrics.effective_params` (the entropy chain rule).
-        nonfinite_weights: entries of the weight itself that are nan or infinite.
+        nonfinite_weights: number of weights that are nan or infinite.
         largest_weight: max |w|.
-        evidence_finite: False where the activations or derivatives that the criterion reads are nan or
-            infinite, or were not seen: the layer is then scored by magnitude.
-        distribution: of the importance over the weights; None unless `curves` were asked for.
+        evidence_finite: False if the activations or derivatives that the criterion reads are nan, infinite
+            or missing; the layer is then scored by magnitude.
+        distribution: of the importance over the weights; None unless `curves` was set.
     """
 
     metrics: Metrics
@@ -120,20 +120,19 @@ class LayerNumbers:
 
 @dataclasses.dataclass(frozen=True)
 class LayerStructure:
-    """What is known of one layer before any number.
+    """Static facts about one layer.
 
     Attributes:
-        path: keys below `params`, joined by '/'; with an index for one of several layers that a scan
-            stacks into one array.
-        kind: 'dense', 'conv', 'embedding', or 'weight' where no operation was read.
+        path: keys below `params`, joined by '/', with an index if a scan stacks several layers in one array.
+        kind: 'dense', 'conv' or 'embedding'; 'weight' if no operation was read.
         shape, dtype: of the weight.
-        nonlinearity: between pre- and post-activation; None where no operation was read.
+        nonlinearity: between pre- and post-activation; None if no operation was read.
         scored: what the criterion reads: 'post', 'input', 'magnitude', 'gradient', 'none' or 'user'.
-        reason: why the activations could not be read; None where they were.
-        uses: how many operations consume the weight.
+        reason: why the activations could not be read; None if they were.
+        uses: number of operations that consume the weight.
         unit_axes: axes of the weight that index its units.
-        macs: multiply-accumulates per example; None where unknown.
-        uncounted: whether they are unknown for a use inside a `while`.
+        macs: multiply-accumulates per example; None if unknown.
+        uncounted: whether the MACs are unknown because of a use inside a `while`.
     """
 
     path: str
@@ -155,7 +154,7 @@ class LayerStructure:
 
     @property
     def bytes(self) -> int:
-        """Of the weight, stored dense."""
+        """Bytes of the weight, stored dense."""
         return self.size * jnp.dtype(self.dtype).itemsize
 
     @property
@@ -169,11 +168,11 @@ class LayerStructure:
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport(LayerNumbers, LayerStructure):
-    """One weight: its `LayerStructure`, its `LayerNumbers`, and the arrays over its units.
+    """One weight: its `LayerStructure`, its `LayerNumbers`, and its arrays over units.
 
     Attributes:
         units: importance per unit, shaped like the weight's unit axes.
-        activity: what the units emit; None where no activations were read.
+        activity: activations of the units; None if none were read.
     """
 
     units: jax.Array
@@ -181,12 +180,12 @@ class LayerReport(LayerNumbers, LayerStructure):
 
     @property
     def side(self) -> str:
-        """As `scored`, or 'magnitude' where that is all the layer could be scored by."""
+        """As `scored`, or 'magnitude' if the layer had to be scored by it."""
         return self.scored if bool(self.evidence_finite) else "magnitude"
 
     @property
     def note(self) -> str:
-        """What a reader must know before using the numbers; empty for nothing."""
+        """A warning about the numbers; empty if there is none."""
         return "; ".join([*_notes(self), *_uncounted(self)])
 
 
@@ -202,7 +201,7 @@ _register_view(LayerReport, LayerStructure)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OtherNumbers:
-    """Numbers of one leaf that is no weight, [], or of all of them, [leaves]; nan where it holds none."""
+    """Numbers of one leaf that is not a weight, [], or of all of them, [leaves]; nan for a leaf without numbers."""
 
     mean_absolute: jax.Array
     rms: jax.Array
@@ -213,7 +212,7 @@ class OtherNumbers:
 
 @dataclasses.dataclass(frozen=True)
 class OtherStructure:
-    """A leaf that is no weight: its path, its role ('bias', 'scale', 'int32 array', ...) and shape."""
+    """A leaf that is not a weight: its path, role ('bias', 'scale', 'int32 array', ...) and shape."""
 
     path: str
     role: str
@@ -226,7 +225,7 @@ class OtherStructure:
 
 @dataclasses.dataclass(frozen=True)
 class OtherReport(OtherNumbers, OtherStructure):
-    """A leaf that is no weight, and the numbers of its own elements."""
+    """A leaf that is not a weight, and the numbers of its elements."""
 
 
 _register_view(OtherReport, OtherStructure)
@@ -235,7 +234,7 @@ _register_view(OtherReport, OtherStructure)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModuleReport:
-    """The output that Flax captured of one module (path '' is the model); units are its last axis."""
+    """Output that Flax captured of one module (the path '' is the model). Units are its last axis."""
 
     path: str = dataclasses.field(metadata=_STATIC)
     activity: Activity
@@ -247,11 +246,11 @@ class AttentionReport:
     """The heads of one softmax attention.
 
     Attributes:
-        path: what the paths of its weights have in common.
-        heads: how many there are.
-        units: how many groups of heads share keys and values; the heads themselves where all share one key.
-        entropy: [heads], mean over the batch and all queries, in nats: 0 where a head looks at one position,
-            ln of their number where it looks at all alike. Layers that a scan stacks stand in front.
+        path: the common path of its weights.
+        heads: number of heads.
+        units: number of groups of heads that share keys and values; the number of heads if all share one key.
+        entropy: [heads], mean over the batch and all queries, in nats: 0 if a head attends to one position,
+            ln(positions) if it attends to all equally. Layers that a scan stacks are leading axes.
         importance: [units], summed over the unit's part of the query, key, value and output weights.
     """
 
@@ -265,23 +264,23 @@ class AttentionReport:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelReport:
-    """The model as a whole. Layers whose metrics are not finite are left out of every sum.
+    """Numbers of the model as a whole. Sums leave out layers whose metrics are not finite.
 
     Attributes:
         total_params: all elements of `params`, weights or not.
         weights: elements of all weights that have a row.
         effective_params: sum of the layers' effective weights.
         utilization: effective_params / weights.
-        null_utilization: the same of the layers' nulls; nan where a layer has none.
+        null_utilization: the same for the layers' nulls; nan if a layer has none.
         compression_potential: 1 - utilization. Noise has 0.25: see `null_utilization`.
         average_redundancy: unweighted mean over layers.
         sparsity_1e2, sparsity_1e3: fraction of weights with importance below 1e-2, 1e-3.
-        relative_sparsity_1e2, relative_sparsity_1e3: below 1e-2, 1e-3 of their own layer's mean.
-        pooled_effective_params, pooled_utilization: of all weights of the model taken as one
-            distribution: a layer of faint weights counts for little.
-        excluded: how many layers were left out.
-        relevance_residual: for a criterion of relevance, what of the winning outputs was neither passed on to
-            the inputs nor taken by biases, as a fraction; None for any other criterion.
+        relative_sparsity_1e2, relative_sparsity_1e3: fraction below 1e-2, 1e-3 of their own layer's mean.
+        pooled_effective_params, pooled_utilization: of all weights of the model as one distribution, in which
+            a layer of faint weights counts for little.
+        excluded: number of layers left out.
+        relevance_residual: for a relevance criterion, the fraction of the winning outputs that was neither
+            passed on to the inputs nor taken by biases; None for other criteria.
     """
 
     total_params: int = dataclasses.field(metadata=_STATIC)
@@ -303,10 +302,10 @@ class ModelReport:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A report of one model with its numbers on the host: what every table, page and file is made of.
+    """A report of one model with its numbers on the host. Every table, page and file is made from it.
 
     Attributes:
-        analysed_params: elements of the weights that were scored by what was seen of them.
+        analysed_params: elements of the weights that were scored by their activations or derivatives.
     """
 
     criterion: str
@@ -320,14 +319,14 @@ class Snapshot:
 
 
 def none_of(kind: Any) -> Any:
-    """The stacked numbers of no layer, or of no leaf."""
+    """Return the stacked numbers of no layer, or of no leaf."""
     nothing: dict[str, Any] = {field.name: np.zeros(0, np.float32) for field in dataclasses.fields(kind)}
     if kind is LayerNumbers:
         nothing.update(metrics=none_of(Metrics), null=None, distribution=None)
     return kind(**nothing)
 
 
-# Products below 1.2e-38 are flushed to 0; what lies 2^24 below the largest no longer matters.
+# Products below 1.2e-38 are flushed to 0; values 2^24 below the largest no longer matter.
 _FAINT = 1e-30
 
 
@@ -354,12 +353,12 @@ def _notes(row: LayerReport) -> list[str]:
 
 
 def _uncounted(row: LayerReport) -> list[str]:
-    reason = "it is used inside a while loop, whose number of steps only running it tells"
+    reason = "it is used inside a while loop, whose number of steps is only known by running it"
     return [f"its MACs are unknown: {reason}"] if row.uncounted else []
 
 
 def _fallback(row: LayerReport, otherwise: str, lead: str = "") -> str:
-    """That the layer is scored by magnitude, if it is."""
+    """Return that the layer is scored by magnitude, or `otherwise` if it is not."""
     return f"{lead}scored by magnitude" if row.side == "magnitude" else otherwise
 
 

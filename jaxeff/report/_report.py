@@ -1,7 +1,7 @@
-"""The report: what was measured of every parameter, as a pytree.
+"""The report, a pytree of what was measured of every parameter.
 
 `Report` passes through jit, vmap over an ensemble and scan over training. Printing, JSON and
-recommendations read its snapshot, which is of one model whose numbers are concrete.
+recommendations read its snapshot, which holds one model with concrete numbers.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All that `jaxeff.analyze` found. `str(report)` is a table of 100 columns.
+    """The result of `jaxeff.analyze`. `str(report)` is a table of 100 columns.
 
-    The numbers of all layers are held stacked, so that a report is a few arrays however deep the
-    model; `layers`, `rows` and `others` take them apart.
+    The numbers of all layers are stacked, so a report consists of a few arrays, however deep the model is;
+    `layers`, `rows` and `others` take them apart.
 
     Attributes:
-        criterion: its name.
-        structure: of every weight, in forward order.
-        other_structure: of every leaf that is no weight.
-        numbers: of every weight, stacked.
-        units: importance per unit, one array a weight.
-        activities: what the units emit, one a weight.
-        other_numbers: of every leaf that is no weight, stacked.
+        criterion: name of the criterion.
+        structure: static facts of every weight, in forward order.
+        other_structure: static facts of every leaf that is not a weight.
+        numbers: numbers of every weight, stacked.
+        units: importance per unit, one array per weight.
+        activities: activations of the units, one per weight.
+        other_numbers: numbers of every leaf that is not a weight, stacked.
         modules: outputs that Flax captured.
         attentions: heads of every softmax attention.
-        model: the model-level numbers.
-        headless: softmaxes that weigh data, and in which no heads were found, with the reason.
+        model: numbers of the model as a whole.
+        headless: softmaxes that weigh data but in which no heads were found, with the reason.
     """
 
     criterion: str = dataclasses.field(metadata=_STATIC)
@@ -84,7 +84,7 @@ class Report:
 
     @functools.cached_property
     def others(self) -> tuple[OtherReport, ...]:
-        """Every leaf that is no weight."""
+        """Every leaf that is not a weight."""
         numbers = _unstacked(self.other_numbers, len(self.other_structure))
         pairs = zip(self.other_structure, numbers, strict=True)
         return tuple(OtherReport(**vars(structure), **vars(each)) for structure, each in pairs)
@@ -99,7 +99,7 @@ class Report:
         model: ModelReport,
         headless: Sequence[HeadlessAttention] = (),
     ) -> Report:
-        """A report from its parts, as `rows` and `others` give them."""
+        """Make a report from its parts, as given by `rows` and `others`."""
         return Report(
             criterion,
             tuple(_part(LayerStructure, row) for row in rows),
@@ -126,9 +126,9 @@ class Report:
 
     @property
     def unpaired(self) -> dict[str, str]:
-        """Weights scored by magnitude because their activations could not be read, or are not finite: why.
+        """Weights scored by magnitude, with the reason: their activations could not be read, or are not finite.
 
-        Of several models, and where numbers are traced, only those that could not be read.
+        For several models, or while numbers are traced, it holds only those that could not be read.
         """
         unread = {layer.path: layer.reason for layer in self.structure if layer.reason is not None}
         reasons = {**{row.path: row.note for row in self._fallen_back()}, **unread}
@@ -136,28 +136,28 @@ class Report:
 
     @property
     def analysed_params(self) -> int:
-        """Elements of the weights whose activations were read, and finite where these were scored by them."""
+        """Elements of the weights whose activations were read and, if scores rest on them, are finite."""
         seen = zip(self.structure, self.activities, strict=True)
         read = sum(layer.size for layer, activity in seen if activity is not None)
         return read - sum(row.size for row in self._fallen_back() if row.activity is not None)
 
     def _fallen_back(self) -> list[LayerReport]:
-        """Weights scored by magnitude for what the criterion reads is not finite, as far as that is known."""
+        """Return weights scored by magnitude because the criterion's statistics are not finite, if that is known."""
         finite = self.numbers.evidence_finite
         if isinstance(finite, Tracer) or np.ndim(finite) != 1:
             return []
         return [self._row(int(index)) for index in np.flatnonzero(~np.asarray(finite, bool))]
 
     def single(self) -> Report:
-        """The report with its numbers on the host.
+        """Return the report with its numbers on the host.
 
         Raises:
-            ValueError: it is of several models (from `vmap`) or steps (from `scan`).
+            ValueError: the report holds several models (from `vmap`) or steps (from `scan`).
         """
         members = np.shape(self.model.utilization)
         if members:
             raise ValueError(
-                f"this report is of {math.prod(members)} models or steps: take one first, such as "
+                f"this report holds {math.prod(members)} models or steps: take one first, such as "
                 "jax.tree.map(lambda x: x[0], report)"
             )
         # As it is where its numbers are there already: its rows are made once.
@@ -165,10 +165,10 @@ class Report:
         return self if here else jax.device_get(self)
 
     def snapshot(self) -> Snapshot:
-        """The rows and numbers on the host, which tables, pages and files are made of.
+        """Return the rows and numbers on the host, from which tables, pages and files are made.
 
         Raises:
-            ValueError: the report is of several models or steps.
+            ValueError: the report holds several models or steps.
         """
         one = self.single()
         return Snapshot(
@@ -186,12 +186,12 @@ class Report:
         return any(layer.path == path for layer in self.structure)
 
     def __iter__(self) -> Iterator[str]:
-        """Paths of the weights, in forward order."""
+        """Iterate over the paths of the weights, in forward order."""
         return (layer.path for layer in self.structure)
 
     def __getitem__(self, path: str) -> LayerReport:
         if not isinstance(path, str):
-            raise TypeError(f"a layer is found by its path, got {path!r}; `report.rows` has them in order")
+            raise TypeError(f"look up a layer by its path, got {path!r}; `report.rows` has them in order")
         paths = [layer.path for layer in self.structure]
         if path not in paths:
             near = [known for known in paths if path.split("/")[0] in known] or paths
@@ -210,19 +210,18 @@ class Report:
         return notebook.render(self.snapshot()) if one else notebook.preformatted(str(self))
 
     def recommendations(self, sensitivity: MeasuredLosses | None = None) -> tuple[Recommendation, ...]:
-        """What to do, each with the numbers it rests on, ranked by what it would save.
+        """Return recommendations, each with the numbers it rests on, ranked by what they would save.
 
         Args:
-            sensitivity: of the same model, from `jaxeff.prune.sensitivity`: adds what was measured of each
-                layer.
+            sensitivity: from `jaxeff.prune.sensitivity`, of the same model; adds the measurement of each layer.
 
         Raises:
-            ValueError: the report is of several models or steps, or the sensitivity of other params.
+            ValueError: the report holds several models or steps, or the sensitivity belongs to other params.
         """
         return recommend(self.snapshot(), sensitivity=sensitivity)
 
     def scalars(self) -> dict[str, float]:
-        """A flat dict of numbers for any tracker: 'model/utilization', 'layers/Dense_0/kernel/gini', ..."""
+        """Return a flat dict of numbers for any tracker: 'model/utilization', 'layers/Dense_0/kernel/gini', ..."""
         concrete = self.single()
         flat = {f"model/{name}": float(value) for name, value in _numbers(concrete.model).items()}
         flat["model/unpaired_layers"] = float(len(concrete.unpaired))
@@ -241,35 +240,35 @@ class Report:
         return flat
 
     def to_records(self) -> list[dict[str, str | int | float | None]]:
-        """A flat dict for every layer, all with the same keys: what pandas and polars make a DataFrame of.
+        """Return a flat dict per layer, all with the same keys, for a pandas or polars DataFrame.
 
-        nan stays nan; None is what is not known of a layer, such as the units of one without activations.
-        For polars pass `infer_schema_length=None`: the first hundred rows of a column may be unknown.
+        nan stays nan; unknown values are None, such as the dead units of a layer without activations.
+        For polars pass `infer_schema_length=None`, as the first hundred rows of a column may be unknown.
 
         Raises:
-            ValueError: the report is of several models or steps.
+            ValueError: the report holds several models or steps.
         """
         return serialization.to_records(self.single().rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python data; nan is None, infinity a string, arrays are nested lists."""
+        """Return plain Python data, with nan as None, infinity as a string and arrays as nested lists."""
         return serialization.to_dict(self.snapshot())
 
     def to_json(self, *, indent: int | None = None) -> str:
-        """The report as JSON without NaN literals; `Report.from_json` reads it back."""
+        """Return the report as JSON without NaN literals; `Report.from_json` reads it back."""
         return serialization.to_json(self.snapshot(), indent=indent)
 
     def to_html(self, path: str | os.PathLike, *, title: str = "jaxeff report") -> None:
-        """Writes one HTML file that needs no network and no other file.
+        """Write the report as one HTML file that needs no network and no other file.
 
         Args:
-            path: of the file; what is there is replaced once the new one is whole.
-            title: at its head.
+            path: of the file. An existing file is replaced once the new one is complete.
+            title: of the page.
 
         Raises:
             ImportError: Jinja is not installed.
             OSError: the file cannot be written.
-            ValueError: the report is of several models or steps.
+            ValueError: the report holds several models or steps.
         """
         from jaxeff.report import page
 
@@ -277,10 +276,10 @@ class Report:
 
     @staticmethod
     def from_json(text: str) -> Report:
-        """A report as `to_json` wrote it.
+        """Read a report written by `to_json`.
 
         Raises:
-            ValueError: the text is no report, or of another schema version.
+            ValueError: the text is not a report, or has another schema version.
         """
         return Report.assemble(**serialization.from_json(text))
 
@@ -315,7 +314,7 @@ def _row(
 
 
 def _numbers(node: Any) -> Mapping[str, Any]:
-    """The scalar numbers that stand directly in a report's node."""
+    """Return the scalar numbers that are fields of a report's node."""
     return {
         name: value
         for name, value in _fields(node).items()

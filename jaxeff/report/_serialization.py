@@ -1,6 +1,6 @@
 """A report as JSON and back.
 
-nan is null, infinities are the strings "Infinity" and "-Infinity": JSON has no literals for them.
+JSON has no literals for nan and infinity: nan is null, infinities are the strings "Infinity" and "-Infinity".
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MINOR = 1
 
 
 def to_dict(report: Snapshot) -> dict[str, Any]:
-    """Plain Python data: a dict for each layer and other leaf, the model, the recommendations."""
+    """Return plain Python data: a dict per layer and other leaf, the model, and the recommendations."""
     return {
         "schema": SCHEMA,
         "schema_minor": MINOR,
@@ -52,7 +52,7 @@ def to_dict(report: Snapshot) -> dict[str, Any]:
 
 
 def to_records(rows: Sequence[LayerReport]) -> list[dict[str, str | int | float | None]]:
-    """A flat dict for each row: text, numbers of Python, None."""
+    """Return a flat dict per row, of strings, Python numbers and None."""
     return [_record(row) for row in rows]
 
 
@@ -90,7 +90,7 @@ def to_json(report: Snapshot, *, indent: int | None = None) -> str:
 
 
 def from_json(text: str) -> dict[str, Any]:
-    """The parts of a report, as `Report.assemble` takes them."""
+    """Read the parts of a report, as taken by `Report.assemble`."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
@@ -117,7 +117,7 @@ def from_json(text: str) -> dict[str, Any]:
 
 
 def encoded(node: Any) -> Any:
-    """Plain Python data that JSON can hold."""
+    """Return plain Python data that JSON can hold."""
     if dataclasses.is_dataclass(node):
         return {field.name: encoded(getattr(node, field.name)) for field in dataclasses.fields(node)}
     if isinstance(node, Mapping):

@@ -13,7 +13,8 @@ from jaxeff.report._recommendations import recommend
 from jaxeff.report._records import AttentionReport, LayerReport, Snapshot
 
 HEADER = (
-    "layer", "shape", "emits", "weights", "bytes", "MACs", "used", "null", "gini", "units", "fan-in", "dead"
+    "layer", "shape", "emits", "weights", "bytes", "MACs",
+    "utilization", "null", "gini", "units", "fan-in", "dead",
 )  # fmt: skip
 _DISPENSABLE = ("fan-in", "bytes", "shape", "emits", "weights", "dead", "units", "MACs", "gini")
 _LEFT = ("shape", "emits")
@@ -23,13 +24,13 @@ _MARK = "*"
 def render(
     report: Snapshot, shown: Sequence[int] | None = None, width: int = WIDTH, advised: int | None = None
 ) -> str:
-    """The table: a row per layer in forward order, the model, what was analysed, what to do.
+    """Render a row per layer in forward order, the model, the share that was analysed, and recommendations.
 
     Args:
-        shown: numbers of the rows to show, in that order; all of them unless given. What follows the rows
-            speaks of all.
+        shown: indices of the rows to show, in that order; all rows by default. The text below the rows
+            always covers all of them.
         width: of the lines, in columns.
-        advised: how many recommendations to show, the first of them; all unless given.
+        advised: number of recommendations to show; all by default.
     """
     rows = report.rows
     chosen = rows if shown is None else [rows[index] for index in shown]
@@ -42,7 +43,7 @@ def render(
 
 
 def of_several(members: int, layers: int) -> str:
-    """What is printed of a report of several models (from `vmap` or `scan`), which is not one table."""
+    """Return the text of a report of several models (from `vmap`) or steps (from `scan`), which has no table."""
     return (
         f"Report of {members} models or steps, {layers} layers each. "
         "jax.tree.map(lambda x: x[0], report) is the first."
@@ -50,13 +51,13 @@ def of_several(members: int, layers: int) -> str:
 
 
 def no_weights(report: Snapshot) -> str:
-    """What is said in place of the rows of a report that has none."""
+    """Return the sentence that replaces the rows of a report without any."""
     arrays = [(other.path, other.shape, other.role.removesuffix(" array")) for other in report.others]
     return f"No weights: no floating leaf of two axes or more multiplies data.{whole_numbers(arrays)}"
 
 
 def cells(row: LayerReport) -> tuple[str, ...]:
-    """What stands under each word of HEADER."""
+    """Return the cells of a row, one per word of HEADER."""
     dead = "" if row.activity is None else number(float(row.activity.dead))
     return (
         row.path + (_MARK if row.note else ""),
@@ -75,13 +76,13 @@ def cells(row: LayerReport) -> tuple[str, ...]:
 
 
 def model(report: Snapshot) -> list[str]:
-    """What is said of the model as a whole, in sentences."""
+    """Return sentences on the model as a whole."""
     model = report.model
     counted = sum(row.size for row in report.rows if math.isfinite(float(row.metrics.effective_params)))
     lines = [
-        f"Model: {percent(float(model.utilization))} of {number(counted)} weights used "
-        f"({number(float(model.effective_params))} effective), noise under the same activations: "
-        f"{percent(float(model.null_utilization))}. Scored by {report.criterion}.",
+        f"Model: utilization {percent(float(model.utilization))} ({number(float(model.effective_params))} "
+        f"effective of {number(counted)} weights), null {percent(float(model.null_utilization))}. "
+        f"Scored by {report.criterion}.",
         f"Parameters: {model.total_params:,} in all; {shares(report)}.",
     ]
     known = [row.macs for row in report.rows if row.macs is not None]
@@ -103,19 +104,25 @@ def model(report: Snapshot) -> list[str]:
 
 
 def shares(report: Snapshot) -> str:
-    """What part of all parameters was analysed, and how."""
+    """Return which part of all parameters was analysed, and how."""
     total = max(report.model.total_params, 1)
     analysed = report.analysed_params
     others = sum(other.size for other in report.others)
     magnitude = report.model.weights - analysed
     roles = sorted({other.role for other in report.others})
     named = f" ({', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''})" if roles else ""
-    parts = [
+    weights = [
         f"{analysed / total:.1%} analysed with activations",
         f"{magnitude / total:.1%} by magnitude only",
-        f"{others / total:.1%} not weights{named}",
     ]
-    return ", ".join(parts)
+    if not ran(report):
+        weights = [f"{magnitude / total:.1%} weights"]
+    return ", ".join([*weights, f"{others / total:.1%} not weights{named}"])
+
+
+def ran(report: Snapshot) -> bool:
+    """Return whether the report is of a model that ran on a batch, rather than of weights alone."""
+    return any(row.activity is not None or row.macs is not None or row.reason for row in report.rows)
 
 
 def _attentions(report: Snapshot, width: int) -> list[str]:
@@ -123,7 +130,7 @@ def _attentions(report: Snapshot, width: int) -> list[str]:
 
 
 def attentions(report: Snapshot) -> list[str]:
-    """A line for every softmax that weighs data: its heads, or why none were found."""
+    """Return a line per softmax that weighs data: its heads, or why none were found."""
     return [
         *(attention(found) for found in report.attentions),
         *(f"{each.path or 'model'}: no heads found: {each.reason}" for each in report.headless),
@@ -131,7 +138,7 @@ def attentions(report: Snapshot) -> list[str]:
 
 
 def attention(found: AttentionReport) -> str:
-    """The spread of the heads' entropies, and of the units' shares of the importance."""
+    """Return a sentence on the range of the heads' entropies, and of the units' shares of the importance."""
     entropy, importance = np.asarray(found.entropy), np.asarray(found.importance)
     shares = importance / np.sum(importance, axis=-1, keepdims=True)
     units = "" if found.units == found.heads else f" in {found.units} groups"
@@ -148,7 +155,7 @@ def _notes(report: Snapshot, width: int) -> list[str]:
 
 
 def notes(report: Snapshot) -> list[tuple[str, str]]:
-    """Paths and what a reader must know of them."""
+    """Return paths, and what readers must know about them."""
     noted = [(row.path, row.note) for row in report.rows if row.note]
     damaged = [
         (o.path, f"{int(o.nonfinite):,} elements are nan or infinite")

@@ -1,4 +1,4 @@
-"""The numbers of all layers -> those of the model as a whole."""
+"""The numbers of the model as a whole, from those of its layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SPARSITIES = ("sparsity_1e2", "sparsity_1e3", "relative_sparsity_1e2", "relativ
 
 @np.errstate(all="ignore")
 def model(structure: Sequence[LayerStructure], numbers: LayerNumbers, total_params: int) -> ModelReport:
-    """Sums over the layers, each weighed by its size, and the pooled distribution."""
+    """Sum over the layers, weighted by size, and pool their distributions."""
     found = numbers.metrics
     xp = namespace(found.effective_params)
     sizes = np.asarray([layer.size for layer in structure], np.float32)
@@ -49,14 +49,14 @@ def model(structure: Sequence[LayerStructure], numbers: LayerNumbers, total_para
 
 
 def _narrowed(number: Any, dtype: Any) -> Any:
-    """A float in the precision of the layers' numbers; a count as it is."""
+    """Return a float in the precision of the layers' numbers, and a count unchanged."""
     return number if number.dtype == np.int32 else namespace(number).asarray(number, dtype=dtype)
 
 
 def _pooled_effective_params(found: Metrics, sizes: Any, included: Any) -> Any:
-    """exp(H) of all weights taken as one distribution, without a second pass over them.
+    """Return exp(H) of all weights as one distribution, without a second pass over them.
 
-    H(all) = H(layers) + sum_l q_l H(layer l), q_l the layer's share of all importance.
+    H(all) = H(layers) + sum_l q_l H(layer l), where q_l is the layer's share of all importance.
     """
     xp = namespace(found.mean)
     held = included & (found.mean > 0)

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: no network, no other file, no library.
+"""A report as one self-contained HTML file: no network, no other file, no library.
 
 report -> figures (what is drawn of the model), details (what is drawn of one layer)
        -> rendering: template, style and script -> the page

@@ -1,6 +1,7 @@
-"""What the page draws of one layer when it is opened: numbers for its script.
+"""Numbers for the page's script, which draws the details of a layer when it is opened.
 
-Rounded to what a screen shows, and of many units only so many means: the page stays small.
+They are rounded to what a screen shows, and large layers are averaged over groups of units, so that the page
+stays small.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from jaxeff.output import text
 from jaxeff.report._records import LayerReport
 
 UNITS = 512
-"""Cells of a unit map: more units are averaged in groups of neighbours."""
+"""Maximum number of cells of a unit map; further units are averaged in groups of neighbours."""
 _POINTS = 33  # of the units' Lorenz curve
 
 
 def of(rows: Sequence[LayerReport]) -> dict[str, Any]:
-    """For `page.js`, which says how each is drawn."""
+    """Return the data for `page.js`, which says how each layer is drawn."""
     return {
         "edges": [float(f"{edge:.6g}") for edge in _curve.EDGES],
         "layers": [_layer(row) for row in rows],
@@ -56,13 +57,13 @@ def _numbers(row: LayerReport) -> list[tuple[str, str]]:
         ("bytes", f"{row.bytes:,} in {row.dtype}"),
         ("multiply-accumulates an example", "unknown" if row.macs is None else f"{row.macs:,}"),
         ("utilization", percent(float(m.utilization))),
-        ("utilization of noise", "–" if row.null is None else percent(float(row.null.utilization))),
+        ("null utilization", "–" if row.null is None else percent(float(row.null.utilization))),
         ("effective weights", number(float(m.effective_params))),
         ("effective units", f"{number(float(row.effective_units))} of {row.unit_count:,}"),
         ("effective weights a unit", number(float(row.effective_fan_in))),
         ("redundancy", percent(float(m.redundancy))),
         ("Gini", decimal(float(m.gini))),
-        ("Gini of noise", "–" if row.null is None else decimal(float(row.null.gini))),
+        ("null Gini", "–" if row.null is None else decimal(float(row.null.gini))),
         ("weights that hold 50 %", percent(float(m.coverage_50))),
         ("weights that hold 80 %", percent(float(m.coverage_80))),
         ("weights that hold 90 %", percent(float(m.coverage_90))),
@@ -76,7 +77,7 @@ def _numbers(row: LayerReport) -> list[tuple[str, str]]:
 
 
 def _saturated(row: LayerReport) -> str:
-    """Nothing where the nonlinearity has no bounds to lie at."""
+    """Return the saturated units, or nothing if the nonlinearity has no bounds."""
     known = row.activity is not None and row.activity.sums.saturated is not None
     return f"{int(row.activity.saturated):,}" if known and row.activity is not None else ""
 
@@ -87,7 +88,7 @@ def _coverages(metrics: Any) -> list[float | None]:
 
 
 def _units(row: LayerReport) -> dict[str, Any]:
-    """Importance over the mean of all units, and how it is spread; None where it is not finite."""
+    """Return the units' importance over its mean, and how it is spread; None if it is not finite."""
     units = np.asarray(row.units, np.float64).reshape(-1)
     shape = [math.prod(row.unit_shape[:-1]), row.unit_shape[-1]]
     if not np.isfinite(units).all() or not units.sum() > 0:

@@ -1,4 +1,4 @@
-"""What the page shows of the whole model: numbers as text, and charts as coordinates for its template."""
+"""Figures of the whole model: numbers as text, and charts as coordinates for the page's template."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LABELLED = 4
 
 
 def summary(report: Snapshot) -> dict[str, Any]:
-    """The tiles at the head of the page, and the sentence on what was analysed."""
+    """Return the tiles at the top of the page, and the sentence on what was analysed."""
     model = report.model
     tiles = [
-        ("Weights in use", text.percent(float(model.utilization)), f"noise: {_noise(report)}"),
+        ("Utilization", text.percent(float(model.utilization)), f"null: {_noise(report)}"),
         ("Effective weights", text.number(float(model.effective_params)), f"of {model.weights:,}"),
         ("Parameters", f"{model.total_params:,}", table.shares(report)),
         ("Layers", f"{len(report.rows):,}", _excluded(report)),
@@ -45,7 +45,7 @@ def _excluded(report: Snapshot) -> str:
 
 
 def anchors(report: Snapshot) -> dict[str, int]:
-    """The number of each layer, by path."""
+    """Return the index of each layer by path."""
     return {row.path: index for index, row in enumerate(report.rows)}
 
 
@@ -54,7 +54,7 @@ def anchors(report: Snapshot) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What stands in a cell, and the number it is sorted by; None for unknown."""
+    """Text of a cell, and the number by which it is sorted; None if unknown."""
 
     text: str
     value: float | None = None
@@ -62,7 +62,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One layer; utilization and its null as positions from 0 to 100, for a bar."""
+    """One layer, with utilization and its null as positions from 0 to 100 on a bar."""
 
     index: int
     path: str
@@ -145,7 +145,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """Points and marks to compare them with; ticks are places on an axis and what they say."""
+    """Points, marks to compare them with, and ticks: positions on an axis with their labels."""
 
     points: Sequence[Point]
     marks: Sequence[Point]
@@ -160,7 +160,7 @@ class Chart:
 
 
 def utilization(layers: Sequence[LayerReport]) -> Chart:
-    """Every layer in forward order, and a dash where noise would be."""
+    """Chart the utilization of every layer in forward order, with a dash at its null."""
     step = (WIDTH - _LEFT - _RIGHT) / max(len(layers), 1)
     points, marks = [], []
     for index, row in enumerate(layers):
@@ -169,7 +169,7 @@ def utilization(layers: Sequence[LayerReport]) -> Chart:
         if math.isfinite(used):
             points.append(Point(x, _height(used), f"{row.path}: {text.percent(used)}"))
         if null is not None:
-            marks.append(Point(x, _height(null), f"{row.path}, noise: {text.percent(null)}"))
+            marks.append(Point(x, _height(null), f"{row.path}, null: {text.percent(null)}"))
     every = -(-len(layers) // 10) or 1
     ticks = [(round(_LEFT + (i + 0.5) * step, 1), str(i + 1)) for i in range(0, len(layers), every)]
     return Chart(points, marks, ticks, [(_height(part / 4), f"{25 * part}%") for part in range(5)])
@@ -180,7 +180,7 @@ def _height(fraction: float) -> float:
 
 
 def cost(layers: Sequence[LayerReport]) -> Chart:
-    """Each layer's share of the cost, and how much less of it is in use than of noise would be."""
+    """Chart each layer's share of the cost, and how far its utilization lies below its null."""
     found = [(row, spare) for row in layers if (spare := _spare(row)) is not None]
     by_macs = has_macs(layers)
     costs = [float(row.macs or 0) if by_macs else float(row.size) for row, _ in found]
@@ -190,13 +190,14 @@ def cost(layers: Sequence[LayerReport]) -> Chart:
     named = sorted(range(len(found)), key=lambda i: -costs[i] * max(found[i][1], 0))[:_LABELLED]
     heights = [_height(spare / scale) for _, spare in found]
     labelled = _apart([index for index in named if found[index][1] > 0], heights)
+    names = text.shorten([found[index][0].path for index in labelled], _LABEL)
+    labels = dict(zip(labelled, names, strict=True))
     points = []
     for index, (row, spare) in enumerate(found):
         share = costs[index] / total
         x = round(_LEFT + share / most * (WIDTH - _LEFT - _RIGHT - 8), 1)
         title = f"{row.path}: {text.percent(share)} of the cost, {text.percent(spare)} spare"
-        label = text.shorten(row.path, _LABEL) if index in labelled else ""
-        points.append(Point(x, heights[index], title, label, end=x > WIDTH / 2))
+        points.append(Point(x, heights[index], title, labels.get(index, ""), end=x > WIDTH / 2))
     places = [_LEFT + part / 4 * (WIDTH - _LEFT - _RIGHT - 8) for part in range(5)]
     x_ticks = [(round(x, 1), f"{100 * most * part / 4:.3g}%") for part, x in enumerate(places)]
     y_ticks = [(_height(part / 4), f"{25 * part * scale:.3g}%") for part in range(5)]
@@ -204,7 +205,7 @@ def cost(layers: Sequence[LayerReport]) -> Chart:
 
 
 def _apart(indices: Sequence[int], heights: Sequence[float]) -> list[int]:
-    """Those of the indices whose labels do not lie on one before."""
+    """Return the indices whose labels do not overlap an earlier one."""
     kept: list[int] = []
     for index in indices:
         if all(abs(heights[index] - heights[other]) >= _LINE for other in kept):
@@ -213,17 +214,17 @@ def _apart(indices: Sequence[int], heights: Sequence[float]) -> list[int]:
 
 
 def _limit(most: float) -> float:
-    """The end of an axis that reaches the largest value, in quarters that read well."""
+    """Return the end of an axis that reaches the largest value and has readable quarters."""
     return next((limit for limit in (0.02, 0.04, 0.1, 0.2, 0.4, 0.6, 0.8) if most <= limit), 1.0)
 
 
 def has_macs(layers: Sequence[LayerReport]) -> bool:
-    """Whether the cost of every layer is known in multiply-accumulates; else it is in weights."""
+    """Return whether the multiply-accumulates of every layer are known; otherwise cost is counted in weights."""
     return bool(layers) and all(row.macs is not None for row in layers)
 
 
 def _spare(row: LayerReport) -> float | None:
-    """1 - utilization / null, from 0."""
+    """Return 1 - utilization / null, at least 0."""
     used, null = float(row.metrics.utilization), _null(row)
     return None if null is None or not null or math.isnan(used) else min(max(1 - used / null, 0.0), 1.0)
 
@@ -232,7 +233,7 @@ def _spare(row: LayerReport) -> float | None:
 
 
 def ranking(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
-    """The layers with the most weights that noise would use and they do not, the most first."""
+    """Return the layers with the most weights to spare: null less utilization, times the size."""
     total = sum(row.size for row in layers)
     found = [(index, spare) for index, row in enumerate(layers) if (spare := _spare(row) or 0.0) > _NOISE]
     at_stake = sorted(
@@ -252,14 +253,14 @@ def ranking(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
 
 
 def _among_units(row: LayerReport) -> bool:
-    """Whether more is spare among the units than within them, by the chain rule of entropy."""
+    """Return whether more is spare among the units than within them, by the chain rule of entropy."""
     return (
         float(row.effective_units) / row.unit_count < float(row.effective_fan_in) * row.unit_count / row.size
     )
 
 
 def others(report: Snapshot) -> list[tuple[str, str, str, str]]:
-    """Leaves that are no weights: path, role, shape, mean absolute value."""
+    """Return the leaves that are not weights: path, role, shape, mean absolute value."""
     return [
         (other.path, other.role, "×".join(map(str, other.shape)), text.number(float(other.mean_absolute)))
         for other in report.others

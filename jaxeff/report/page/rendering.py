@@ -1,7 +1,7 @@
-"""A report -> the text of a page.
+"""The HTML text of a report's page.
 
-The page forbids itself everything but its own style and script, which its policy names by their hashes. Jinja
-escapes every name; what the script reads is JSON in which no `<` stands.
+The page's content security policy allows only its own style and script, by their hashes. Jinja escapes every
+name; the script reads JSON that contains no `<`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _TEMPLATES = "templates"
 
 
 def check_available() -> None:
-    """
+    """Check that Jinja is installed.
+
     Raises:
         ImportError: Jinja is not installed.
     """
@@ -33,11 +34,11 @@ def _jinja() -> Any:
     try:
         return importlib.import_module("jinja2")
     except ImportError as error:
-        raise ImportError("an HTML page needs Jinja: pip install 'jaxeff[html]'") from error
+        raise ImportError("an HTML page needs Jinja: pip install jinja2") from error
 
 
 def render(report: Snapshot, title: str = "jaxeff report") -> str:
-    """The page, as text that every encoding of Unicode can hold.
+    """Return the page, as text that can be stored in any encoding of Unicode.
 
     Raises:
         ImportError: Jinja is not installed.
@@ -62,6 +63,7 @@ def render(report: Snapshot, title: str = "jaxeff report") -> str:
         data=jinja.utils.htmlsafe_json_dumps(details.of(layers), separators=(",", ":")),
         summary=figures.summary(report),
         rows=figures.rows(layers),
+        ran=table.ran(report),
         utilization=figures.utilization(layers),
         cost=figures.cost(layers),
         cost_unit="multiply-accumulates" if figures.has_macs(layers) else "weights",

