@@ -70,10 +70,12 @@ def _bounds() -> None:
     }
     for name, (function, arguments) in programs.items():
         found = cost.latency(function, *arguments, repeats=15, peak=peak)
+        floor = cost.floor(function, *arguments, chip=peak)
         print(
             f"{name}: {found.median * 1e3:.3g} ms ({found.percentile_10 * 1e3:.3g} to "
             f"{found.percentile_90 * 1e3:.3g}), {found.arithmetic_intensity:.3g} FLOPs a byte, "
-            f"compute {found.compute_share:.1%}, memory {found.memory_share:.1%}: {found.bound}"
+            f"compute {found.compute_share:.1%}, memory {found.memory_share:.1%}: {found.bound}; "
+            f"floor / median {floor.seconds / found.median:.2f}"
         )
 
 

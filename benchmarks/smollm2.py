@@ -12,6 +12,7 @@ go, but none of the embedding, and nothing is retrained.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,40 @@ def main() -> None:
             masks = prune.masks(scores, 0.5, scope=scope)
             found = _perplexity(prune.apply(params, masks), test)
             print(f"50 % by {criterion}, scope={scope!r}: {found:.1f}")
+    _smaller(params, statistics, calibration[:2], test)
+
+
+def _smaller(params: dict[str, Any], statistics: Any, calibration: jax.Array, test: jax.Array) -> None:
+    """Hidden units and whole blocks removed, each with the perplexity and the seconds of two windows."""
+    groups = prune.groups(params, logits, calibration)
+    scores = prune.scored(params, statistics, "wanda", prunable={"embedding": False})
+    (units,) = [group for group in groups.scored(scores).unlocked if group.kind == "unit"]
+    (blocks,) = [group for group in groups.unlocked if group.kind == "block"]
+    own = prune.plan(groups, scores, 0.25, kinds="unit")
+    same = np.argsort(units.importance.sum(axis=0))[: units.size - own.sizes()[units.name]]
+    influence = prune.block_influence(params, logits, calibration)
+    random = np.random.default_rng(0).permutation(BLOCKS)[:3]
+    plans = {
+        "25 % of the units, each block its own": own,
+        "25 % of the units, the same in all blocks": prune.Plan.of(groups, {units.name: same.tolist()}),
+        "3 blocks by influence": prune.plan(groups, influence, 0.1, kinds="block"),
+        f"3 blocks at random {sorted(random.tolist())}": prune.Plan.of(
+            groups, {blocks.name: random.tolist()}
+        ),
+        "6 blocks by influence": prune.plan(groups, influence, 0.2, kinds="block"),
+    }
+    whole = timing.interleaved({"whole": lambda: logits_jitted(params, test[:2])}, 3, timing.seconds)["whole"]
+    print(f"whole: {min(whole):.2f} s")
+    for name, plan in plans.items():
+        began = time.process_time()
+        small, small_apply = prune.compact(params, logits, calibration, plan)
+        seconds = time.process_time() - began
+        run = {"small": lambda small=small, apply=small_apply: apply(small, test[:2])}
+        run["whole"] = lambda: logits_jitted(params, test[:2])
+        found = timing.interleaved(run, 3, timing.seconds)
+        ratio = np.median(np.asarray(found["whole"]) / np.asarray(found["small"]))
+        perplexity = _perplexity(small, test, small_apply)
+        print(f"{name}: {perplexity:.1f}, {ratio:.2f} times as fast, made in {seconds:.1f} CPU s", flush=True)
 
 
 def _params(reader: Any) -> dict[str, Any]:
@@ -126,14 +161,18 @@ def _windows(reader: Any, text: str) -> jax.Array:
     return jnp.asarray(ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW))
 
 
-@jax.jit
-def _loss(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
-    log_likelihoods = jax.nn.log_softmax(logits(params, tokens)[:, :-1])
+logits_jitted = jax.jit(logits)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _loss(params: dict[str, Any], tokens: jax.Array, apply_fn: Any) -> jax.Array:
+    log_likelihoods = jax.nn.log_softmax(apply_fn(params, tokens)[:, :-1])
     return -jnp.mean(jnp.take_along_axis(log_likelihoods, tokens[:, 1:, None], 2))
 
 
-def _perplexity(params: dict[str, Any], test: jax.Array) -> float:
-    return float(np.exp(np.mean([float(_loss(params, test[i : i + 2])) for i in range(0, len(test), 2)])))
+def _perplexity(params: dict[str, Any], test: jax.Array, apply_fn: Any = logits) -> float:
+    losses = [float(_loss(params, test[i : i + 2], apply_fn)) for i in range(0, len(test), 2)]
+    return float(np.exp(np.mean(losses)))
 
 
 if __name__ == "__main__":

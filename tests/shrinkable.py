@@ -344,11 +344,14 @@ class Scanned(nn.Module):
     heads: int
     value: int
     expanded: int
+    length: int = 3
 
     @nn.compact
     def __call__(self, x):
         x = nn.Dense(8, name="embed")(x)
-        stack = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        stack = nn.scan(
+            nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=self.length
+        )
         x, _ = stack(self.heads, self.value, self.expanded, name="layers")(x, None)
         return nn.Dense(3, name="head")(x)
 
@@ -356,9 +359,12 @@ class Scanned(nn.Module):
 def scanned() -> Shrinkable:
     def build(width: Width) -> nn.Module:
         heads, value = (width("layers/block/attention/value/kernel", axis) for axis in (2, 3))
-        return Scanned(heads, value, width("layers/block/expand/kernel", 2))
+        return Scanned(
+            heads, value, width("layers/block/expand/kernel", 2), width("layers/block/expand/kernel", 0)
+        )
 
     free = {
+        "layers/block/norm0/scale:0": 3,
         "layers/block/attention/query/kernel:2": 3,
         "layers/block/attention/value/kernel:3": 5,
         "layers/block/expand/kernel:2": 9,

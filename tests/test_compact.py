@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from network import drawn, normal
 from shrinkable import NETWORKS
-from test_structured import PASSES, Net, large, random_plan, two_layers, width_of
+from test_structure import PASSES, Net, large, random_plan, two_layers, width_of
 
 import jaxeff
 from jaxeff import prune
@@ -159,6 +159,70 @@ def test_numbers_stay_those_of_the_large_model():
     assert float(jnp.abs(model(small, x) - small_apply(small, x)).max()) > 1e-3
 
 
+# --- Stacked blocks, each of which loses elements of its own -----------------------------------------
+
+
+def scanned(between):
+    """Three stacked blocks, whose 8 columns `between` takes apart and puts together."""
+
+    def model(params, x):
+        def block(x, w):
+            return x + between(x @ w["a"]) @ w["b"], None
+
+        return jax.lax.scan(block, x, params)[0]
+
+    return {"a": normal(3, 4, 8), "b": normal(3, 8, 4)}, model
+
+
+def of_its_own_in_each_block(groups):
+    removed = {
+        group.name: [((np.arange(group.size // 2) + block) % group.size).tolist() for block in range(3)]
+        for group in groups.unlocked
+        if group.blocks
+    }
+    return prune.Plan.of(groups, removed)
+
+
+STACKED = {
+    "whole": jnp.tanh,
+    "pairs": lambda y: jnp.tanh(y.reshape(-1, 4, 2)).reshape(-1, 8)[:, ::-1],
+    "halves": lambda y: jnp.concatenate([jnp.tanh(y[:, :4]), 0.5 * y[:, 4:]], -1),
+    "turned": lambda y: jnp.concatenate([0.5 * y[:, 4:], jnp.tanh(y[:, :4])], -1),
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_blocks_may_lose_elements_of_their_own(name):
+    (params, model), x = scanned(STACKED[name]), normal(5, 4)
+    plan = of_its_own_in_each_block(prune.groups(params, model, x))
+    small, small_apply = prune.compact(params, model, x, plan)
+    close(small_apply(small, x), model(prune.apply(params, plan.masks(params)), x))
+
+
+def test_blocks_go_with_elements_of_those_that_stay():
+    (params, model), x = scanned(jnp.tanh), normal(5, 4)
+    groups = prune.groups(params, model, x)
+    plan = prune.Plan.of(groups, {"a:0": [1], "a:2": [[0, 1], [1, 2], [5, 7]]})
+    small, small_apply = prune.compact(params, model, x, plan)
+    assert jax.tree.map(jnp.shape, small) == {"a": (2, 4, 6), "b": (2, 6, 4)}
+    close(small_apply(small, x), model(prune.apply(params, plan.masks(params)), x))
+
+
+def test_what_would_stand_elsewhere_in_each_block_is_refused():
+    """Even columns and odd ones are groups of their own: where they stand once some are gone is up to the block."""
+    params, model = scanned(lambda y: jnp.concatenate([jnp.tanh(y[:, ::2]), 0.5 * y[:, 1::2]], -1))
+    x = normal(5, 4)
+    groups = prune.groups(params, model, x)
+    even, odd = (group.name for group in groups.unlocked if group.blocks)
+    plan = prune.Plan.of(groups, {even: [[0, 1], [0, 1], [2, 3]], odd: [[2, 3], [0, 1], [0, 1]]})
+    with pytest.raises(ValueError, match=r"at other places of a slice in each \(slice, .*test_compact.py"):
+        _ = prune.compact(params, model, x, plan)
+    # The same in all blocks can go.
+    plan = prune.Plan.of(groups, {even: [[0, 3]] * 3, odd: [[0, 3]] * 3})
+    small, small_apply = prune.compact(params, model, x, plan)
+    close(small_apply(small, x), model(prune.apply(params, plan.masks(params)), x))
+
+
 # --- Custom derivatives --------------------------------------------------------------------------------
 
 
@@ -256,6 +320,16 @@ def test_export():
     _, _, small, small_apply = compacted("gpt")
     exported = jax.export.export(jax.jit(small_apply))(small, *network.batch)
     close(exported.call(small, *network.batch), small_apply(small, *network.batch))
+
+
+def test_export_of_a_symbolic_batch_is_a_map_over_examples():
+    _, _, small, small_apply = compacted("cnn with flatten")
+    (size,) = jax.export.symbolic_shape("size")
+    shape, x = jax.ShapeDtypeStruct((size, 6, 6, 3), jnp.float32), normal(5, 6, 6, 3)
+    with pytest.raises(ValueError, match="map a function of one example"):
+        _ = jax.export.export(jax.jit(small_apply))(small, shape)
+    each = jax.jit(lambda params, x: jax.vmap(lambda x: small_apply(params, x[None])[0])(x))
+    close(jax.export.export(each)(small, shape).call(small, x), small_apply(small, x))
 
 
 def test_it_is_counted_and_analysed_as_a_rebuilt_module():
@@ -399,7 +473,7 @@ def test_equinox():
     plan = random_plan(prune.groups(params, apply_fn, x), 0)
     assert {"attention/query_proj/weight:0#2", "mlp/layers/0/weight:0"} <= plan.removed.keys()
     small, small_apply = prune.compact(params, apply_fn, x, plan)
-    close(small_apply(small, x), apply_fn(prune.apply(params, plan.masks(params)), x))
+    close(small_apply(small, x), jax.jit(apply_fn)(prune.apply(params, plan.masks(params)), x))
 
 
 # --- What cannot be ------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ def test_the_size_of_heads_goes_where_its_group_is_named():
     params = Encoder().init(jax.random.key(0), X)
     groups = prune.groups(params, Encoder().apply, X, allow="scale")
     sizes = ["attend/query/kernel:2", "attend/value/kernel:2"]
-    assert [group.name for group in groups.unlocked if group.within_head] == sizes
-    assert f"Whole in a plan unless named, the size of heads: {', '.join(sizes)}" in str(groups)
+    assert [group.name for group in groups.unlocked if group.kind == "head_size"] == sizes
+    assert f"Whole in a plan unless named or their kind is: {', '.join(sizes)}" in str(groups)
     plan = prune.plan(groups, prune.scored(params), dict.fromkeys(sizes, 0.5))
     assert plan.sizes() == dict.fromkeys(sizes, 4)
     assert plan.widths()["attend/out/kernel"] == {1: 4}
@@ -141,7 +141,11 @@ STRUCTURES = {
         {"query/kernel:2", "value/kernel:2"},
         set(),
     ),
-    "scanned": (Scanned(), {"attend/query/kernel:3", "attend/value/kernel:3"}, {"attend/query/kernel:2"}),
+    "scanned": (
+        Scanned(),
+        {"attend/query/kernel:3", "attend/value/kernel:3"},
+        {"attend/query/kernel:0", "attend/query/kernel:2"},
+    ),
     "pooled": (Pooled(), set(), {"hidden/kernel:1"}),
     "gated": (Gated(), set(), {"hidden/kernel:1"}),
 }
@@ -152,14 +156,16 @@ STRUCTURES = {
 def test_which_groups_are_the_size_of_heads(module, within, free, examples):
     x = X[:examples]
     groups = prune.groups(module.init(jax.random.key(0), x), module.apply, x)
-    assert {group.name for group in groups if group.within_head} == within
-    assert {group.name for group in groups.unlocked if not group.within_head} == free
+    assert {group.name for group in groups if group.kind == "head_size"} == within
+    assert {group.name for group in groups.unlocked if group.kind != "head_size"} == free
 
 
 def test_where_heads_alone_may_shrink_their_size_has_to_be_named():
     module = nn.MultiHeadDotProductAttention(1, qkv_features=8)
     params = module.init(jax.random.key(0), X)
     groups = prune.groups(params, module.apply, X)
-    with pytest.raises(ValueError, match=r"leaves the size of heads whole.*\{'value/kernel:2': 0.5\}"):
+    with pytest.raises(
+        ValueError, match=r"of kind 'head_size': pass `kinds`, or name them, \{'value/kernel:2': 0.5\}"
+    ):
         prune.plan(groups, prune.scored(params), 0.5)
     assert prune.plan(groups, prune.scored(params), {"value/kernel:2": 0.5}).sizes() == {"value/kernel:2": 4}

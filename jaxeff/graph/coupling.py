@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,9 +19,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
-from jaxeff.graph.coupling_labels import CONSTANT, DATA, DEEPEST, WEIGHT, Described, Dim, Labels
+from jaxeff.graph.coupling_kinds import attention_of, kinds_of
+from jaxeff.graph.coupling_labels import CONSTANT, DATA, DEEPEST, DEPTH, WEIGHT, Described, Dim, Labels
 from jaxeff.graph.coupling_rules import through
-from jaxeff.graph.coupling_stacks import GroupsIn, Seen, stacked_over
+from jaxeff.graph.coupling_skips import skipped_by_zeros
+from jaxeff.graph.coupling_stacks import GroupsIn, Seen, Stacked, stacked_over
 from jaxeff.graph.program import Operation, Program, Value, scan_operands
 from jaxeff.graph.provenance import operands_of_bodies
 
@@ -39,18 +41,20 @@ class Coupled:
         size: number of elements.
         members: (leaf, axis, indices): of that axis, row k of `indices`, [size, m], is element k.
         reasons: why none may be removed; empty where they may.
-        within_head: whether they are the size of attention heads, each element a part of every head.
+        kind: what they are, one of `coupling_kinds.GROUP_KINDS`.
         blocks: sizes of the axes that all members' leaves are stacked along, where each block may lose
             elements of its own, equally many; empty where there are none.
         block_axes: of each member, these axes of its leaf.
+        scan: of blocks, the scan that goes through them.
     """
 
     size: int
     members: tuple[tuple[int, int, np.ndarray], ...]
     reasons: tuple[str, ...]
-    within_head: bool = False
+    kind: str = "unit"
     blocks: tuple[int, ...] = ()
     block_axes: Sequence[tuple[int, ...]] = ()
+    scan: Operation | None = None
 
 
 def couple(program: Program, leaves: Sequence[bool], allowed: frozenset[str] = frozenset()) -> list[Coupled]:
@@ -78,7 +82,7 @@ def couple(program: Program, leaves: Sequence[bool], allowed: frozenset[str] = f
     found = [described.dims for described, is_leaf in zip(inputs, leaves, strict=True) if is_leaf]
     values = [value for value, is_leaf in zip(program.inputs, leaves, strict=True) if is_leaf]
     order = sorted(range(len(values)), key=lambda leaf: used.get(values[leaf], math.inf))
-    return _collected(labels, found, order, walk.seen)
+    return _collected(program, walk, found, order)
 
 
 def _first_uses(program: Program) -> dict[Value, int]:
@@ -99,9 +103,10 @@ def _first_uses(program: Program) -> dict[Value, int]:
 
 
 def _collected(
-    labels: Labels, leaves: Sequence[Sequence[Dim]], order: Sequence[int], seen: Seen
+    program: Program, walk: Walk, leaves: Sequence[Sequence[Dim]], order: Sequence[int]
 ) -> list[Coupled]:
     """Labels alike in all that they stand in become the elements of one group."""
+    labels = walk.labels
     axes = [(leaf, axis) for leaf in order for axis, dim in enumerate(leaves[leaf]) if dim.factors]
     if not axes:
         return []
@@ -137,44 +142,26 @@ def _collected(
     of_label[atoms] = group[atoms]
     shapes = {leaf: [dim.size for dim in leaves[leaf]] for leaf in order}
     groups_in = GroupsIn(labels, of_label)
-    heads, within = _heads(labels, groups_in, found, shapes)
-    over = stacked_over(groups_in, [(one.size, one.members, one.reasons) for one in found], seen, heads)
+    scans = {number: scan for scan, along in walk.iterations for number in groups_in.of(along)}
+    iterations = scans.keys()
+    attention = attention_of(labels, groups_in, [(one.size, one.members) for one in found], shapes)
+    over = stacked_over(
+        groups_in, [(one.size, one.members) for one in found], walk.seen, attention.heads, iterations
+    )
+    stacks = {
+        stack for one, each in zip(found, over, strict=True) if not one.reasons for stack in each.stacks
+    }
+    kinds = kinds_of(program, walk.described, groups_in, attention, iterations, stacks)
     return [
-        dataclasses.replace(one, within_head=i in within, blocks=blocks, block_axes=axes)
-        if not one.reasons
-        else dataclasses.replace(one, within_head=i in within)
-        for i, (one, (blocks, axes)) in enumerate(zip(found, over, strict=True))
+        dataclasses.replace(one, kind=kinds.get(i, "unit"), scan=scans.get(i), **_blocks(one, found, over[i]))
+        for i, one in enumerate(found)
     ]
 
 
-def _heads(
-    labels: Labels, groups_in: GroupsIn, found: Sequence[Coupled], shapes: Mapping[int, Sequence[int]]
-) -> tuple[set[int], set[int]]:
-    """The groups that are heads, and those that are the size of heads.
-
-    Heads are what products of data with data run over in parallel, queries with keys and probabilities with
-    values. Of what else stands in these products, the size of a head is the innermost in each weight
-    that has both: the query heads that share a key, which may stand between, are outside of it.
-    """
-    heads: set[int] = set()
-    inside: set[int] = set()
-    of_one: set[int] = set()
-    for parallel, others in labels.heads:
-        if found_heads := groups_in(parallel):
-            heads |= found_heads
-            inside |= groups_in(others)
-        elif not all(dim.factors for dim in parallel):
-            of_one |= groups_in(others)
-    leaves_of = [{leaf for leaf, _, _ in one.members} for one in found]
-    with_heads = set().union(*(leaves_of[head] for head in heads))
-    innermost: dict[int, tuple[tuple[int, int], int]] = {}
-    for number in (inside | of_one) - heads:
-        for leaf, axis, indices in found[number].members:
-            one_head = axis > 1 and shapes[leaf][axis - 1] == 1
-            if (number in inside and leaf in with_heads) or (number in of_one and one_head):
-                step = int(indices[1, 0] - indices[0, 0]) if len(indices) > 1 else 1
-                innermost[leaf] = max(innermost.get(leaf, ((-1, 0), number)), ((axis, -step), number))
-    return heads, {number for _, number in innermost.values()}
+def _blocks(one: Coupled, found: Sequence[Coupled], over: Stacked) -> dict[str, Any]:
+    if one.reasons:
+        return {}
+    return {"blocks": tuple(found[stack].size for stack in over.stacks), "block_axes": over.block_axes}
 
 
 def _numbered(signatures: np.ndarray) -> np.ndarray:
@@ -256,12 +243,14 @@ class Walk:
 
     Attributes:
         described: every value so far, also inside the bodies of loops.
+        iterations: scans, with the labels of the blocks that each goes through.
     """
 
     def __init__(self, labels: Labels):
         self.labels = labels
         self.seen = Seen([], [])
         self.described: dict[Value, Described] = {}
+        self.iterations: list[tuple[Operation, np.ndarray]] = []
         self._constants: dict[Value, Any] = {}
         self._iterations: tuple[np.ndarray, ...] = ()
 
@@ -320,8 +309,8 @@ class Walk:
     def scan(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
         constants, carried = scan_operands(operation)
         initial, stacked = inputs[constants : constants + carried], inputs[constants + carried :]
-        for operand in stacked:
-            self.labels.lock_dims(operand.dims[:1], _ITERATIONS)
+        if not all(operand.made_of == WEIGHT for operand in stacked) or not skipped_by_zeros(operation):
+            self.labels.lock_dims([operand.dims[0] for operand in stacked], _ITERATIONS, DEPTH)
         time = self._iterated([operand.dims[0] for operand in stacked if operand.made_of == WEIGHT])
         time = time or self.labels.dim(int(operation.params["length"]), False, _ITERATIONS)
         slices = [operand._replace(dims=operand.dims[1:]) for operand in stacked]
@@ -331,6 +320,7 @@ class Walk:
 
         outside = self._iterations
         if len(time.factors) == 1:
+            self.iterations.append((operation, time.factors[0]))
             self._iterations = (*outside, time.factors[0])
         ends, results = self._repeated(body, initial)
         self._iterations = outside

@@ -80,11 +80,12 @@ def _pointwise(labels: Labels, operation: Operation, inputs: Sequence[Described]
             x.dims[axis].zero if len(x.dims) == len(shape) and x.dims[axis].factors else x.zero
             for x in counted
         ]
-        dims.append(dim._replace(zero=_zero(operation, zeros)))
+        dims.append(dim._replace(zero=zero_where(operation, zeros)))
     return [tuple(dims)]
 
 
-def _zero(operation: Operation, zeros: Sequence[bool]) -> bool:
+def zero_where(operation: Operation, zeros: Sequence[bool]) -> bool:
+    """Whether an operation element by element gives 0 where these of its operands are 0."""
     if operation.name in _ZERO_OF_FIRST:
         return zeros[0] and (operation.name != "integer_pow" or operation.params["y"] > 0)
     if operation.name in _ZERO_OF_ANY:

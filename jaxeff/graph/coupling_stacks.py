@@ -52,50 +52,60 @@ class GroupsIn:
         return known[1]
 
 
+class Stacked(NamedTuple):
+    """What a group is stacked along.
+
+    Attributes:
+        stacks: other groups.
+        block_axes: of the leaf of each member, the axes of these.
+    """
+
+    stacks: tuple[int, ...]
+    block_axes: tuple[tuple[int, ...], ...]
+
+
 def stacked_over(
-    groups_in: GroupsIn, groups: Sequence[tuple[int, Members, Sequence[str]]], seen: Seen, heads: Set[int]
-) -> list[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]]:
-    """Of each group, sizes of the axes that it is stacked along, and these axes of the leaf of each member.
+    groups_in: GroupsIn,
+    groups: Sequence[tuple[int, Members]],
+    seen: Seen,
+    heads: Set[int],
+    iterations: Set[int],
+) -> list[Stacked]:
+    """Of each group, what it is stacked along.
 
     It is stacked along an axis if every array that holds the group holds the axis as well, or lies in the
     body of the scan along it; if no operation on such an array mixes what lies along the axis; and if each
-    leaf has the axis as one of its own, in order. Of two axes that only come together the one that may not
-    shrink is the stack, or neither.
+    leaf has the axis as one of its own, in order. Of two axes that only come together the iterations of a scan
+    are the stack, or neither.
 
     Args:
-        groups: size, members and locks of each.
+        groups: size and members of each.
         heads: groups that are no stacks: attention modules want heads of one size.
+        iterations: groups that are the iterations of scans.
     """
-    axis_of = [
-        {leaf: axis for leaf, axis, indices in members if _in_order(indices)} for _, members, _ in groups
-    ]
+    axis_of = [{leaf: axis for leaf, axis, indices in members if _in_order(indices)} for _, members in groups]
     stacks = {
-        number for number, (_, members, _) in enumerate(groups) if len(axis_of[number]) == len(members)
+        number for number, (_, members) in enumerate(groups) if len(axis_of[number]) == len(members)
     } - heads
     always: list[set[int]] = [set(stacks) for _ in groups]
-    for dims, iterations in seen.arrays:
-        here = groups_in(dims)
-        around = here.union(*map(groups_in.of, iterations))
-        for number in here:
-            always[number] &= around
+    for dims, around in seen.arrays:
+        together = groups_in(dims).union(*map(groups_in.of, around))
+        for number in together:
+            always[number] &= together
     for dims, locked in seen.locked:
         if mixed := stacks & groups_in.of(locked):
             for number in groups_in(dims):
                 always[number] -= mixed
     found = []
-    for number, (_, members, _) in enumerate(groups):
-        over = [
+    for number, (_, members) in enumerate(groups):
+        over = tuple(
             stack
             for stack in sorted(always[number])
-            if (number not in always[stack] or groups[stack][2])
+            if (number not in always[stack] or stack in iterations)
             and all(axis_of[stack].get(leaf, axis) != axis for leaf, axis, _ in members)
-        ]
-        found.append(
-            (
-                tuple(groups[stack][0] for stack in over),
-                tuple(tuple(axis_of[stack][leaf] for stack in over) for leaf, _, _ in members),
-            )
         )
+        axes = tuple(tuple(axis_of[stack][leaf] for stack in over) for leaf, _, _ in members)
+        found.append(Stacked(over, axes))
     return found
 
 

@@ -18,7 +18,7 @@ from jax.extend import source_info_util
 from jax.extend.core import Literal
 
 from jaxeff.graph.coupling import INPUT, OUTPUT, Walk, resolved
-from jaxeff.graph.coupling_labels import DATA, REPLAY, SCALE, STATISTICS, WEIGHT, Described, Labels
+from jaxeff.graph.coupling_labels import DATA, DEPTH, REPLAY, SCALE, STATISTICS, WEIGHT, Described, Labels
 from jaxeff.graph.program import Operation, Program, Value
 
 Kept = tuple[np.ndarray, ...]
@@ -53,20 +53,25 @@ class Input(NamedTuple):
         made_of: as `Described` has it: DATA or WEIGHT.
         lock: why all of them have to; None where they need not.
         name: in messages.
+        blocks: where other indices stay in each block of a stack, as many in all, those of each.
     """
 
     kept: Kept
     made_of: int
     lock: str | None = None
     name: str = "an input"
+    blocks: tuple[Kept, ...] = ()
 
     @classmethod
     def of_data(cls, shape: Sequence[int]) -> Input:
         return cls(whole(shape), DATA, INPUT)
 
     @classmethod
-    def of_weights(cls, kept: Kept, path: str) -> Input:
-        return cls(kept, WEIGHT, None, repr(path))
+    def of_weights(cls, path: str, blocks: Sequence[Kept]) -> Input:
+        return cls(blocks[0], WEIGHT, None, repr(path), tuple(blocks) if len(blocks) > 1 else ())
+
+    def in_block(self, block: int) -> Kept:
+        return self.blocks[block] if self.blocks else self.kept
 
 
 def whole(shape: Sequence[int]) -> Kept:
@@ -79,7 +84,7 @@ class Remaining:
     Args:
         program: traced at its original sizes.
         inputs: one for each of the program's.
-        outputs: of each of the program's outputs which indices stay; None where the program says so.
+        outputs: what is to be left of each of the program's outputs; None where the program says so.
         derivative: whether the program is a derivative of another that is replayed. What is removed then has
             no influence, and a sum may leave it out.
 
@@ -91,14 +96,17 @@ class Remaining:
         self,
         program: Program,
         inputs: Sequence[Input],
-        outputs: Sequence[Kept | None],
+        outputs: Sequence[Input | None],
         derivative: bool = False,
     ):
-        allowed = frozenset({SCALE, REPLAY, STATISTICS} if derivative else {SCALE, REPLAY})
+        allowed = frozenset({DEPTH, SCALE, REPLAY, STATISTICS} if derivative else {DEPTH, SCALE, REPLAY})
         labelled = _Labelled(Labels(allowed), inputs)
         walk = Walk(labelled.labels)
         labelled.tie(walk.run(program, labelled.inputs), outputs)
         self._described, self._gone = walk.described, labelled.gone()
+        # Sizes are those of the first block, and of all; positions may be others in each.
+        count = max((len(one.blocks) for one in inputs), default=0)
+        self._gone_in_blocks = [labelled.gone(block) for block in range(count)]
         self._known: dict[Value, Kept] = {}
         for lock in labelled.labels.locks:
             if self._gone[lock.labels].any():
@@ -112,14 +120,23 @@ class Remaining:
         if isinstance(operand, Literal):
             return whole(np.shape(operand.val))
         if operand not in self._known:
-            masks = []
-            for dim, size in zip(self._described[operand].dims, operand.shape, strict=True):
-                mask = np.ones(1 if dim.factors else size, bool)
-                for factor in dim.factors:
-                    mask = np.logical_and.outer(mask, ~self._gone[factor]).ravel()
-                masks.append(mask)
-            self._known[operand] = tuple(masks)
+            self._known[operand] = self._left(operand, self._gone)
         return self._known[operand]
+
+    def in_blocks(self, operand: Value | Literal) -> tuple[Kept, ...]:
+        """Which indices of a value stay in each block of the stacks, where they are not the same in all."""
+        if isinstance(operand, Literal):
+            return ()
+        return tuple(self._left(operand, gone) for gone in self._gone_in_blocks)
+
+    def _left(self, value: Value, gone: np.ndarray) -> Kept:
+        masks = []
+        for dim, size in zip(self._described[value].dims, value.shape, strict=True):
+            mask = np.ones(1 if dim.factors else size, bool)
+            for factor in dim.factors:
+                mask = np.logical_and.outer(mask, ~gone[factor]).ravel()
+            masks.append(mask)
+        return tuple(masks)
 
     def shape(self, operand: Value | Literal) -> tuple[int, ...]:
         return tuple(int(mask.sum()) for mask in self.kept(operand))
@@ -155,26 +172,32 @@ class _Labelled:
             for one in inputs
         ]
         self._known = [
-            (dim, mask)
+            (dim, one, axis)
             for described, one in zip(self.inputs, inputs, strict=True)
-            for dim, mask in zip(described.dims, one.kept, strict=True)
+            for axis, dim in enumerate(described.dims)
         ]
 
-    def tie(self, results: Sequence[Described], outputs: Sequence[Kept | None]) -> None:
+    def tie(self, results: Sequence[Described], outputs: Sequence[Input | None]) -> None:
         """Let results have the indices that are expected of them."""
         for result, expected in zip(results, outputs, strict=True):
-            for dim, mask in zip(result.dims, expected or (), strict=expected is not None):
+            if expected is None:
+                continue
+            for axis, (dim, mask) in enumerate(zip(result.dims, expected.kept, strict=True)):
                 if mask.all():
                     self.labels.lock_dims([dim], OUTPUT)
                     continue
                 asked = self.labels.dim(len(mask), True)
                 _ = self.labels.match(dim, asked)
-                self._known.append((asked, mask))
+                self._known.append((asked, expected, axis))
 
-    def gone(self) -> np.ndarray:
+    def gone(self, block: int | None = None) -> np.ndarray:
         """Of every label whether it is removed: it is where it stands at nothing but removed indices."""
         labels = self.labels
-        known = [(dim.factors[0], mask) for dim, mask in self._known if dim.factors]
+        known = [
+            (dim.factors[0], (one.kept if block is None else one.in_block(block))[axis])
+            for dim, one, axis in self._known
+            if dim.factors
+        ]
         gone = np.zeros(len(labels), bool)
         if not known:
             return gone

@@ -20,7 +20,7 @@ from jax.extend.core import Literal
 from jaxeff.graph.coupling_labels import DATA
 from jaxeff.graph.evaluation import apply
 from jaxeff.graph.program import Call, Operation, Program, Step, Value, flatten, scan_operands
-from jaxeff.graph.remaining import Input, Kept, MisfitError, Remaining
+from jaxeff.graph.remaining import Input, MisfitError, Remaining
 
 Arrays = Sequence[Any]
 
@@ -39,7 +39,7 @@ class Resized:
         self,
         program: Program,
         inputs: Sequence[Input],
-        outputs: Sequence[Kept | None],
+        outputs: Sequence[Input | None],
         derivative: bool = False,
     ):
         self.program = program
@@ -106,12 +106,17 @@ class Resized:
     def _slice(self, operation: Operation, array: Any) -> Any:
         """What is left of a slice: another slice where that is evenly spaced, else taken one by one."""
         params, kept = operation.params, self.remaining.kept(operation.inputs[0])
-        strides = params["strides"] or (1,) * len(kept)
+        in_blocks = self.remaining.in_blocks(operation.inputs[0])
+        strides: Sequence[int] = params["strides"] or (1,) * len(kept)
         starts, ends, steps = list(params["start_indices"]), list(params["limit_indices"]), list(strides)
-        chosen = {}
+        chosen: dict[int, np.ndarray] = {}
         for axis, mask in enumerate(kept):
-            taken = np.arange(starts[axis], ends[axis], steps[axis])
-            places = (np.cumsum(mask) - 1)[taken[mask[taken]]]
+            window = np.arange(starts[axis], ends[axis], steps[axis])
+            places = _places(mask, window)
+            if any(not np.array_equal(places, _places(block[axis], window)) for block in in_blocks):
+                raise MisfitError(
+                    "stacked blocks lose elements at other places of a slice in each", operation
+                )
             gaps = np.unique(np.diff(places))
             if len(places) and len(gaps) < 2:
                 starts[axis], ends[axis] = int(places[0]), int(places[-1]) + 1
@@ -137,6 +142,8 @@ class Resized:
             return _strong(results[:carried], body.inputs[count:]), results[carried:]
 
         options = {name: operation.params[name] for name in ("length", "reverse", "unroll")}
+        if len(operands) > count + carried:
+            options["length"] = len(operands[-1])
         carry, stacked = jax.lax.scan(
             step, operands[count : count + carried], operands[count + carried :], **options
         )
@@ -187,10 +194,8 @@ class Resized:
         return jax.checkpoint(self._body(call, values), **options)(*operands)
 
     def _inputs(self, operands: Sequence[Value | Literal]) -> list[Input]:
-        return [Input(kept, DATA) for kept in self._kept(operands)]
-
-    def _kept(self, operands: Sequence[Value | Literal]) -> list[Kept]:
-        return [self.remaining.kept(operand) for operand in operands]
+        found = self.remaining
+        return [Input(found.kept(one), DATA, blocks=found.in_blocks(one)) for one in operands]
 
     def _custom_jvp(self, call: Call, operands: Arrays, values: dict[Value, Any]) -> Arrays:
         inputs, outputs = call.whole.inputs, self.remaining.made(call.whole)
@@ -207,7 +212,7 @@ class Resized:
             large = list(map(_abstract, inputs))
             program = flatten(jax.make_jaxpr(derivative)(large, moving.among(large)))
             given, asked = [*inputs, *moving.among(inputs)], [*outputs, *moved.among(outputs)]
-            resized = Resized(program, self._inputs(given), self._kept(asked), derivative=True)
+            resized = Resized(program, self._inputs(given), self._inputs(asked), derivative=True)
             results = resized([*primals, *moving.among(tangents)])
             nothing = [_no_tangent(self.remaining.shape(output)) for output in outputs]
             primal, tangent = results[: len(outputs)], results[len(outputs) :]
@@ -236,8 +241,8 @@ class Resized:
         @functools.cache
         def resized_forward() -> Resized:
             program = flatten(jax.make_jaxpr(forward)(list(map(_abstract, inputs))))
-            free: list[Kept | None] = [None] * (len(program.outputs) - len(outputs))
-            return Resized(program, self._inputs(inputs), [*self._kept(outputs), *free], derivative=True)
+            free: list[Input | None] = [None] * (len(program.outputs) - len(outputs))
+            return Resized(program, self._inputs(inputs), [*self._inputs(outputs), *free], derivative=True)
 
         def run_forward(*arguments: Any) -> tuple[Any, Any]:
             results = resized_forward()(arguments)
@@ -250,11 +255,11 @@ class Resized:
                 jax.make_jaxpr(backward)(list(map(_abstract, held)), list(map(_abstract, pulled)))
             )
             given = [*before._inputs(held), *self._inputs(pulled)]
-            resized = Resized(program, given, self._kept(moving.among(inputs)), derivative=True)
+            resized = Resized(program, given, self._inputs(moving.among(inputs)), derivative=True)
             results = resized([*residuals, *moved.among(cotangents)])
             return tuple(moving.put_into([None] * len(inputs), results))
 
-        function.defvjp(run_forward, run_backward)
+        _ = function.defvjp(run_forward, run_backward)
         return function(*operands)
 
 
@@ -294,7 +299,12 @@ def _no_tangent(shape: Sequence[int]) -> np.ndarray:
     return np.zeros(shape, jax.dtypes.float0)
 
 
-def _strong(arrays: Arrays, values: Sequence[Value | Literal]) -> list[Any]:
+def _places(mask: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """Where indices that are taken stand among those that stay."""
+    return (np.cumsum(mask) - 1)[taken[mask[taken]]]
+
+
+def _strong(arrays: Arrays, values: Sequence[Value]) -> list[Any]:
     """Arrays of exactly the dtypes that a loop carries: what a literal is made into has a weak one."""
     return [
         array

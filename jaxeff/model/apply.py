@@ -55,6 +55,9 @@ class StatefulApply:
 
     state: Any
 
+    def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
+        raise NotImplementedError
+
     def with_state(self, state: Any) -> Any:
         """Return the same function with other variables."""
         return dataclasses.replace(self, state=state)  # pyright: ignore

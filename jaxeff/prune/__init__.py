@@ -17,6 +17,9 @@ from jaxeff.prune._allocation import ALLOCATIONS as ALLOCATIONS
 from jaxeff.prune._batch_norm import recalibrate as recalibrate
 from jaxeff.prune._before_and_after import BeforeAndAfter as BeforeAndAfter
 from jaxeff.prune._before_and_after import before_and_after as before_and_after
+from jaxeff.prune._blocks import BlockOrder as BlockOrder
+from jaxeff.prune._blocks import block_influence as block_influence
+from jaxeff.prune._blocks import order_blocks as order_blocks
 from jaxeff.prune._compact import CompactApply as CompactApply
 from jaxeff.prune._compact import compact as compact
 from jaxeff.prune._criteria import criterion as criterion

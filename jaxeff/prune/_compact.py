@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.graph.program import flatten
-from jaxeff.graph.remaining import Input, Kept, whole
+from jaxeff.graph.remaining import Input, Kept
 from jaxeff.graph.resizing import Resized
 from jaxeff.model.apply import StatefulApply, check_apply, has_array
 from jaxeff.model.functions import bound_module, content, named_misfit
@@ -56,11 +56,20 @@ class CompactApply(StatefulApply):
         """The large model's program, traced at its own sizes and run at those that are left."""
         leaves = [*self._leaves(params), *self._leaves(state)]
         given, structure = jax.tree.flatten((params, state, batch, arrays))
-        shapes = [tuple(map(len, kept)) for _, kept in leaves] + list(map(jnp.shape, given[len(leaves) :]))
+        shapes = [tuple(map(len, blocks[0])) for _, blocks in leaves] + list(
+            map(jnp.shape, given[len(leaves) :])
+        )
+        for shape in shapes:
+            if not all(isinstance(size, int) for size in shape):
+                raise ValueError(
+                    f"`batch` holds an array of shape {shape}, and a compacted model is traced at whole numbers: "
+                    "for a symbolic batch size, map a function of one example, "
+                    "`jax.vmap(lambda x: small_apply(small_params, x[None])[0])`"
+                )
         large = jax.tree.unflatten(structure, list(map(_abstract, given, shapes)))
         function = functools.partial(self._large, statics.keywords)
         closed, outputs = jax.make_jaxpr(function, return_shape=True)(*large)
-        inputs = [Input.of_weights(kept, path) for path, kept in leaves]
+        inputs = [Input.of_weights(path, blocks) for path, blocks in leaves]
         inputs += [Input.of_data(shape) for shape in shapes[len(leaves) :]]
         wanted = self._wanted(statics.keywords, outputs)
         resized = Resized(flatten(closed), inputs, wanted)
@@ -72,37 +81,48 @@ class CompactApply(StatefulApply):
             apply_fn = apply_fn.with_state(state)
         return named_misfit(functools.partial(apply_fn, **keywords, **arrays), params, batch)
 
-    def _leaves(self, tree: Any) -> list[tuple[str, Kept]]:
-        """The path of every leaf of params or state, and which indices of the large one it holds."""
+    def _leaves(self, tree: Any) -> list[tuple[str, list[Kept]]]:
+        """The path of every leaf of params or state, and which indices of the large one each block holds."""
         if not jax.tree.leaves(tree):
             return []
-        # The program asks for sizes alone, which are those of a plan that removes the same in every block.
-        every, chosen, leaves = self.plan.shapes, self.plan.alike().kept(), []
+        leaves = []
         for path, leaf in named_variables(tree).items():
-            if path not in every:
+            if path not in self._kept:
                 raise ValueError(
                     f"`params` holds {path!r}, which the model that was made smaller did not have"
                 )
-            kept = tuple(
-                np.isin(np.arange(size), chosen.get(path, {}).get(axis, np.arange(size)))
-                for axis, size in enumerate(every[path])
-            )
-            if jnp.shape(leaf) != (asked := tuple(int(mask.sum()) for mask in kept)):
+            blocks = self._kept[path]
+            if jnp.shape(leaf) != (asked := tuple(int(mask.sum()) for mask in blocks[0])):
                 raise ValueError(
                     f"{path!r} has shape {jnp.shape(leaf)}, and {asked} is what `prune.compact` left of it: "
                     "pass the smaller params that it returned"
                 )
-            leaves.append((path, kept))
+            leaves.append((path, blocks))
         return leaves
+
+    @functools.cached_property
+    def _kept(self) -> dict[str, list[Kept]]:
+        """By path, which indices stay in each block; one entry where they are the same in all."""
+        plans = [plan.kept() for plan in self.plan.of_each_block()]
+        return {
+            path: [
+                tuple(
+                    np.isin(np.arange(size), kept.get(path, {}).get(axis, np.arange(size)))
+                    for axis, size in enumerate(shape)
+                )
+                for kept in plans
+            ]
+            for path, shape in self.plan.shapes.items()
+        }
 
     def _root(self) -> str:
         """How a Linen module names itself in the names around its operations."""
         module, _ = bound_module(self.apply_fn)
         return "" if module is None else module.name or type(module).__name__
 
-    def _wanted(self, keywords: Mapping[str, Any], outputs: Any) -> list[Kept | None]:
-        """Which indices of each output stay: all of them, but a Linen model's updated collections shrink."""
-        wanted: list[Kept | None] = [whole(output.shape) for output in jax.tree.leaves(outputs)]
+    def _wanted(self, keywords: Mapping[str, Any], outputs: Any) -> list[Input | None]:
+        """What is left of each output: all of it, but a Linen model's updated collections shrink."""
+        wanted: list[Input | None] = [Input.of_data(output.shape) for output in jax.tree.leaves(outputs)]
         module, bound = bound_module(self.apply_fn)
         if module is not None and {**bound, **keywords}.get("mutable", False) is not False:
             results, _ = outputs
@@ -173,11 +193,13 @@ def compact(
     ((3, 2), (8, 2))
     """
     check_apply(apply_fn)
-    state = apply_fn.state if isinstance(apply_fn, StatefulApply) else {}
+    state: Any = {}
+    if isinstance(apply_fn, StatefulApply) and jax.tree.leaves(apply_fn.state):
+        state = shrink(apply_fn.state, plan)
+        apply_fn = apply_fn.with_state(None)  # The large state would be kept alive, and is never used.
     small_params = shrink(params, plan)
     keywords = {**apply_kwargs, **({} if rngs is None else {"rngs": rngs})}
-    small_state = shrink(state, plan) if jax.tree.leaves(state) else state
-    small_apply = CompactApply(apply_fn, plan, keywords, small_state)
+    small_apply = CompactApply(apply_fn, plan, keywords, state)
     batch = batch if isinstance(batch, tuple) else (batch,)
     # What cannot be is said here, and not at the first call.
     _ = jax.eval_shape(small_apply, small_params, *batch)

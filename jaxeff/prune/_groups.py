@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -25,6 +26,14 @@ from jaxeff.numerics.precision import widened
 from jaxeff.output.text import aligned
 
 Shapes = Mapping[str, tuple[int, ...]]
+WHOLE = ("head_size", "block")
+"""Kinds of which a plan removes nothing unless it is asked to."""
+
+_PLURALS = {
+    "unit": "units", "channel": "channels", "head": "heads", "kv_head": "key-value heads",
+    "query": "query heads for each key-value head", "head_size": "numbers in each head", "expert": "experts",
+    "block": "blocks", "stream": "channels of the residual stream",
+}  # fmt: skip
 REDUCTIONS: Mapping[str, Callable[..., Any]] = {"sum": jnp.sum, "mean": jnp.sum, "max": jnp.max}
 NORMALIZATIONS: Mapping[str, Callable[[np.ndarray], float]] = {
     "none": lambda importance: 1.0,
@@ -67,8 +76,9 @@ class Group:
         importance: [*blocks, size], of each element; None where no member has a score.
         blocks: where weights are stacked (scanned blocks, experts), how many blocks there are along each
             stacked axis. Each block loses elements of its own, equally many.
-        within_head: whether the group is the size of attention heads, each element a part of every head.
-            `prune.plan` leaves it whole unless it is named.
+        kind: what its elements are. 'unit' or 'channel'; 'head', or 'kv_head' and 'query' where several query heads
+            share a key and value; 'head_size', each element a part of every head; 'expert'; 'block', an iteration
+            of a scan over stacked weights; 'stream', what residual branches add to.
     """
 
     name: str
@@ -76,11 +86,18 @@ class Group:
     members: tuple[Member, ...]
     locked: str | None
     importance: np.ndarray | None = None
-    within_head: bool = False
+    kind: str = "unit"
     blocks: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
-        return f"Group({self.name!r}, size={self.size}, locked={self.locked!r})"
+        return f"Group({self.name!r}, kind={self.kind!r}, size={self.size}, locked={self.locked!r})"
+
+    def __str__(self) -> str:
+        """What it is, such as 'layers/attention: 9 heads in each of 30 blocks'."""
+        parts = [member.path.split("/")[:-1] for member in self.members]
+        place = "/".join(os.path.commonprefix(parts) or parts[0]) or self.members[0].path
+        stacked = f" in each of {' x '.join(map(str, self.blocks))} blocks" if self.blocks else ""
+        return f"{place}: {self.size} {_PLURALS[self.kind]}{stacked}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,7 +152,9 @@ class Groups:
 
         Args:
             importance: a tree of non-negative scores shaped like `params`, as `prune.scored` gives, or a
-                mapping of them by path. A leaf without scores, or with a single number, takes no part.
+                mapping of them by path. A leaf without scores, or with a single number, takes no part. An
+                entry under the name of a group is the importance of its elements, [*blocks, size], as
+                `prune.block_influence` gives it.
             reduce: 'sum', 'mean' or 'max' of the scores of all members of an element. A score that lies in
                 two members (the diagonal of a recurrent kernel) counts in both.
             normalize: divide by the group's 'mean', 'max' or 'sum', so that groups compare; 'none' does not.
@@ -146,10 +165,19 @@ class Groups:
         """
         _known("reduce", reduce, REDUCTIONS)
         _known("normalize", normalize, NORMALIZATIONS)
-        scores = _scores(importance, self.shapes)
+        names = {group.name for group in self.groups}
+        own = (
+            {name: importance[name] for name in names & set(importance)}
+            if isinstance(importance, Mapping)
+            else {}
+        )
+        rest = {name: each for name, each in importance.items() if name not in own} if own else importance
+        scores = _scores(rest, self.shapes) if rest or not own else {}
         scored = []
         for group in self.groups:
-            raw = _reduced(group, scores, reduce)
+            raw = (
+                _of_elements(group, own[group.name]) if group.name in own else _reduced(group, scores, reduce)
+            )
             scale = 0.0 if raw is None else NORMALIZATIONS[normalize](raw)
             scored.append(
                 dataclasses.replace(group, importance=raw / scale if raw is not None and scale else raw)
@@ -158,13 +186,12 @@ class Groups:
 
     def __str__(self) -> str:
         free = [
-            (group.name, _size(group), str(self.weights(group)), *_summary(group)) for group in self.unlocked
+            (group.name, group.kind, _size(group), str(self.weights(group)), *_summary(group))
+            for group in self.unlocked
         ]
         locked = [(group.name, str(group.size), group.locked or "") for group in self.groups if group.locked]
-        within = [group.name for group in self.unlocked if group.within_head]
-        whole = (
-            [f"Whole in a plan unless named, the size of heads: {', '.join(within)}", ""] if within else []
-        )
+        within = [group.name for group in self.unlocked if group.kind in WHOLE]
+        whole = [f"Whole in a plan unless named or their kind is: {', '.join(within)}", ""] if within else []
         return "\n".join(
             [
                 *aligned([_FREE, *free], left=_FREE, gap=2),
@@ -175,7 +202,7 @@ class Groups:
         )
 
 
-_FREE = ("group", "size", "weights of each", "importance", "members")
+_FREE = ("group", "kind", "size", "weights of each", "importance", "members")
 _LOCKED = ("locked", "size", "why")
 
 
@@ -276,7 +303,7 @@ def _group(coupled: Any, paths: list[str]) -> Group:
         for (leaf, axis, indices), axes in zip(coupled.members, block_axes, strict=True)
     )
     locked = "; ".join(coupled.reasons) or None
-    return Group(members[0].name, coupled.size, members, locked, None, coupled.within_head, coupled.blocks)
+    return Group(members[0].name, coupled.size, members, locked, None, coupled.kind, coupled.blocks)
 
 
 def _named(found: list[Group]) -> tuple[Group, ...]:
@@ -331,6 +358,17 @@ def _scores(importance: Any, shapes: Shapes) -> dict[str, jax.Array]:
                 f"`importance` of {path!r} holds nan or negative scores: pass non-negative numbers"
             )
     return named
+
+
+def _of_elements(group: Group, given: Any) -> np.ndarray:
+    found, shape = np.asarray(given, np.float64), (*group.blocks, group.size)
+    if found.shape != shape:
+        raise ValueError(f"`importance` of {group.name!r} has shape {found.shape}, and its elements {shape}")
+    if not (found >= 0).all():
+        raise ValueError(
+            f"`importance` of {group.name!r} holds nan or negative scores: pass non-negative numbers"
+        )
+    return found
 
 
 def _reduced(group: Group, scores: Mapping[str, jax.Array], reduce: str) -> np.ndarray | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
 
-from jaxeff.prune._groups import Group, Groups
+from jaxeff.graph.coupling_kinds import GROUP_KINDS
+from jaxeff.prune._groups import WHOLE, Group, Groups
 from jaxeff.prune._plans import Plan
 
 Shares = float | Mapping[str, float]
@@ -20,6 +21,7 @@ def plan(
     importance: Any,
     sparsity: Shares,
     *,
+    kinds: Iterable[str] | None = None,
     reduce: str = "sum",
     normalize: str = "mean",
     scope: str = "layer",
@@ -32,10 +34,11 @@ def plan(
     Args:
         groups: of `prune.groups`.
         importance: scores of the weights, shaped like `params`, as `prune.scored` gives by any criterion.
-        sparsity: the fraction of elements to remove, in [0, 1); by group's name with scope 'layer', where the
-            groups not named stay whole. One number is for all groups but those within heads
-            (`Group.within_head`): heads of fewer queries and keys than values are what no attention module
-            can be built with. Name such a group to remove of it.
+        sparsity: the fraction of elements to remove, in [0, 1): one number for all groups of `kinds`, or a
+            mapping by group's name with scope 'layer', where the groups not named stay whole.
+        kinds: of the groups to remove from (`Group.kind`). By default all but 'head_size', since no attention
+            module can be built with heads of fewer queries and keys than values, and 'block', whose importance
+            the scores of weights do not tell: see `prune.block_influence`.
         reduce, normalize: how the scores of an element's weights make its importance; see `Groups.scored`.
         scope: 'layer' removes so much of each group, 'global' of all groups together in one order. With
             'global' groups compare, so `normalize` counts.
@@ -57,12 +60,12 @@ def plan(
     """
     unlocked = {group.name: group for group in groups.unlocked}
     limits = _limits(unlocked, minimum, max_sparsity)
-    _check_arguments(groups, unlocked, sparsity, scope, round_to)
+    chosen = _chosen(unlocked, sparsity, kinds)
+    _check_arguments(unlocked, chosen, sparsity, scope, round_to)
     scored = {
         group.name: group.importance
         for group in groups.scored(importance, reduce=reduce, normalize=normalize).unlocked
-        if limits[group.name]
-        and (group.name in sparsity if isinstance(sparsity, Mapping) else not group.within_head)
+        if limits[group.name] and group.name in chosen
     }
     ranked: dict[str, np.ndarray] = {}
     for name, found in scored.items():
@@ -80,6 +83,20 @@ def plan(
         kept = min(size, math.ceil(kept / round_to) * round_to)
         removed[name] = np.argsort(found, axis=-1, kind="stable")[..., : size - kept]
     return Plan.of(groups, removed)
+
+
+def _chosen(unlocked: Mapping[str, Group], sparsity: Shares, kinds: Iterable[str] | None) -> set[str]:
+    """The names of the groups to remove from."""
+    if isinstance(sparsity, Mapping):
+        if kinds is not None:
+            raise ValueError("`kinds` is for one `sparsity` of all groups; by name pass those that you mean")
+        return set(sparsity)
+    wanted = (
+        set(GROUP_KINDS) - set(WHOLE) if kinds is None else {kinds} if isinstance(kinds, str) else set(kinds)
+    )
+    if unknown := wanted - set(GROUP_KINDS):
+        raise ValueError(f"`kinds` may hold {', '.join(map(repr, GROUP_KINDS))}, got {sorted(unknown)[0]!r}")
+    return {name for name, group in unlocked.items() if group.kind in wanted}
 
 
 def _of_each(ranked: Mapping[str, np.ndarray], sparsity: Shares) -> dict[str, int]:
@@ -134,7 +151,7 @@ def _by_group(argument: str, value: Any, unlocked: Mapping[str, Group], default:
 
 
 def _check_arguments(
-    groups: Groups, unlocked: Mapping[str, Group], sparsity: Shares, scope: str, round_to: int
+    unlocked: Mapping[str, Group], chosen: Set[str], sparsity: Shares, scope: str, round_to: int
 ) -> None:
     if scope not in ("layer", "global"):
         raise ValueError(f"`scope` must be 'layer' or 'global', got {scope!r}")
@@ -147,10 +164,11 @@ def _check_arguments(
             )
     if not unlocked:
         raise ValueError("`groups` has none that may shrink: print the groups to see why")
-    if not isinstance(sparsity, Mapping) and all(group.within_head for group in unlocked.values()):
+    if not isinstance(sparsity, Mapping) and not chosen:
+        others = sorted({group.kind for group in unlocked.values()})
         raise ValueError(
-            f"`sparsity` as one number leaves the size of heads whole, and `groups` has no others that may "
-            f"shrink: name them, {{{next(iter(unlocked))!r}: {sparsity:g}}}"
+            f"no group of `kinds` may shrink, and those that may are of kind {', '.join(map(repr, others))}: pass "
+            f"`kinds`, or name them, {{{next(iter(unlocked))!r}: {sparsity:g}}}"
         )
     if round_to < 1 or round_to != int(round_to):
         raise ValueError(f"`round_to` must be whole and at least 1, got {round_to}")

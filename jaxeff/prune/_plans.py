@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,15 +85,24 @@ class Plan:
         """How many elements each group that loses any keeps, by name, in each of its blocks."""
         return {group.name: group.size - np.shape(self.removed[group.name])[-1] for group in self.groups}
 
-    def alike(self) -> Plan:
-        """A plan of the same sizes, which removes the same elements of every block."""
-        removed = {
-            group.name: _nested(np.broadcast_to(np.arange(np.shape(gone)[-1]), np.shape(gone)).tolist())
-            if group.blocks
-            else gone
-            for group, gone in zip(self.groups, self.removed.values(), strict=True)
-        }
-        return dataclasses.replace(self, removed=removed)
+    def of_each_block(self) -> list[Plan]:
+        """For each block of the stacks, a plan that removes from all of them what this one removes from it.
+
+        Without stacks, this plan alone. The blocks of shorter stacks are repeated.
+        """
+        count = max((math.prod(group.blocks) for group in self.groups), default=1)
+
+        def of(block: int) -> Plan:
+            removed = {}
+            for group in self.groups:
+                gone = np.asarray(self.removed[group.name])
+                # Blocks within blocks: those that are no further divided change the slowest.
+                rows = gone.reshape(-1, gone.shape[-1])
+                row = rows[block * len(rows) // count]
+                removed[group.name] = _nested(np.broadcast_to(row, gone.shape).tolist())
+            return dataclasses.replace(self, removed=removed)
+
+        return [of(block) for block in range(count)] if count > 1 else [self]
 
     def kept(self) -> dict[str, dict[int, np.ndarray]]:
         """The indices that stay, ascending, by path and axis, of every axis that changes.
@@ -159,6 +169,7 @@ class Plan:
             "groups": {
                 group.name: {
                     "size": group.size,
+                    "kind": group.kind,
                     "blocks": list(group.blocks),
                     "members": [
                         [m.path, m.axis, [_encoded(column) for column in m.indices.T], list(m.block_axes)]
@@ -265,7 +276,7 @@ def _decoded_group(name: str, found: Mapping[str, Any]) -> Group:
         Member(path, axis, np.stack([_decoded(column, size) for column in columns], axis=1), tuple(axes))
         for path, axis, columns, axes in found["members"]
     )
-    return Group(name, size, members, None, blocks=tuple(found["blocks"]))
+    return Group(name, size, members, None, kind=found["kind"], blocks=tuple(found["blocks"]))
 
 
 def _elements(name: str, size: int, blocks: tuple[int, ...], elements: Any) -> tuple[Any, ...]:

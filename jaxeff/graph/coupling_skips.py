@@ -1,0 +1,87 @@
+"""Whether a scanned block passes on what it is given when all of its weights are 0, as a residual block does.
+
+Then leaving the block out is the same as setting its weights to 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend.core import Literal
+
+from jaxeff.graph.coupling_rules import zero_where
+from jaxeff.graph.program import Operation, Value, scan_operands
+
+_ZERO = "zero"
+_SUMS = frozenset({"conv_general_dilated", "dot_general", "ragged_dot", "ragged_dot_general"})
+_KEPT = frozenset({
+    "broadcast_in_dim", "concatenate", "cummax", "cumsum", "pad", "reduce_max", "reduce_min", "reduce_sum", "reshape",
+    "rev", "slice", "split", "squeeze", "tile", "transpose",
+})  # fmt: skip
+_TAKEN = frozenset({"dynamic_slice", "gather"})
+_SAME = frozenset({
+    "convert_element_type", "copy", "copy_p", "name", "optimization_barrier", "reshape", "sharding_constraint",
+    "stop_gradient",
+})  # fmt: skip
+
+
+def skipped_by_zeros(operation: Operation) -> bool:
+    """Whether every iteration of a scan carries on what it was given where all that it scans over is 0."""
+    (body,) = operation.bodies
+    constants, carried = scan_operands(operation)
+    states: dict[Value, Any] = dict.fromkeys(body.inputs[constants + carried :], _ZERO)
+    carry = body.inputs[constants : constants + carried]
+    states |= {value: value for value in carry}
+    states |= {value: _ZERO for value, array in body.constants.items() if _is_zero(array)}
+
+    def read(operand: Value | Literal) -> Any:
+        if isinstance(operand, Literal):
+            return _ZERO if _is_zero(operand.val) else None
+        return states.get(operand)
+
+    for each in body.operations:
+        given = [read(operand) for operand in each.inputs]
+        states.update(zip(each.outputs, _through(each, given), strict=True))
+    return bool(carry) and all(read(end) is start for start, end in zip(carry, body.outputs, strict=False))
+
+
+def _through(operation: Operation, given: list[Any]) -> list[Any]:
+    """What each result is: zero, the value that is carried, or None for something else."""
+    zeros = [state is _ZERO for state in given]
+    name = operation.name
+    if name in _SUMS:
+        zero = any(zeros[:2])
+    elif name in _TAKEN:
+        zero = zeros[0]
+    elif name in _KEPT:
+        zero = all(zeros)
+    else:
+        zero = zero_where(operation, zeros[1:] if name == "select_n" else zeros)
+    if zero:
+        return [_ZERO] * len(operation.outputs)
+    if name in _SAME:
+        return [
+            state if isinstance(state, Value) and _fits(state, output) else None
+            for state, output in zip(given, operation.outputs, strict=False)
+        ]
+    if name in ("add", "add_any", "sub") and len(given) == 2:
+        one, other = given
+        if other is not _ZERO and name != "sub":
+            one, other = other, one
+        if other is _ZERO and isinstance(one, Value) and _fits(one, operation.outputs[0]):
+            return [one]
+    return [None] * len(operation.outputs)
+
+
+def _fits(carried: Value, output: Value) -> bool:
+    """Whether an array of another type holds what is carried without rounding."""
+    wide = jnp.promote_types(carried.dtype, output.dtype) == output.dtype
+    return wide and carried.shape == output.shape
+
+
+def _is_zero(array: Any) -> bool:
+    numeric = isinstance(array, (int, float, np.ndarray, np.generic)) or hasattr(array, "__array__")
+    return numeric and not isinstance(array, Tracer) and not np.any(np.asarray(array))
