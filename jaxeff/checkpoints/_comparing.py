@@ -194,7 +194,7 @@ class _Distance:
 
 
 def _squares(x: np.ndarray) -> np.ndarray:
-    # Not by BLAS, whose threads wait for each other longer than they multiply.
+    # BLAS is not used, as its threads wait for each other longer than they multiply.
     parts = (np.real(x), np.imag(x)) if x.dtype.kind == "c" else (x,)
     return np.sum([np.einsum("ij,ij->i", part, part) for part in parts], axis=0)
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxeff.metrics._histogram import BINS, COLUMNS, INVALID_BIN, LIMITS, PLACE_BITS
 from jaxeff.metrics._weighted import Spread, Weighted
 
-_BLOCK = 1 << 17  # weights at a time: they stay in a core's cache
+_BLOCK = 1 << 17  # weights at a time, which stay in a core's cache
 _PACKED = 36
 """A bin sums 2^36 and the position of each weight: exact in float64 for a block, and in int64 for a run."""
 _RUN = 1 << 21
@@ -113,7 +113,7 @@ class BinCounts:
         with np.errstate(over="ignore", invalid="ignore"):
             apart = np.subtract(magnitudes, self.pivot, out=buffer, dtype=np.float64)
             self.off += float(apart.sum())
-            # Not by BLAS, whose threads wait for each other longer than they multiply.
+            # BLAS is not used, as its threads wait for each other longer than they multiply.
             self.square += float(np.einsum("i,i", apart, apart))
 
     def result(self) -> Counted:

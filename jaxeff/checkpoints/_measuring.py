@@ -20,7 +20,7 @@ from jaxeff.metrics._order import limits
 from jaxeff.metrics._weighted import SQUARES, Spread, Weighted, effective_units, metrics_of, sums_of
 from jaxeff.report import OtherNumbers
 
-SORTED = 1 << 14  # up to here an array is sorted
+SORTED = 1 << 14  # arrays of up to this many elements are sorted
 
 
 def magnitudes(elements: np.ndarray) -> np.ndarray:

@@ -33,7 +33,7 @@ from jaxeff.checkpoints._stored import (
 _ARRAY, _SCALAR = 1, 3  # as flax.serialization numbers its extensions
 _CHUNKED = "__msgpack_chunked_array__"
 _DEEPEST = 200
-_MOST = 10_000_000  # values: a file of more has no arrays worth the memory for its tree
+_MOST = 10_000_000  # values; the tree of a file with more would take too much memory
 
 
 class _Array(NamedTuple):
@@ -203,14 +203,14 @@ class _Scanner:
         for _ in range(size):
             key = self.value(depth + 1)
             if not isinstance(key, (str, int)):
-                raise _Malformed(f"a key before byte {self.at:,} is no text")
+                raise _Malformed(f"a key before byte {self.at:,} is not text")
             if str(key) in found:
                 raise _Malformed(f"the key {quoted(key)} comes twice in one map")
             found[str(key)] = self.value(depth + 1)
         return found
 
     def _check_count(self, size: int) -> None:
-        # Each value has a byte at least: so no length can ask for more memory than the file has.
+        # Each value takes at least one byte, so no length can claim more memory than the file has.
         if size > self.stop - self.at:
             raise _Malformed(f"{size:,} values should follow byte {self.at:,}")
 
@@ -222,7 +222,7 @@ class _Scanner:
         return _Array(*fields)
 
     def list_of_array(self, depth: int) -> tuple[tuple[int, ...], str, tuple[Span, ...]]:
-        """What an extension of an array holds: [shape, dtype, bytes]."""
+        """Read the contents of an array's extension: [shape, dtype, bytes]."""
         start, fields = self.at, self.value(depth + 1)
         if not (isinstance(fields, list) and len(fields) == 3 and isinstance(fields[2], _Bytes)):
             raise _Malformed(f"no shape, dtype and bytes at byte {start:,}")

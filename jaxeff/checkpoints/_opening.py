@@ -200,7 +200,7 @@ def _in_order(names: list[str]) -> list[str]:
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Return a key to sort by that reads the numbers in a name as numbers."""
     parts = re.findall(r"[0-9]+|[^0-9]+", name)
-    # Longer runs of digits are no numbers, and Python refuses to read the longest.
+    # Longer runs of digits are not numbers, and Python refuses to read the longest.
     return [
         (0, int(part), "") if part.isascii() and part.isdigit() and len(part) < 20 else (1, 0, part)
         for part in parts

@@ -21,8 +21,8 @@ from jaxeff.checkpoints._stored import CheckpointError, Read, Stored, quoted
 _TREE = "_METADATA"
 _ARRAYS = ("jax.Array", "np.ndarray", "scalar")
 _EMPTY = ("None", "Dict", "List", "Tuple", "NamedTuple")
-_AT_ONCE = 1 << 24  # bytes of rows to read together where few are stored together
-_MOST = 1 << 36  # bytes of rows to read together
+_AT_ONCE = 1 << 24  # bytes of rows to read together if few are stored together
+_MOST = 1 << 36  # maximum bytes of rows to read together
 
 
 def is_item(directory: Path) -> bool:
@@ -69,7 +69,7 @@ def _leaf(entry: dict[str, Any]) -> tuple[tuple[str, ...], str]:
 def _stored(directory: Path, spec: dict[str, Any], keys: tuple[str, ...], kind: str) -> Stored:
     name = "/".join(keys)
     if kind not in _ARRAYS:
-        # A text, or an object of the program's own.
+        # A string, or an object of the program's own.
         return Stored(name, (), None, kind, _nothing)
     array, where = _array(directory, spec, ".".join(keys)), f"{quoted(directory)}: array {quoted(name)}"
 

@@ -43,7 +43,7 @@ def in_order(report: Report, order: str) -> list[int]:
     """Return the indices of the rows in order; rows with an unknown number come last."""
     rows, order = report.single().rows, _HEADINGS.get(order, order)
     if order == "path":
-        return list(range(len(rows)))  # as the checkpoint has them
+        return list(range(len(rows)))  # the order of the checkpoint
     return sorted(range(len(rows)), key=lambda index: _key(order)(rows[index]))
 
 

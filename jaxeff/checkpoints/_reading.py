@@ -12,9 +12,9 @@ import numpy as np
 
 from jaxeff.checkpoints._stored import Stored
 
-PIECE = 1 << 20  # elements that are read at once
-_BATCH = 1 << 14  # elements that are measured at once: they stay in a core's cache
-_WAITING = 1 << 22  # elements that wait for others of their kind
+PIECE = 1 << 20  # elements to read at once
+_BATCH = 1 << 14  # elements to measure at once, which stay in a core's cache
+_WAITING = 1 << 22  # elements that may wait for others of their kind
 
 Progress = Callable[[int], None]  # bytes
 T = TypeVar("T")

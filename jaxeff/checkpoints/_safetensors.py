@@ -28,7 +28,7 @@ from jaxeff.checkpoints._stored import (
     quoted,
 )
 
-_LONGEST_HEADER = 100_000_000  # as the format's own reader has it
+_LONGEST_HEADER = 100_000_000  # the limit of the format's own reader
 _DTYPES = {
     "F64": "float64",
     "F32": "float32",

@@ -109,7 +109,7 @@ def fill(file: FileIO, buffer: memoryview) -> None:
     """Read until the buffer is full."""
     done = 0
     while done < len(buffer):
-        # No more than a system call may return.
+        # A system call may return at most this much.
         count = file.readinto(buffer[done : done + (1 << 30)])
         if not count:
             raise CheckpointError(
@@ -152,9 +152,9 @@ def json_object(text: bytes, path: str | os.PathLike) -> dict[str, Any]:
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{quoted(path)}: not JSON where it should be ({first_line(error)})") from error
+        raise CheckpointError(f"{quoted(path)}: invalid JSON ({first_line(error)})") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{quoted(path)}: JSON, but no object")
+        raise CheckpointError(f"{quoted(path)}: JSON, but not an object")
     return found
 
 

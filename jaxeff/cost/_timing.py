@@ -71,7 +71,7 @@ def peak(dtype: Any = jnp.float32, *, width: int = 2048, copied: int = 2**28, de
 
 def _copies(size: int, repeats: int) -> list[float]:
     """Return the seconds of each copy of an array onto itself; new memory would be mapped page by page."""
-    # An addition: a plain copy may be left out by the compiler.
+    # An addition, because the compiler may drop a plain copy.
     copy = jax.jit(lambda array: array + 1, donate_argnums=0)
     array = jax.block_until_ready(copy(jnp.zeros(size, jnp.float32)))
     seconds: list[float] = []

@@ -126,7 +126,7 @@ def _inside(equation: Any) -> list[Jaxpr]:
 def _keeping(program: Any) -> Any:
     """Return the program with other policies, also in the bodies of its calls and loops."""
     inner = getattr(program, "jaxpr", program)
-    # Newer JAX has one class for both: its `jaxpr` is itself.
+    # Newer JAX has one class for both, whose `jaxpr` is itself.
     if inner is not program:
         return program.replace(jaxpr=_keeping(inner))
     return program.replace(eqns=[_kept(equation) for equation in program.eqns])

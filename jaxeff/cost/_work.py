@@ -39,7 +39,7 @@ class Work:
     @property
     def numbers(self) -> tuple[int, ...]:
         """The five numbers, in order."""
-        # Not dataclasses.astuple, which copies deeply: this runs for every operation of a program.
+        # dataclasses.astuple would copy deeply, and this runs for every operation of a program.
         return self.macs, self.flops, self.transcendentals, self.integer_operations, self.padding_macs
 
     @property
@@ -49,7 +49,7 @@ class Work:
 
 
 def _divided(number: int, parts: int) -> int:
-    # A float where the parts are not whole: an optimizer's update is not per example.
+    # A float if the parts are not whole, as an optimizer's update is not per example.
     return number // parts if number % parts == 0 else number / parts  # pyright: ignore
 
 

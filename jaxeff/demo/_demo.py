@@ -100,7 +100,7 @@ def create_state(key: jax.Array) -> TrainState:
     return TrainState.create(apply_fn=_MODEL.apply, params=params, tx=_OPTIMIZER)
 
 
-# One of each, so that networks of all seeds share their compiled programs.
+# Made once, so that networks of all seeds share their compiled programs.
 _MODEL = DigitsCNN()
 _OPTIMIZER = optax.adamw(1e-3, weight_decay=1e-2)
 _init = jax.jit(_MODEL.init)

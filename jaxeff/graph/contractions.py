@@ -71,14 +71,14 @@ def _convolution(operation: Operation) -> Multiplications:
     lows = [low for low, _ in params["padding"]]
     strides, dilations, spread = (params[key] for key in ("window_strides", "lhs_dilation", "rhs_dilation"))
     met = math.prod(map(_met, outputs, windows, elements, strides, lows, dilations, spread))
-    # A kernel's gradient exchanges the roles: its window is the convolution's output. JAX makes it by reading
-    # the batch as features and the features as batch, so that the dimensions come in the other order.
+    # The gradient of a kernel has the convolution's output as its window. JAX computes it by exchanging batch and
+    # features, which swaps their dimensions.
     of_kernel = numbers.lhs_spec[0] > numbers.lhs_spec[1]
     transposed = any(dilation > 1 for dilation in dilations) or any(
         made > given for made, given in zip(windows if of_kernel else outputs, elements, strict=True)
     )
     every = met if transposed else math.prod(outputs) * math.prod(windows)
-    # Per group, whichever of features and batch is grouped.
+    # Per group, whether features or batch are grouped.
     each = batch * features * per_group
     return Multiplications(each * every, each * (every - met))
 
@@ -94,7 +94,7 @@ def _met(
     offsets = np.arange(window, dtype=np.int64) * window_dilation - low
     last = (inputs - 1) * input_dilation
     met = 0
-    # Outputs in classes: within one, whether a tap meets an element or a gap is always the same.
+    # Within a class of outputs, a tap always meets an element or always a gap.
     for first in range(min(input_dilation, outputs)):
         count = -(-(outputs - first) // input_dilation)
         starts, step = offsets + first * stride, stride * input_dilation

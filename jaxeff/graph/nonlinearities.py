@@ -130,7 +130,7 @@ _UNCHANGED = frozenset({
     "reduced_vary_cast_p", "relayout", "reshard", "sharding_constraint", "stage", "stop_gradient",
     "vary_unreduced_cast", "vary_unreduced_cast_p", "with_memory_space_constraint",
 })  # fmt: skip
-# Of a scalar constant on its way into pointwise arithmetic.
+# Operations on a scalar constant before it enters pointwise arithmetic.
 _SCALAR_MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
 
 
@@ -253,7 +253,7 @@ def _curve(
     operations: Sequence[Operation], start: Value, end: Value, constants: Mapping[Value, Any]
 ) -> Array | None:
     known: dict[Value, Array] = {start: _GRID}
-    # Overflow and 0/0 in a branch that a `where` discards are part of evaluating on a grid.
+    # Evaluation on a grid may overflow or divide 0 by 0 in a branch that a `where` discards.
     with np.errstate(all="ignore"):
         for operation in operations:
             operands = [_scalar(operand, known, constants) for operand in operation.inputs]

@@ -155,7 +155,7 @@ def _needed(steps: Sequence[Step], wanted: set[Value]) -> tuple[Step, ...]:
         whole = step.whole if isinstance(step, Call) else step
         if not whole.effects and wanted.isdisjoint(whole.outputs):
             continue
-        # Run whole, a call takes all of its operands, whichever of its outputs are wanted.
+        # A call that is run whole takes all of its operands, even if only some outputs are wanted.
         wanted.update(operand for operand in whole.inputs if isinstance(operand, Value))
         kept.append(Call(whole, _needed(step.steps, wanted)) if isinstance(step, Call) else step)
     return tuple(reversed(kept))
@@ -203,7 +203,7 @@ def _inline(
     for equation in jaxpr.eqns:
         operands = tuple(read(atom) for atom in equation.invars)
         name = equation.primitive.name
-        # A callee's names begin anew.
+        # A callee's scope starts afresh.
         inner = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
         if name in _INLINED:
             called = _closed(_parameter(equation, _INLINED[name]))

@@ -36,7 +36,7 @@ CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "gather"})
 REDUCTIONS = frozenset({
     "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "reduce_xor",
 })  # fmt: skip
-# They take no array.
+# Primitives without array operands.
 _SOURCES = frozenset({
     "after_all", "axis_index", "create_token", "empty", "empty2", "iota", "partition_id", "platform_index",
 })  # fmt: skip

@@ -47,7 +47,7 @@ class Criterion:
 
     @property
     def reads_activations(self) -> bool:
-        """Whether it needs activations, and so cannot score a weight without them."""
+        """Whether it needs activations, and therefore cannot score a weight without them."""
         return self.side in ("post", "input", "user") or any(quantity == "gate" for quantity, _ in self.needs)
 
 

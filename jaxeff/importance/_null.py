@@ -54,7 +54,7 @@ def factors_of(
     one = jnp.ones((1,) * weight.ndim, wide(weight.dtype))
     factor = one
     if sites or not criterion.reads_activations:
-        # A weight of ones, of size 1 on every axis, leaves the factor alone, and as small as it is.
+        # A weight of ones with size 1 on every axis leaves only the factor, at its own size.
         factor = over_uses(criterion, one, sites, derivatives)
     factors = jnp.ravel(gathered(jnp.where(usable, factor, 1).astype(wide(weight.dtype))))
     return factors if factors.size <= _PROFILE else profile_of(factors)

@@ -43,7 +43,7 @@ class Reduced(NamedTuple):
 
     units: Any  # the mean importance of each unit's weights
     factors: Any  # of the null; [1] if the null is not sampled
-    usable: Any  # whether what the criterion reads is finite
+    usable: Any  # whether the statistics that the criterion reads are finite
     largest: Any  # of |w|; nan if any weight is nan
 
 

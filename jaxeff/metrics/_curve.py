@@ -16,7 +16,7 @@ from jaxeff.metrics._weighted import Spread
 from jaxeff.numerics.summation import namespace, running_total
 
 _OCTAVES = (-10, 6)
-_CELL_BITS = 2  # four cells an octave
+_CELL_BITS = 2  # four cells per octave
 _SHIFT = 23 - _CELL_BITS
 _FIRST = (127 + _OCTAVES[0]) << _CELL_BITS
 CELLS = ((_OCTAVES[1] - _OCTAVES[0]) << _CELL_BITS) + 2
@@ -56,7 +56,7 @@ def cells_of(spread: Spread) -> Any:
     running = xp.pad(running_total(held), [(0, 0), (1, 0)])
     size, sum_ = running[:, -1]
     alive = (sum_ > 0) & ~xp.any(invalid > 0)
-    # Differences of running sums: adding weights up one by one would round each time.
+    # Use differences of running sums, since adding weights one by one would round each time.
     relative = values * (size / xp.where(alive, sum_, 1))
     from_edge = xp.searchsorted(-relative, -EDGES.astype(values.dtype), side="right")
     above = xp.concatenate([running[:, -1:], running[:, from_edge], xp.zeros_like(running[:, :1])], axis=1)

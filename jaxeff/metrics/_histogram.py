@@ -25,7 +25,7 @@ from jaxeff.metrics._order import importances, limits
 from jaxeff.numerics.placement import in_turn_or_at_once
 from jaxeff.numerics.summation import namespace
 
-ROWS, COLUMNS = 256, 512  # one row an exponent
+ROWS, COLUMNS = 256, 512  # one row per exponent
 BINS = ROWS * COLUMNS
 PLACE_BITS = 14
 
@@ -38,9 +38,9 @@ _INVALID = np.uint32(INVALID_BIN << PLACE_BITS)
 _ZERO = np.uint32(ZERO_BIN << PLACE_BITS)
 
 _PIECE_BITS = 13
-_PIECE = 1 << _PIECE_BITS  # weights at a time: they stay in a core's cache
+_PIECE = 1 << _PIECE_BITS  # weights at a time, which stay in a core's cache
 _RUN = 1 << 24  # weights counted into one table
-_UNCROWDED = 1 << 18  # weights of one bin whose places sum to less than a word
+_UNCROWDED = 1 << 18  # weights of one bin whose positions sum to less than a word
 
 
 class Histogram(NamedTuple):
@@ -158,7 +158,7 @@ def _largest(x: Array) -> Array:
     def among_integers() -> Array:
         return lax.bitcast_convert_type(jnp.max(importances(x)[0]), jnp.uint32)
 
-    # As a float in a tenth of the time; but XLA takes subnormals for 0, and not all need be importances.
+    # The maximum of floats takes a tenth of the time, but XLA flushes subnormals to 0, and entries may be invalid.
     plain = jnp.isfinite(largest) & (largest > 0)
     return lax.cond(plain, lambda: lax.bitcast_convert_type(largest, jnp.uint32), among_integers)
 
@@ -185,7 +185,7 @@ def _by_pieces(x: Array, size: Array) -> tuple[Array, Array]:
     def digits(shift: int, width: int) -> Array:
         return over_pieces(jnp.zeros(BINS, jnp.uint32), lambda found: _digits(found, shift, width))
 
-    # The padding of the last piece is zeros: their bin starts with as many less.
+    # The last piece is padded with zeros, so their bin starts at minus that many.
     padding = (size - last * _PIECE).astype(jnp.uint32)
     table = over_pieces(jnp.zeros((BINS, 2), jnp.uint32).at[ZERO_BIN, 0].set(padding), count_and_place)
     return table, _high_words(x.size, table, digits)

@@ -118,28 +118,21 @@ def sums_of(spread: Spread) -> Any:
 
 
 def _below(distribution: Weighted, mean: Any, threshold: float) -> Any:
-    """The fraction of each group below the threshold times the mean, by interpolation in its bin."""
+    """Return the fraction of each group below the threshold times the mean, interpolated in its bin."""
     values, counts, low, width, _ = distribution
     xp = namespace(values)
     limit = threshold * tie(values.dtype) * mean
     below = (values < limit).astype(values.dtype)
     if width is None:
         return below
-    # Evenly spread about their mean, as far as the bin goes: at its edge all are equal.
+    # Weights are spread evenly about their mean, as far as the bin allows; with the mean at its edge all are equal.
     reach = xp.minimum(values - low, low + width - values)
     inside = xp.clip((limit - values) / xp.where(reach > 0, 2 * reach, 1) + 0.5, 0, 1)
     return xp.where((counts > 1) & (reach > 0), inside, below)
 
 
 def metrics_of(sums: Any, integers: Any = None, squares: Any = None) -> Metrics:
-    """The metrics, also of several layers stacked.
-
-    Args:
-        sums: [..., 16], from `sums_of`.
-        integers: [..., 3], int32, zeros, entries that are no importance, and all; where known exactly.
-        squares: [...], sum (v - mean)^2 relative to the largest, where the distribution is known by its bins
-            alone and the single weights are at hand.
-    """
+    """Compute the metrics of one layer, or of several stacked."""
     xp = namespace(sums)
     size, sum_, largest, present, surprise, gaps, off, *rest = (sums[..., i] for i in range(16))
     squares = off if squares is None else squares
@@ -180,7 +173,7 @@ def information(size: Any, sum_: Any, surprise: Any) -> Information:
     alive = sum_ > 0
     sum_ = xp.where(alive, sum_, 1)
     log_size = xp.log(size)
-    # Rounding must not lift it above that of equal weights, nor below that of a single one.
+    # Rounding must not take it above that of equal weights, or below that of a single one.
     entropy = xp.clip(xp.log(sum_) - surprise / sum_, 0, log_size)
     normalized = xp.where(size > 1, entropy / xp.where(size > 1, log_size, 1), 1)
     used = xp.exp(entropy - log_size)

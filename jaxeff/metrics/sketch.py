@@ -179,7 +179,7 @@ def spread_of(sketch: Sketch, dtype: Any = np.float32) -> Spread:
         + sum(part for part, other in zip(apart, LIMITS, strict=True) if other <= limit)
         for limit in LIMITS
     ]
-    # They are of no entry in particular.
+    # These tallies belong to no particular entry.
     first, *tallied = (xp.pad(tally[None], (0, ENTRIES - 1)) for tally in (zeros, invalid, *below))
     return Spread(weighted(sketch, dtype), (first, *tallied))
 
@@ -226,7 +226,7 @@ def weighted(sketch: Sketch, dtype: Any = np.float32) -> Weighted:
     largest = sketch.largest
     rows = _FINE + _COARSE
     last = (largest >> 23).astype(np.int32)
-    exponent = last - (rows - 1) + xp.arange(rows, dtype=np.int32)  # of each octave that is read
+    exponent = last - (rows - 1) + xp.arange(rows, dtype=np.int32)  # of each octave to read
     counts, places = _octaves(sketch, last - (rows - 1), rows, dtype)
 
     # Relative to the octave of the largest weight. Subnormals have the octave above them, and no leading 1.
@@ -262,7 +262,7 @@ def _octaves(sketch: Sketch, first: Any, rows: int, dtype: Any) -> list[Any]:
     for column in (0, 2):
         part = _float(read[..., column : column + 2], dtype)
         for limit, apart in zip(LIMITS, BELOW_BINS, strict=True):
-            # Those below a threshold go back to their bin.
+            # Weights below a threshold go back to their bin.
             more = _float(sketch.bins[apart, column : column + 2], dtype)
             part = part + xp.where(bin_ == limit >> PLACE_BITS, more, 0)
         parts.append(part)
@@ -295,7 +295,7 @@ def _pooled(mean: Any, counts: Any, start: Any, width: Any) -> tuple[Any, Any, A
     mean, counts, start, width = (part.reshape(-1, _POOLED) for part in (mean, counts, start, width))
     whole = total(counts)
     first = start[:, 0]
-    # About the start, for the means to keep their digits.
+    # Relative to the start of the bin, so that the means keep their digits.
     above = total(counts * (mean - start[:, :1])) / xp.where(whole > 0, whole, 1)
     return first + above, whole, first, total(width)
 
@@ -324,7 +324,7 @@ def _bounds(sketch: Sketch, distribution: Weighted, metrics: Metrics) -> Bounds:
     starts = xp.where(counts > 1, low, values)
     limits = [threshold * mean for threshold in RELATIVE_THRESHOLDS.values()]
     within = [(starts <= limit * (1 + slack)) & (ends >= limit * (1 - slack)) for limit in limits]
-    # From 0 on v ln v hangs at most w / e below its chord.
+    # From 0 to w, v ln v lies at most w / e below its chord.
     bend = xp.where(low > 0, xp.minimum(width / (8 * xp.where(low > 0, low, 1)), 0.37), 0.37)
     spread = several * bend * width
     squares = counts * (values - mean) ** 2

@@ -85,7 +85,7 @@ def bisected(
     def at_most(found: list[Array], most: list[Array]) -> list[Array]:
         return [number <= limit for number, limit in zip(found, most, strict=True)]
 
-    # Sharded as what is compared with them, which an explicit mesh asks for; nothing is counted for that.
+    # Sharded like the arrays compared with them, as an explicit mesh requires; nothing is counted for that.
     start = [jnp.zeros_like(number) for number in under([jnp.zeros_like(count) for count in counts])]
     limits = largest_of_each(lambda limits: at_most(under(limits), counts), start, 31)
     missing = [count - gone for count, gone in zip(counts, under(limits), strict=True)]

@@ -74,7 +74,7 @@ def _parts(entry: Any, mesh: Any) -> int:
 
 def _explicit(array: Any) -> NamedSharding | None:
     """Return the layout of an array that an explicit axis of a mesh splits."""
-    # What eval_shape returns has no type of its own.
+    # Results of eval_shape have no type of their own.
     abstract = isinstance(array, jax.ShapeDtypeStruct)
     sharding = array.sharding if abstract else jax.typeof(array).sharding
     return sharding if isinstance(sharding, NamedSharding) and any(sharding.spec) else None

@@ -27,8 +27,8 @@ from jaxeff.numerics.bisection import (
 )
 
 _PIECE = 1 << 14
-_AT_ONCE = 1 << 17  # elements of short rows that are bisected side by side
-_FEW = 64  # rows whose histograms of 2^11 bins are small beside their elements
+_AT_ONCE = 1 << 17  # elements of short rows to bisect side by side
+_FEW = 64  # rows whose histograms of 2^11 bins are small compared with their elements
 
 
 class _Part(NamedTuple):
@@ -78,7 +78,7 @@ def rows_of(array: Array, apart: Axes) -> Array:
 
 def _joined(arrays: Sequence[Candidates], rank: int = 1) -> Candidates:
     """Concatenate arrays: all of their elements, or along the first of two axes."""
-    # As they are: what is done to each first would be done to each element by a choice among all of them.
+    # Unchanged, because an operation on each first would be applied to every element by a choice among all.
     dtypes = {array.values.dtype for array in arrays}
     narrow = len(dtypes) == 1 and dtypes <= {jnp.dtype(name) for name in ("bfloat16", "float16", "float32")}
     flat = [array.map(jnp.ravel) if rank == 1 else array for array in arrays]
@@ -159,7 +159,7 @@ def _of_long_rows(size: int, rows: list[Candidates], counts: Array, largest: boo
         return pieces.map(lambda x: x[at]).keys(largest)
 
     def narrowed(number_of_pass: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        """The next bits of the limits, and how many are to go of those that share all bits so far."""
+        """Return the next bits of the limits, and how many to select of the scores that share all bits so far."""
         prefix, missing = state
         shift = width * (passes - 1 - number_of_pass)
         known = jnp.minimum(shift + width, 31)
@@ -167,7 +167,7 @@ def _of_long_rows(size: int, rows: list[Candidates], counts: Array, largest: boo
         def count(at: Array, table: Array) -> Array:
             owner, piece = owners[at], keys(at)
             digit = lax.shift_right_logical(piece, shift) & (bins - 1)
-            # What has other bits before these goes to a bin of its own.
+            # Scores whose earlier bits differ go to a bin of their own.
             digit = jnp.where(piece >> known == prefix[owner] >> known, digit, bins)
             return table.at[owner * (bins + 1) + digit].add(1, mode="promise_in_bounds")
 

@@ -18,7 +18,7 @@ def write(path: str | os.PathLike, text: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    # A link is followed, not replaced.
+    # Follow a link rather than replace it.
     target = Path(os.path.realpath(path))
     with _named(path):
         if _is_special(target):

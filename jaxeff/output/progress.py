@@ -26,9 +26,9 @@ from rich.table import Column
 from rich.text import Text
 
 ONE_LINE = Column(no_wrap=True)
-_SHORTEST, _LONGEST = 4, 40  # a bar
+_SHORTEST, _LONGEST = 4, 40  # columns of a bar
 _TIME = 7
-_ENOUGH = 1.0  # seconds of steps to tell the time of others from
+_ENOUGH = 1.0  # seconds of steps needed to estimate the time of others
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 

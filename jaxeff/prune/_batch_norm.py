@@ -93,7 +93,7 @@ def _of_batches(update: Callable, stats: Any, batches: Iterable[Any]) -> Iterato
 def _probed(update: Callable, stats: Any, zeros: Values, batch: tuple) -> tuple[Values, Values, Values]:
     """Return a batch's update of averages of 0, some other averages, and its update of those."""
     low = named_leaves(update(_with_values(stats, zeros), batch))
-    # As large as what the batch adds, so that the momentum is not lost in its rounding.
+    # As large as the batch's contribution, so that the momentum is not lost in its rounding.
     start = {path: np.maximum(np.abs(low[path]), 1) for path in zeros}
     high = named_leaves(update(_with_values(stats, start), batch))
     taken = [{path: np.asarray(found[path]) for path in zeros} for found in (low, high)]

@@ -183,7 +183,7 @@ def _random(key: Array, shapes: Any) -> Any:
 
 
 def _moved(before: Any, magnitudes: Any, promises: Any, share: Array) -> Any:
-    """In each layer, remove the lowest magnitudes from the masks and add as many of the highest promises."""
+    """Drop the lowest magnitudes of each layer from the masks, and grow as many of the highest promises."""
     leaves, structure = jax.tree.flatten(before)
     moving = [i for i, mask in enumerate(leaves) if mask.ndim]
     small, promised = ([jax.tree.leaves(unboxed(tree))[i] for i in moving] for tree in (magnitudes, promises))

@@ -244,7 +244,7 @@ def _check(scores: Mapping[str, Array], sparsity: Any, scope: str, pattern: Any)
     if not scores:
         raise ValueError(
             "`importance` holds no scores: every leaf is a single number, as `prune.scored` returns for "
-            "leaves that may not be pruned, such as biases and integer arrays. Score floating weights; "
+            "leaves that may not be pruned, such as biases and whole numbers. Score floating weights; "
             "pass quantized ones as floats: `.astype(jnp.float32)`, times their scale."
         )
     if scope not in SCOPES:

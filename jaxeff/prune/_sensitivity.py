@@ -233,7 +233,7 @@ def sensitivity(
         group, of_layers = _grouped(path, score, axes, pattern, fractions)
         found.append(of_layers)
         names.append(layer_names(path, jnp.shape(score), axes.layers))
-        # Magnitudes of single weights are made where they are read, so that no copy stays.
+        # Magnitudes of single weights are computed where they are read, so that no copy is kept.
         groups.append(None if given is None and isinstance(pattern, Unstructured) else group)
     stacked = jax.tree.map(lambda *rows: jnp.concatenate(rows), *found)
     stacks = tuple(axes.layers for axes in known)
@@ -311,7 +311,7 @@ def _grouped(
     of_layers = in_layers(lambda layer: grouped(layer, path, axes.of_layer), axes.layers)
     group = by_compiler(of_layers, score, like=score)
     if isinstance(pattern, NByM):
-        # Those that go are the lowest.
+        # The lowest scores are removed.
         group = group.astype(jnp.float32)
     size = group.size // math.prod(group.shape[axis] for axis in axes.layers)
     counts = np.array([counted(sparsity, size) for sparsity in sparsities], np.int32)
@@ -333,7 +333,7 @@ def _losses(
 
     def loss(run: tuple[Array, Array, Threshold]) -> Array:
         leaf, row, threshold = run
-        # By a condition: what tells the scores apart is then made for one layer, and not kept between runs.
+        # Under a condition, the keys of the scores are made for one layer only, and not kept between runs.
         weights = [
             jax.lax.cond(
                 leaf == i,

@@ -15,7 +15,7 @@ from jaxeff.report._records import Snapshot
 
 SHOWN = 60
 """Maximum number of rows; a line below says how many were left out."""
-_UNFOLDED = 5  # items of a list, at most, that nobody has to open
+_UNFOLDED = 5  # lists of at most this many items are open from the start
 _BOX = '<div tabindex="0" style="max-height: 32em; overflow: auto">'
 
 
@@ -43,7 +43,7 @@ def preformatted(text: str) -> str:
     return f"<pre>{html.escape(text)}</pre>"
 
 
-# Notebooks set all cells to the right, where paths are hard to tell apart.
+# Notebooks align all cells to the right, where paths are hard to tell apart.
 _HEADER = ('<th scope="col" style="text-align: left">', '<th scope="col">', "</th>")
 _ROW = ('<th scope="row" style="text-align: left; font-weight: normal">', "<td>", "</td>")
 

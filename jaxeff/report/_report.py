@@ -160,7 +160,7 @@ class Report:
                 f"this report holds {math.prod(members)} models or steps: take one first, such as "
                 "jax.tree.map(lambda x: x[0], report)"
             )
-        # As it is where its numbers are there already: its rows are made once.
+        # Return the report itself if its numbers are already on the host, so that its rows are made only once.
         here = all(isinstance(leaf, (np.ndarray, np.generic)) for leaf in jax.tree.leaves(self))
         return self if here else jax.device_get(self)
 
@@ -297,7 +297,7 @@ def _stacked(parts: Sequence[Any], kind: Any) -> Any:
 
 
 def _at(stacked: Any, index: int) -> Any:
-    # The last axis: vmap and scan add theirs in front.
+    # The last axis, since vmap and scan add leading ones.
     return jax.tree.map(lambda numbers: numbers[..., index], stacked)
 
 

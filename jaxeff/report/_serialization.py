@@ -29,8 +29,8 @@ from jaxeff.report._records import (
 )
 from jaxeff.statistics import HeadlessAttention
 
-# A reader opens any minor version: it leaves out fields it does not know, and takes those that are missing
-# for unknown. Whatever it would read wrongly needs a new major version.
+# A reader opens any minor version: it ignores fields that it does not know, and takes missing ones as unknown.
+# A change that it would misread needs a new major version.
 SCHEMA = 3
 MINOR = 1
 

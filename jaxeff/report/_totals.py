@@ -24,7 +24,7 @@ def model(structure: Sequence[LayerStructure], numbers: LayerNumbers, total_para
     sizes = np.asarray([layer.size for layer in structure], np.float32)
     included = xp.isfinite(found.effective_params)
     weights = xp.sum(xp.where(included, sizes, 0))
-    # Without layers, or without one that is finite, there is no mean: nan, as the mean of nothing.
+    # The mean is nan if there is no finite layer.
     over = xp.where(weights > 0, weights, math.nan)
     null = xp.full_like(sizes, math.nan) if numbers.null is None else numbers.null.utilization
     averaged = {"null_utilization": null, **{name: getattr(found, name) for name in _SPARSITIES}}
@@ -62,7 +62,7 @@ def _pooled_effective_params(found: Metrics, sizes: Any, included: Any) -> Any:
     held = included & (found.mean > 0)
     if not held.size:
         return xp.full((), math.nan, np.float32)
-    # In logarithms: the sum of a layer of large weights lies beyond float32.
+    # In logarithms, since the sum of a layer of large weights may exceed float32.
     logs = xp.where(held, xp.log(xp.where(held, found.mean, 1)) + xp.log(sizes), -math.inf)
     top = xp.max(logs)
     parts = xp.exp(logs - xp.where(xp.isfinite(top), top, 0))

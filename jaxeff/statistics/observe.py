@@ -88,7 +88,7 @@ def trace(
     try:
         closed, (outputs, captured) = jax.make_jaxpr(function, return_shape=True)(params, inputs)
     except jax.errors.UnexpectedTracerError:
-        # Flax captured a value out of a transformation (a module called inside nn.cond, say).
+        # Flax captured a value that leaked out of a transformation, such as a module called inside nn.cond.
         plain = function.without_capture()
         closed, (outputs, captured) = jax.make_jaxpr(plain, return_shape=True)(params, inputs)
     program = graph.flatten(closed)
@@ -221,7 +221,7 @@ def _grouped_input(site: graph.Site, shape: tuple[int, ...], array: jax.Array) -
 
 
 def _numbered(dim: tuple[axes.Factor, ...]) -> tuple[axes.Factor, ...]:
-    # The channels' dimension is (groups, channels of a group): axes 0 and 1 of what is kept.
+    # The channels' dimension is (groups, channels of a group), which are axes 0 and 1 of the result.
     return tuple(axes.Factor(i, factor.size) for i, factor in enumerate(dim)) if len(dim) == 2 else dim
 
 

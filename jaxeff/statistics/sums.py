@@ -81,7 +81,7 @@ def _operands(x: jax.Array, edges: Edges) -> tuple[jax.Array, ...]:
     def count(hits: jax.Array) -> jax.Array:
         return lax.convert_element_type(hits, x.dtype)
 
-    # The largest size in other words than the sizes: XLA would store what two reductions share.
+    # The largest size is computed differently from the sizes, because XLA would store what two reductions share.
     largest = lax.max(x, lax.neg(x))
     found = (lax.abs(x), lax.square(x), largest, count(x == 0))
     return found if edges is None else (*found, count((x <= edges[0]) | (x >= edges[1])))

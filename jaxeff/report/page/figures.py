@@ -12,7 +12,7 @@ from jaxeff.report import _table as table
 from jaxeff.report._records import LayerReport, Snapshot
 
 _RANKED = 10
-_NOISE = 0.02  # what noise itself may seem to spare
+_NOISE = 0.02  # noise itself may seem to have this much to spare
 _LABELLED = 4
 
 
@@ -127,11 +127,11 @@ def _percentage(value: float) -> float | None:
     return round(100 * value, 1) if math.isfinite(value) else None
 
 
-# Charts: coordinates of their viewBox. In a narrow window text is 20 units high, which the margins hold.
+# Charts: coordinates of their viewBox. In a narrow window text is 20 units high, and the margins have room for it.
 
 WIDTH, HEIGHT = 720.0, 252.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 68.0, 28.0, 12.0, 48.0
-_LABEL, _LINE = 26, 22.0  # characters of a label, and how far from the next it stands
+_LABEL, _LINE = 26, 22.0  # characters of a label, and its distance from the next
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,7 +75,7 @@ def render(report: Snapshot, title: str = "jaxeff report") -> str:
         attentions=table.attentions(report),
         others=figures.others(report),
     )
-    # A name may hold half a surrogate pair, which no file can.
+    # A name may hold half a surrogate pair, which a file cannot.
     return page.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
