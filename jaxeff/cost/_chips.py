@@ -1,4 +1,4 @@
-"""The peaks of chips that need not be here: the name of one -> `Chip`.
+"""Peak rates of chips, which need not be present.
 
 TPUs are read from JAX, GPUs from NVIDIA's datasheets, and this machine is measured by `timing.peak`.
 """
@@ -14,11 +14,11 @@ from jaxeff.cost._timing import Peak
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip reaches at most, as its maker says. What JAX shows as one device is one chip.
+    """Peak rates of a chip, as stated by its maker. One JAX device is one chip.
 
     Attributes:
         name: of the chip.
-        flops_per_second: of matrix products, two for each multiply-accumulate, by the dtype of the operands.
+        flops_per_second: of matrix products, two per multiply-accumulate, by the dtype of the operands.
         bytes_per_second: between the chip and its main memory.
         source: of these figures.
     """
@@ -29,14 +29,14 @@ class Chip:
     source: str
 
     def rate(self, *dtypes: Any) -> float:
-        """FLOPs a second for operands of these dtypes, the fastest that may be meant; of others, its best."""
+        """Return the FLOPs per second for operands of these dtypes: the fastest that may be meant, else the best."""
         best = max(self.flops_per_second.values())
         names = (getattr(dtype, "name", dtype) for dtype in dtypes)
         return max((self.flops_per_second.get(name, best) for name in names), default=best)
 
 
 def chip_of(chip: str | Peak | Chip) -> Chip:
-    """The chip of a name, of a measured peak, or itself.
+    """Return the chip of a name or of a measured peak; return a chip unchanged.
 
     Raises:
         ValueError: no chip has this name.
@@ -47,7 +47,7 @@ def chip_of(chip: str | Peak | Chip) -> Chip:
     if isinstance(chip, Chip):
         return chip
     if isinstance(chip, Peak):
-        # Other dtypes may be faster than the measured one, and are taken to be as fast.
+        # Other dtypes may be faster than the measured one, but are assumed to be equally fast.
         return Chip(
             chip.device, {chip.dtype: chip.flops_per_second}, chip.bytes_per_second, "measured by cost.peak"
         )
@@ -61,7 +61,7 @@ def chip_of(chip: str | Peak | Chip) -> Chip:
         return _tpu(name, *tpus[name])
     known = ", ".join(map(repr, [*tpus, *_GPUS]))
     raise ValueError(
-        f"`chip` must be one of {known}, what `cost.peak` measured, or a `cost.Chip`, got {chip!r}"
+        f"`chip` must be one of {known}, a result of `cost.peak`, or a `cost.Chip`, got {chip!r}"
     )
 
 
@@ -81,8 +81,8 @@ _MEGACORE = frozenset({"v4", "v5p"})
 
 
 def _tpus() -> dict[str, tuple[Any, int]]:
-    """The version of every TPU that JAX knows, with the cores that make one device of JAX, by name."""
-    # Imported here: it takes a quarter of a second, which nobody else should wait for.
+    """Return the version of every TPU known to JAX, with the number of cores of one JAX device, by name."""
+    # Imported here, because the import takes a quarter of a second.
     from jax.experimental.pallas import tpu
 
     versions = getattr(tpu, "ChipVersion", ())
@@ -98,7 +98,7 @@ def _tpu(name: str, version: Any, cores: int) -> Chip:
         float(rate * found.num_cores) or wide
         for rate in (found.int8_ops_per_second, found.fp8_ops_per_second)
     )
-    # By default JAX multiplies float32 in one pass of bfloat16 there.
+    # JAX multiplies float32 in one pass of bfloat16 there by default.
     rates: dict[str, float] = dict.fromkeys(("bfloat16", "float16", "float32"), wide)
     rates |= dict.fromkeys(_EIGHTHS[:2], whole) | dict.fromkeys(_EIGHTHS[2:], narrow)
     memory = float(found.mem_bw_bytes_per_second * found.num_cores)

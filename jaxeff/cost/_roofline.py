@@ -1,4 +1,4 @@
-"""A function and a chip -> the least time that the chip needs for it: its roofline."""
+"""The roofline of a function: the least time that a chip needs for it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from jaxeff.output import text
 
 @dataclasses.dataclass(frozen=True)
 class FloorEntry:
-    """What one operator does in one module, in all of its runs.
+    """Work of one operator in one module, over all of its runs.
 
     Attributes:
         module: path of the module; '' for the function itself.
         operator: name of the primitive.
-        flops: floating-point operations, and two for each multiply-accumulate of whole numbers.
+        flops: floating-point operations, and two per multiply-accumulate of integers.
         bytes: of the function's arguments that it is the first to read, and of the results that it writes.
         compute_seconds: flops over the chip's peak.
         memory_seconds: bytes over the chip's bandwidth.
@@ -53,10 +53,10 @@ class FloorEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """The least time that a chip needs for a function. `str` of it is a table.
+    """The least time that a chip needs for a function. `str(floor)` is a table.
 
     Attributes:
-        chip: that it is of.
+        chip: the chip.
         entries: by module and operator, in execution order.
         statements: what was not counted, or was assumed.
     """
@@ -88,7 +88,7 @@ class Floor:
 
     @property
     def in_turn_seconds(self) -> float:
-        """The sum of the entries' floors: the least where no operation overlaps with another."""
+        """The sum of the entries' floors: the least time if no two operations overlap."""
         return sum(entry.seconds for entry in self.entries)
 
     @property
@@ -97,7 +97,7 @@ class Floor:
         return "compute" if self.compute_seconds > self.memory_seconds else "memory"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python data, the derived numbers included."""
+        """Return plain Python data, including the derived numbers."""
         derived = (
             "flops",
             "bytes",
@@ -125,7 +125,7 @@ _SHOWN = 20
 
 
 def _render(floor: Floor) -> str:
-    """The bound, and the operations that make most of it."""
+    """Render the bound, and the operations that contribute most to it."""
     width, duration = text.terminal_width(), text.duration
     cells = [
         (
@@ -150,23 +150,23 @@ def _render(floor: Floor) -> str:
 
 
 def floor(function: Callable, *arguments: Any, chip: str | Peak | Chip, **keywords: Any) -> Floor:
-    """The least time that a chip needs for a function: its roofline, from the traced program alone.
+    """Compute the least time that a chip needs for a function, its roofline, from the traced program alone.
 
         max(FLOPs / peak, bytes / bandwidth)
 
-    Bytes are the function's arguments, read once, and its results, written once: what lies in between may stay on the
-    chip. Of an embedding or a slice, the rows that are taken count, and of an array that is updated in
-    part, the part. FLOPs run at the peak of matrix products for their dtype. A real program is slower: it stores
-    intermediate results, starts kernels, fills its units badly. It can be faster only if arguments lie in a cache
-    when it starts, as small ones do on a CPU.
+    Bytes are the function's arguments, read once, and its results, written once; intermediate values may stay on the
+    chip. For an embedding or a slice only the rows taken count, and for an array that is updated in part, only that
+    part. FLOPs run at the peak of matrix products for their dtype. A real program is slower: it stores
+    intermediate results, launches kernels, and does not fill all of its units. It can be faster only if arguments
+    are in a cache when it starts, as small ones are on a CPU.
 
     Args:
         function: any function of arrays, such as `model.apply`, a training step, or a decoding step with its cache.
-        arguments, keywords: what it is called with; arrays or `jax.ShapeDtypeStruct`.
-        chip: 'tpu v5e', 'h100', ...; what `cost.peak` measured of this machine; or a `cost.Chip`.
+        arguments, keywords: of the function; arrays or `jax.ShapeDtypeStruct`.
+        chip: 'tpu v5e', 'h100', ...; a measurement of this machine by `cost.peak`; or a `cost.Chip`.
 
     Raises:
-        ValueError: no chip has this name. The message lists those there are.
+        ValueError: no chip has this name. The message lists the known names.
 
     Source: Williams, Waterman and Patterson (2009), "Roofline", Communications of the ACM 52(4).
 
@@ -218,7 +218,7 @@ class _Walk:
         """Charge every byte to the operation that is the first to read it, or that writes it.
 
         Args:
-            unread: bytes of arguments that nothing has read yet, of all runs, which are taken out as they are.
+            unread: bytes of arguments not read yet, over all runs; entries are removed as they are read.
             unwritten: bytes of results.
         """
         for operation in program.operations:
@@ -228,7 +228,7 @@ class _Walk:
             work = work_of(operation)
             if isinstance(work, str):
                 self._state("uncounted", operation, work, runs)
-            # Kernels may leave out what meets padding.
+            # Kernels may skip padding.
             flops = 0 if isinstance(work, str) else (work.flops - 2 * work.padding_macs) * runs
             written = sum(_written(operation, unwritten.pop(one, 0), runs) for one in operation.outputs)
             self._charge(operation, flops, _read(operation, unread, bool(written), runs) + written)
@@ -253,7 +253,7 @@ class _Walk:
         self, body: graph.Program, outer: Sequence[Any], outputs: Sequence[Value], unread: Bytes, unwritten: Bytes,
         runs: int,
     ) -> None:  # fmt: skip
-        """A body of a loop, whose inputs are these operands and whose outputs these values."""
+        """Add up a body of a loop with these operands as inputs and these values as outputs."""
         pairs = [pair for pair in zip(body.inputs, outer, strict=True) if isinstance(pair[1], Value)]
         inner = {value: unread.pop(operand) for value, operand in pairs if operand in unread}
         asked = zip(body.outputs, outputs, strict=False)
@@ -297,9 +297,9 @@ _IN_PLACE = {"dynamic_update_slice": 1, "scatter": 2, "scatter-add": 2, "scatter
 
 
 def _read(operation: Operation, unread: Bytes, is_result: bool, runs: int) -> int:
-    """The bytes that an operation is the first to read.
+    """Return the bytes that an operation is the first to read.
 
-    What is only moved, and is no result, is read by whoever calculates with it.
+    A value that is only moved, and is not a result, is charged to the operation that calculates with it.
     """
     if not operation.inputs:
         return 0
@@ -325,7 +325,7 @@ def _pop(unread: Bytes, operands: Sequence[Value | Literal]) -> int:
 
 
 def _written(operation: Operation, asked: int, runs: int) -> int:
-    """The bytes of a result to write: where it is an argument updated in place, those of the update."""
+    """Return the bytes of a result to write; those of the update if it is an argument updated in place."""
     if operation.name not in _IN_PLACE:
         return asked
     return min(asked, _bytes(operation.inputs[_IN_PLACE[operation.name]]) * runs)

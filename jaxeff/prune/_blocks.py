@@ -1,4 +1,4 @@
-"""How much each stacked block of a network matters: what it changes, and what the loss is without it."""
+"""Importance of each stacked block of a network: its influence, and the loss without it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def block_influence(
 ) -> dict[str, np.ndarray]:
     """Return how much each block of a scan changes the stream that it reads and writes.
 
-    The influence of a block is 1 - mean cos(h, h'), h what the block is given and h' what it passes on, over
-    examples and positions. Where a scan carries several arrays, h is the largest of floats.
+    The influence of a block is 1 - mean cos(h, h') over examples and positions, with h the block's input and h' its
+    output. If a scan carries several arrays, h is the largest floating one.
 
     Args:
-        params, apply_fn, batch, rngs, apply_kwargs: as `prune.groups` takes them.
+        params, apply_fn, batch, rngs, apply_kwargs: as in `prune.groups`.
 
     Returns:
         By the name of the blocks' group in `prune.groups`, [blocks]. `prune.plan` takes it as `importance`.
@@ -79,7 +79,7 @@ def block_influence(
 
 
 def _watched(name: str, scan: Operation, seen: dict[str, Any]) -> Callable:
-    """A rule that runs a scan, and notes the influence of each of its iterations."""
+    """Return a rule that runs a scan and records the influence of each of its iterations."""
     (body,) = scan.bodies
     constants, carried = scan_operands(scan)
 
@@ -103,21 +103,21 @@ def _influence(before: jax.Array, after: jax.Array) -> jax.Array:
     before, after = (each.astype(jnp.promote_types(each.dtype, jnp.float32)) for each in (before, after))
     norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
     products = jnp.sum(before * after, axis=-1)
-    # Where nothing comes in or goes out there is no angle: the block counts as one that changes nothing.
+    # Without input or output there is no angle, and the block counts as one that changes nothing.
     cosine = jnp.where(norms > 0, products / jnp.where(norms > 0, norms, 1), 1)
     return jnp.maximum(1 - jnp.mean(cosine), 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockOrder:
-    """The order in which blocks went, each time the one without which the loss was lowest.
+    """An order of removal of blocks, each time the block without which the loss is lowest.
 
     Attributes:
-        order: group and number of the blocks that went, the first of them first.
-        losses: the loss after each of them, with all before it gone.
+        order: group and index of the removed blocks, the first of them first.
+        losses: the loss after each removal.
         dense: the loss of the whole model.
-        importance: by group, [blocks], for `prune.plan`: the place of each block in the order; behind those that
-            went stand the others, by the loss without each of them.
+        importance: by group, [blocks], for `prune.plan`: the position of each block in the order. The blocks that were
+            not removed follow, ordered by the loss without each of them.
     """
 
     order: tuple[tuple[str, int], ...]
@@ -146,16 +146,16 @@ def order_blocks(
 ) -> BlockOrder:
     """Remove blocks of scans one by one, each time the one without which the measured loss is lowest.
 
-    Each round runs the model once for every block that is left, at its smaller depth, and compiles once.
+    Each round runs the model once for every remaining block, at its smaller depth, and compiles once.
 
     Args:
-        params, apply_fn, batch, rngs, apply_kwargs: as `prune.groups` takes them.
-        loss_fn: `loss_fn(outputs, targets)`, of which the mean counts.
+        params, apply_fn, batch, rngs, apply_kwargs: as in `prune.groups`.
+        loss_fn: `loss_fn(outputs, targets)`; its mean is minimized.
         targets: passed to `loss_fn`.
-        count: how many blocks to remove; all but one of each group by default.
+        count: number of blocks to remove; all but one of each group by default.
 
     Raises:
-        ValueError: no block may be removed (`print(prune.groups(...))` says why), or not so many.
+        ValueError: no block may be removed (`print(prune.groups(...))` says why), or fewer than `count`.
 
     References:
         Song et al., SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer
@@ -186,7 +186,7 @@ def order_blocks(
     inputs = batch if isinstance(batch, tuple) else (batch,)
 
     def loss_at(depths: Mapping[str, int]) -> Callable[[Mapping[str, Any]], float]:
-        """The loss by the blocks that stay in each group, so many."""
+        """Return the loss as a function of the params, at these numbers of blocks per group."""
         removed = {group.name: [*range(group.size - depths[group.name])] for group in removable}
         plan = Plan.of(found, removed)
         _, small_apply = compact(shapes, apply_fn, batch, plan, rngs=rngs, **apply_kwargs)
@@ -211,7 +211,7 @@ def order_blocks(
             at = loss_at({other: len(blocks) - (other == name) for other, blocks in kept.items()})
             for block in kept[name]:
                 last[name, int(block)] = at({**kept, name: kept[name][kept[name] != block]})
-        # A loss that is nan is the worst.
+        # A loss of nan is the worst.
         chosen = min(last, key=lambda block: (np.isnan(last[block]), last[block]))
         order.append(chosen)
         losses.append(last[chosen])
