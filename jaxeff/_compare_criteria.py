@@ -22,7 +22,9 @@ from jaxeff.model.objective import Arrays, Objective
 from jaxeff.model.params import Params
 from jaxeff.model.roles import whole_numbers
 from jaxeff.numerics.meshes import by_compiler
+from jaxeff.numerics.placement import to_host
 from jaxeff.output import text
+from jaxeff.output.shown import Shown
 from jaxeff.statistics.weight_loss import WeightLoss
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
@@ -33,8 +35,8 @@ _STATIC = {"static": True}
 
 @saved_by_flax
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Comparison:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Comparison(Shown):
     """Deletion curves of several criteria, and of removal at random. `str(comparison)` is a table.
 
     Attributes:
@@ -59,7 +61,8 @@ class Comparison:
     rank_correlation: jax.Array
 
     def __str__(self) -> str:
-        return _render(self)
+        # On the host, where nothing is compiled.
+        return _render(to_host(self))
 
 
 def compare_criteria(
@@ -246,18 +249,18 @@ def _render(comparison: Comparison) -> str:
     fractions = comparison.fractions.tolist()
     shown = [i for i, fraction in enumerate(fractions) if round(100 * fraction) in (0, 20, 50, 80, 90, 95)]
     header = ("removed by", "area", *(f"{fractions[i]:.0%}" for i in shown))
-    random = jnp.mean(comparison.random_loss, 0)
+    random = np.mean(comparison.random_loss, 0)
     rows = [
         (float(area), (name, text.decimal(float(area)), *(text.decimal(float(loss[i])) for i in shown)))
         for name, area, loss in zip(
             (*comparison.criteria, "at random"),
-            (*comparison.area, jnp.mean(comparison.random_area)),
+            (*comparison.area, np.mean(comparison.random_area)),
             (*comparison.loss, random),
             strict=True,
         )
     ]
     lines = [header, *(row for _, row in sorted(rows, key=lambda row: (math.isnan(row[0]), row[0])))]
-    spread = float(jnp.max(comparison.random_area) - jnp.min(comparison.random_area))
+    spread = float(np.max(comparison.random_area) - np.min(comparison.random_area))
     note = (
         f"Loss by fraction of the weights removed, {comparison.scope} order; area is its mean along the way. "
         f"At random: the mean of {comparison.random_area.size} orders, whose areas differ by up to {spread:.3f}."

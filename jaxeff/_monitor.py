@@ -17,6 +17,7 @@ from jaxeff._analyze import analyze
 from jaxeff._saving import saved_by_flax
 from jaxeff.importance import Criterion, named
 from jaxeff.model.params import own_arrays
+from jaxeff.output.shown import Shown, described
 from jaxeff.report import Report
 
 
@@ -45,8 +46,8 @@ class Vitals:
 
 @saved_by_flax
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MonitorState:
+@dataclasses.dataclass(frozen=True, repr=False)
+class MonitorState(Shown):
     """State of a monitor, to keep with the train state.
 
     Attributes:
@@ -62,6 +63,10 @@ class MonitorState:
     report: Report
     first: Vitals
     previous: Vitals
+
+    def __str__(self) -> str:
+        step, analysed = (described(each) for each in (self.step, self.analysed))
+        return f"Step {step}; this is the report of step {analysed}.\n\n{self.report}"
 
 
 @dataclasses.dataclass(frozen=True)

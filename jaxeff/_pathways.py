@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxeff.graph.coupling import INPUT, OUTPUT
+from jaxeff.output.shown import Shown
 from jaxeff.prune import Group, Groups, Member
 from jaxeff.prune._groups import named_variables
 from jaxeff.report import Report
@@ -26,8 +27,8 @@ class Route:
     strength: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Pathways:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Pathways(Shown):
     """Routes through a network, strongest first.
 
     Attributes:

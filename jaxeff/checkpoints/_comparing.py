@@ -18,6 +18,7 @@ from jaxeff.checkpoints._opening import Checkpoint, open_checkpoint
 from jaxeff.checkpoints._reading import Progress, pieces
 from jaxeff.checkpoints._stored import Stored
 from jaxeff.output import text
+from jaxeff.output.shown import Shown
 from jaxeff.report._serialization import encoded
 
 ORDERS = ("path", "change", "size")
@@ -49,8 +50,8 @@ class OtherChange:
     change: float
 
 
-@dataclasses.dataclass(frozen=True)
-class CheckpointComparison:
+@dataclasses.dataclass(frozen=True, repr=False)
+class CheckpointComparison(Shown):
     """Changes from checkpoint A to B. `str(comparison)` is a table of 100 columns.
 
     Attributes:

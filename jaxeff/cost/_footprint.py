@@ -21,6 +21,7 @@ from jaxeff.model import apply as models
 from jaxeff.model.apply import Bound
 from jaxeff.model.params import Params
 from jaxeff.output import text
+from jaxeff.output.shown import Shown
 
 POLICY = jax.checkpoint_policies.dots_saveable
 
@@ -53,8 +54,8 @@ class SavedResidual:
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
-@dataclasses.dataclass(frozen=True)
-class GradientMemory:
+@dataclasses.dataclass(frozen=True, repr=False)
+class GradientMemory(Shown):
     """Memory of a gradient.
 
     Attributes:
@@ -78,8 +79,8 @@ class GradientMemory:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Memory(Shown):
     """Bytes of a model. `str(memory)` is a table as wide as the terminal, up to 100 columns.
 
     Attributes:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxeff.cost._work import Work, amounts
 from jaxeff.output import text
+from jaxeff.output.shown import Shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Statement:
         return f"{self.operator} ({self.runs:,} x {self.phase}{where}) {self.kind}: {self.reason}."
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Cost(Shown):
     """Operations of a program. `str(cost)` is a table as wide as the terminal, up to 100 columns.
 
     Every number is for the whole batch, except `per_example`.

@@ -20,6 +20,7 @@ from jaxeff.cost._timing import Peak
 from jaxeff.graph.program import Operation, Value
 from jaxeff.model.functions import bound_module
 from jaxeff.output import text
+from jaxeff.output.shown import Shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,8 @@ class FloorEntry:
         return "compute" if self.compute_seconds > self.memory_seconds else "memory"
 
 
-@dataclasses.dataclass(frozen=True)
-class Floor:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Floor(Shown):
     """The least time that a chip needs for a function. `str(floor)` is a table.
 
     Attributes:

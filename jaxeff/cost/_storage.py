@@ -10,13 +10,14 @@ import jax.numpy as jnp
 
 from jaxeff.cost._training import dtype_of
 from jaxeff.model.params import Params
+from jaxeff.output.shown import Shown
 
 _INDEX = 4
 """Bytes of an index: int32, as in `jax.experimental.sparse` and most libraries."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Storage:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Storage(Shown):
     """Storage of one weight with zeros.
 
     Attributes:

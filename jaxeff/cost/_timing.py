@@ -16,14 +16,15 @@ from jaxeff.cost._compiling import Compiled
 from jaxeff.cost._counting import of_program
 from jaxeff.cost._records import Cost
 from jaxeff.cost._work import amounts
+from jaxeff.output.shown import Shown
 from jaxeff.output.text import duration, number, percent, terminal_width, wrapped
 
 # Below this share of both peaks, neither bounds the program.
 _NEAR = 0.25
 
 
-@dataclasses.dataclass(frozen=True)
-class Peak:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Peak(Shown):
     """Measured peak rates of one device.
 
     Attributes:
@@ -82,8 +83,8 @@ def _copies(size: int, repeats: int) -> list[float]:
     return seconds
 
 
-@dataclasses.dataclass(frozen=True)
-class Latency:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Latency(Shown):
     """Time of a compiled function, from the call until its results are ready.
 
     Attributes:

@@ -14,6 +14,7 @@ from jax import Array
 
 from jaxeff.metrics._weighted import Spread
 from jaxeff.numerics.summation import namespace, running_total
+from jaxeff.output.shown import Shown
 
 _OCTAVES = (-10, 6)
 _CELL_BITS = 2  # four cells per octave
@@ -28,8 +29,8 @@ EDGES: np.ndarray = (
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Distribution:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Distribution(Shown):
     """Distribution of one layer, [CELLS], or of all layers stacked, [CELLS, layers], as fractions that sum to 1.
 
     The first cell holds values below the first of EDGES, zeros included; the last holds values from the last

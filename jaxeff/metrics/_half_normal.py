@@ -12,11 +12,12 @@ import jax
 import numpy as np
 
 from jaxeff.metrics._records import COVERAGES
+from jaxeff.output.shown import Shown
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Null:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Null(Shown):
     """Scale-free metrics of a layer whose weights are noise, under the same activations."""
 
     utilization: jax.Array

@@ -8,14 +8,16 @@ from collections.abc import Mapping
 import jax
 from jax import Array
 
+from jaxeff.output.shown import Shown
+
 COVERAGES: Mapping[str, float] = {"coverage_50": 0.5, "coverage_80": 0.8, "coverage_90": 0.9}
 THRESHOLDS: Mapping[str, float] = {"sparsity_1e2": 1e-2, "sparsity_1e3": 1e-3}
 RELATIVE_THRESHOLDS: Mapping[str, float] = {"relative_sparsity_1e2": 1e-2, "relative_sparsity_1e3": 1e-3}
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Metrics:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Metrics(Shown):
     """Every metric of one array, each a scalar; `vmap` and `scan` add leading axes.
 
     Fields are defined by the functions of `jaxeff.metrics` of the same name; `coverage_80` holds 80 % of the
@@ -48,8 +50,8 @@ class Metrics:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Bounds:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Bounds(Shown):
     """Bounds of the error of each float field of `Metrics`, against exact arithmetic on the same weights.
 
     Bounds are relative to the exact value for effective_params, mean and max, relative to the exact mean for std,

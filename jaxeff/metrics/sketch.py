@@ -33,6 +33,7 @@ from jaxeff.metrics._order import importances, relative
 from jaxeff.metrics._records import RELATIVE_THRESHOLDS, Bounds, Metrics
 from jaxeff.metrics._weighted import SHARES, Spread, Weighted, metrics_of, reached, sums_of
 from jaxeff.numerics.summation import namespace, running_total, total
+from jaxeff.output.shown import Shown
 
 # Metrics read whole bins for the 28 octaves up to the largest weight, then 8 bins at a time. Weights 2^60
 # below the largest count as 0.
@@ -41,8 +42,8 @@ ENTRIES = _FINE * COLUMNS + _COARSE * COLUMNS // _POOLED
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sketch:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Sketch(Shown):
     """Counts of an array's bit patterns: unsigned integers, exact for up to 2^40 weights, 2 MB.
 
     A bin is the first 17 bits of a float32's pattern. Adding two sketches (`merge`) gives the sketch of both
@@ -56,6 +57,13 @@ class Sketch:
     """[2], number of entries, as low and high word."""
     largest: Array
     """[], the largest bit pattern."""
+
+    def __str__(self) -> str:
+        words, largest = np.asarray(self.size, np.uint64), np.asarray(self.largest, np.uint32)
+        if words.ndim > 1:
+            return f"Sketches {list(words.shape[:-1])}"
+        count = int(words[0] + (words[1] << np.uint64(32)))
+        return f"Sketch of {count:,} weights, the largest {largest.view(np.float32):.6g}"
 
 
 @jax.jit

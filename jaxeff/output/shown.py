@@ -55,9 +55,22 @@ def shortened(text: str, most: int = MOST_LINES) -> str:
 
 def fields(shown: Any) -> str:
     """A line for each field of a dataclass: numbers as they are, arrays by shape and range."""
-    rows = [(field.name, described(getattr(shown, field.name))) for field in dataclasses.fields(shown)]
+    rows = [
+        row for field in dataclasses.fields(shown) for row in _rows(field.name, getattr(shown, field.name))
+    ]
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join([type(shown).__name__, *(f"  {name.ljust(width)}  {value}" for name, value in rows)])
+
+
+def _rows(name: str, value: Any) -> list[tuple[str, str]]:
+    """A row; of a dataclass that holds single numbers one for each."""
+    inner = (
+        [] if not dataclasses.is_dataclass(value) or isinstance(value, type) else dataclasses.fields(value)
+    )
+    found = [(f"{name}.{field.name}", getattr(value, field.name)) for field in inner]
+    if found and all(np.ndim(each) == 0 and not dataclasses.is_dataclass(each) for _, each in found):
+        return [(each, described(number)) for each, number in found]
+    return [(name, described(value))]
 
 
 def described(value: Any) -> str:
@@ -70,7 +83,9 @@ def described(value: Any) -> str:
         return UNKNOWN
     if isinstance(value, (bool, str)):
         return str(value)
-    if isinstance(value, (int, float, np.generic)) or (_is_array(value) and not np.ndim(value)):
+    if isinstance(value, (int, float, np.generic)) or (
+        _is_array(value) and not value.shape and _is_number(value)
+    ):
         return _scalar(value)
     if _is_array(value):
         return _array(value)
@@ -99,11 +114,10 @@ def _scalar(value: Any) -> str:
 
 def _array(array: Any) -> str:
     shape = f"[{', '.join(map(str, array.shape))}]"
-    kind = np.dtype(array.dtype).kind if not jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended) else "O"
-    if array.size == 0 or array.size > _LARGE or kind not in "iufbV":
+    if array.size == 0 or array.size > _LARGE or not _is_number(array):
         return f"{shape} {array.dtype}"
     host = np.asarray(array)
-    if kind == "b":
+    if host.dtype == bool:
         return f"{shape}, {np.count_nonzero(host):,} True"
     host = host.astype(np.float64)
     finite = host[np.isfinite(host)]
@@ -116,6 +130,10 @@ def _array(array: Any) -> str:
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, (np.ndarray, jax.Array))
+
+
+def _is_number(array: Any) -> bool:
+    return jax.numpy.issubdtype(array.dtype, np.number) or array.dtype == bool
 
 
 def _is_concrete(leaf: Any) -> bool:

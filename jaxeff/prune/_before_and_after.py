@@ -15,6 +15,7 @@ import numpy as np
 from jaxeff.cost import Latency, latencies
 from jaxeff.model.apply import Bound, bind
 from jaxeff.output import text
+from jaxeff.output.shown import Shown
 from jaxeff.output.text import duration
 
 
@@ -57,8 +58,8 @@ class MeasuredNetwork:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class BeforeAndAfter:
+@dataclasses.dataclass(frozen=True, repr=False)
+class BeforeAndAfter(Shown):
     """Two networks measured on the same batches. `str(measured)` is a table.
 
     Attributes:

@@ -17,6 +17,7 @@ from jaxeff.graph.evaluation import Hooks
 from jaxeff.graph.program import Operation, scan_operands
 from jaxeff.model.apply import StatefulApply, from_apply
 from jaxeff.model.params import Params
+from jaxeff.output.shown import Shown
 from jaxeff.output.text import aligned
 from jaxeff.prune._compact import compact
 from jaxeff.prune._groups import Group, Groups, groups, map_named
@@ -108,8 +109,8 @@ def _influence(before: jax.Array, after: jax.Array) -> jax.Array:
     return jnp.maximum(1 - jnp.mean(cosine), 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class BlockOrder:
+@dataclasses.dataclass(frozen=True, repr=False)
+class BlockOrder(Shown):
     """An order of removal of blocks, each time the block without which the loss is lowest.
 
     Attributes:

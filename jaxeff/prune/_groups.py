@@ -23,6 +23,7 @@ from jaxeff.model.apply import StatefulApply, from_apply
 from jaxeff.model.functions import TracedFunction
 from jaxeff.model.params import Params, is_variables, named_leaves
 from jaxeff.numerics.precision import widened
+from jaxeff.output.shown import Shown
 from jaxeff.output.text import aligned
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -100,8 +101,8 @@ class Group:
         return f"{place}: {self.size} {_PLURALS[self.kind]}{stacked}"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Groups:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Groups(Shown):
     """All axes of all leaves of a model, in groups.
 
     Attributes:

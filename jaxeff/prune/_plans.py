@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxeff.output.shown import Shown
+from jaxeff.output.text import aligned
 from jaxeff.prune._groups import Group, Groups, Member, Shapes, map_named, named_variables, stand_in
 
 _VERSION = 2
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Plan(Shown):
     """What to remove from a model, and all that is needed to remove it.
 
     Attributes:
@@ -130,6 +132,26 @@ class Plan:
                 axes[member.axis] = axes.get(member.axis, np.False_) | along
         return {path: dict(sorted(axes.items())) for path, axes in sorted(gone.items())}
 
+    def __str__(self) -> str:
+        """A row for each group that loses elements: what a smaller module has to be given."""
+        kept = self.sizes()
+        rows = [
+            (group.name, group.kind, f"{group.size} to {kept[group.name]}{_each(group)}")
+            for group in self.groups
+        ]
+        leaves = [
+            (f"{path}:{axis}", "", f"{self.shapes[path][axis]} to {size}")
+            for path, axes in self.widths().items()
+            for axis, size in axes.items()
+        ]
+        if not rows:
+            return "Nothing is removed."
+        header = ("group", "kind", "size")
+        lines = aligned([header, *rows], left=header, gap=2)
+        return "\n".join(
+            [*lines, "", *aligned([("leaf:axis", "", "size"), *leaves], left=("", "size"), gap=2)]
+        )
+
     def masks(self, params: Any) -> Any:
         """The plan as masks for `prune.apply`, True = kept; a single True for a leaf that stays whole.
 
@@ -213,6 +235,10 @@ class Plan:
         groups = tuple(_decoded_group(name, model["groups"][name]) for name in chosen)
         shapes = ({path: tuple(shape) for path, shape in model[name].items()} for name in ("params", "state"))
         return cls(groups, chosen, *shapes)
+
+
+def _each(group: Group) -> str:
+    return f" in each of {' x '.join(map(str, group.blocks))} blocks" if group.blocks else ""
 
 
 def _laid_out(along: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxeff.output.progress import progress_bar
+from jaxeff.output.shown import Shown
 from jaxeff.output.text import aligned
 from jaxeff.prune._criteria import Importance
 from jaxeff.prune._layouts import unboxed
@@ -47,8 +48,8 @@ class Round(NamedTuple):
     after: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Pruned:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Pruned(Shown):
     """A pruned network and its history. `str(pruned)` is a table.
 
     Attributes:

@@ -25,6 +25,7 @@ from jaxeff.numerics.meshes import by_compiler, laid_like
 from jaxeff.numerics.precision import widened
 from jaxeff.numerics.selection import Threshold, below, thresholds
 from jaxeff.output import text
+from jaxeff.output.shown import Shown
 from jaxeff.prune._layouts import Axes, Layout, axes_of, layer_names, of_model, unboxed
 from jaxeff.prune._masking import check_alike
 from jaxeff.prune._masks import check_pattern, check_scores, counted, in_layers
@@ -40,8 +41,8 @@ _STATIC = {"static": True}
 
 @saved_by_flax
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sensitivity:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Sensitivity(Shown):
     """The loss with each layer pruned alone. `str(sensitivity)` is a table.
 
     Attributes:

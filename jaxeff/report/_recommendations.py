@@ -14,13 +14,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
+from jaxeff.output.shown import Shown
 from jaxeff.output.text import number
 from jaxeff.report._limits import LIMITS, Limits, interpret_redundancy
 from jaxeff.report._records import LayerReport, Snapshot
 
 
-@dataclasses.dataclass(frozen=True)
-class Recommendation:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Recommendation(Shown):
     """One recommendation, with its evidence. `str(recommendation)` is a sentence.
 
     Attributes:

@@ -16,14 +16,15 @@ import numpy as np
 from jaxeff.metrics import Distribution, Metrics
 from jaxeff.metrics._half_normal import Null
 from jaxeff.numerics.summation import namespace
+from jaxeff.output.shown import Shown
 from jaxeff.statistics import HeadlessAttention, UnitStatistics
 
 _STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Activity:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Activity(Shown):
     """Activations of the units of a layer or module. Every property has the shape of the units.
 
     Attributes:
@@ -166,8 +167,8 @@ class LayerStructure:
         return math.prod(self.unit_shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerReport(LayerNumbers, LayerStructure):
+@dataclasses.dataclass(frozen=True, repr=False)
+class LayerReport(Shown, LayerNumbers, LayerStructure):
     """One weight: its `LayerStructure`, its `LayerNumbers`, and its arrays over units.
 
     Attributes:
@@ -223,8 +224,8 @@ class OtherStructure:
         return math.prod(self.shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class OtherReport(OtherNumbers, OtherStructure):
+@dataclasses.dataclass(frozen=True, repr=False)
+class OtherReport(Shown, OtherNumbers, OtherStructure):
     """A leaf that is not a weight, and the numbers of its elements."""
 
 
@@ -232,8 +233,8 @@ _register_view(OtherReport, OtherStructure)
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ModuleReport:
+@dataclasses.dataclass(frozen=True, repr=False)
+class ModuleReport(Shown):
     """Output that Flax captured of one module (the path '' is the model). Units are its last axis."""
 
     path: str = dataclasses.field(metadata=_STATIC)
@@ -241,8 +242,8 @@ class ModuleReport:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class AttentionReport:
+@dataclasses.dataclass(frozen=True, repr=False)
+class AttentionReport(Shown):
     """The heads of one softmax attention.
 
     Attributes:
@@ -262,8 +263,8 @@ class AttentionReport:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ModelReport:
+@dataclasses.dataclass(frozen=True, repr=False)
+class ModelReport(Shown):
     """Numbers of the model as a whole. Sums leave out layers whose metrics are not finite.
 
     Attributes:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxeff.output import files
+from jaxeff.output.shown import Shown
 from jaxeff.report import _notebook as notebook
 from jaxeff.report import _serialization as serialization
 from jaxeff.report import _table as table
@@ -43,8 +44,8 @@ _STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Report:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Report(Shown):
     """The result of `jaxeff.analyze`. `str(report)` is a table of 100 columns.
 
     The numbers of all layers are stacked, so a report consists of a few arrays, however deep the model is;

@@ -14,13 +14,15 @@ import jax.numpy as jnp
 
 from jaxeff.model.roles import ParamInfo
 from jaxeff.numerics.summation import namespace
+from jaxeff.output.shown import Shown, described
+from jaxeff.output.text import aligned
 
 _STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class UnitStatistics:
+@dataclasses.dataclass(frozen=True, repr=False)
+class UnitStatistics(Shown):
     """Sums over all values that each unit emitted, in float32.
 
     Shapes broadcast against the weight: a (768, 3072) kernel has (1, 3072) for its outputs and
@@ -65,8 +67,8 @@ class UnitStatistics:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Moments:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Moments(Shown):
     """Sums of terms that are shaped like a weight, or like its units; None for sums that were not requested.
 
     Attributes:
@@ -109,8 +111,8 @@ class Moments:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Derivatives:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Derivatives(Shown):
     """Derivatives of the loss with respect to one weight, each shaped like the weight; None if not collected.
 
     Attributes:
@@ -160,8 +162,8 @@ class Conservation:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SiteStatistics:
+@dataclasses.dataclass(frozen=True, repr=False)
+class SiteStatistics(Shown):
     """One use of one weight.
 
     Attributes:
@@ -223,8 +225,8 @@ class HeadSlices:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class AttentionStatistics:
+@dataclasses.dataclass(frozen=True, repr=False)
+class AttentionStatistics(Shown):
     """How broadly the heads of one softmax attention attend.
 
     Attributes:
@@ -268,8 +270,8 @@ class HeadlessAttention:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Stability:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Stability(Shown):
     """How the order of the scores settles as batches are added.
 
     Attributes:
@@ -287,8 +289,8 @@ class Stability:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Statistics:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Statistics(Shown):
     """Sums over one or more batches.
 
     Attributes:
@@ -310,6 +312,19 @@ class Statistics:
     headless: tuple[HeadlessAttention, ...] = dataclasses.field(default=(), metadata=_STATIC)
     conservation: Mapping[str, Conservation] = dataclasses.field(default_factory=dict)
     stability: Stability | None = None
+
+    def __str__(self) -> str:
+        """A row for each use of a weight."""
+        header = ("weight", "kind", "emits", "positions")
+        rows = [(site.path, site.kind, site.nonlinearity, described(site.post.count)) for site in self.sites]
+        given = {
+            field.name
+            for each in self.derivatives.values()
+            for field in dataclasses.fields(each)
+            if getattr(each, field.name) is not None
+        }
+        lines = aligned([header, *rows], left=header[1:3], gap=2) if rows else ["No weight meets data."]
+        return "\n".join([*lines, *([f"Derivatives: {', '.join(sorted(given))}."] if given else [])])
 
 
 def merge(first: Statistics, second: Statistics) -> Statistics:

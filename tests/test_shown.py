@@ -1,0 +1,128 @@
+"""Results show themselves: in a few lines, also of deep models, and compiling nothing."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import jaxeff
+from jaxeff import cost, metrics, prune, sketch
+from jaxeff.output import shown
+
+DEPTH = 120
+LOSS = optax.softmax_cross_entropy_with_integer_labels
+
+
+class Deep(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(DEPTH):
+            x = nn.Dense(4)(x)
+        return x
+
+
+def scanned(params, x):
+    return jax.lax.scan(lambda h, w: (h + jnp.tanh(h @ w), None), x, params["w"])[0]
+
+
+@functools.cache
+def deep():
+    x = jnp.ones((8, 4))
+    params = Deep().init(jax.random.key(0), x)
+    report = jaxeff.analyze(params, Deep().apply, x, criterion="magnitude")
+    return params, x, jax.block_until_ready(report)
+
+
+@functools.cache
+def small():
+    x = jax.random.normal(jax.random.key(0), (32, 6))
+    model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(4)])
+    return model.init(jax.random.key(1), x), model.apply, x
+
+
+def groups():
+    params, x, _ = deep()
+    return prune.groups(params, Deep().apply, x)
+
+
+def stacked():
+    return {"w": jnp.stack([jnp.eye(3), 0 * jnp.eye(3), jnp.ones((3, 3))])}
+
+
+RESULTS = {
+    "report": lambda: deep()[2],
+    "layer": lambda: deep()[2].rows[0],
+    "activity": lambda: jaxeff.analyze(*small()).rows[0].activity,
+    "model": lambda: deep()[2].model,
+    "metrics": lambda: deep()[2].rows[0].metrics,
+    "null": lambda: deep()[2].rows[0].null,
+    "recommendation": lambda: jaxeff.analyze(*small()).recommendations()[0],
+    "statistics": lambda: jaxeff.collect(*small()),
+    "site": lambda: jaxeff.collect(*small()).sites[0],
+    "groups": groups,
+    "plan": lambda: prune.plan(groups(), prune.scored(deep()[0]), 0.5),
+    "comparison": lambda: jaxeff.compare_criteria(
+        *small(), loss_fn=LOSS, targets=jnp.zeros(32, int), criteria=("magnitude", "taylor")
+    ),
+    "sensitivity": lambda: prune.sensitivity(*small(), loss_fn=LOSS, targets=jnp.zeros(32, int)),
+    "blocks": lambda: prune.order_blocks(
+        stacked(), scanned, jnp.ones((4, 3)), loss_fn=optax.l2_loss, targets=jnp.ones((4, 3))
+    ),
+    "cost": lambda: cost.count(deep()[0], Deep().apply, deep()[1]),
+    "floor": lambda: cost.floor(Deep().apply, *deep()[:2], chip="tpu v5e"),
+    "pathways": lambda: jaxeff.pathways(deep()[2], groups(), prune.scored(deep()[0])),
+    "sketch": lambda: sketch.count(jnp.ones(5)),
+    "summary": lambda: metrics.summarize(jnp.arange(5.0)),
+    "monitor": lambda: jaxeff.monitor(every=10).init(*small()),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_shows_itself_in_few_lines_and_compiles_nothing(name, compilations):
+    result = jax.block_until_ready(RESULTS[name]())
+    with compilations() as compiled:
+        text, page = repr(result), result._repr_html_()
+    assert compiled.count == 0
+    assert len(text.splitlines()) <= 100 and len(text) < 20_000
+    assert "array(" not in text.lower() and "object at" not in text
+    assert page.strip().startswith("<")
+
+
+def test_str_has_all_lines():
+    report = deep()[2]
+    assert len(str(report).splitlines()) > DEPTH and "lines left out" in repr(report)
+
+
+def test_a_traced_result_says_so():
+    texts = []
+
+    def analysed(params, x):
+        report = jaxeff.analyze(params, small()[1], x)
+        texts.extend([repr(report), repr(report.rows[0].metrics)])
+        return report.numbers
+
+    params, _, x = small()
+    _ = jax.jit(analysed)(params, x)
+    assert all("Tracer" in text and len(text) < 100 for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (float("nan"), "?"),
+        (jnp.array([1.0, jnp.nan]), "[2], 1 to 1, 1 not finite"),
+        (jnp.array([jnp.nan]), "[1], none finite"),
+        (jnp.zeros((0, 3)), "[0, 3] float32"),
+        (jnp.array([True, False]), "[2], 1 True"),
+        (jnp.ones(3, jnp.bfloat16), "[3], 1 to 1"),
+        (jax.random.key(0), "key<fry>"),
+        ({"a": 1, "b": 2}, "a, b"),
+        ((1, 2), "1, 2"),
+        (tuple(range(9)), "9 int"),
+    ],
+)
+def test_values_in_a_few_words(value, text):
+    assert shown.described(value).endswith(text)
