@@ -79,6 +79,12 @@ def _forgotten_programs() -> Iterator[None]:
         jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def _as_wide_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text is printed as wide as where no terminal is; pytest's workers say that theirs has 80 columns."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """The test runs with 64-bit numbers on, in every supported jax."""
