@@ -2,10 +2,9 @@
 
 import pickle
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import networks
-import numpy as np
 import pytest
 from network import normal
 from shrinkable import NETWORKS
@@ -108,6 +107,24 @@ def test_the_cache_of_keys_and_values():
     assert groups.costs({kinds["query"]: 1})["kv_cache"] == cache_of(3, 4, 5)
     assert groups.costs({kinds["kv_head"]: 1, value: 3})["kv_cache"] == cache_of(1, 4, 3)
     assert "kv_cache" not in large("mlp")[2].costs()
+
+
+class Repeated(nn.Module):
+    """Each of two keys and values is copied for three query heads."""
+
+    @nn.compact
+    def __call__(self, x):
+        q = nn.DenseGeneral((6, 4), name="q")(x)
+        k = jnp.repeat(nn.RMSNorm(name="norm")(nn.DenseGeneral((2, 4), name="k")(x)), 3, axis=-2)
+        v = jnp.repeat(nn.DenseGeneral((2, 5), name="v")(x), 3, axis=-2)
+        weights = nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+        return nn.DenseGeneral(12, axis=(-2, -1), name="out")(jnp.einsum("bhts,bshd->bthd", weights, v))
+
+
+def test_copies_of_keys_and_values_are_not_in_the_cache():
+    x = normal(2, 5, 12)
+    groups = prune.groups(Repeated().init(jax.random.key(0), x), Repeated().apply, x)
+    assert groups.costs()["kv_cache"] == cache_of(2, 4, 5)
 
 
 def test_sizes_that_cannot_be():

@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jax.extend.core import Literal
 
 from jaxeff.graph.coupling_kinds import attention_of, kinds_of
-from jaxeff.graph.coupling_labels import CONSTANT, DATA, DEEPEST, DEPTH, WEIGHT, Described, Dim, Labels
+from jaxeff.graph.coupling_labels import CONSTANT, DATA, DEPTH, WEIGHT, Described, Dim, Labels
 from jaxeff.graph.coupling_rules import through
 from jaxeff.graph.coupling_skips import skipped_by_zeros
 from jaxeff.graph.coupling_stacks import GroupsIn, Seen, Stacked, stacked_over
@@ -190,6 +190,7 @@ def _amounts(
     fixed = np.array([bool(one.reasons) for one in groups])
     counts = Counts(walk.labels, np.where(fixed[of_label], -1, of_label), [one.size for one in groups])
     held = [(value.dtype.itemsize, counts(walk.described[value].dims)) for value in params]
+    leaves_of = [{leaf for leaf, _, _ in one.members} for one in groups]
     heads, sizes = (
         {i for i, one in enumerate(groups) if one.kind in kinds}
         for kinds in (("head", "kv_head"), ("head_size",))
@@ -198,7 +199,7 @@ def _amounts(
         "macs": macs(program, walk.described, counts),
         "params": total(each for _, each in held),
         "bytes": total(scaled(each, size) for size, each in held),
-        "kv_cache": key_value_cache(program, walk.described, counts, groups_in, heads, sizes),
+        "kv_cache": key_value_cache(program, walk.described, counts, groups_in, leaves_of, heads, sizes),
     }
     return {name: Amount.of(polynomial) for name, polynomial in found.items() if polynomial}
 

@@ -157,33 +157,40 @@ def key_value_cache(
     described: Mapping[Value, Described],
     counts: Counts,
     groups_in: GroupsIn,
+    leaves_of: Sequence[Set[int]],
     heads: Set[int],
     head_sizes: Set[int],
 ) -> Polynomial:
     """How many numbers a cache of keys and values holds for each position.
 
     Args:
-        heads, head_sizes: groups whose elements are heads (of keys and values), and the numbers within one.
+        leaves_of: the leaves that hold each group.
+        heads, head_sizes: groups whose elements are heads, and the numbers within one.
     """
 
     def of(operation: Operation) -> Polynomial:
-        if operation.name != "dot_general" or any(
-            not isinstance(operand, Value) or described[operand].made_of != DATA
-            for operand in operation.inputs
-        ):
+        operands = [described[each] for each in operation.inputs if isinstance(each, Value)]
+        if operation.name != "dot_general" or any(operand.made_of != DATA for operand in operands):
             return {}
         (contracted, _), (batch, _) = operation.params["dimension_numbers"]
-        left, output = (_dims(value, described) for value in (operation.inputs[0], operation.outputs[0]))
-        # Keys meet queries over the size of a head, and values pass it on.
-        over = [*(left[axis] for axis in contracted), *output[len(batch) :]]
-        size = [dim for dim in over if groups_in([dim]) & head_sizes]
-        return (
-            counts([*(dim for dim in output[: len(batch)] if groups_in([dim]) & heads), *size])
-            if len(size) == 1
-            else {}
-        )
+        output = _dims(operation.outputs[0], described)
+        # Queries and keys are summed over the size of their heads; that of values is left.
+        rest = [*(operands[0].dims[axis] for axis in contracted), *output[len(batch) :]]
+        sizes = [dim for dim in rest if groups_in([dim]) & head_sizes]
+        if len(sizes) != 1:
+            return {}
+        held = set().union(*(leaves_of[group] for group in groups_in(sizes) & head_sizes))
+        own = _in_all(held, leaves_of, heads)
+        parallel = (labels for dim in output[: len(batch)] for labels in dim.factors)
+        return counts([*sizes, *(Dim((labels,), False) for labels in parallel if groups_in.of(labels) & own)])
 
     return _over(program, described, counts, of)
+
+
+def _in_all(leaves: Set[int], leaves_of: Sequence[Set[int]], heads: Set[int]) -> set[int]:
+    """The heads in all of these leaves that have any: not the query heads that share a key, which it has not."""
+    with_heads = leaves & set().union(*(leaves_of[head] for head in heads))
+    return {head for head in heads if with_heads <= leaves_of[head]}
 
 
 def _over(
