@@ -58,7 +58,7 @@ class Amount:
         columns = sizes.reshape(len(sizes), -1)
         # A part at a time, since the products of all terms stand side by side.
         width = max(1, _MOST // max(1, len(self.coefficients)))
-        starts = range(0, columns.shape[1], width)
+        starts = range(0, max(1, columns.shape[1]), width)
         parts = [self._values(columns[:, start : start + width]) for start in starts]
         return np.concatenate(parts).reshape(sizes.shape[1:])
 
