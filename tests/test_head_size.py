@@ -90,6 +90,19 @@ class Shared(nn.Module):
         return nn.DenseGeneral(12, axis=(-3, -2, -1), name="out")(heads)
 
 
+class OfOneProduct(nn.Module):
+    """Queries, keys and values of one product, the values of another size."""
+
+    @nn.compact
+    def __call__(self, x):
+        q, k, v = jnp.split(nn.Dense(4 * 3 * 4 + 4 * 4 + 4 * 5, name="qkv")(x), [48, 64], axis=-1)
+        q, k, v = (
+            y.reshape(*x.shape[:-1], *shape) for y, shape in ((q, (4, 3, 4)), (k, (4, 4)), (v, (4, 5)))
+        )
+        weights = nn.softmax(jnp.einsum("bthgd,bshd->bhgts", q, k))
+        return nn.DenseGeneral(12, axis=(-3, -2, -1), name="out")(jnp.einsum("bhgts,bshd->bthgd", weights, v))
+
+
 class Linear(nn.Module):
     """Attention without a softmax."""
 
@@ -135,6 +148,11 @@ class Scanned(nn.Module):
 STRUCTURES = {
     "cut out": (Fused(), {"q/kernel:1", "v/kernel:1"}, {"q/kernel:1#2"}),
     "shared keys": (Shared(), {"q/kernel:3", "v/kernel:2"}, {"q/kernel:1", "q/kernel:2"}),
+    "of one product": (
+        OfOneProduct(),
+        {"qkv/kernel:1#2", "qkv/kernel:1#4"},
+        {"qkv/kernel:1", "qkv/kernel:1#3"},
+    ),
     "no softmax": (Linear(), {"q/kernel:2", "v/kernel:2"}, {"q/kernel:1"}),
     "one head": (
         nn.MultiHeadDotProductAttention(1, qkv_features=8),

@@ -3,6 +3,9 @@
 from jaxeff.cost._chips import Chip as Chip
 from jaxeff.cost._compiling import Compiled as Compiled
 from jaxeff.cost._compiling import compiled as compiled
+from jaxeff.cost._compiling_for import Collective as Collective
+from jaxeff.cost._compiling_for import CompiledFor as CompiledFor
+from jaxeff.cost._compiling_for import compile_for as compile_for
 from jaxeff.cost._counting import count as count
 from jaxeff.cost._counting import count_function as count_function
 from jaxeff.cost._footprint import GradientMemory as GradientMemory

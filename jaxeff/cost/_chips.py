@@ -21,12 +21,14 @@ class Chip:
         flops_per_second: of matrix products, two per multiply-accumulate, by the dtype of the operands.
         bytes_per_second: between the chip and its main memory.
         source: of these figures.
+        memory_bytes: of its main memory; None where that is not known.
     """
 
     name: str
     flops_per_second: Mapping[str, float]
     bytes_per_second: float
     source: str
+    memory_bytes: float | None = None
 
     def rate(self, *dtypes: Any) -> float:
         """Return the FLOPs per second for operands of these dtypes: the fastest that may be meant, else the best."""
@@ -89,6 +91,13 @@ def _tpus() -> dict[str, tuple[Any, int]]:
     return {f"tpu {one.value}": (one, 2 if one.value in _MEGACORE else 1) for one in versions}
 
 
+def tpu_chip(generation: str, cores: int) -> Chip | None:
+    """The TPU of a generation ('v5e', '7x') whose devices have so many cores; None where JAX does not know it."""
+    name = f"tpu {generation}"
+    known = _tpus().get(name)
+    return None if known is None else _tpu(name, known[0], cores)
+
+
 def _tpu(name: str, version: Any, cores: int) -> Chip:
     from jax.experimental.pallas import tpu
 
@@ -102,4 +111,5 @@ def _tpu(name: str, version: Any, cores: int) -> Chip:
     rates: dict[str, float] = dict.fromkeys(("bfloat16", "float16", "float32"), wide)
     rates |= dict.fromkeys(_EIGHTHS[:2], whole) | dict.fromkeys(_EIGHTHS[2:], narrow)
     memory = float(found.mem_bw_bytes_per_second * found.num_cores)
-    return Chip(name, rates, memory, "jax.experimental.pallas.tpu.get_tpu_info_for_chip")
+    source = "jax.experimental.pallas.tpu.get_tpu_info_for_chip"
+    return Chip(name, rates, memory, source, float(found.hbm_capacity_bytes * found.num_cores))

@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +20,11 @@ from jax.core import Tracer
 from jax.extend.core import Literal
 
 from jaxeff.graph.coupling_kinds import attention_of, kinds_of
-from jaxeff.graph.coupling_labels import CONSTANT, DATA, DEEPEST, DEPTH, WEIGHT, Described, Dim, Labels
+from jaxeff.graph.coupling_labels import CONSTANT, DATA, DEPTH, WEIGHT, Described, Dim, Labels
 from jaxeff.graph.coupling_rules import through
 from jaxeff.graph.coupling_skips import skipped_by_zeros
 from jaxeff.graph.coupling_stacks import GroupsIn, Seen, Stacked, stacked_over
+from jaxeff.graph.coupling_work import Amount, Counts, key_value_cache, macs, scaled, total
 from jaxeff.graph.program import Operation, Program, Value, scan_operands
 from jaxeff.graph.provenance import operands_of_bodies
 
@@ -57,13 +58,28 @@ class Coupled:
     scan: Operation | None = None
 
 
-def couple(program: Program, leaves: Sequence[bool], allowed: frozenset[str] = frozenset()) -> list[Coupled]:
+class Coupling(NamedTuple):
+    """All groups of a program, and what it costs as a function of how many elements each keeps.
+
+    Attributes:
+        amounts: 'macs' of the program; 'params' and 'bytes' of the leaves that are asked for; 'kv_cache', the numbers
+            that a cache of keys and values holds for each position, where there is attention.
+    """
+
+    groups: list[Coupled]
+    amounts: Mapping[str, Amount]
+
+
+def couple(
+    program: Program, leaves: Sequence[bool], allowed: frozenset[str] = frozenset(), params: int = 0
+) -> Coupling:
     """The groups of a program.
 
     Args:
         program: a traced function, flattened.
         leaves: of each of its inputs, whether it is a leaf; all others are data.
         allowed: kinds of locks to leave out.
+        params: how many of the leaves, the first of them, count as params.
 
     Returns:
         Groups that cover every index of every axis longer than 1 of every leaf, in the order in which
@@ -82,7 +98,7 @@ def couple(program: Program, leaves: Sequence[bool], allowed: frozenset[str] = f
     found = [described.dims for described, is_leaf in zip(inputs, leaves, strict=True) if is_leaf]
     values = [value for value, is_leaf in zip(program.inputs, leaves, strict=True) if is_leaf]
     order = sorted(range(len(values)), key=lambda leaf: used.get(values[leaf], math.inf))
-    return _collected(program, walk, found, order)
+    return _collected(program, walk, found, order, values[:params])
 
 
 def _first_uses(program: Program) -> dict[Value, int]:
@@ -103,17 +119,21 @@ def _first_uses(program: Program) -> dict[Value, int]:
 
 
 def _collected(
-    program: Program, walk: Walk, leaves: Sequence[Sequence[Dim]], order: Sequence[int]
-) -> list[Coupled]:
+    program: Program,
+    walk: Walk,
+    leaves: Sequence[Sequence[Dim]],
+    order: Sequence[int],
+    params: Sequence[Value],
+) -> Coupling:
     """Labels alike in all that they stand in become the elements of one group."""
     labels = walk.labels
     axes = [(leaf, axis) for leaf in order for axis, dim in enumerate(leaves[leaf]) if dim.factors]
     if not axes:
-        return []
+        return Coupling([], {})
     whole = [leaves[leaf][axis].factors[0] for leaf, axis in axes]
     owner = np.repeat(np.arange(len(axes)), [len(axis) for axis in whole])
     index = np.concatenate([np.arange(len(axis)) for axis in whole])
-    owner, index, atom = resolved(labels, owner, index, labels.find(np.concatenate(whole)))
+    owner, index, atom = labels.resolved(owner, index, labels.find(np.concatenate(whole)))
     reasons, locked = _locked(labels)
     # Of each label the first place where it stands, which is how elements and groups are ordered.
     first = np.full(len(labels), len(atom))
@@ -152,10 +172,36 @@ def _collected(
         stack for one, each in zip(found, over, strict=True) if not one.reasons for stack in each.stacks
     }
     kinds = kinds_of(program, walk.described, groups_in, attention, iterations, stacks)
-    return [
+    groups = [
         dataclasses.replace(one, kind=kinds.get(i, "unit"), scan=scans.get(i), **_blocks(one, found, over[i]))
         for i, one in enumerate(found)
     ]
+    return Coupling(groups, _amounts(program, walk, groups, of_label, groups_in, params))
+
+
+def _amounts(
+    program: Program,
+    walk: Walk,
+    groups: Sequence[Coupled],
+    of_label: np.ndarray,
+    groups_in: GroupsIn,
+    params: Sequence[Value],
+) -> dict[str, Amount]:
+    fixed = np.array([bool(one.reasons) for one in groups])
+    counts = Counts(walk.labels, np.where(fixed[of_label], -1, of_label), [one.size for one in groups])
+    held = [(value.dtype.itemsize, counts(walk.described[value].dims)) for value in params]
+    leaves_of = [{leaf for leaf, _, _ in one.members} for one in groups]
+    heads, sizes = (
+        {i for i, one in enumerate(groups) if one.kind in kinds}
+        for kinds in (("head", "kv_head"), ("head_size",))
+    )
+    found = {
+        "macs": macs(program, walk.described, counts),
+        "params": total(each for _, each in held),
+        "bytes": total(scaled(each, size) for size, each in held),
+        "kv_cache": key_value_cache(program, walk.described, counts, groups_in, leaves_of, heads, sizes),
+    }
+    return {name: Amount.of(polynomial) for name, polynomial in found.items() if polynomial}
 
 
 def _blocks(one: Coupled, found: Sequence[Coupled], over: Stacked) -> dict[str, Any]:
@@ -168,34 +214,6 @@ def _numbered(signatures: np.ndarray) -> np.ndarray:
     """Equal signatures as one number, from 0 on, in the order in which they first come."""
     _, first, inverse = np.unique(signatures, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse]
-
-
-def resolved(
-    labels: Labels, owner: np.ndarray, index: np.ndarray, found: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The labels that are no products behind each index, each once, by owner and index."""
-    products = labels.is_product(found)
-    rows = np.stack([owner, index, found])
-    done, rows = [rows[:, ~products]], rows[:, products]
-    for _ in range(DEEPEST):
-        if not rows.shape[1]:
-            break
-        parts = labels.find(np.concatenate(labels.parts(rows[2])))
-        rows = np.stack([*np.tile(rows[:2], 2), parts])
-        products = labels.is_product(parts)
-        done.append(rows[:, ~products])
-        rows = rows[:, products]
-    if rows.shape[1]:
-        labels.lock(rows[2], "a part of itself, after a reshape")
-        done.append(rows)
-    owner, index, found = np.concatenate(done, axis=1)
-    if len(done) > 1:
-        most, many = int(index.max()) + 1, len(labels)
-        # Sorted, not `np.unique`, which hashes: these are nearly in order.
-        key = np.sort((owner * most + index) * many + found, kind="stable")
-        key = key[np.diff(key, prepend=-1) > 0]
-        owner, index, found = key // many // most, key // many % most, key % many
-    return owner, index, found
 
 
 def _locked(labels: Labels) -> tuple[list[str], np.ndarray]:

@@ -50,14 +50,17 @@ def attention_of(
             of_one |= groups_in(others)
     leaves_of = [{leaf for leaf, _, _ in members} for _, members in groups]
     with_heads = set().union(*(leaves_of[head] for head in heads))
-    innermost: dict[int, tuple[tuple[int, int], int]] = {}
+    places: dict[int, dict[int, tuple[int, int]]] = {}
     for number in (inside | of_one) - heads:
         for leaf, axis, indices in groups[number][1]:
             one_head = axis > 1 and shapes[leaf][axis - 1] == 1
             if (number in inside and leaf in with_heads) or (number in of_one and one_head):
                 step = int(indices[1, 0] - indices[0, 0]) if len(indices) > 1 else 1
-                innermost[leaf] = max(innermost.get(leaf, ((-1, 0), number)), ((axis, -step), number))
-    sizes = {number for _, number in innermost.values()}
+                places.setdefault(leaf, {})[number] = axis, -step
+    # A leaf that holds queries, keys and values has several: theirs may differ.
+    sizes = {
+        number for found in places.values() for number, place in found.items() if place == max(found.values())
+    }
     queries = {number for number in inside - heads - sizes if leaves_of[number] & with_heads}
     return Attention(heads, queries, sizes)
 

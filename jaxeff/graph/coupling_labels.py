@@ -152,6 +152,33 @@ class Labels:
             found = np.unique(np.concatenate([found[~products], self.find(parts)]))
         return found
 
+    def resolved(
+        self, owner: IntArray, index: IntArray, found: IntArray
+    ) -> tuple[IntArray, IntArray, IntArray]:
+        """The labels that are no products behind each index, each once, by owner and index."""
+        products = self.is_product(found)
+        rows = np.stack([owner, index, found])
+        done, rows = [rows[:, ~products]], rows[:, products]
+        for _ in range(DEEPEST):
+            if not rows.shape[1]:
+                break
+            parts = self.find(np.concatenate(self.parts(rows[2])))
+            rows = np.stack([*np.tile(rows[:2], 2), parts])
+            products = self.is_product(parts)
+            done.append(rows[:, ~products])
+            rows = rows[:, products]
+        if rows.shape[1]:
+            self.lock(rows[2], "a part of itself, after a reshape")
+            done.append(rows)
+        owner, index, found = np.concatenate(done, axis=1)
+        if len(done) > 1:
+            most, many = int(index.max()) + 1, len(self)
+            # Sorted, not `np.unique`, which hashes: these are nearly in order.
+            key = np.sort((owner * most + index) * many + found, kind="stable")
+            key = key[np.diff(key, prepend=-1) > 0]
+            owner, index, found = key // many // most, key // many % most, key % many
+        return owner, index, found
+
     def join(self, one: IntArray, other: IntArray) -> None:
         """Let the labels of two arrays stand and fall together, pair by pair."""
         if one is other:

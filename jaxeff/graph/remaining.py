@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jax.extend import source_info_util
 from jax.extend.core import Literal
 
-from jaxeff.graph.coupling import INPUT, OUTPUT, Walk, resolved
+from jaxeff.graph.coupling import INPUT, OUTPUT, Walk
 from jaxeff.graph.coupling_labels import DATA, DEPTH, REPLAY, SCALE, STATISTICS, WEIGHT, Described, Labels
 from jaxeff.graph.program import Operation, Program, Value
 
@@ -205,7 +205,7 @@ class _Labelled:
         owner = np.repeat(np.arange(len(known)), sizes)
         index = np.concatenate([np.arange(size) for size in sizes])
         found = labels.find(np.concatenate([standing for standing, _ in known]))
-        owner, index, atoms = resolved(labels, owner, index, found)
+        owner, index, atoms = labels.resolved(owner, index, found)
         stays = np.concatenate([mask for _, mask in known])[np.cumsum([0, *sizes])[owner] + index]
         gone[atoms] = True
         gone[atoms[stays]] = False

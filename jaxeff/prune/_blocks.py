@@ -59,7 +59,7 @@ def block_influence(
     )
     found = groups(params, apply_fn, batch, rngs=rngs, **apply_kwargs)
     leaves = len(found.params) + len(found.state)
-    coupled = couple(program, [i < leaves for i in range(len(program.inputs))])
+    coupled = couple(program, [i < leaves for i in range(len(program.inputs))]).groups
     scans = {
         group.name: one.scan
         for group, one in zip(found, coupled, strict=True)

@@ -19,6 +19,7 @@ import numpy as np
 from jaxeff import graph
 from jaxeff.graph.coupling import UNREAD, couple
 from jaxeff.graph.coupling_labels import KINDS
+from jaxeff.graph.coupling_work import Amount
 from jaxeff.model.apply import StatefulApply, from_apply
 from jaxeff.model.functions import TracedFunction
 from jaxeff.model.params import Params, is_variables, named_leaves
@@ -109,11 +110,13 @@ class Groups(Shown):
         groups: in the order in which the model uses them.
         params: shapes of the leaves of `params`, by path.
         state: shapes of all other variables, by path: 'batch_stats/norm/mean'.
+        amounts: what `costs` evaluates.
     """
 
     groups: tuple[Group, ...]
     params: Shapes
     state: Shapes
+    amounts: Mapping[str, Amount] = dataclasses.field(default_factory=dict)
 
     @property
     def unlocked(self) -> tuple[Group, ...]:
@@ -147,6 +150,37 @@ class Groups(Shown):
             // self.shapes[member.path][member.axis]
             for member in group.members
         )
+
+    def costs(self, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
+        """What the model costs with so many elements of each group, by `prune.compact`; nothing is traced.
+
+        Args:
+            sizes: elements that are left by group's name, as `Plan.sizes` gives them; the others stay whole.
+
+        Returns:
+            'params' and their 'bytes', without state; 'macs' of the whole batch, as `cost.count` has them (of a `cond`
+            those of the branch that has most before anything is removed, and none inside `shard_map`); and, where
+            there is attention, 'kv_cache': the numbers that a cache of keys and values holds for each position,
+            in all blocks.
+
+        Raises:
+            ValueError: no such group, or more or fewer elements than it can have.
+
+        >>> model = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]
+        >>> found = groups({"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, model, jnp.ones((8, 3)))
+        >>> found.costs(), found.costs({"a:1": 1})
+        ({'macs': 160, 'params': 20, 'bytes': 80}, {'macs': 40, 'params': 5, 'bytes': 20})
+        """
+        given, unlocked = sizes or {}, {group.name: group for group in self.unlocked}
+        for name, size in given.items():
+            if name not in unlocked:
+                raise ValueError(
+                    f"`sizes` names {name!r}, which is no group that may shrink: {', '.join(unlocked)}"
+                )
+            if not 1 <= size <= unlocked[name].size or size != int(size):
+                raise ValueError(f"`sizes` must be from 1 to {unlocked[name].size} for {name!r}, got {size}")
+        left = np.array([given.get(group.name, group.size) for group in self.groups])
+        return {name: round(float(amount(left))) for name, amount in self.amounts.items()}
 
     def scored(self, importance: Any, *, reduce: str = "sum", normalize: str = "none") -> Groups:
         """The groups with the importance of their elements, of the scores of the weights that they hold.
@@ -279,13 +313,12 @@ def groups(
         raise ValueError(f"`params` and another collection both have the path {sorted(shared)[0]!r}")
     program = graph.flatten(closed)
     count = len(named) + len(of_state)
-    coupled = couple(program, [i < count for i in range(len(program.inputs))], allowed)
+    coupled, amounts = couple(program, [i < count for i in range(len(program.inputs))], allowed, len(named))
     paths = [*named, *of_state]
     found = _named([_group(one, paths) for one in coupled])
     _check_state(found, of_state)
-    return Groups(
-        found, *({path: jnp.shape(leaf) for path, leaf in tree.items()} for tree in (named, of_state))
-    )
+    shapes = ({path: jnp.shape(leaf) for path, leaf in tree.items()} for tree in (named, of_state))
+    return Groups(found, *shapes, amounts)
 
 
 def stand_in(leaf: Any) -> Any:
