@@ -14,6 +14,7 @@ prune.before_and_after((params, model.apply), (small, smaller.apply), [x[:1], x[
 """
 
 from jaxeff.prune._allocation import ALLOCATIONS as ALLOCATIONS
+from jaxeff.prune._allocation import owl as owl
 from jaxeff.prune._batch_norm import recalibrate as recalibrate
 from jaxeff.prune._before_and_after import BeforeAndAfter as BeforeAndAfter
 from jaxeff.prune._before_and_after import before_and_after as before_and_after

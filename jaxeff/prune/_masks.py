@@ -14,11 +14,10 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from jaxeff.model.params import is_variables, named_leaves
 from jaxeff.numerics.meshes import by_compiler, laid_like
 from jaxeff.numerics.selection import lowest, lowest_of_each
 from jaxeff.prune._allocation import ALLOCATIONS, MeasuredAllocation, lamp
-from jaxeff.prune._layouts import Axes, axes_of, by_layer, layer_names, unboxed, unknown_layers
+from jaxeff.prune._layouts import Axes, axes_of, by_layer, by_path, layer_names, unboxed, unknown_layers
 from jaxeff.prune._patterns import UNSTRUCTURED, NByM, Pattern, Unstructured
 
 SCOPES = ("unit", "layer", "global")
@@ -50,7 +49,8 @@ def masks(
         pattern: `Unstructured()`, `Block(shape)`, `Units()` or `NByM(n, m)`. The last two go along the inputs
             or outputs of each weight: as the scores know them, or as their `axes` say.
         allocation: with scope 'layer' or 'unit', how much of each layer: 'uniform', 'erk', fractions by
-            name ('blocks/q[3]', or 'blocks/q' for all layers of a leaf), or what `sensitivity` measured.
+            name ('blocks/q[3]', or 'blocks/q' for all layers of a leaf), such as `owl` gives, or what
+            `sensitivity` measured.
             With scope 'global', 'lamp' makes the scores of layers comparable first.
         max_sparsity: at most so much of any layer goes, or of those named; with scope 'global' others make
             up for it.
@@ -68,9 +68,9 @@ def masks(
     >>> masks({"a": jnp.array([3.0, 1.0, 2.0, 4.0]), "b": jnp.zeros(())}, 0.5)["a"]
     Array([ True, False, False,  True], dtype=bool)
     """
-    axes = dict(zip(_by_path(unboxed(importance)), axes_of(importance), strict=True))
+    axes = dict(zip(by_path(unboxed(importance)), axes_of(importance), strict=True))
     importance = unboxed(importance)
-    named = _by_path(importance)
+    named = by_path(importance)
     scores = {path: score for path, score in named.items() if jnp.ndim(score)}
     if isinstance(allocation, MeasuredAllocation):
         allocation = allocation.allocation(sparsity)
@@ -90,13 +90,6 @@ def masks(
     _warn_of_collapse(grouped, kept)
     leaves = [kept.get(path, jnp.asarray(True)) for path in named]
     return jax.tree.unflatten(jax.tree.structure(importance), leaves)
-
-
-def _by_path(importance: Any) -> dict[str, Any]:
-    """The leaves by path; those of the `params` collection of variables by their path below it."""
-    named = named_leaves(importance)
-    above = "params/" if is_variables(importance) else ""
-    return {path.removeprefix(above): leaf for path, leaf in named.items()}
 
 
 @dataclasses.dataclass(frozen=True)
