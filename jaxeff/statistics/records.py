@@ -161,6 +161,26 @@ class Conservation:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class SecondMoments:
+    """X^T X of what a weight multiplies, X having one row for each position, in float32.
+
+    Twice this is the Hessian of the squared error of the layer's outputs, the same for each unit.
+
+    Attributes:
+        sum: [inputs, inputs], over all positions; inputs along several axes of the weight count as one, in the order
+            of these axes. Layers that a scan stacks stand in front, in the order of the weight's `layer_axes`.
+        count: [], or one for each stacked layer: the positions.
+    """
+
+    sum: jax.Array
+    count: jax.Array
+
+    def __add__(self, other: SecondMoments) -> SecondMoments:
+        return SecondMoments(self.sum + other.sum, self.count + other.count)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SiteStatistics:
     """One use of one weight.
 
@@ -180,6 +200,8 @@ class SiteStatistics:
             the sum of a dL/da; None where not collected.
         derivatives: of the loss by the weight, over all its uses.
         uncounted: whether it runs inside a `while`, whose number of steps only running it tells.
+        second_moments: of the inputs; None where not collected.
+        without_moments: why there are none although they were asked for.
     """
 
     path: str = dataclasses.field(metadata=_STATIC)
@@ -196,6 +218,8 @@ class SiteStatistics:
     gate: Moments | None = None
     derivatives: Derivatives = Derivatives()
     uncounted: bool = dataclasses.field(default=False, metadata=_STATIC)
+    second_moments: SecondMoments | None = None
+    without_moments: str | None = dataclasses.field(default=None, metadata=_STATIC)
 
 
 @jax.tree_util.register_dataclass
@@ -347,14 +371,18 @@ def check_alike(first: Statistics, second: Statistics) -> None:
         )
     if _structures(first) != _structures(second):
         raise ValueError(
-            "`first` and `second` were collected for different criteria: one holds derivatives of the loss "
-            "that the other has not. Collect both with the same `criterion`."
+            "`first` and `second` were collected for different criteria: one holds derivatives of the loss, or "
+            "second moments, that the other has not. Collect both with the same `criterion` and `hessians`."
         )
 
 
 def _merge_sites(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
     gate = None if a.gate is None or b.gate is None else a.gate + b.gate
-    return dataclasses.replace(a, input=a.input + b.input, pre=a.pre + b.pre, post=a.post + b.post, gate=gate)
+    second = None
+    if a.second_moments is not None and b.second_moments is not None:
+        second = a.second_moments + b.second_moments
+    added = {"input": a.input + b.input, "pre": a.pre + b.pre, "post": a.post + b.post}
+    return dataclasses.replace(a, **added, gate=gate, second_moments=second)
 
 
 def _described(statistics: Statistics) -> tuple:
@@ -364,4 +392,5 @@ def _described(statistics: Statistics) -> tuple:
 
 
 def _structures(statistics: Statistics) -> Any:
-    return jax.tree.structure((statistics.derivatives, [site.gate for site in statistics.sites]))
+    own = [(site.gate, site.second_moments) for site in statistics.sites]
+    return jax.tree.structure((statistics.derivatives, own))
