@@ -54,6 +54,7 @@ from jaxeff.prune._recipes import iterative_magnitude as iterative_magnitude
 from jaxeff.prune._recipes import iterative_obd as iterative_obd
 from jaxeff.prune._recipes import iterative_taylor as iterative_taylor
 from jaxeff.prune._recipes import lottery_ticket as lottery_ticket
+from jaxeff.prune._reconstruction import reconstruct as reconstruct
 from jaxeff.prune._regularization import EntropyState as EntropyState
 from jaxeff.prune._regularization import add_entropy_gradient as add_entropy_gradient
 from jaxeff.prune._rounds import Pruned as Pruned
@@ -66,3 +67,4 @@ from jaxeff.prune._scoring import scored as scored
 from jaxeff.prune._sensitivity import Sensitivity as Sensitivity
 from jaxeff.prune._sensitivity import sensitivity as sensitivity
 from jaxeff.prune._shrinking import shrink as shrink
+from jaxeff.prune._sparsegpt import sparsegpt as sparsegpt

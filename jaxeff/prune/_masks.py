@@ -77,7 +77,7 @@ def masks(
     _check(scores, sparsity, scope, pattern)
     grouped = {path: _Grouped.of(path, score, axes[path], pattern) for path, score in scores.items()}
     layers = {path: group.layers for path, group in grouped.items()}
-    shares = _check_allocation(layers, scope, allocation)
+    shares = check_allocation(layers, scope, allocation)
     if isinstance(pattern, NByM):
         kept = {path: group.scores for path, group in grouped.items()}
     else:
@@ -247,7 +247,7 @@ def _check(scores: Mapping[str, Array], sparsity: Any, scope: str, pattern: Any)
         raise ValueError(
             f"`scope` 'unit' ranks the single weights of an output: {pattern} takes scope 'layer'"
         )
-    _check_sparsity(sparsity, pattern)
+    check_sparsity(sparsity, pattern)
     check_scores(scores)
 
 
@@ -275,7 +275,7 @@ def _valid(score: Array) -> bool:
     return bool(jnp.all(score >= 0))
 
 
-def _check_sparsity(sparsity: Any, pattern: Any) -> None:
+def check_sparsity(sparsity: Any, pattern: Any) -> None:
     if isinstance(pattern, NByM):
         if sparsity is not None and not math.isclose(sparsity, pattern.sparsity):
             raise ValueError(
@@ -289,7 +289,7 @@ def _check_sparsity(sparsity: Any, pattern: Any) -> None:
         raise ValueError(f"`sparsity` must be in [0, 1), the fraction to remove, got {sparsity}")
 
 
-def _check_allocation(layers: Mapping[str, tuple[str, ...]], scope: str, allocation: Any) -> Any:
+def check_allocation(layers: Mapping[str, tuple[str, ...]], scope: str, allocation: Any) -> Any:
     """The allocation; fractions by layer."""
     if isinstance(allocation, Mapping):
         if scope == "global":
