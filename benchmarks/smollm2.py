@@ -6,7 +6,7 @@
 
 The weights are those of the 4-bit file, dequantized. The text is cut into windows of 512 tokens: even ones
 calibrate, odd ones test. Half of each layer's weights (`scope="layer"`) or of each output's (`scope="unit"`)
-go, but none of the embedding, and nothing is retrained.
+go, but none of the embedding, and nothing is retrained. All blocks are calibrated on the dense model.
 """
 
 from __future__ import annotations
@@ -57,14 +57,54 @@ def main() -> None:
         report.to_html(chosen.html, title="SmolLM2-135M-Instruct")
 
     print(f"perplexity, dense: {_perplexity(params, test):.1f}")
-    statistics = jaxeff.collect(params, logits, calibration, criterion="wanda")
-    for criterion in ("wanda", "magnitude"):
+    began = time.process_time()
+    statistics = jaxeff.collect(params, logits, calibration, criterion="wanda", hessians=True)
+    _ = jax.block_until_ready(statistics)
+    print(f"collect with hessians, first call: {time.process_time() - began:.1f} CPU s")
+    for criterion in ("wanda", "ria", "magnitude"):
         scores = prune.scored(params, statistics, criterion, prunable={"embedding": False})
         for scope in ("layer", "unit"):
             masks = prune.masks(scores, 0.5, scope=scope)
             found = _perplexity(prune.apply(params, masks), test)
             print(f"50 % by {criterion}, scope={scope!r}: {found:.1f}")
+    _second_order(params, statistics, test)
     _smaller(params, statistics, calibration[:2], test)
+
+
+def _second_order(params: dict[str, Any], statistics: Any, test: jax.Array) -> None:
+    """Pruned and reconstructed by the second moments of the inputs."""
+    prunable = {"embedding": False}
+    scores = prune.scored(params, statistics, "wanda", prunable=prunable)
+
+    def by_sparsegpt(*sparsity: float, **keywords: Any) -> dict[str, Any]:
+        return prune.sparsegpt(params, statistics, *sparsity, **keywords, prunable=prunable)[0]
+
+    def reconstructed(*sparsity: float, iterations: int = 100, **keywords: Any) -> dict[str, Any]:
+        masks = prune.masks(scores, *sparsity, **keywords)
+        return prune.reconstruct(params, masks, statistics, iterations=iterations)
+
+    two_of_four = prune.NByM(2, 4)
+    owl = prune.owl(scores, 0.7)
+    ways = {
+        "50 % by sparsegpt, scope='layer'": lambda: by_sparsegpt(0.5, scope="layer"),
+        "50 % by sparsegpt, scope='unit'": lambda: by_sparsegpt(0.5, scope="unit"),
+        "50 % by wanda, scope='unit', reconstructed": lambda: reconstructed(0.5, scope="unit"),
+        "50 % the same, 20 iterations": lambda: reconstructed(0.5, iterations=20, scope="unit"),
+        "2 of 4 by wanda": lambda: prune.apply(params, prune.masks(scores, pattern=two_of_four)),
+        "2 of 4 by sparsegpt": lambda: by_sparsegpt(pattern=two_of_four),
+        "2 of 4 by wanda, reconstructed": lambda: reconstructed(pattern=two_of_four),
+        "70 % by wanda, scope='unit'": lambda: prune.apply(params, prune.masks(scores, 0.7, scope="unit")),
+        "70 % the same, owl": lambda: prune.apply(
+            params, prune.masks(scores, 0.7, scope="unit", allocation=owl)
+        ),
+        "70 % by sparsegpt, scope='layer'": lambda: by_sparsegpt(0.7, scope="layer"),
+        "70 % by wanda, scope='unit', reconstructed": lambda: reconstructed(0.7, scope="unit"),
+    }
+    for name, way in ways.items():
+        began = time.process_time()
+        pruned = jax.block_until_ready(way())
+        seconds = time.process_time() - began
+        print(f"{name}: {_perplexity(pruned, test):.1f}, made in {seconds:.1f} CPU s", flush=True)
 
 
 def _smaller(params: dict[str, Any], statistics: Any, calibration: jax.Array, test: jax.Array) -> None:

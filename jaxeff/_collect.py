@@ -34,6 +34,7 @@ def collect(
     loss_fn: Callable | None = None,
     targets: Any = None,
     seed: int | jax.Array = 0,
+    hessians: bool = False,
     rngs: Any = None,
     **apply_kwargs: Any,
 ) -> Statistics:
@@ -48,6 +49,10 @@ def collect(
             are taken; activations are always summed.
         loss_fn, targets: as in `jaxeff.analyze`, for criteria that need gradients.
         seed: of the random signs that estimate a Hessian.
+        hessians: also sum X^T X of the inputs of each dense layer, `site.second_moments`, which `prune.sparsegpt` and
+            `prune.reconstruct` read. It takes 4 inputs^2 bytes for each use of each weight: 9 MiB of 1,536 inputs,
+            in each block of a stack. What is not a plain product, such as a convolution, has none, and
+            `site.without_moments` says why. Add batches with `jaxeff.merge`.
         rngs: passed to `apply_fn` as `rngs`, for dropout.
         **apply_kwargs: passed to `apply_fn`. Arrays among them may change without recompiling.
 
@@ -64,7 +69,7 @@ def collect(
     """
     criteria = named(criterion, with_loss=loss_fn is not None)
     run = prepare(params, apply_fn, batch, criteria, loss_fn, targets, rngs, apply_kwargs)
-    return run.statistics(batch, targets, jax.random.key(seed))
+    return dataclasses.replace(run, hessians=hessians).statistics(batch, targets, jax.random.key(seed))
 
 
 def named(criterion: Criteria, *, with_loss: bool) -> tuple[Criterion, ...]:
@@ -83,18 +88,21 @@ class Run:
     Attributes:
         criteria: the criteria that will read the statistics.
         objective: the loss and the arrays that it reads; None if no criterion needs derivatives.
+        hessians: whether to sum the products of each two inputs of a layer.
     """
 
     model: Model
     criteria: tuple[Criterion, ...]
     objective: tuple[Objective, Arrays] | None
+    hessians: bool = False
 
     def statistics(self, batch: Any, targets: Any, key: jax.Array) -> Statistics:
         """Collect the statistics of one batch; `key` seeds the random signs."""
         model = self.model
         batch = jax.tree.leaves(batch)
         inputs = objectives.with_batch(model.origins, model.inputs, batch)
-        observed = observe(model.function, model.paths, model.origins, model.batch_size, model.params, inputs)
+        arguments = model.function, model.paths, model.origins, model.batch_size, model.params, inputs
+        observed = observe(*arguments, hessians=self.hessians)
         if self.objective is None:
             return observed
         objective, arrays = self.objective

@@ -258,6 +258,69 @@ def test_filter_norm_is_the_l1_norm_of_each_channel():
     assert float(report["conv0/kernel"].effective_fan_in) == pytest.approx(27, rel=1e-5)
 
 
+class Layouts(nn.Module):
+    """Inputs and units along one axis each, along several, and beside a window."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), name="conv")(x)).reshape(len(x), -1, 4)
+        x = nn.relu(nn.DenseGeneral((2, 3), name="heads")(x))
+        return nn.Dense(5, name="last")(nn.DenseGeneral(4, axis=(-2, -1), name="out")(x))
+
+
+def _ria(weight, others_of_unit, others_on_input, squares):
+    """Sums over the axes of the others; mean squares of the inputs, which broadcast against the weight."""
+    size = np.abs(np.asarray(weight, np.float64))
+    within_unit, on_input = (size.sum(axes, keepdims=True) for axes in (others_of_unit, others_on_input))
+    return (size / within_unit + size / on_input) * squares**0.25
+
+
+def test_ria_is_its_definition_in_every_layout():
+    x = np.abs(normal(3, 6, 6, 2))
+    variables = drawn(Layouts(), x)
+    statistics = jaxeff.collect(variables, Layouts().apply, x, criterion="ria")
+    found = importance.scores(variables, statistics, "ria")
+    _, seen = Layouts().apply(variables, x, capture_intermediates=True)
+    outputs = {
+        name: np.asarray(seen["intermediates"][name]["__call__"][0], np.float64)
+        for name in ("conv", "heads", "out")
+    }
+    squares = {
+        "conv": np.square(x).mean((0, 1, 2))[:, None],
+        "heads": np.square(np.maximum(outputs["conv"], 0)).mean((0, 1, 2))[:, None, None],
+        "out": np.square(np.maximum(outputs["heads"], 0)).mean((0, 1))[:, :, None],
+        "last": np.square(outputs["out"]).mean((0, 1))[:, None],
+    }
+    axes = {
+        "conv": ((0, 1, 2), (0, 1, 3)),
+        "heads": ((0,), (1, 2)),
+        "out": ((0, 1), (2,)),
+        "last": ((0,), (1,)),
+    }
+    for name, (others_of_unit, others_on_input) in axes.items():
+        kernel = variables["params"][name]["kernel"]
+        expected = _ria(kernel, others_of_unit, others_on_input, squares[name])
+        np.testing.assert_allclose(found[f"{name}/kernel"], expected, rtol=1e-4, err_msg=name)
+
+
+def test_ria_scores_each_stacked_block_alone():
+    network = NETWORKS["scanned"]()
+    statistics = jaxeff.collect(*network.arguments, criterion="ria")
+    found = importance.scores(network.variables, statistics, "ria")["stack/dense/kernel"]
+    kernels = network.variables["params"]["stack"]["dense"]["kernel"]
+    inputs = np.moveaxis(network.seen.inputs["stack/dense"][0], 1, 0)
+    for scores, kernel, x in zip(found, kernels, inputs, strict=True):
+        expected = _ria(kernel, (0,), (1,), np.square(x).mean(0)[:, None])
+        np.testing.assert_allclose(scores, expected, rtol=1e-4)
+
+
+def test_ria_of_units_and_inputs_without_weights_is_0():
+    weight = np.array([[0.0, 0.0, 0.0], [0.0, 2.0, 6.0]], np.float32)
+    statistics = jaxeff.collect({"w": weight}, lambda p, x: x @ p["w"], np.ones((4, 2), np.float32))
+    found = importance.scores({"w": weight}, statistics, "ria")["w"]
+    np.testing.assert_allclose(found, [[0, 0, 0], [0, 1 + 0.25, 1 + 0.75]], rtol=1e-6)
+
+
 def test_random_scores_are_the_same_again_and_other_in_another_layer():
     w = {"a": normal(30, 40), "b": normal(30, 40, seed=8)}
     statistics = jaxeff.collect(w, lambda p, x: x @ p["a"] + x @ p["b"], normal(2, 30))

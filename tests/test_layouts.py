@@ -160,6 +160,59 @@ def test_erk_and_lamp_see_blocks():
     np.testing.assert_array_equal(found, ~lowest(flat, round(0.6 * flat.size)))
 
 
+def _outlier_ratios(multiple):
+    arrays = {
+        **{f"blocks/{name}[{i}]": SCORES["blocks"][name][i] for name in ("q", "out") for i in range(BLOCKS)},
+        "head": SCORES["head"],
+    }
+    arrays = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
+    ratios = {name: np.mean(array > multiple * array.mean()) for name, array in arrays.items()}
+    return ratios, {name: array.size for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize(("multiple", "spread"), [(2.0, 0.08), (3.0, 0.2)])
+def test_owl_is_its_definition(multiple, spread):
+    ratios, sizes = _outlier_ratios(multiple)
+    found = prune.owl(SCORES, 0.6, multiple=multiple, spread=spread)
+    assert found.keys() == ratios.keys()
+    mean = sum(ratios[name] * sizes[name] for name in ratios) / sum(sizes.values())
+    largest = max(abs(ratio - mean) for ratio in ratios.values())
+    for name, ratio in ratios.items():
+        assert found[name] == pytest.approx(0.6 - spread * (ratio - mean) / largest, rel=1e-5)
+
+
+def test_owl_removes_as_much_in_all_and_less_where_outliers_are():
+    ratios, sizes = _outlier_ratios(2.0)
+    found = prune.owl(SCORES, 0.6, multiple=2.0)
+    assert sum(found[name] * sizes[name] for name in found) == pytest.approx(0.6 * sum(sizes.values()))
+    assert max(abs(share - 0.6) for share in found.values()) == pytest.approx(0.08)
+    by_ratio = sorted(found, key=lambda name: ratios[name])
+    assert [found[name] for name in by_ratio] == sorted(found.values(), reverse=True)
+    masks = prune.masks(SCORES, 0.6, allocation=found)
+    for i, name in enumerate(NAMES["q"]):
+        assert np.sum(~masks["blocks"]["q"][i]) == round(found[name] * sizes[name])
+
+
+def test_owl_of_layers_alike_is_uniform():
+    scores = {"a": jnp.ones((3, 4)), "b": jnp.ones((5, 4))}
+    assert prune.owl(scores, 0.3) == {"a": 0.3, "b": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 0.05}, "`spread` 0.08 must leave"),
+        ({"sparsity": 0.95}, "`spread` 0.08 must leave"),
+        ({"sparsity": 0.5, "spread": -0.1}, "`spread` -0.1 must leave"),
+        ({"sparsity": 0.5, "multiple": 0}, "`multiple` must be positive, got 0"),
+        ({"sparsity": 0.5, "scores": {"b": jnp.zeros(())}}, "`scores` holds no scores"),
+    ],
+)
+def test_what_is_wrong_for_owl_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        prune.owl(**{"scores": SCORES, **arguments})
+
+
 def test_units_blocks_and_n_of_m_stay_within_a_block():
     units = prune.masks(SCORES, 0.5, pattern=prune.Units())
     sums = np.asarray(SCORES["blocks"]["out"]).sum(1)

@@ -15,6 +15,7 @@ from jaxeff.importance._criteria import named as named
 from jaxeff.importance._criteria import obd as obd
 from jaxeff.importance._criteria import obd_gauss_newton as obd_gauss_newton
 from jaxeff.importance._criteria import random as random
+from jaxeff.importance._criteria import ria as ria
 from jaxeff.importance._criteria import snip as snip
 from jaxeff.importance._criteria import synflow as synflow
 from jaxeff.importance._criteria import taylor as taylor

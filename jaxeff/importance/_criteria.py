@@ -116,6 +116,32 @@ def wanda(weight: jax.Array, site: SiteStatistics) -> jax.Array:
     return jnp.abs(weight) * site.input.rms
 
 
+def ria(weight: jax.Array, site: SiteStatistics) -> jax.Array:
+    """Score (abs(w_ij) / sum_i abs(w_ij) + abs(w_ij) / sum_j abs(w_ij)) rms(x_i)^(1/2), of input i and unit j.
+
+    A weight counts relative to the others of its unit and to the others on its input, so that no unit and no input
+    loses all of its weights. The published norm of x_i is a sum over positions, where this is a mean, as in `wanda`:
+    one factor for all weights of a layer. The channels of a convolution are its inputs: the sum over units includes
+    the kernel's window, and all of its groups.
+
+    Args:
+        weight: any shape. Layers that it stacks are scored apart.
+        site: its `input` sums broadcast against the weight.
+
+    References:
+        Zhang, Bai, Lin, Zhao, Hou and Cannistraci, Plug-and-Play: An Efficient Post-training Pruning Method for
+        Large Language Models, 2024, ICLR
+    """
+    size = jnp.abs(weight)
+
+    def relative(shared: tuple[int, ...]) -> jax.Array:
+        over = tuple(axis for axis in range(size.ndim) if axis not in (*shared, *site.layer_axes))
+        # Of weights that are all 0 each is 0 of the sum.
+        return size / jnp.maximum(jnp.sum(size, over, keepdims=True), jnp.finfo(size.dtype).tiny)
+
+    return (relative(site.unit_axes) + relative(site.input_axes)) * jnp.sqrt(site.input.rms)
+
+
 def gradient(weight: jax.Array, site: SiteStatistics) -> jax.Array:
     """Score mean abs(g) over batches: how steeply the loss changes with the weight."""
     return _given(site.derivatives.gradient).mean_absolute
@@ -257,6 +283,7 @@ CRITERIA: Mapping[str, Criterion] = {
         Criterion(activation, "post", null_power=1),
         Criterion(magnitude, "magnitude", null_power=1),
         Criterion(wanda, "input", null_power=1),
+        Criterion(ria, "input"),
         Criterion(filter_norm, "magnitude"),
         Criterion(random, "none"),
         Criterion(gradient, "gradient", (("gradient", "absolute_sum"),)),

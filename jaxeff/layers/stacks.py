@@ -98,6 +98,7 @@ def part_of(arrays: Arrays, index: Index) -> Arrays:
             input_axes=renumbered(site.input_axes),
             layer_axes=(),
             macs=None if site.macs is None else site.macs // stacked,
+            second_moments=None,  # which no report reads
         )
         for site in arrays.sites
     )

@@ -14,6 +14,7 @@ prune.before_and_after((params, model.apply), (small, smaller.apply), [x[:1], x[
 """
 
 from jaxeff.prune._allocation import ALLOCATIONS as ALLOCATIONS
+from jaxeff.prune._allocation import owl as owl
 from jaxeff.prune._batch_norm import recalibrate as recalibrate
 from jaxeff.prune._before_and_after import BeforeAndAfter as BeforeAndAfter
 from jaxeff.prune._before_and_after import before_and_after as before_and_after
@@ -53,6 +54,7 @@ from jaxeff.prune._recipes import iterative_magnitude as iterative_magnitude
 from jaxeff.prune._recipes import iterative_obd as iterative_obd
 from jaxeff.prune._recipes import iterative_taylor as iterative_taylor
 from jaxeff.prune._recipes import lottery_ticket as lottery_ticket
+from jaxeff.prune._reconstruction import reconstruct as reconstruct
 from jaxeff.prune._regularization import EntropyState as EntropyState
 from jaxeff.prune._regularization import add_entropy_gradient as add_entropy_gradient
 from jaxeff.prune._rounds import Pruned as Pruned
@@ -65,3 +67,4 @@ from jaxeff.prune._scoring import scored as scored
 from jaxeff.prune._sensitivity import Sensitivity as Sensitivity
 from jaxeff.prune._sensitivity import sensitivity as sensitivity
 from jaxeff.prune._shrinking import shrink as shrink
+from jaxeff.prune._sparsegpt import sparsegpt as sparsegpt

@@ -8,7 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+from jaxeff.prune._layouts import axes_of, by_path, layer_names, unboxed
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -73,3 +76,66 @@ def lamp(scores: Array) -> Array:
     remaining = jnp.cumsum(squares[order][::-1])[::-1]
     share = jnp.where(remaining > 0, squares[order] / remaining, 0)
     return jnp.zeros_like(squares).at[order].set(share, unique_indices=True).reshape(scores.shape)
+
+
+def owl(scores: Any, sparsity: float, *, multiple: float = 5.0, spread: float = 0.08) -> dict[str, float]:
+    """Outlier-weighed layerwise sparsity: layers with more outliers among their scores lose less.
+
+    A layer's outlier ratio r is the share of its scores above `multiple` times their mean. Its sparsity is
+    s - spread (r - m) / max |r - m|, with m the mean of r over all weights, so that s of all weights go. Each weight
+    is a layer of its own; the published method takes all of a transformer block as one.
+
+    Args:
+        scores: as `prune.masks` takes them; published with the criterion `wanda`.
+        sparsity: s, the fraction of all weights to remove.
+        multiple: of the mean, above which a score is an outlier.
+        spread: the largest difference between the sparsity of a layer and s.
+
+    Returns:
+        By layer, the fraction to remove, for `allocation` of `prune.masks`. Each of the layers that a scan stacks
+        has its own: 'blocks/q[3]'.
+
+    Raises:
+        ValueError: there are no scores, an argument is out of range, or `spread` would take a layer out of [0, 1).
+
+    References:
+        Yin et al., Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High
+        Sparsity, 2024, arXiv:2310.05175
+
+    >>> scores = {"flat": jnp.ones((4, 4)), "peaked": jnp.ones((4, 4)).at[0, 0].set(100.0)}
+    >>> {name: round(fraction, 2) for name, fraction in owl(scores, 0.5).items()}
+    {'flat': 0.58, 'peaked': 0.42}
+    """
+    if multiple <= 0:
+        raise ValueError(
+            f"`multiple` must be positive, got {multiple}: a score is an outlier above so many means"
+        )
+    if not 0 <= spread <= sparsity or not sparsity + spread < 1:
+        raise ValueError(
+            f"`sparsity` {sparsity} and `spread` {spread} must leave each layer a fraction in [0, 1) to remove: "
+            "choose a `spread` that is at most `sparsity` and less than 1 - `sparsity`"
+        )
+    plain = unboxed(scores)
+    ratios: dict[str, float] = {}
+    sizes: dict[str, int] = {}
+    for (path, score), axes in zip(by_path(plain).items(), axes_of(scores), strict=True):
+        if not jnp.ndim(score):
+            continue
+        stacked = axes.layers if axes else ()
+        names = layer_names(path, jnp.shape(score), stacked)
+        ratios |= zip(names, _outlier_ratio(score, multiple, stacked).ravel().tolist(), strict=True)
+        sizes |= dict.fromkeys(names, score.size // len(names))
+    if not ratios:
+        raise ValueError("`scores` holds no scores: every leaf is a single number")
+    found = np.array([*ratios.values()])
+    deviation = found - np.average(found, weights=[*sizes.values()])
+    largest = np.max(np.abs(deviation))
+    scale = spread / largest if largest else 0.0
+    return dict(zip(ratios, (sparsity - scale * deviation).tolist(), strict=True))
+
+
+def _outlier_ratio(scores: Array, multiple: float, layers: tuple[int, ...]) -> np.ndarray:
+    """Of each of the layers that a leaf stacks."""
+    own = tuple(axis for axis in range(scores.ndim) if axis not in layers)
+    mean = jnp.mean(scores, own, jnp.float32, keepdims=True)
+    return np.asarray(jnp.mean(scores > multiple * mean, own), np.float64)

@@ -19,7 +19,7 @@ from flax.core.meta import AxisMetadata
 from jax import Array
 
 from jaxeff.model import apply as models
-from jaxeff.model.params import Params
+from jaxeff.model.params import Params, is_variables, named_leaves
 from jaxeff.model.roles import BIASES, last_name, role_of
 from jaxeff.output import text
 from jaxeff.statistics import SiteStatistics, Statistics
@@ -116,6 +116,13 @@ def is_scores(node: Any) -> bool:
 def unboxed(tree: Any) -> Any:
     """Remove the boxes of `Scores` from a tree."""
     return jax.tree.map(lambda node: node.value if is_scores(node) else node, tree, is_leaf=is_scores)
+
+
+def by_path(importance: Any) -> dict[str, Any]:
+    """The leaves of scores by path; those of the `params` collection of variables by their path below it."""
+    named = named_leaves(importance)
+    above = "params/" if is_variables(importance) else ""
+    return {path.removeprefix(above): leaf for path, leaf in named.items()}
 
 
 def axes_of(tree: Any) -> list[Axes | None]:

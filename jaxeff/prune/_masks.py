@@ -14,11 +14,10 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from jaxeff.model.params import is_variables, named_leaves
 from jaxeff.numerics.meshes import by_compiler, laid_like
 from jaxeff.numerics.selection import lowest, lowest_of_each
 from jaxeff.prune._allocation import ALLOCATIONS, MeasuredAllocation, lamp
-from jaxeff.prune._layouts import Axes, axes_of, by_layer, layer_names, unboxed, unknown_layers
+from jaxeff.prune._layouts import Axes, axes_of, by_layer, by_path, layer_names, unboxed, unknown_layers
 from jaxeff.prune._patterns import UNSTRUCTURED, NByM, Pattern, Unstructured
 
 SCOPES = ("unit", "layer", "global")
@@ -50,8 +49,8 @@ def masks(
         pattern: `Unstructured()`, `Block(shape)`, `Units()` or `NByM(n, m)`. The last two follow the inputs
             or outputs of each weight, as given by the scores or by their `axes`.
         allocation: with scope 'layer' or 'unit', how to divide the sparsity among layers: 'uniform', 'erk',
-            fractions by name ('blocks/q[3]', or 'blocks/q' for all layers of a leaf), or the result of
-            `sensitivity`. With scope 'global', 'lamp' first makes the scores of layers comparable.
+            fractions by name ('blocks/q[3]', or 'blocks/q' for all layers of a leaf), such as from `owl`, or the
+            result of `sensitivity`. With scope 'global', 'lamp' first makes the scores of layers comparable.
         max_sparsity: the largest fraction to remove from any layer, or from those named; with scope 'global'
             others make up for it.
 
@@ -68,16 +67,16 @@ def masks(
     >>> masks({"a": jnp.array([3.0, 1.0, 2.0, 4.0]), "b": jnp.zeros(())}, 0.5)["a"]
     Array([ True, False, False,  True], dtype=bool)
     """
-    axes = dict(zip(_by_path(unboxed(importance)), axes_of(importance), strict=True))
+    axes = dict(zip(by_path(unboxed(importance)), axes_of(importance), strict=True))
     importance = unboxed(importance)
-    named = _by_path(importance)
+    named = by_path(importance)
     scores = {path: score for path, score in named.items() if jnp.ndim(score)}
     if isinstance(allocation, MeasuredAllocation):
         allocation = allocation.allocation(sparsity)
     _check(scores, sparsity, scope, pattern)
     grouped = {path: _Grouped.of(path, score, axes[path], pattern) for path, score in scores.items()}
     layers = {path: group.layers for path, group in grouped.items()}
-    shares = _check_allocation(layers, scope, allocation)
+    shares = check_allocation(layers, scope, allocation)
     if isinstance(pattern, NByM):
         kept = {path: group.scores for path, group in grouped.items()}
     else:
@@ -90,13 +89,6 @@ def masks(
     _warn_of_collapse(grouped, kept)
     leaves = [kept.get(path, jnp.asarray(True)) for path in named]
     return jax.tree.unflatten(jax.tree.structure(importance), leaves)
-
-
-def _by_path(importance: Any) -> dict[str, Any]:
-    """Return the leaves by path; those of the `params` collection of variables by their path below it."""
-    named = named_leaves(importance)
-    above = "params/" if is_variables(importance) else ""
-    return {path.removeprefix(above): leaf for path, leaf in named.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +246,7 @@ def _check(scores: Mapping[str, Array], sparsity: Any, scope: str, pattern: Any)
         raise ValueError(
             f"`scope` 'unit' ranks the single weights of an output: {pattern} needs scope 'layer'"
         )
-    _check_sparsity(sparsity, pattern)
+    check_sparsity(sparsity, pattern)
     check_scores(scores)
 
 
@@ -282,7 +274,7 @@ def _valid(score: Array) -> bool:
     return bool(jnp.all(score >= 0))
 
 
-def _check_sparsity(sparsity: Any, pattern: Any) -> None:
+def check_sparsity(sparsity: Any, pattern: Any) -> None:
     if isinstance(pattern, NByM):
         if sparsity is not None and not math.isclose(sparsity, pattern.sparsity):
             raise ValueError(
@@ -296,7 +288,7 @@ def _check_sparsity(sparsity: Any, pattern: Any) -> None:
         raise ValueError(f"`sparsity` must be in [0, 1), the fraction to remove, got {sparsity}")
 
 
-def _check_allocation(layers: Mapping[str, tuple[str, ...]], scope: str, allocation: Any) -> Any:
+def check_allocation(layers: Mapping[str, tuple[str, ...]], scope: str, allocation: Any) -> Any:
     """Check the allocation, and return fractions by layer."""
     if isinstance(allocation, Mapping):
         if scope == "global":

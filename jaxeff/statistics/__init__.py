@@ -7,6 +7,7 @@ from jaxeff.statistics.records import HeadlessAttention as HeadlessAttention
 from jaxeff.statistics.records import HeadSlices as HeadSlices
 from jaxeff.statistics.records import ModuleStatistics as ModuleStatistics
 from jaxeff.statistics.records import Moments as Moments
+from jaxeff.statistics.records import SecondMoments as SecondMoments
 from jaxeff.statistics.records import SiteStatistics as SiteStatistics
 from jaxeff.statistics.records import Stability as Stability
 from jaxeff.statistics.records import Statistics as Statistics

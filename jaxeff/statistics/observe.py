@@ -23,6 +23,7 @@ from jaxeff.model.functions import Function
 from jaxeff.model.roles import ParamInfo
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.precision import widened
+from jaxeff.statistics import second_moments
 from jaxeff.statistics.records import (
     AttentionStatistics,
     HeadlessAttention,
@@ -36,7 +37,7 @@ from jaxeff.statistics.sums import sums
 from jaxeff.statistics.units import OverAxes, fold, join, of_emissions
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="hessians")
 def observe(
     function: Function,
     paths: Sequence[str],
@@ -44,6 +45,8 @@ def observe(
     batch_size: int | None,
     params: Any,
     inputs: Any,
+    *,
+    hessians: bool = False,
 ) -> Statistics:
     """Run `function(params, inputs)` once, and sum the inputs and activations of its units.
 
@@ -51,10 +54,18 @@ def observe(
         paths: of the leaves of `params`.
         origins: of the leaves of `inputs`, as in `Model`.
         batch_size: number of examples, for the multiply-accumulates of one.
+        hessians: whether to sum the products of each pair of a layer's inputs as well.
     """
     found, modules = trace(function, paths, origins, params, inputs)
     watch = _Watch()
     roles = [_watch_site(watch, site, found.leaves[site.leaf].shape) for site in found.sites]
+    refused = [second_moments.refusal(site) if hessians else None for site in found.sites]
+    products = [
+        watch.add(site.input, second_moments.Products.of(site, found.leaves[site.leaf].shape))
+        if hessians and refusal is None
+        else None
+        for site, refusal in zip(found.sites, refused, strict=True)
+    ]
     outputs = [(path, watch.add(value, _last_axis(value))) for path, value in modules]
     shapes = [leaf.shape for leaf in found.leaves]
     attentions, headless = graph.attentions(found.program, found.sites, shapes, found.provenance)
@@ -64,12 +75,16 @@ def observe(
     def seen(watched: _Watched) -> Any:
         return observed[watched[0]][watched[1]]
 
-    sites = tuple(
+    sites = [
         _site_statistics(site, found.leaves, batch_size, seen(input), seen(pre), [*map(seen, post)])
         for site, (input, pre, post) in zip(found.sites, roles, strict=True)
-    )
+    ]
+    for i, (site, (input, _, _), watched) in enumerate(zip(found.sites, roles, products, strict=True)):
+        if hessians:
+            moments = watched and second_moments.over_iterations(seen(watched), seen(input), site.loops)
+            sites[i] = dataclasses.replace(sites[i], second_moments=moments, without_moments=refused[i])
     return Statistics(
-        sites,
+        tuple(sites),
         tuple(ModuleStatistics(path, seen(watched)) for path, watched in outputs),
         tuple(
             _attention_statistics(attention, found.leaves, seen(watched))

@@ -163,6 +163,26 @@ class Conservation:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
+class SecondMoments(Shown):
+    """X^T X of the inputs of a weight, X with a row per position, in float32.
+
+    Twice this is the Hessian of the squared error of the layer's outputs, the same for each unit.
+
+    Attributes:
+        sum: [inputs, inputs], over all positions; inputs along several axes of the weight count as one, in the order
+            of these axes. Layers that a scan stacks come first, in the order of the weight's `layer_axes`.
+        count: [], or one per stacked layer: the number of positions.
+    """
+
+    sum: jax.Array
+    count: jax.Array
+
+    def __add__(self, other: SecondMoments) -> SecondMoments:
+        return SecondMoments(self.sum + other.sum, self.count + other.count)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class SiteStatistics(Shown):
     """One use of one weight.
 
@@ -182,6 +202,8 @@ class SiteStatistics(Shown):
             is the sum of a dL/da; None if not collected.
         derivatives: of the loss with respect to the weight, over all its uses.
         uncounted: whether it runs inside a `while`, whose number of steps is only known by running it.
+        second_moments: of the inputs; None if not collected.
+        without_moments: why there are none although they were requested.
     """
 
     path: str = dataclasses.field(metadata=_STATIC)
@@ -198,6 +220,8 @@ class SiteStatistics(Shown):
     gate: Moments | None = None
     derivatives: Derivatives = Derivatives()
     uncounted: bool = dataclasses.field(default=False, metadata=_STATIC)
+    second_moments: SecondMoments | None = None
+    without_moments: str | None = dataclasses.field(default=None, metadata=_STATIC)
 
 
 @jax.tree_util.register_dataclass
@@ -362,14 +386,18 @@ def check_alike(first: Statistics, second: Statistics) -> None:
         )
     if _structures(first) != _structures(second):
         raise ValueError(
-            "`first` and `second` were collected for different criteria: one holds derivatives of the loss "
-            "that the other lacks. Collect both with the same `criterion`."
+            "`first` and `second` were collected for different criteria: one holds derivatives of the loss, or "
+            "second moments, that the other lacks. Collect both with the same `criterion` and `hessians`."
         )
 
 
 def _merge_sites(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
     gate = None if a.gate is None or b.gate is None else a.gate + b.gate
-    return dataclasses.replace(a, input=a.input + b.input, pre=a.pre + b.pre, post=a.post + b.post, gate=gate)
+    second = None
+    if a.second_moments is not None and b.second_moments is not None:
+        second = a.second_moments + b.second_moments
+    added = {"input": a.input + b.input, "pre": a.pre + b.pre, "post": a.post + b.post}
+    return dataclasses.replace(a, **added, gate=gate, second_moments=second)
 
 
 def _described(statistics: Statistics) -> tuple:
@@ -379,4 +407,5 @@ def _described(statistics: Statistics) -> tuple:
 
 
 def _structures(statistics: Statistics) -> Any:
-    return jax.tree.structure((statistics.derivatives, [site.gate for site in statistics.sites]))
+    own = [(site.gate, site.second_moments) for site in statistics.sites]
+    return jax.tree.structure((statistics.derivatives, own))
