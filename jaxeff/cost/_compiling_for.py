@@ -25,11 +25,11 @@ class Collective(NamedTuple):
     """Operations of one kind by which chips exchange data.
 
     Attributes:
-        count: in the program; a loop's body counts once.
+        operations: how many are in the program; a loop's body counts once.
         largest: elements of the largest array among their results, on one chip.
     """
 
-    count: int
+    operations: int
     largest: int
 
 
@@ -196,7 +196,7 @@ def _render(found: CompiledFor) -> str:
     ):
         rows.append((name, "-" if value is None else text.number(value)))
     rows += [
-        (f"{kind} x {each.count}", f"up to {each.largest:,} elements")
+        (f"{kind} x {each.operations}", f"up to {each.largest:,} elements")
         for kind, each in found.collectives.items()
     ]
     head = f"Fits {where}. Compiled in {text.duration(figures.lower_seconds + figures.compile_seconds)}."

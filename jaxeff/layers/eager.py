@@ -68,19 +68,19 @@ def measure_eagerly(
     scored = _score_together(criterion, tuple((nameless(layers[at].arrays), seen[at]) for at in together))
     rows = dict(zip(together, scored, strict=True))
     # Start all programs before waiting for the first result.
-    started = [
+    started: list[Any] = [
         rows[at]
         if at in rows
         else [
-            _reduce_alone(criterion, layer, *part, curves)
-            for part in zip(layer.indices, seen[at], strict=True)
+            _reduce_alone(criterion, layer, index, one, curves)
+            for index, one in zip(layer.indices, seen[at], strict=True)
         ]
         for at, layer in enumerate(layers)
     ]
     finished = [
-        _finish(criterion, layer, index, *part, curves)
+        _finish(criterion, layer, index, read, reduced, curves)
         for layer, parts in zip(layers, to_host(started), strict=True)
-        for index, part in zip(layer.indices, _apart(parts), strict=True)
+        for index, (read, reduced) in zip(layer.indices, _apart(parts), strict=True)
     ]
     numbers, units = zip(*finished, strict=True)
     return jax.tree.map(lambda *parts: np.stack(parts, axis=-1), *numbers), units

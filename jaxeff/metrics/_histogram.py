@@ -52,9 +52,9 @@ class Histogram(NamedTuple):
         largest: [], the largest bit pattern.
     """
 
-    table: Array
-    high: Array
-    largest: Array
+    table: Any
+    high: Any
+    largest: Any
 
 
 def patterns(x: Any) -> Any:

@@ -43,7 +43,8 @@ def spread_on_host(x: np.ndarray) -> Spread:
     tallied = np.count_nonzero(values == 0) - invalid, invalid, *below
     scale = values[0] if values[0] > 0 else 1
     distribution = Weighted(values / scale, np.ones_like(values), None, None, values[0])
-    return Spread(distribution, tuple(np.asarray([count], np.float64) for count in tallied))
+    zeros, nonfinite, first, second = (np.asarray([count], np.float64) for count in tallied)
+    return Spread(distribution, (zeros, nonfinite, first, second))
 
 
 def squares_on_host(x: np.ndarray) -> np.ndarray:
@@ -56,7 +57,7 @@ def squares_on_host(x: np.ndarray) -> np.ndarray:
 def _importances_on_host(x: np.ndarray) -> tuple[np.ndarray, int]:
     """Return x with invalid entries as 0, and their number."""
     valid = (x >= 0) & (x < np.inf)
-    return np.where(valid, x, 0), x.size - np.count_nonzero(valid)
+    return np.where(valid, x, 0), int(x.size - np.count_nonzero(valid))
 
 
 @jax.custom_jvp

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from jaxeff.output.text import UNKNOWN, number
 
@@ -138,4 +139,4 @@ def _is_number(array: Any) -> bool:
 
 def _is_concrete(leaf: Any) -> bool:
     plain = isinstance(leaf, (np.ndarray, np.generic, bool, int, float, complex, str))
-    return plain or (isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer))
+    return plain or (isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer))

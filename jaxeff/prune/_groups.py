@@ -317,8 +317,10 @@ def groups(
     paths = [*named, *of_state]
     found = _named([_group(one, paths) for one in coupled])
     _check_state(found, of_state)
-    shapes = ({path: jnp.shape(leaf) for path, leaf in tree.items()} for tree in (named, of_state))
-    return Groups(found, *shapes, amounts)
+    shapes, state_shapes = (
+        {path: jnp.shape(leaf) for path, leaf in tree.items()} for tree in (named, of_state)
+    )
+    return Groups(found, shapes, state_shapes, amounts)
 
 
 def stand_in(leaf: Any) -> Any:
