@@ -187,6 +187,7 @@ def _render(found: CompiledFor) -> str:
     if found.figures is None:
         return f"Does not fit {where}: {found.refusal}"
     figures = found.figures
+    width = text.terminal_width()
     rows = [("of one chip", "bytes")]
     for name, value in (
         ("arguments", figures.argument_bytes),
@@ -195,11 +196,15 @@ def _render(found: CompiledFor) -> str:
         ("at one time", figures.peak_bytes),
     ):
         rows.append((name, "-" if value is None else text.number(value)))
-    rows += [
-        (f"{kind} x {each.count}", f"up to {each.largest:,} elements")
-        for kind, each in found.collectives.items()
-    ]
     head = f"Fits {where}. Compiled in {text.duration(figures.lower_seconds + figures.compile_seconds)}."
+    lines = [*text.wrapped(head, width), "", *text.aligned(rows, left=("of one chip",), gap=2)]
+    sent = "; ".join(
+        f"{each.count} {kind}, up to {each.largest:,}" for kind, each in found.collectives.items()
+    )
     return "\n".join(
-        [*text.wrapped(head, text.terminal_width()), "", *text.aligned(rows, left=("of one chip",), gap=2)]
+        [
+            *lines,
+            "",
+            *text.wrapped(f"Collectives, with the elements of the largest: {sent or 'none'}.", width),
+        ]
     )
