@@ -35,9 +35,9 @@ ENTRY %main {
 
 def test_collectives_are_counted_by_kind_and_not_those_that_name_them():
     assert collectives_in(PROGRAM) == {
-        "all-gather": (2, 4096 * 2048),
-        "all-reduce": (2, 2048),
-        "collective-permute": (1, 1),
+        "all-gather": cost.Collective(2, 4096 * 2048),
+        "all-reduce": cost.Collective(2, 2048),
+        "collective-permute": cost.Collective(1, 1),
     }
     assert collectives_in("") == {}
 

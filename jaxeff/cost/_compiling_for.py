@@ -10,7 +10,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +21,8 @@ from jaxeff.cost._compiling import Compiled, compile
 from jaxeff.output import text
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
     """Operations of one kind by which chips exchange data.
 
     Attributes:
@@ -63,10 +64,8 @@ class CompiledFor:
         return _render(self)
 
     def to_dict(self) -> dict[str, Any]:
-        collectives = {kind: found._asdict() for kind, found in self.collectives.items()}
         figures = None if self.figures is None else self.figures.to_dict()
-        own = dataclasses.asdict(dataclasses.replace(self, figures=None, collectives={}))
-        return {**own, "figures": figures, "collectives": collectives, "fits": self.fits}
+        return {**dataclasses.asdict(self), "figures": figures, "fits": self.fits}
 
 
 def compile_for(
@@ -176,8 +175,8 @@ def collectives_in(program: str) -> dict[str, Collective]:
     found: dict[str, Collective] = {}
     for shapes, kind in _INSTRUCTION.findall(program):
         sizes = [math.prod(int(size) for size in axes.split(",") if size) for axes in _ARRAY.findall(shapes)]
-        count, largest = found.get(kind, (0, 0))
-        found[kind] = Collective(count + 1, max(largest, *sizes))
+        known = found.get(kind, Collective(0, 0))
+        found[kind] = Collective(known.count + 1, max(known.largest, *sizes))
     return dict(sorted(found.items()))
 
 

@@ -316,8 +316,8 @@ def groups(
     paths = [*named, *of_state]
     found = _named([_group(one, paths) for one in coupled])
     _check_state(found, of_state)
-    shapes = ({path: jnp.shape(leaf) for path, leaf in tree.items()} for tree in (named, of_state))
-    return Groups(found, *shapes, amounts)
+    shapes = [{path: jnp.shape(leaf) for path, leaf in tree.items()} for tree in (named, of_state)]
+    return Groups(found, shapes[0], shapes[1], amounts)
 
 
 def stand_in(leaf: Any) -> Any:

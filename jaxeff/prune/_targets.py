@@ -88,7 +88,7 @@ class Budget:
         return found.reshape(len(self.amounts), *places.shape[1:])
 
     def fits(self, choices: Choices, places: np.ndarray) -> np.ndarray:
-        return (self.shares(choices, places) <= _FITS).all(axis=0)
+        return np.all(self.shares(choices, places) <= _FITS, axis=0)
 
 
 def best_places(choices: Choices, budget: Budget, count: int = 1) -> list[np.ndarray]:
@@ -109,7 +109,7 @@ def best_places(choices: Choices, budget: Budget, count: int = 1) -> list[np.nda
 
 
 def _of_all(choices: Choices, budget: Budget, count: int) -> list[np.ndarray]:
-    places = np.indices(choices.tops + 1)
+    places = np.indices((choices.tops + 1).tolist())
     fits = budget.fits(choices, places)
     # What fits with one size larger is not looked at: that loses no more.
     larger = np.zeros_like(fits)
