@@ -15,7 +15,6 @@ import argparse
 import functools
 import itertools
 import json
-import math
 import os
 import re
 import subprocess
@@ -30,19 +29,17 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
 import optax  # noqa: E402
 import timing  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding  # noqa: E402
+from jax.sharding import AbstractMesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 from lenet import LeNet300100  # noqa: E402
 from transformer import Transformer  # noqa: E402
 
 import jaxeff  # noqa: E402
-from jaxeff import metrics, prune, sketch  # noqa: E402
+from jaxeff import cost, metrics, prune, sketch  # noqa: E402
 
-COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+MESH = AbstractMesh((4, 4), ("data", "model"))
 KINDS = {"v5e": "v5e:4x4", "v6e": "v6e:4x4"}
 UNITS = 1 << 14
 """A gather of up to so many numbers is one of units; weights are more."""
@@ -53,9 +50,7 @@ Place = Callable[[Any, bool], Any]
 Case = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def place_on(devices: np.ndarray, sharded: bool) -> Place:
-    mesh = Mesh(devices, ("data", "model"))
-
+def place_on(sharded: bool) -> Place:
     def spec(shape: tuple[int, ...], batch: bool) -> P:
         if batch:
             return P("data", *[None] * (len(shape) - 1))
@@ -66,9 +61,7 @@ def place_on(devices: np.ndarray, sharded: bool) -> Place:
         return P(*(next(names, None) if size % 4 == 0 and size >= 64 else None for size in shape))
 
     def one(leaf: Any, batch: bool) -> jax.ShapeDtypeStruct:
-        where = SingleDeviceSharding(devices.flat[0])
-        if sharded:
-            where = NamedSharding(mesh, spec(leaf.shape, batch) if leaf.shape else P())
+        where = NamedSharding(MESH, spec(leaf.shape, batch) if leaf.shape else P()) if sharded else None
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return lambda tree, batch: jax.tree.map(lambda leaf: one(leaf, batch), tree)
@@ -198,30 +191,22 @@ PLAIN = {
 
 
 def compiled(name: str, kind: str, sharded: bool) -> dict[str, Any]:
-    devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=KINDS[kind]).devices)
-    function, arguments = PROGRAMS[name](place_on(devices.reshape(4, 4), sharded))
+    function, arguments = PROGRAMS[name](place_on(sharded))
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments) if sharded else None
     start = time.perf_counter(), time.process_time()
-    program = jax.jit(function).lower(*arguments).compile()
+    mesh = dict(MESH.shape) if sharded else None
+    found = cost.compile_for(function, *arguments, topology=KINDS[kind], mesh=mesh, shardings=specs)
     seconds = time.perf_counter() - start[0], time.process_time() - start[1]
-    memory, text = program.memory_analysis(), program.as_text()
+    if found.figures is None:
+        raise MemoryError(found.refusal)
+    sent = [each.largest for kind, each in found.collectives.items() if kind in ("all-gather", "all-to-all")]
     return {
         "seconds": seconds,
-        "scratch": memory.temp_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "collectives": {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES},
-        "gathered": max((_size(shape) for shape in _gathers(text)), default=0),
+        "scratch": found.figures.scratch_bytes,
+        "outputs": found.figures.output_bytes,
+        "collectives": {kind: each.count for kind, each in found.collectives.items()},
+        "gathered": max(sent, default=0),
     }
-
-
-def _gathers(text: str) -> list[str]:
-    """The shapes that are gathered, or sent elsewhere whole: what stands before the operation."""
-    return re.findall(r"= (.*?) all-(?:gather|to-all)(?:-start)?\(", text)
-
-
-def _size(shapes: str) -> int:
-    """Numbers of the largest of the arrays in an instruction's type."""
-    found = re.findall(r"\[([\d,]*)\]", shapes)
-    return max((math.prod(int(n) for n in axes.split(",") if n) for axes in found), default=0)
 
 
 def main() -> None:
@@ -276,8 +261,8 @@ def _row(name: str, kind: str, chips: str) -> bool:
     sent = ", ".join(f"{number} {kind}" for kind, number in found["collectives"].items() if number) or "none"
     fine = name in PLAIN.values() or found["gathered"] <= max(UNITS, plain["gathered"] if plain else 0)
     gathered = f"{found['gathered']:,}{'' if fine else ' TOO MANY'}"
-    cost = f"{wall:.1f} ({cpu:.1f}) | {memory}"
-    print(f"| {name} | {kind} {chips} | {cost} | {sent} | {gathered} |", flush=True)
+    taken = f"{wall:.1f} ({cpu:.1f}) | {memory}"
+    print(f"| {name} | {kind} {chips} | {taken} | {sent} | {gathered} |", flush=True)
     return fine
 
 

@@ -142,13 +142,19 @@ def test_widths_heads_and_depth_share_a_budget():
         free = {name: kind for name, kind in kinds.items() if kind != "head_size"}
         assert plan.removed.keys() <= free.keys()
         check_minimal(groups, plan, {"macs": 0.6})
-    # By shares of each group's importance, what is worth least goes first.
-    by_depth = prune.plan(groups, {**scores, **influences(kinds, 1e-6)}, target={"macs": 0.7}, kinds="block")
-    assert [*by_depth.sizes().values()] == [2]
 
 
-def influences(kinds, value):
-    return {name: np.full(3, value) for name, kind in kinds.items() if kind == "block"}
+def test_scores_of_weights_and_of_blocks_go_together():
+    network, variables, groups = large("scanned transformer")
+    influence = prune.block_influence(variables, network.module.apply, network.batch)
+    layout = prune.layout(variables, network.module.apply, network.batch)
+    importance = {**prune.scored(variables, prunable=layout), **influence}
+    target, kinds = {"macs": 0.5}, ("block", "head", "unit")
+    plan = prune.plan(groups, importance, target=target, kinds=kinds, normalize="sum")
+    check_minimal(groups, plan, target)
+    (blocks,) = influence
+    least = prune.plan(groups, importance, target={"macs": 0.7}, kinds="block")
+    assert least.removed == {blocks: (int(np.argmin(influence[blocks])),)}
 
 
 def test_a_smaller_cache_takes_fewer_heads():

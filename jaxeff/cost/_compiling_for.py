@@ -10,7 +10,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,15 +21,16 @@ from jaxeff.cost._compiling import Compiled, compile
 from jaxeff.output import text
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
     """Operations of one kind by which chips exchange data.
 
     Attributes:
-        operations: how many are in the program; a loop's body counts once.
+        count: in the program; a loop's body counts once.
         largest: elements of the largest array among their results, on one chip.
     """
 
-    operations: int
+    count: int
     largest: int
 
 
@@ -63,10 +64,8 @@ class CompiledFor:
         return _render(self)
 
     def to_dict(self) -> dict[str, Any]:
-        collectives = {kind: found._asdict() for kind, found in self.collectives.items()}
         figures = None if self.figures is None else self.figures.to_dict()
-        own = dataclasses.asdict(dataclasses.replace(self, figures=None, collectives={}))
-        return {**own, "figures": figures, "collectives": collectives, "fits": self.fits}
+        return {**dataclasses.asdict(self), "figures": figures, "fits": self.fits}
 
 
 def compile_for(
@@ -176,8 +175,8 @@ def collectives_in(program: str) -> dict[str, Collective]:
     found: dict[str, Collective] = {}
     for shapes, kind in _INSTRUCTION.findall(program):
         sizes = [math.prod(int(size) for size in axes.split(",") if size) for axes in _ARRAY.findall(shapes)]
-        count, largest = found.get(kind, (0, 0))
-        found[kind] = Collective(count + 1, max(largest, *sizes))
+        known = found.get(kind, Collective(0, 0))
+        found[kind] = Collective(known.count + 1, max(known.largest, *sizes))
     return dict(sorted(found.items()))
 
 
@@ -187,6 +186,7 @@ def _render(found: CompiledFor) -> str:
     if found.figures is None:
         return f"Does not fit {where}: {found.refusal}"
     figures = found.figures
+    width = text.terminal_width()
     rows = [("of one chip", "bytes")]
     for name, value in (
         ("arguments", figures.argument_bytes),
@@ -195,11 +195,15 @@ def _render(found: CompiledFor) -> str:
         ("at one time", figures.peak_bytes),
     ):
         rows.append((name, "-" if value is None else text.number(value)))
-    rows += [
-        (f"{kind} x {each.operations}", f"up to {each.largest:,} elements")
-        for kind, each in found.collectives.items()
-    ]
     head = f"Fits {where}. Compiled in {text.duration(figures.lower_seconds + figures.compile_seconds)}."
+    lines = [*text.wrapped(head, width), "", *text.aligned(rows, left=("of one chip",), gap=2)]
+    sent = "; ".join(
+        f"{each.count} {kind}, up to {each.largest:,}" for kind, each in found.collectives.items()
+    )
     return "\n".join(
-        [*text.wrapped(head, text.terminal_width()), "", *text.aligned(rows, left=("of one chip",), gap=2)]
+        [
+            *lines,
+            "",
+            *text.wrapped(f"Collectives, with the elements of the largest: {sent or 'none'}.", width),
+        ]
     )

@@ -104,8 +104,8 @@ def plan(
 
 
 def _plan_of(groups: Groups, ranked: Mapping[str, np.ndarray], kept: Mapping[str, int]) -> Plan:
-    removed = {
-        name: np.argsort(found, axis=-1, kind="stable")[..., : found.shape[-1] - kept[name]].tolist()
+    removed: dict[str, Any] = {
+        name: np.argsort(found, axis=-1, kind="stable")[..., : found.shape[-1] - kept[name]]
         for name, found in ranked.items()
     }
     return Plan.of(groups, removed)
@@ -258,8 +258,7 @@ def _limits(unlocked: Mapping[str, Group], minimum: Widths, max_sparsity: Shares
 
 def _steps(unlocked: Mapping[str, Group], round_to: Widths) -> dict[str, int]:
     """Of what each group keeps a multiple."""
-    alike = {kind: round_to for kind in GROUP_KINDS}
-    by_kind: Mapping[str, Any] = round_to if isinstance(round_to, Mapping) else alike
+    by_kind = round_to if isinstance(round_to, Mapping) else {kind: round_to for kind in GROUP_KINDS}
     for kind, step in by_kind.items():
         if kind not in GROUP_KINDS:
             raise ValueError(f"`round_to` may be by kind, {', '.join(map(repr, GROUP_KINDS))}, got {kind!r}")
