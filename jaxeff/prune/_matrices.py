@@ -95,7 +95,7 @@ def read(path: str, leaf: Any, statistics: Statistics, axes: Axes | None) -> tup
     return Matrix(tuple(jnp.shape(leaf)), axes), total.reshape(-1, *total.shape[-2:])
 
 
-def damped(moments: Array, damping: float) -> Array:
+def damped(moments: Array, damping: float | Array) -> Array:
     """[inputs, inputs], over the mean of its diagonal, plus damping on the diagonal.
 
     An input that was always 0 has the damping alone, and its weights count for next to nothing.

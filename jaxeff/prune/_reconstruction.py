@@ -120,7 +120,7 @@ def _solved(moments: Array, weights: Array, kept: Array, iterations: Array) -> A
         direction = scaled + direction * (new / jnp.where(size > 0, size, 1))
         return number + 1, found, residual, direction, jnp.where(open_units(size), new, size)
 
-    return lax.while_loop(unfinished, step, (0, start, residual, direction, first))[1]
+    return lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), start, residual, direction, first))[1]
 
 
 def _error(moments: Array, difference: Array) -> Array:
