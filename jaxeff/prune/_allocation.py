@@ -124,7 +124,7 @@ def owl(scores: Any, sparsity: float, *, multiple: float = 5.0, spread: float = 
         stacked = axes.layers if axes else ()
         names = layer_names(path, jnp.shape(score), stacked)
         ratios |= zip(names, _outlier_ratio(score, multiple, stacked).ravel().tolist(), strict=True)
-        sizes |= dict.fromkeys(names, int(score.size // len(names)))
+        sizes |= dict.fromkeys(names, math.prod(jnp.shape(score)) // len(names))
     if not ratios:
         raise ValueError("`scores` holds no scores: every leaf is a single number")
     found = np.array([*ratios.values()])

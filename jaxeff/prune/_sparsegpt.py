@@ -169,8 +169,7 @@ def _of_layer(
     choice: _Choice, damping: Array, moments: Array, weights: Array, counts: Array
 ) -> tuple[Array, Array]:
     """The weights [inputs, units] of one layer, pruned, and which of them stay."""
-    inputs, units = weights.shape
-    block, group = choice.block, choice.group
+    inputs, block = len(weights), choice.block
     padding = -inputs % block
     # Inputs that do not exist are independent of all others.
     factor = jax.scipy.linalg.block_diag(_factor(damped(moments, damping)), jnp.eye(padding))
@@ -183,40 +182,49 @@ def _of_layer(
         start = number * block
         rows = lax.dynamic_slice_in_dim(factor, start, block)
         inner = lax.dynamic_slice_in_dim(rows, start, block, axis=1)
-        prices = lax.dynamic_slice_in_dim(price, start, block)
-
-        def of_group(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            own, errors, stay = carry
-            first = number * group
-            here = lax.dynamic_slice_in_dim(own, first, group)
-            steps = lax.dynamic_slice_in_dim(jnp.diagonal(inner), first, group)[:, None]
-            each = lax.dynamic_slice_in_dim(prices, first, group)[:, None]
-            costs = jnp.where(jnp.isinf(each), each, each * jnp.square(here / steps))
-            chosen = choice(costs, counts[start // block])
-
-            def of_input(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-                own, errors = carry
-                row = inner[first + i]
-                error = jnp.where(chosen[i], 0, own[first + i] / row[first + i])
-                # The factor is 0 before its diagonal: earlier weights stay as they are.
-                return own - row[:, None] * error[None], errors.at[first + i].set(error)
-
-            own, errors = lax.fori_loop(0, group, of_input, (own, errors))
-            return own, errors, lax.dynamic_update_slice_in_dim(stay, chosen, first, 0)
-
-        own = lax.dynamic_slice_in_dim(weights, start, block)
-        begun = own, jnp.zeros_like(own), jnp.ones(own.shape, bool)
-        own, errors, stay = lax.fori_loop(0, block // group, of_group, begun)
-        later = jnp.where(jnp.arange(inputs + padding) >= start + block, rows, 0)
+        own, prices = (lax.dynamic_slice_in_dim(array, start, block) for array in (weights, price))
+        own, errors, stay = _of_block(choice, counts[number], inner, own, prices)
+        later = jnp.where(jnp.arange(len(factor)) >= start + block, rows, 0)
         moved = weights - jnp.matmul(later.T, errors, precision=lax.Precision.HIGHEST)
         return (
             lax.dynamic_update_slice_in_dim(moved, own, start, 0),
             lax.dynamic_update_slice_in_dim(kept, stay, start, 0),
         )
 
-    blocks = (inputs + padding) // block
-    found, kept = lax.fori_loop(0, blocks, of_block, (weights, jnp.ones(weights.shape, bool)))
+    begun = weights, jnp.ones(weights.shape, bool)
+    found, kept = lax.fori_loop(0, len(factor) // block, of_block, begun)
     return jnp.where(kept, found, 0)[:inputs], kept[:inputs]
+
+
+def _of_block(
+    choice: _Choice, count: Array, factor: Array, weights: Array, prices: Array
+) -> tuple[Array, Array, Array]:
+    """The weights [block, units] of a block of inputs, moved by those removed before them in the block.
+
+    Returns:
+        The weights; w_i / u_ii of those removed, else 0, by which the weights on later inputs move; which stay.
+    """
+
+    def of_group(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        weights, errors, kept = carry
+        first = number * choice.group
+        arrays = (weights, jnp.diagonal(factor)[:, None], prices[:, None])
+        own, steps, each = (lax.dynamic_slice_in_dim(array, first, choice.group) for array in arrays)
+        costs = jnp.where(jnp.isinf(each), each, each * jnp.square(own / steps))
+        stay = choice(costs, count)
+
+        def of_input(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            weights, errors = carry
+            row = factor[first + i]
+            error = jnp.where(stay[i], 0, weights[first + i] / row[first + i])
+            # The factor is 0 before its diagonal: earlier weights stay as they are.
+            return weights - row[:, None] * error[None], errors.at[first + i].set(error)
+
+        weights, errors = lax.fori_loop(0, choice.group, of_input, (weights, errors))
+        return weights, errors, lax.dynamic_update_slice_in_dim(kept, stay, first, 0)
+
+    begun = weights, jnp.zeros_like(weights), jnp.ones(weights.shape, bool)
+    return lax.fori_loop(0, choice.block // choice.group, of_group, begun)
 
 
 def _factor(moments: Array) -> Array:
