@@ -3,6 +3,8 @@
 import itertools
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from shrinkable import NETWORKS
@@ -130,6 +132,32 @@ def test_sizes_stay_within_what_is_asked():
     left = cost.count(*small, network.batch).macs
     assert left <= 0.7 * cost.count(variables, network.module.apply, network.batch).macs
     assert left == groups.costs(plan.sizes())["macs"]
+
+
+def test_many_groups_of_few_sizes():
+    params = {f"w{layer}": np.ones((4, 4), np.float32) for layer in range(70)}
+
+    def model(params, x):
+        for layer in range(70):
+            x = jnp.tanh(x @ params[f"w{layer}"])
+        return x
+
+    groups = prune.groups(jax.tree.map(jnp.asarray, params), model, jnp.ones((2, 4)))
+    assert len(groups.unlocked) == 69
+    scores, few = scores_of(groups), groups.unlocked[:3]
+    others = {group.name: 0.0 for group in groups.unlocked[3:]}
+    plan = prune.plan(groups, scores, target={"params": 0.97}, max_sparsity=others, normalize="none")
+    check_minimal(groups, plan, {"params": 0.97})
+    # Two sizes of three groups, one of each other: NumPy has no array of 69 axes.
+    plan = prune.plan(
+        groups,
+        scores,
+        target={"params": 0.98},
+        round_to=2,
+        minimum={group.name: 2 for group in few} | dict.fromkeys(others, 3),
+    )
+    assert plan.sizes().keys() <= {group.name for group in few}
+    check_minimal(groups, plan, {"params": 0.98}, round_to=2)
 
 
 def test_widths_heads_and_depth_share_a_budget():

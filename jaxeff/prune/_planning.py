@@ -11,7 +11,7 @@ import numpy as np
 from jaxeff.graph.coupling_kinds import GROUP_KINDS
 from jaxeff.prune._groups import WHOLE, Group, Groups
 from jaxeff.prune._plans import Plan
-from jaxeff.prune._targets import Budget, Choices, best_places
+from jaxeff.prune._targets import FITS, Budget, Choices, best_places
 
 Shares = float | Mapping[str, float]
 Widths = int | Mapping[str, int]
@@ -44,7 +44,8 @@ def plan(
 
     Args:
         groups: of `prune.groups`.
-        importance: scores of the weights, shaped like `params`, as `prune.scored` gives by any criterion.
+        importance: scores of the weights, shaped like `params`, as `prune.scored` gives by any criterion. Entries
+            under the names of groups are the importance of their elements; see `Groups.scored`.
         sparsity: the fraction of elements to remove, in [0, 1): one number for all groups of `kinds`, or a
             mapping by group's name with scope 'layer', where the groups not named stay whole.
         target: fractions of the whole model, in (0, 1), that the smaller one has at most: of its 'params', their
@@ -149,14 +150,12 @@ def _plans_for(
             if (name := group.name) in ranked
         ]
     )
-    smallest = whole.copy()
-    smallest[choices.groups] = choices.sizes[:, 0]
-    for key, amount, most, limit in zip(target, amounts, full, budget.limits, strict=True):
-        if (reached := float(amount(smallest))) > limit * (1 + 1e-9):
+    for key, share in zip(target, budget.shares(choices, np.zeros_like(choices.tops)), strict=True):
+        if share > FITS:
             raise ValueError(
                 f"`target` of {target[key]:g} of the {key!r} is out of reach: "
-                f"{math.ceil(1e4 * reached / most) / 1e4:g} is the least that these `kinds`, `minimum`, `max_sparsity` "
-                "and `round_to` allow"
+                f"{math.ceil(1e4 * share * target[key]) / 1e4:g} is the least that these `kinds`, `minimum`, "
+                "`max_sparsity` and `round_to` allow"
             )
     return [
         _plan_of(groups, ranked, dict(zip(ranked, choices.sizes_at(places).tolist(), strict=True)))

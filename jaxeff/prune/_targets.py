@@ -18,7 +18,8 @@ from jaxeff.graph.coupling_work import Amount
 
 MOST = 20_000
 """All combinations of sizes are tried if there are no more; otherwise some are searched for."""
-_FITS = 1 + 1e-9
+FITS = 1 + 1e-9
+"""The largest share of a limit, but for rounding."""
 # The search goes in steps of these parts of a group, and at last one by one.
 _PARTS = (32, 256, 1 << 62)
 _TIMES = (1, 2, 4, 8, 16, 32)
@@ -88,7 +89,7 @@ class Budget:
         return found.reshape(len(self.amounts), *places.shape[1:])
 
     def fits(self, choices: Choices, places: np.ndarray) -> np.ndarray:
-        return np.all(self.shares(choices, places) <= _FITS, axis=0)
+        return np.all(self.shares(choices, places) <= FITS, axis=0)
 
 
 def best_places(choices: Choices, budget: Budget, count: int = 1) -> list[np.ndarray]:
@@ -109,7 +110,11 @@ def best_places(choices: Choices, budget: Budget, count: int = 1) -> list[np.nda
 
 
 def _of_all(choices: Choices, budget: Budget, count: int) -> list[np.ndarray]:
-    places = np.indices((choices.tops + 1).tolist())
+    # NumPy has at most 64 axes, and groups of one size need none.
+    free = np.flatnonzero(choices.tops)
+    combinations = np.indices((choices.tops[free] + 1).tolist())
+    places = np.zeros((len(choices.tops), *combinations.shape[1:]), int)
+    places[free] = combinations
     fits = budget.fits(choices, places)
     # What fits with one size larger is not looked at: that loses no more.
     larger = np.zeros_like(fits)
@@ -136,11 +141,11 @@ def _searched(choices: Choices, budget: Budget) -> np.ndarray:
 def _removed(choices: Choices, budget: Budget) -> np.ndarray:
     places = choices.tops
     steps = np.maximum(1, choices.tops // _PARTS[0])
-    while (now := np.maximum(budget.shares(choices, places), _FITS)).max() > _FITS:
+    while (now := np.maximum(budget.shares(choices, places), FITS)).max() > FITS:
         able = np.flatnonzero(places)
         moved = _moved(places, able, np.maximum(places - steps, 0)[able])
         # What goes below a limit saves nothing more.
-        saved = (now[:, None] - np.maximum(budget.shares(choices, moved), _FITS)).sum(axis=0)
+        saved = (now[:, None] - np.maximum(budget.shares(choices, moved), FITS)).sum(axis=0)
         lost = choices.loss(moved) - choices.loss(places)
         price = np.where(saved > 0, lost / np.where(saved > 0, saved, 1), np.inf)
         places = moved[:, np.lexsort((-saved, price))[0]]
@@ -152,7 +157,7 @@ def _restored(choices: Choices, budget: Budget, places: np.ndarray) -> np.ndarra
         able = np.flatnonzero(places < choices.tops)
         moved = _moved(places, able, places[able] + 1)
         shares = budget.shares(choices, moved)
-        fits = (shares <= _FITS).all(axis=0)
+        fits = (shares <= FITS).all(axis=0)
         if not fits.any():
             return places
         moved, taken = moved[:, fits], (shares[:, fits] - budget.shares(choices, places)[:, None]).sum(axis=0)
