@@ -126,7 +126,7 @@ class Plan:
                 along = np.zeros((*group.blocks, shape[member.axis]), bool)
                 held = member.indices[removed].reshape(*group.blocks, -1)
                 np.put_along_axis(along, held, True, axis=-1)
-                along = _laid_out(along, (*member.block_axes, member.axis), len(shape))
+                along = laid_out(along, (*member.block_axes, member.axis), len(shape))
                 axes[member.axis] = axes.get(member.axis, np.False_) | along
         return {path: dict(sorted(axes.items())) for path, axes in sorted(gone.items())}
 
@@ -215,7 +215,7 @@ class Plan:
         return cls(groups, chosen, *shapes)
 
 
-def _laid_out(along: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
+def laid_out(along: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
     """An array whose dimensions are these axes of a leaf, with size 1 on all others."""
     sizes = dict(zip(axes, along.shape, strict=True))
     return along.transpose(np.argsort(axes)).reshape([sizes.get(axis, 1) for axis in range(rank)])
