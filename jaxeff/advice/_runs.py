@@ -30,6 +30,11 @@ class Runs:
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._step = step
 
+    @property
+    def left(self) -> int:
+        """Forward passes that this stage may still spend."""
+        return self._limit - self.count
+
     def spend(self, forwards: int = 1, *, always: bool = False) -> None:
         """Count forward passes before they run.
 
@@ -50,7 +55,7 @@ class Runs:
 
     def keeping(self, forwards: int) -> AbstractContextManager[None]:
         """A stage that leaves so many for what follows."""
-        return self.at_most(self._limit - self.count - forwards)
+        return self.at_most(self.left - forwards)
 
     @contextmanager
     def at_most(self, forwards: int) -> Iterator[None]:

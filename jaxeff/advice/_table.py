@@ -58,10 +58,8 @@ def _weights_sentence(found: Findings) -> str:
             f"{_share(least.fraction)} of them at 0, the least that was tried, the "
             f"{_change(found, _risen(found, least.loss))} on the examples of the search."
         )
-    return (
-        f"{_share(removal.fraction)} of the weights can be zeroed at once: {_risen_text(found, removal)}, "
-        "no faster."
-    )
+    can = "can be zeroed at once" if _holds(found, removal) else _searched(found, "at 0")
+    return f"{_share(removal.fraction)} of the weights {can}: {_risen_text(found, removal)}, no faster."
 
 
 def _units_sentence(found: Findings) -> list[str]:
@@ -75,7 +73,18 @@ def _units_sentence(found: Findings) -> list[str]:
         for kind, (removed, total) in removal.kinds.items()
         if removed
     ]
-    return [f"{_joined(parts)} can be removed: {_risen_text(found, removal)}, {_faster(removal)}."]
+    can = "can be removed" if _holds(found, removal) else _searched(found, "removed")
+    return [f"{_joined(parts)} {can}: {_risen_text(found, removal)}, {_faster(removal)}."]
+
+
+def _holds(found: Findings, removal: Removal) -> bool:
+    """Whether held-out examples leave room for the tolerance."""
+    low = removal.rise.mean if removal.rise.low is None else removal.rise.low
+    return low <= found.tolerance
+
+
+def _searched(found: Findings, what: str) -> str:
+    return f"{what} stayed within {_tolerance(found)} on {found.searched:,} examples, but not on others"
 
 
 def _risen_text(found: Findings, removal: Removal) -> str:
@@ -197,7 +206,7 @@ def _to_remove(found: Findings) -> list[Recommendation]:
     what = ""
     if (measured := removal.measured) is not None:
         saved = {
-            "saved_macs": measured.before.macs[0] - measured.after.macs[0],
+            "saved_macs": (measured.before.macs[0] - measured.after.macs[0]) // (measured.batch_sizes[0] or 1),
             "saved_bytes": measured.before.bytes - measured.after.bytes,
         }
         fewer = 1 - measured.after.parameters / max(measured.before.parameters, 1)
@@ -250,7 +259,7 @@ def _about_layers(found: Findings) -> list[Recommendation]:
         if len(weights) < 2 or size < 0.001 * total:
             continue
         gone = float(np.mean(jointly)) if jointly else 0.0
-        if alone and max(alone) == 0:
+        if alone and max(alone) == gone == 0:
             said.append((size, leaf_of(layers[0].path), "keep", "pruned alone, it exceeds the tolerance at every "
                          "sparsity that was measured: leave it whole.", gone))
         elif gone:
@@ -307,8 +316,8 @@ def _doubts(found: Findings, removal: Removal) -> list[str]:
     said = []
     if rise.low > found.tolerance:
         said.append(
-            f"Without these {what} the loss rises by more than the tolerance on held-out examples: search with "
-            "more examples, or a smaller tolerance."
+            f"Without these {what} it rises by more than the tolerance on held-out examples, to which the search "
+            "did not fit itself: search with more examples, or a smaller tolerance."
         )
     if wide or few:
         width = _number(found, rise.high - rise.low).lstrip("+") + (" %" if _relative(found) else "")

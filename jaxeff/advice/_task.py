@@ -37,7 +37,7 @@ _REPEATS, _WARMUP = 10, 3
 TIMING = 2 * (_REPEATS + _WARMUP)
 """Forward passes that timing takes."""
 _AT_THE_END = TIMING + 3
-_WEIGHTS, _UNITS = 60, 36  # runs of the local searches
+_UNITS = 70  # runs, of those that the weights leave, for units
 _GRADIENT = 3
 # Forward passes for a quantity of which random signs are drawn; any other takes a gradient.
 _OF_QUANTITY = {"hessian": 16 * 6, "gauss_newton": 16 * 5}
@@ -195,7 +195,7 @@ class Task:
             self.weights.compare_criteria()
             self.weights.measure_alone()
             self.weights.start_from_allocations()
-            self.weights.improve(_WEIGHTS, rng)
+            self.weights.improve(self.runs.left - (_UNITS if self._groups else 0), rng)
             if self._groups is not None:
                 self.units = UnitSearch(
                     self._groups, self._searched, self._removable, self._without, self.runs, **self._bounds
@@ -203,7 +203,7 @@ class Task:
                 criteria = [name for name in self._scores if name != "random"]
                 self.units.score({name: self._scores[name] for name in criteria})
                 self.units.start()
-                self.units.improve(_UNITS, rng)
+                self.units.improve(self.runs.left, rng)
         self._time()
 
     def _time(self) -> None:

@@ -24,7 +24,7 @@ from jaxeff.prune import Layout, Sensitivity, Unstructured
 from jaxeff.prune._layouts import Axes, layer_names
 from jaxeff.statistics import Statistics
 
-POINTS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+POINTS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 _ALONE = 84  # runs for layers pruned alone
 _STEPS = 6  # of each bisection
 _CONTROL = "random"
