@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from jaxeff._collect import named
+from jaxeff._collect import Criteria, named
 from jaxeff.advice import Advice
 from jaxeff.advice._problem import Examples, split
 from jaxeff.advice._runs import OutOfTime, Runs
 from jaxeff.advice._task import Given, Task
+from jaxeff.advice._weights import CONTROL
+from jaxeff.importance import Criterion
 from jaxeff.output.progress import progress_bar
 
 CRITERIA = ("magnitude", "wanda", "fisher")
@@ -27,7 +29,7 @@ def advise(
     held_out: tuple[Any, Any] | None = None,
     evaluate: Callable[[Any, Callable], Any] | None = None,
     tolerance: float = 0.01,
-    criteria: Sequence[str] = CRITERIA,
+    criteria: Criteria = CRITERIA,
     budget_s: float | None = None,
     max_runs: int = RUNS,
     seed: int = 0,
@@ -89,8 +91,8 @@ def advise(
         (Examples(batch, targets, 0), None) if evaluate else split(batch, targets, held_out, seed)
     )
     given = Given(
-        params, apply_fn, searched, measured, loss_fn, evaluate, tolerance, named(criteria, with_loss=True), seed,
-        rngs, apply_kwargs,
+        params, apply_fn, searched, measured, loss_fn, evaluate, tolerance, _criteria(criteria), seed, rngs,
+        apply_kwargs,
     )  # fmt: skip
     with progress_bar("Advising", max_runs, progress) as step:
         task = Task(given, Runs(max_runs, budget_s, step))
@@ -111,3 +113,10 @@ def _check_numbers(tolerance: float, budget_s: float | None, max_runs: int) -> N
         raise ValueError(f"`budget_s` must be above 0 seconds, got {budget_s}")
     if max_runs < 100:
         raise ValueError(f"`max_runs` must be at least 100 forward passes, got {max_runs}")
+
+
+def _criteria(given: Criteria) -> tuple[Criterion, ...]:
+    found = tuple(each for each in named(given, with_loss=True) if each.name != CONTROL)
+    if not found:
+        raise ValueError(f"`criteria` must name at least one beside the random control, got {given!r}")
+    return found

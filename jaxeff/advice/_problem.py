@@ -53,7 +53,9 @@ def split(
             raise TypeError(f"`held_out` must be a pair (batch, targets), got {type(held_out).__name__}")
         number = _count("held_out", held_out[0])
         if number < 2:
-            raise ValueError("`held_out` has 1 example: an interval needs at least 2, and says little below 100")
+            raise ValueError(
+                "`held_out` has 1 example: an interval needs at least 2, and says little below 100"
+            )
         return Examples(batch, targets, count), Examples(*held_out, number)
     if count < _FEWEST:
         raise ValueError(
@@ -116,7 +118,9 @@ class Problem:
 
     @functools.cached_property
     def state(self) -> Any:
-        inputs = self.model.inputs[0] if isinstance(self.model.function, TracedFunction) else self.model.inputs
+        inputs = (
+            self.model.inputs[0] if isinstance(self.model.function, TracedFunction) else self.model.inputs
+        )
         return inputs[0]
 
     @functools.cached_property
@@ -133,9 +137,7 @@ class Problem:
     def zeroed(self, removable: Removable, removed: Removed) -> tuple[Any, Any]:
         """Return params and state with 0 where something goes."""
         params, inputs = zeroed(removable, self.model.params, self.model.inputs, removed)
-        return params, dataclasses.replace(
-            self, model=dataclasses.replace(self.model, inputs=inputs)
-        ).state
+        return params, dataclasses.replace(self, model=dataclasses.replace(self.model, inputs=inputs)).state
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

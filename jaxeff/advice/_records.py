@@ -20,12 +20,14 @@ class Tried:
         start: the allocation that it came from.
         fraction: of the weights zeroed, or of the parameters removed with whole units.
         loss: the mean over the examples of the search; for `evaluate`, minus the score.
+        searched: whether it is a step of the local search from that allocation.
     """
 
     what: str
     start: str
     fraction: float
     loss: float
+    searched: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ class Point:
         fraction: of everything, removed.
         loss: the mean over the examples of the search.
         setting: by which criterion elements went.
+        searched: whether it is a step of the local search.
     """
 
     start: str
@@ -36,6 +37,7 @@ class Point:
     fraction: float
     loss: float
     setting: Any = None
+    searched: bool = False
 
 
 class Search:
@@ -69,13 +71,13 @@ class Search:
     def fraction(self, counts: np.ndarray) -> float:
         return float(counts @ self.values / (self.sizes @ self.values))
 
-    def try_(self, counts: np.ndarray, start: str, setting: Any = None) -> Point:
+    def try_(self, counts: np.ndarray, start: str, setting: Any = None, *, searched: bool = False) -> Point:
         """Measure the loss, once for the same counts."""
         counts = np.clip(counts, 0, self.most)
         key = counts.astype(np.int64).tobytes(), setting
         if key not in self._known:
             self._known[key] = self._loss(counts, setting) if counts.any() else self.dense
-        point = Point(start, counts, self.fraction(counts), self._known[key], setting)
+        point = Point(start, counts, self.fraction(counts), self._known[key], setting, searched)
         self.tried.append(point)
         if self.fits(point) and point.fraction > self.best.fraction:
             self.best = point
@@ -135,6 +137,6 @@ def improve(search: Search, rng: np.random.Generator) -> None:
             back = rng.uniform(0.2, _RETURNED) * (counts[part] - best.counts[part]) * search.values[part]
             counts[other] = max(0.0, counts[other] - np.floor(back / search.values[other]))
         turn += 1
-        point = search.try_(counts, best.start, best.setting)
+        point = search.try_(counts, best.start, best.setting, searched=True)
         fits = search.best is point
         steps[part] = min(steps[part] * (_LONGER if fits else _SHORTER), 0.9)

@@ -142,7 +142,9 @@ def _share(fraction: float) -> str:
 
 
 def _plural(kind: str) -> str:
-    return {"kv_head": "key-value heads", "query": "query heads"}.get(kind, f"{kind}s")
+    return {"kv_head": "key-value heads", "query": "query heads", "stream": "stream channels"}.get(
+        kind, f"{kind}s"
+    )
 
 
 def _joined(parts: Sequence[str]) -> str:
@@ -206,7 +208,8 @@ def _to_remove(found: Findings) -> list[Recommendation]:
     what = ""
     if (measured := removal.measured) is not None:
         saved = {
-            "saved_macs": (measured.before.macs[0] - measured.after.macs[0]) // (measured.batch_sizes[0] or 1),
+            "saved_macs": (measured.before.macs[0] - measured.after.macs[0])
+            // (measured.batch_sizes[0] or 1),
             "saved_bytes": measured.before.bytes - measured.after.bytes,
         }
         fewer = 1 - measured.after.parameters / max(measured.before.parameters, 1)
@@ -260,16 +263,29 @@ def _about_layers(found: Findings) -> list[Recommendation]:
             continue
         gone = float(np.mean(jointly)) if jointly else 0.0
         if alone and max(alone) == gone == 0:
-            said.append((size, leaf_of(layers[0].path), "keep", "pruned alone, it exceeds the tolerance at every "
-                         "sparsity that was measured: leave it whole.", gone))
+            said.append(
+                (
+                    size,
+                    leaf_of(layers[0].path),
+                    "keep",
+                    "pruned alone, it exceeds the tolerance at every "
+                    "sparsity that was measured: leave it whole.",
+                    gone,
+                )
+            )
         elif gone:
-            said.append((gone * size, leaf_of(layers[0].path), "layer",
-                         f"{_share(gone)} goes in the joint allocation, {_share(gone * size / total)} of all "
-                         f"weights{_alone(alone)}.", gone))
+            said.append(
+                (
+                    gone * size,
+                    leaf_of(layers[0].path),
+                    "layer",
+                    f"{_share(gone)} goes in the joint allocation, {_share(gone * size / total)} of all "
+                    f"weights{_alone(alone)}.",
+                    gone,
+                )
+            )
     ranked = sorted((each for each in said if each[0] >= 0.001 * total), key=lambda each: -each[0])
-    return [
-        Recommendation(rule, path, message, {"jointly": gone}) for _, path, rule, message, gone in ranked
-    ]
+    return [Recommendation(rule, path, message, {"jointly": gone}) for _, path, rule, message, gone in ranked]
 
 
 def _alone(alone: Sequence[float]) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxeff import importance
 from jaxeff._analyze import analyze
 from jaxeff._collect import prepare
 from jaxeff.advice._advice import Advice
@@ -23,7 +22,7 @@ from jaxeff.advice._records import LayerAdvice, Removal, Tried
 from jaxeff.advice._runs import Runs
 from jaxeff.advice._search import Point, Search
 from jaxeff.advice._units import UnitSearch, may_go
-from jaxeff.advice._weights import Layers, WeightSearch, finite, scored
+from jaxeff.advice._weights import CONTROL, Layers, WeightSearch, finite, scored
 from jaxeff.importance import Criterion
 from jaxeff.model.params import Params
 from jaxeff.model.roles import whole_numbers
@@ -96,15 +95,12 @@ class Task:
 
     def _bind(self, examples: Examples) -> Problem:
         given = self.given
-        return Problem.bind(
-            self._params, given.apply_fn, examples, given.loss_fn, given.rngs, given.keywords
-        )
+        return Problem.bind(self._params, given.apply_fn, examples, given.loss_fn, given.rngs, given.keywords)
 
     def _scored(self) -> tuple[Statistics, dict[str, dict[str, Any]]]:
         """Run the model for its statistics, and score all weights by all criteria and at random."""
         given = self.given
-        random = importance.named("random")
-        criteria = (*(each for each in given.criteria if each.name != random.name), random)
+        criteria = given.criteria
         examples = given.searched
         run = prepare(
             self._params, given.apply_fn, examples.batch, criteria, given.loss_fn, examples.targets,
@@ -120,7 +116,12 @@ class Task:
         for criterion in criteria:
             if criterion.name not in scores:
                 self.notes.append(f"Scores by {criterion.name} are not finite, and were left out.")
-        return statistics, scores
+        if not scores:
+            check_dense(
+                jax.numpy.asarray(np.nan),
+                {"params": self._params.tree, "batch": examples.batch, "targets": examples.targets},
+            )
+        return statistics, {**scores, CONTROL: _at_random(next(iter(scores.values())), given.seed)}
 
     def _removable_groups(self) -> Groups | None:
         given = self.given
@@ -141,12 +142,13 @@ class Task:
         given, leaves = self.given, self._problem.leaves
         chosen = [] if self._groups is None else may_go(self._groups)
         self._removable = Removable(
-            tuple((leaves[path], axes) for path, axes in zip(self._layers.paths, self._layers.stacks, strict=True)),
+            tuple(
+                (leaves[path], axes)
+                for path, axes in zip(self._layers.paths, self._layers.stacks, strict=True)
+            ),
             tuple(group_members(group, leaves) for group in chosen),
         )
-        orders = [
-            jax.numpy.zeros_like(score, np.int32) for score in next(iter(self._layers.scores.values()))
-        ]
+        orders = [jax.numpy.zeros_like(score, np.int32) for score in next(iter(self._layers.scores.values()))]
         self._without = Removed(
             orders,
             np.zeros(len(self._layers.sizes), np.int32),
@@ -200,7 +202,7 @@ class Task:
                 self.units = UnitSearch(
                     self._groups, self._searched, self._removable, self._without, self.runs, **self._bounds
                 )
-                criteria = [name for name in self._scores if name != "random"]
+                criteria = [name for name in self._scores if name != CONTROL]
                 self.units.score({name: self._scores[name] for name in criteria})
                 self.units.start()
                 self.units.improve(self.runs.left, rng)
@@ -220,7 +222,12 @@ class Task:
             return
         self.runs.spend(TIMING, always=True)
         self._timed = before_and_after(
-            (given.params, given.apply_fn), small, [batch], repeats=_REPEATS, rngs=given.rngs, **given.keywords
+            (given.params, given.apply_fn),
+            small,
+            [batch],
+            repeats=_REPEATS,
+            rngs=given.rngs,
+            **given.keywords,
         )
 
     def _plan(self) -> Plan | None:
@@ -297,17 +304,19 @@ class Task:
         criterion = best.setting or self.weights.criterion
         alone = self.weights.alone(self._allowed - self.dense)
         rows = [
-            LayerAdvice(
-                name, "weights", int(size), criterion, alone.get(name), _share(best, count, size)
-            )
+            LayerAdvice(name, "weights", int(size), criterion, alone.get(name), _share(best, count, size))
             for name, size, count in zip(layers.names, layers.sizes, best.counts, strict=True)
         ]
         if self.units is not None and self.units.search.tried:
             chosen = self.units.search.best
             rows += [
                 LayerAdvice(
-                    group.name, group.kind, group.size * math.prod(group.blocks), chosen.setting or "",
-                    None, _share(chosen, count, group.size),
+                    group.name,
+                    group.kind,
+                    group.size * math.prod(group.blocks),
+                    chosen.setting or "",
+                    None,
+                    _share(chosen, count, group.size),
                 )  # fmt: skip
                 for group, count in zip(self.units.groups, chosen.counts, strict=True)
             ]
@@ -318,10 +327,29 @@ class Task:
         if self.units is not None:
             searches.append(("units", self.units.search))
         return tuple(
-            Tried(what, "random" if point.setting == "random" else point.start, point.fraction, point.loss)
+            Tried(
+                what,
+                CONTROL if point.setting == CONTROL else point.start,
+                point.fraction,
+                point.loss,
+                point.searched,
+            )  # fmt: skip
             for what, search in searches
             for point in search.tried
         )
+
+
+def _at_random(like: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return scores that know nothing. NumPy draws them: as a program they would take longest to compile."""
+    rng = np.random.default_rng(seed)
+    return {
+        # Uncommitted where the scores are: another placement would compile every program anew.
+        path: jax.device_put(
+            rng.random(score.shape, np.float32),
+            score.sharding if getattr(score, "committed", False) else None,
+        )
+        for path, score in like.items()
+    }
 
 
 def _share(best: Point, count: float, size: float) -> float | None:

@@ -17,11 +17,11 @@ from jaxeff.prune import Group, Groups, Plan
 
 _STEPS = 5  # of each bisection
 _BLOCKS = 32  # blocks, at most, that are removed one by one to rank them
-_BLOCK, _LEFT_WHOLE = "block", ("head_size", "stream")
+_BLOCK, _LEFT_WHOLE = "block", ("head_size",)
 
 
 def may_go(groups: Groups) -> tuple[Group, ...]:
-    """The groups whose elements the search removes."""
+    """Return the groups whose elements the search removes: no module can be built with heads of other sizes."""
     return tuple(group for group in groups.unlocked if group.kind not in _LEFT_WHOLE and group.size > 1)
 
 
@@ -76,7 +76,9 @@ class UnitSearch:
                     self.search.most[index] = 0
                     importance = np.zeros((*group.blocks, group.size))
                 importances.append(importance)
-            self._ranks[name] = [np.argsort(np.argsort(each, kind="stable"), kind="stable") for each in importances]
+            self._ranks[name] = [
+                np.argsort(np.argsort(each, kind="stable"), kind="stable") for each in importances
+            ]
             self._curves[name] = _curves(importances)
 
     def _without_each(self, index: int) -> np.ndarray:

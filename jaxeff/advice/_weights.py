@@ -27,7 +27,7 @@ from jaxeff.statistics import Statistics
 POINTS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 _ALONE = 84  # runs for layers pruned alone
 _STEPS = 6  # of each bisection
-_CONTROL = "random"
+CONTROL = "random"
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -69,7 +69,9 @@ class Layers:
         known = next(iter(scores.values()))
         leaves = [leaf for leaf in layout.leaves if leaf.prunable and leaf.path in known]
         axes = [leaf.axes or Axes() for leaf in leaves]
-        names = [layer_names(leaf.path, leaf.shape, own.layers) for leaf, own in zip(leaves, axes, strict=True)]
+        names = [
+            layer_names(leaf.path, leaf.shape, own.layers) for leaf, own in zip(leaves, axes, strict=True)
+        ]
         shapes = [
             tuple(size for axis, size in enumerate(leaf.shape) if axis not in own.layers)
             for leaf, own, layers in zip(leaves, axes, names, strict=True)
@@ -113,9 +115,7 @@ class WeightSearch:
         self.layers, self.runs = layers, runs
         self._losses, self._removable, self._without = losses, removable, without
         ones = np.ones(len(layers.sizes))
-        self.search = Search(
-            self._loss, layers.sizes, ones, layers.sizes, allowed=allowed, dense=dense
-        )
+        self.search = Search(self._loss, layers.sizes, ones, layers.sizes, allowed=allowed, dense=dense)
         self.reached: dict[str, float] = {}
         self.starts: dict[str, float] = {}
         self.sensitivity: Sensitivity | None = None
@@ -149,13 +149,13 @@ class WeightSearch:
     @property
     def criterion(self) -> str:
         """The one whose order goes farthest; at equal fractions, the one with the lower losses."""
-        known = [name for name in self.reached if name != _CONTROL]
+        known = [name for name in self.reached if name != CONTROL]
         if not known:
-            return next(name for name in self.layers.scores if name != _CONTROL)
+            return next(name for name in self.layers.scores if name != CONTROL)
 
         def rank(name: str) -> tuple[float, float]:
             losses = [point.loss for point in self.search.tried if point.setting == name]
-            return self.reached[name], -float(np.mean(np.nan_to_num(losses, nan=np.inf)))
+            return self.reached[name], -float(np.sum(np.nan_to_num(losses, nan=np.inf))) / max(len(losses), 1)
 
         return max(known, key=rank)
 
@@ -165,7 +165,7 @@ class WeightSearch:
         for name in self.layers.scores:
             with self.runs.at_most(2 * _STEPS):
                 self._start("uniform", name, allocations.uniform(sizes))
-                if name != _CONTROL:
+                if name != CONTROL:
                     curves = self.layers.curves(name)
                     self._start("global", name, allocations.by_score(sizes, np.ones(len(sizes)), curves))
 
@@ -174,7 +174,7 @@ class WeightSearch:
         found = farthest(self.search, family, start, _STEPS, criterion)
         fraction = 0.0 if found is None else found.fraction
         self.reached[criterion] = max(self.reached[criterion], fraction)
-        if criterion != _CONTROL:
+        if criterion != CONTROL:
             self.starts[start] = max(self.starts.get(start, 0.0), fraction)
 
     def measure_alone(self) -> None:
@@ -209,9 +209,7 @@ class WeightSearch:
         ones = np.ones(len(layers.sizes))
         families = {
             "erk": allocations.erk(layers.sizes, layers.shapes),
-            "lamp": allocations.by_score(
-                layers.sizes, ones, allocations.lamp(layers.curves(criterion))
-            ),
+            "lamp": allocations.by_score(layers.sizes, ones, allocations.lamp(layers.curves(criterion))),
         }
         if self.sensitivity is not None:
             families["sensitivity"] = allocations.by_rise(layers.sizes, self.measured, self.sensitivity)
