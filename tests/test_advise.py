@@ -115,6 +115,7 @@ def test_the_joint_allocation_is_never_worse_than_a_start():
     assert found.reached["random"] <= max(found.reached.values())
 
 
+@pytest.mark.filterwarnings("ignore:nothing of")
 def test_masks_are_those_of_prune_masks():
     found = advise(tolerance=0.2)
     shares = {layer.path: layer.jointly for layer in found.layers if layer.kind == "weights"}

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxeff.prune._dead import dead_elements
 from jaxeff.prune._groups import Group, Groups, Member, Shapes, map_named, named_variables, stand_in
+from jaxeff.report import Report
 
 _VERSION = 2
 
@@ -73,6 +75,30 @@ class Plan:
         }
         kept = tuple(dataclasses.replace(known[name], importance=None) for name in chosen)
         return cls(kept, chosen, groups.params, groups.state)
+
+    @classmethod
+    def dead(cls, groups: Groups, report: Report) -> Plan:
+        """Return the plan that removes units which emitted only 0 on the report's batch.
+
+        What a unit feeds reads 0 with and without it, so on this batch the smaller model computes the same. A unit
+        that several weights feed counts as dead if all of them emitted only 0. Blocks lose equally many.
+
+        Args:
+            groups: of `prune.groups`.
+            report: from `jaxeff.analyze`, of the same model, on as much data as a unit should be silent on.
+
+        Raises:
+            ValueError: the report is of another model, or holds several models or steps.
+
+        >>> import jax, jax.numpy as jnp, jaxeff
+        >>> from jaxeff import prune
+        >>> model = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]
+        >>> params = {"a": jnp.array([[1.0, -1.0, 2.0]]), "b": jnp.ones((3, 2))}
+        >>> report, found = (f(params, model, jnp.ones((8, 1))) for f in (jaxeff.analyze, prune.groups))
+        >>> Plan.dead(found, report).removed
+        {'a:1': (1,)}
+        """
+        return cls.of(groups, dead_elements(groups, report))
 
     def widths(self) -> dict[str, dict[int, int]]:
         """The new size of every axis that changes, by path and axis: to build the smaller module with."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from jaxeff.output.text import empty
 from jaxeff.report import _table as table
-from jaxeff.report._recommendations import recommend
+from jaxeff.report._recommendations import grouped, recommend
 from jaxeff.report._records import Snapshot
 
 SHOWN = 60
@@ -32,7 +32,7 @@ def render(report: Snapshot) -> str:
         paragraphs([more.format(len(rows) - SHOWN)] if len(rows) > SHOWN else []),
         paragraphs(table.model(report)),
         listed("Notes", [f"{path}: {note}." for path, note in table.notes(report)]),
-        listed("Recommendations", [str(advice) for advice in recommend(report)]),
+        listed("Recommendations", [str(advice) for advice in grouped(recommend(report), report)]),
     ]
     return f"<div>{''.join(parts)}</div>"
 
