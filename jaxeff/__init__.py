@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxeff import plot as plot
     from jaxeff import prune as prune
     from jaxeff import sketch as sketch
+    from jaxeff._advise import advise as advise
     from jaxeff._analyze import analyze as analyze
     from jaxeff._calibrate import calibrate as calibrate
     from jaxeff._collect import collect as collect
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from jaxeff._monitor import monitor as monitor
     from jaxeff._pathways import Pathways as Pathways
     from jaxeff._pathways import pathways as pathways
+    from jaxeff.advice import Advice as Advice
     from jaxeff.model.apply import from_nnx as from_nnx
     from jaxeff.report import Activity as Activity
     from jaxeff.report import LayerReport as LayerReport
@@ -45,12 +47,14 @@ if TYPE_CHECKING:
 # Imported at first use, so that the command line reads checkpoints without Flax and Optax.
 _MODULES = ("checkpoints", "cost", "importance", "metrics", "plot", "prune", "sketch")
 _NAMES = {
+    "_advise": ("advise",),
     "_analyze": ("analyze",),
     "_calibrate": ("calibrate",),
     "_collect": ("collect",),
     "_compare_criteria": ("Comparison", "compare_criteria"),
     "_monitor": ("Event", "Monitor", "MonitorState", "monitor"),
     "_pathways": ("Pathways", "pathways"),
+    "advice": ("Advice",),
     "model.apply": ("from_nnx",),
     "report": ("Activity", "LayerReport", "ModelReport", "Recommendation", "Report"),
     "statistics": ("Statistics", "merge"),

@@ -17,6 +17,7 @@ from jaxeff import importance
 from jaxeff._collect import Criteria, named, prepare
 from jaxeff._saving import saved_by_flax
 from jaxeff.importance import _levels as levels
+from jaxeff.importance._orders import Stacks, orders
 from jaxeff.model import objective as objectives
 from jaxeff.model.objective import Arrays, Objective
 from jaxeff.model.params import Params
@@ -129,7 +130,7 @@ def compare_criteria(
     stacks = tuple(levels.layer_axes(statistics, path) for path in paths) if scope == "layer" else None
 
     def curve(scores: dict[str, jax.Array]) -> jax.Array:
-        ordered = _orders(stacks, [scores[path] for path in paths])
+        ordered = orders(stacks, [scores[path] for path in paths])
         return _losses(objective, model.params, arrays, ordered, _counts(fractions, ordered, stacks))
 
     keys = jax.random.split(jax.random.key(seed), CONTROLS)
@@ -153,39 +154,6 @@ def _checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
     if len(found) < 2 or not ascending or not 0 <= found[0] <= found[-1] <= 1:
         raise ValueError(f"`fractions` must be two or more ascending numbers in [0, 1], got {fractions!r}")
     return found
-
-
-Stacks = tuple[tuple[int, ...], ...] | None
-"""For each weight, the axes over which it stacks layers; None to order all weights together."""
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _orders(stacks: Stacks, scores: list[jax.Array]) -> list[jax.Array]:
-    """Return the position of each weight in the order of removal: of its layer if `stacks`, else of the model."""
-    return by_compiler(lambda *scores: _ordered(stacks, scores), *scores, like=scores)
-
-
-def _ordered(stacks: Stacks, scores: Sequence[jax.Array]) -> list[jax.Array]:
-    if stacks is None:
-        order = _places(jnp.concatenate([jnp.ravel(score) for score in scores]))
-        ends = np.cumsum([score.size for score in scores])
-        return [
-            part.reshape(score.shape) for part, score in zip(jnp.split(order, ends[:-1]), scores, strict=True)
-        ]
-    return [_within_layers(score, axes) for score, axes in zip(scores, stacks, strict=True)]
-
-
-def _within_layers(score: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    front = tuple(range(len(axes)))
-    layers = jnp.moveaxis(score, axes, front)
-    order = jax.vmap(_places)(layers.reshape(math.prod(layers.shape[: len(axes)]), -1))
-    return jnp.moveaxis(order.reshape(layers.shape), front, axes)
-
-
-def _places(scores: jax.Array) -> jax.Array:
-    """Return the position of each score in ascending order; equal scores by index."""
-    order = jnp.argsort(scores, stable=True)
-    return jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
 
 
 def _counts(fractions: tuple[float, ...], orders: list[jax.Array], stacks: Stacks) -> np.ndarray:

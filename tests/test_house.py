@@ -24,7 +24,9 @@ _collect
 _calibrate _analyze
 _compare_criteria _monitor
 checkpoints prune
-_pathways demo
+advice
+_pathways _advise
+demo
 plot
 cli
 __main__

@@ -20,7 +20,7 @@ from jaxeff.report import Activity, LayerReport, ModuleReport, OtherReport, Repo
 from jaxeff.report import _table as table
 from jaxeff.report import _totals as totals
 from jaxeff.report._limits import LIMITS, interpret_gini, interpret_redundancy, interpret_utilization
-from jaxeff.report._recommendations import recommend
+from jaxeff.report._recommendations import grouped, recommend
 from jaxeff.statistics import UnitStatistics
 
 
@@ -264,7 +264,7 @@ def test_a_notebook_shows_the_table_without_scripts_or_colours():
     assert shown.count("<tr>") == 61 and "21 more layers:" in shown
     for part in ("&lt;script&gt;alert(1)&lt;/script&gt;", "73.0%", '<th scope="col">gini</th>'):
         assert part in shown
-    assert "<details><summary>Recommendations (" in shown and " more.</li>" in shown
+    assert "<summary>Recommendations (" in shown and "more layers." in shown
     short = report_of(layer(dead=2))._repr_html_()
     assert "<details open><summary>Recommendations (1)" in short and "dead units" in short
     both = _stacked(report_of(layer("<i>")), report_of(layer("<i>")))
@@ -519,3 +519,22 @@ def test_a_report_holds_paths():
 def test_layers_that_are_not_finite_are_not_among_the_weights_used():
     params = {"a": jnp.full((3, 4), jnp.nan), "b": jnp.ones((5, 2))}
     assert "effective of 10 weights)" in str(jaxeff.analyze(params))
+
+
+def test_what_is_shown_is_grouped_by_stack_and_worth_something():
+    rows = [layer(f"blocks_{number}/kernel", dead=4) for number in range(20)]
+    rows += [layer("large/kernel", (6400, 320), dead=1), layer("small/kernel", dead=1)]
+    snapshot = report_of(*rows).snapshot()
+    shown = grouped(recommend(snapshot), snapshot)
+    dead = [each for each in shown if each.rule == "dead units"]
+    # One line for the twenty blocks, and none for a unit of 256 bytes.
+    assert {each.path for each in dead} == {"large/kernel", "blocks_0/kernel"}
+    (blocks,) = [each for each in dead if each.path == "blocks_0/kernel"]
+    assert "So do 19 more layers." in blocks.message and blocks.saved_bytes == 20 * 4 * 256
+    assert len(shown) <= 7
+
+
+def test_many_recommendations_are_shown_in_seven_lines():
+    rows = [layer(f"{name}/kernel", dead=4) for name in "abcdefghijkl"]
+    snapshot = report_of(*rows).snapshot()
+    assert len(recommend(snapshot)) == 12 and len(grouped(recommend(snapshot), snapshot)) == 1

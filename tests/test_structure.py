@@ -625,3 +625,37 @@ def test_the_first_example_in_the_docs_gives_what_the_masked_network_gives():
     masked = prune.apply(params, example["plan"].masks(params))
     assert example["small"].width == 8
     close(example["small"].apply(example["small_params"], x), model.apply(masked, x))
+
+
+def test_dead_units_are_a_plan_in_one_call():
+    def model(params, x):
+        def block(h, w):
+            return h + jax.nn.relu(h @ w["up"] + w["bias"]) @ w["down"], None
+
+        return jax.lax.scan(block, x, params)[0]
+
+    random = np.random.default_rng(0)
+    params = {
+        "up": random.normal(size=(3, 4, 6)).astype(np.float32),
+        "bias": np.zeros((3, 6), np.float32),
+        "down": random.normal(size=(3, 6, 4)).astype(np.float32),
+    }
+    x = random.normal(size=(50, 4)).astype(np.float32)
+    for block, units in enumerate([(0, 3), (1, 2, 5), (4, 5)]):
+        params["bias"][block, list(units)] = -1e3
+    with jax.numpy_rank_promotion("allow"):
+        groups, report = prune.groups(params, model, x), jaxeff.analyze(params, model, x)
+        plan = prune.Plan.dead(groups, report)
+        # Blocks lose equally many.
+        assert plan.removed == {"up:2": ((0, 3), (1, 2), (4, 5))}
+        small, small_apply = prune.compact(params, model, x, plan)
+        np.testing.assert_allclose(small_apply(small, x), model(params, x), rtol=1e-5, atol=1e-5)
+
+
+def test_dead_units_of_another_model_are_refused():
+    model = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]  # noqa: E731
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    other = {"c": jnp.ones((3, 4))}
+    report = jaxeff.analyze(other, lambda params, x: x @ params["c"], jnp.ones((8, 3)))
+    with pytest.raises(ValueError, match="another model: 'c'"):
+        _ = prune.Plan.dead(prune.groups(params, model, jnp.ones((8, 3))), report)

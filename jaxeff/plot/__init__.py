@@ -10,6 +10,7 @@ from jaxeff.plot._layers import history as history
 from jaxeff.plot._layers import layers as layers
 from jaxeff.plot._layers import radar as radar
 from jaxeff.plot._layers import units as units
+from jaxeff.plot._measurements import advice as advice
 from jaxeff.plot._measurements import criteria as criteria
 from jaxeff.plot._measurements import pathways as pathways
 from jaxeff.plot._measurements import sensitivity as sensitivity

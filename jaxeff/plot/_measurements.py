@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxeff._compare_criteria import Comparison
 from jaxeff._pathways import Pathways
+from jaxeff.advice import Advice
 from jaxeff.plot._canvas import COLOURS, NO_LAYER, any_finite, axes_or_new, check_kind, line_style, say
 from jaxeff.prune import BeforeAndAfter, Sensitivity
 
@@ -150,4 +151,53 @@ def pathways(pathways: Pathways, ax: Axes | None = None) -> Axes:
     _ = drawn.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize="small")
     _ = drawn.set_yticks([])
     _ = drawn.set_ylim(0, 1)
+    return drawn
+
+
+def advice(advice: Advice, ax: Axes | None = None) -> Axes:
+    """A line for each allocation: the loss over the fraction of weights at 0; a star, what was chosen.
+
+    Grey dots are what the search tried from there on, and the dashed line is the tolerance. The losses are those of
+    the examples of the search; the axis shows them near the tolerance, above which they may rise without bound.
+
+    Args:
+        advice: from `jaxeff.advise`.
+        ax: to draw on; those of a new pyplot figure unless given.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        TypeError: an argument is not of its kind.
+    """
+    check_kind("advice", advice, Advice, "jaxeff.advise")
+    drawn = axes_or_new(ax)
+    tried = [point for point in advice.tried if point.what == "weights"]
+    if not any_finite([point.loss for point in tried]):
+        return say(drawn, "Nothing was measured.")
+    scale = 1.0 if advice.by_score else abs(advice.dense)
+    allowed = advice.dense + advice.tolerance * scale
+    sign = -1.0 if advice.by_score else 1.0
+    starts = [*dict.fromkeys(point.start for point in tried if not point.searched)]
+    for index, start in enumerate(starts):
+        ordered = sorted(
+            (point.fraction, sign * point.loss)
+            for point in tried
+            if point.start == start and not point.searched
+        )
+        fractions, losses = zip((0.0, sign * advice.dense), *ordered, strict=True)
+        _ = drawn.plot(fractions, losses, marker=".", label=start, **line_style(index))
+    searched = [(point.fraction, sign * point.loss) for point in tried if point.searched]
+    if searched:
+        _ = drawn.scatter(*zip(*searched, strict=True), s=8, color="0.6", label="search")
+    if advice.weights is not None:
+        loss = advice.dense + advice.weights.search_rise * (scale if advice.dense else 1.0)
+        _ = drawn.plot(
+            [advice.weights.fraction], [sign * loss], "*", color="black", markersize=12, label="chosen"
+        )
+    _ = drawn.axhline(sign * allowed, color="black", linestyle="--", linewidth=1, label="tolerance")
+    room = 8 * max(allowed - advice.dense, 0.002 * max(abs(advice.dense), 1e-12))
+    _ = drawn.set_ylim(*sorted((sign * (advice.dense - room / 4), sign * (advice.dense + room))))
+    _ = drawn.set_xlim(0, 1)
+    _ = drawn.set_xlabel("fraction of the weights at 0")
+    _ = drawn.set_ylabel("score" if advice.by_score else "loss")
+    _ = drawn.legend(fontsize="small")
     return drawn

@@ -16,7 +16,9 @@ import numpy as np
 
 from jaxeff.output.shown import Shown
 from jaxeff.output.text import aligned
+from jaxeff.prune._dead import dead_elements
 from jaxeff.prune._groups import Group, Groups, Member, Shapes, map_named, named_variables, stand_in
+from jaxeff.report import Report
 
 _VERSION = 2
 
@@ -76,6 +78,30 @@ class Plan(Shown):
         kept = tuple(dataclasses.replace(known[name], importance=None) for name in chosen)
         return cls(kept, chosen, groups.params, groups.state)
 
+    @classmethod
+    def dead(cls, groups: Groups, report: Report) -> Plan:
+        """Return the plan that removes units which emitted only 0 on the report's batch.
+
+        What a unit feeds reads 0 with and without it, so on this batch the smaller model computes the same. A unit
+        that several weights feed counts as dead if all of them emitted only 0. Blocks lose equally many.
+
+        Args:
+            groups: of `prune.groups`.
+            report: from `jaxeff.analyze`, of the same model, on as much data as a unit should be silent on.
+
+        Raises:
+            ValueError: the report is of another model, or holds several models or steps.
+
+        >>> import jax, jax.numpy as jnp, jaxeff
+        >>> from jaxeff import prune
+        >>> model = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]
+        >>> params = {"a": jnp.array([[1.0, -1.0, 2.0]]), "b": jnp.ones((3, 2))}
+        >>> report, found = (f(params, model, jnp.ones((8, 1))) for f in (jaxeff.analyze, prune.groups))
+        >>> Plan.dead(found, report).removed
+        {'a:1': (1,)}
+        """
+        return cls.of(groups, dead_elements(groups, report))
+
     def widths(self) -> dict[str, dict[int, int]]:
         """The new size of every axis that changes, by path and axis: to build the smaller module with."""
         return {
@@ -128,7 +154,7 @@ class Plan(Shown):
                 along = np.zeros((*group.blocks, shape[member.axis]), bool)
                 held = member.indices[removed].reshape(*group.blocks, -1)
                 np.put_along_axis(along, held, True, axis=-1)
-                along = _laid_out(along, (*member.block_axes, member.axis), len(shape))
+                along = laid_out(along, (*member.block_axes, member.axis), len(shape))
                 axes[member.axis] = axes.get(member.axis, np.False_) | along
         return {path: dict(sorted(axes.items())) for path, axes in sorted(gone.items())}
 
@@ -241,7 +267,7 @@ def _each(group: Group) -> str:
     return f" in each of {' x '.join(map(str, group.blocks))} blocks" if group.blocks else ""
 
 
-def _laid_out(along: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
+def laid_out(along: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
     """An array whose dimensions are these axes of a leaf, with size 1 on all others."""
     sizes = dict(zip(axes, along.shape, strict=True))
     return along.transpose(np.argsort(axes)).reshape([sizes.get(axis, 1) for axis in range(rank)])

@@ -109,7 +109,7 @@ class Sensitivity(Shown):
         >>> {path: round(share, 2) for path, share in found.allocation(0.65).items()}
         {'a': 0.8, 'b': 0.5}
         """
-        totals, shares = self._allocations()
+        totals, shares = self.allocations()
         columns = zip(self.paths, shares.T, strict=True)
         if isinstance(sparsity, Tracer):
             return {path: jnp.interp(sparsity, totals, column) for path, column in columns}
@@ -151,7 +151,7 @@ class Sensitivity(Shown):
     def __str__(self) -> str:
         return self.table()
 
-    def _allocations(self) -> tuple[np.ndarray, np.ndarray]:
+    def allocations(self) -> tuple[np.ndarray, np.ndarray]:
         """Return all allocations of equal rise, at the corners between which they are linear.
 
         Returns:
@@ -240,7 +240,7 @@ def sensitivity(
     stacks = tuple(axes.layers for axes in known)
     whole = UNSTRUCTURED if isinstance(pattern, NByM) else pattern
     dense, losses = _losses(objective, whole, stacks, model.params, arrays, groups, stacked)
-    _check_dense(dense, {"params": model.params, "batch": batch, "targets": targets})
+    check_dense(dense, {"params": model.params, "batch": batch, "targets": targets})
     return Sensitivity(
         tuple(itertools.chain(*names)),
         tuple(
@@ -374,7 +374,7 @@ def _pruned(
     return jnp.where(gone, jnp.zeros_like(weight), weight)
 
 
-def _check_dense(dense: Array, given: Mapping[str, Any]) -> None:
+def check_dense(dense: Array, given: Mapping[str, Any]) -> None:
     if isinstance(dense, Tracer) or bool(jnp.isfinite(dense)):
         return
     culprits = [

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from jaxeff.output.text import empty
 from jaxeff.report import _table as table
-from jaxeff.report._recommendations import recommend
+from jaxeff.report._recommendations import grouped, recommend
 from jaxeff.report._records import Snapshot
 
 SHOWN = 60
@@ -25,18 +25,23 @@ def render(report: Snapshot) -> str:
     lines = [table.HEADER, *map(table.cells, rows[:SHOWN])]
     unknown = empty(lines)
     kept = [index for index, header in enumerate(table.HEADER) if header not in unknown]
-    header, *cells = [[line[index] for index in kept] for line in lines]
-    body = "".join(_line(_ROW, line) for line in cells)
     more = "{:,} more layers: print(report) and the page of report.to_html have all."
     parts = [
-        f"{_BOX}<table><thead>{_line(_HEADER, header)}</thead><tbody>{body}</tbody></table></div>",
-        _paragraphs([] if rows else [table.no_weights(report)]),
-        _paragraphs([more.format(len(rows) - SHOWN)] if len(rows) > SHOWN else []),
-        _paragraphs(table.model(report)),
-        _listed("Notes", [f"{path}: {note}." for path, note in table.notes(report)]),
-        _listed("Recommendations", [str(advice) for advice in recommend(report)]),
+        table_of([[line[index] for index in kept] for line in lines]),
+        paragraphs([] if rows else [table.no_weights(report)]),
+        paragraphs([more.format(len(rows) - SHOWN)] if len(rows) > SHOWN else []),
+        paragraphs(table.model(report)),
+        listed("Notes", [f"{path}: {note}." for path, note in table.notes(report)]),
+        listed("Recommendations", [str(advice) for advice in grouped(recommend(report), report)]),
     ]
     return f"<div>{''.join(parts)}</div>"
+
+
+def table_of(lines: Sequence[Sequence[str]]) -> str:
+    """Return a table, whose first line has the headers and whose first cells are names."""
+    header, *rows = lines
+    body = "".join(_line(_ROW, row) for row in rows)
+    return f"{_BOX}<table><thead>{_line(_HEADER, header)}</thead><tbody>{body}</tbody></table></div>"
 
 
 def preformatted(text: str) -> str:
@@ -55,11 +60,11 @@ def _line(tags: tuple[str, str, str], cells: Sequence[str]) -> str:
     return f"<tr>{named}{first}</th>{''.join(f'{opened}{cell}{closed}' for cell in others)}</tr>"
 
 
-def _paragraphs(texts: Iterable[str]) -> str:
+def paragraphs(texts: Iterable[str]) -> str:
     return "".join(f"<p>{html.escape(text)}</p>" for text in texts)
 
 
-def _listed(title: str, texts: Sequence[str]) -> str:
+def listed(title: str, texts: Sequence[str]) -> str:
     """Return a list under a title, folded if it is long."""
     if not texts:
         return ""

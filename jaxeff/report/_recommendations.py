@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from jaxeff.output.shown import Shown
@@ -88,6 +89,52 @@ def recommend(
         found += [measured.pop(leaf)] if leaf in measured else []
     found += measured.values()
     return (*sorted(found, key=_worth, reverse=True), *_of_model(report, limits))
+
+
+SHOWN, _LEAST = 7, 0.001  # recommendations to show, and of the model's bytes that one must be worth
+
+
+def grouped(advice: Sequence[Recommendation], report: Snapshot) -> list[Recommendation]:
+    """Return at most seven recommendations to show: one per rule for all layers of a stack, or of a kind.
+
+    Those worth less than 0.1 % of the model's bytes are left out, and so are what does not fit: `recommend` has all.
+    """
+    least = _LEAST * sum(row.bytes for row in report.rows)
+    joined = _joined(advice, _of_stack)
+    worthy = [each for each in joined if each.saved_bytes is None or each.saved_bytes >= least]
+    return (worthy if len(worthy) <= SHOWN else _joined(worthy, _of_kind))[:SHOWN]
+
+
+def _of_stack(advice: Recommendation) -> tuple[str, str]:
+    """Layers of a scan, or of numbered blocks, which differ in a number alone."""
+    return advice.rule, re.sub(r"\d+", "*", advice.path or "")
+
+
+def _of_kind(advice: Recommendation) -> tuple[str, str]:
+    return advice.rule, "" if advice.path else "model"
+
+
+def _joined(advice: Sequence[Recommendation], key: Callable[[Recommendation], Any]) -> list[Recommendation]:
+    """One recommendation for all with the same key, in the place of the first, with what all would save."""
+    together: dict[Any, list[Recommendation]] = {}
+    for each in advice:
+        together.setdefault(key(each), []).append(each)
+    return [_one_of(several) for several in together.values()]
+
+
+def _one_of(several: Sequence[Recommendation]) -> Recommendation:
+    first = several[0]
+    if len(several) == 1:
+        return first
+    macs = [each.saved_macs for each in several]
+    layers = sum(int(each.evidence.get("joined", 1)) for each in several)
+    return dataclasses.replace(
+        first,
+        message=f"{first.message} So do {layers - 1:,} more layers.",
+        evidence={**first.evidence, "joined": float(layers)},
+        saved_macs=None if None in macs else sum(filter(None, macs)),
+        saved_bytes=sum(each.saved_bytes or 0 for each in several),
+    )
 
 
 def _worth(advice: Recommendation) -> tuple[int, int]:
@@ -279,6 +326,7 @@ def _at_null(report: Snapshot, limits: Limits) -> Iterator[Recommendation]:
             "at null",
             None,
             f"{len(close)} of {len(report.rows)} layers are spread as noise would be (utilization within "
-            f"{limits.at_null:.2f} of the null): this criterion gives no reason to prune or to keep them.",
+            f"{limits.at_null:.2f} of the null), which says nothing about how much of them can go: networks like "
+            "that may lose most of their weights. `jaxeff.advise` measures it.",
             {"layers": len(close), "of": len(report.rows), "limit": limits.at_null},
         )

@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxeff.model.roles import whole_numbers
 from jaxeff.output.text import UNKNOWN, WIDTH, aligned, decimal, left_out, number, percent, section, wrapped
-from jaxeff.report._recommendations import recommend
+from jaxeff.report._limits import LIMITS
+from jaxeff.report._recommendations import grouped, recommend
 from jaxeff.report._records import AttentionReport, LayerReport, Snapshot
 
 HEADER = (
@@ -40,6 +41,19 @@ def render(
     lines += ["", *(line for text in model(report) for line in wrapped(text, width))]
     lines += [*_attentions(report, width), *_notes(report, width), *_recommendations(report, width, advised)]
     return "\n".join(lines)
+
+
+def lead(report: Snapshot) -> str:
+    """Return a sentence on what the numbers can say of this model, and the call that measures what they cannot."""
+    known = [row for row in report.rows if row.null is not None]
+    told = sum(
+        abs(float(row.metrics.utilization) - float(row.null.utilization)) > LIMITS.at_null
+        for row in known
+        if row.null is not None
+    )
+    apart = f" ({told} of {len(known)} differ from noise)" if known else ""
+    call = "jaxeff.advise(params, apply_fn, batch, loss_fn=..., targets=...)"
+    return f"Where the importance lies in each layer{apart}, not how much can go: `{call}` measures that."
 
 
 def of_several(members: int, layers: int) -> str:
@@ -76,10 +90,11 @@ def cells(row: LayerReport) -> tuple[str, ...]:
 
 
 def model(report: Snapshot) -> list[str]:
-    """Return sentences on the model as a whole."""
+    """Return sentences on the model as a whole, the first on what its numbers can say."""
     model = report.model
     counted = sum(row.size for row in report.rows if math.isfinite(float(row.metrics.effective_params)))
-    lines = [
+    lines = [lead(report)] if report.rows else []
+    lines += [
         f"Model: utilization {percent(float(model.utilization))} ({number(float(model.effective_params))} "
         f"effective of {number(counted)} weights), null {percent(float(model.null_utilization))}. "
         f"Scored by {report.criterion}.",
@@ -166,6 +181,6 @@ def notes(report: Snapshot) -> list[tuple[str, str]]:
 
 
 def _recommendations(report: Snapshot, width: int, advised: int | None) -> list[str]:
-    advice = [str(each) for each in recommend(report)]
+    advice = [str(each) for each in grouped(recommend(report), report)]
     shown, rest = advice[:advised], left_out(len(advice), advised, "recommendations")
     return [*(section(width, "Recommendations:", shown) or [""] * len(rest)), *rest]

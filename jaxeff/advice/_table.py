@@ -1,0 +1,345 @@
+"""Advice as text, 100 columns wide, and as HTML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxeff.advice._records import Findings, LayerAdvice, Removal
+from jaxeff.output import text
+from jaxeff.report import Recommendation
+from jaxeff.report._notebook import listed, paragraphs, table_of
+
+SHOWN = 60
+"""Rows of a table; a line below says how many were left out."""
+MOST = 7
+"""Recommendations."""
+_SMALL = 100  # held-out examples below which an interval says little
+
+
+def render(found: Findings) -> str:
+    rows, left = _rows(found)
+    lines = text.wrapped(headline(found), text.WIDTH)
+    if rows:
+        lines += ["", *text.aligned([_HEADER, *rows], text.WIDTH, left=("kind",)), *left]
+    lines += text.section(text.WIDTH, "Recommendations:", [str(each) for each in recommendations(found)])
+    lines += text.section(text.WIDTH, "Notes:", notes(found))
+    return "\n".join(lines)
+
+
+def html(found: Findings) -> str:
+    """Return HTML for notebooks, in which every name is escaped."""
+    rows, left = _rows(found)
+    parts = [
+        paragraphs([headline(found)]),
+        table_of([_HEADER, *rows]) if rows else "",
+        paragraphs(left),
+        listed("Recommendations", [str(each) for each in recommendations(found)]),
+        listed("Notes", notes(found)),
+    ]
+    return f"<div>{''.join(parts)}</div>"
+
+
+def headline(found: Findings) -> str:
+    return " ".join([_weights_sentence(found), *_units_sentence(found)])
+
+
+def _weights_sentence(found: Findings) -> str:
+    removal = found.weights
+    if removal is None:
+        tried = [point for point in found.tried if point.what == "weights" and point.start != "random"]
+        least = min(tried, key=lambda point: point.fraction, default=None)
+        if least is None:
+            return "Nothing was measured yet of what weights can be zeroed."
+        return (
+            f"No weights can be zeroed at once within the tolerance of {_tolerance(found)}: with "
+            f"{_share(least.fraction)} of them at 0, the least that was tried, the "
+            f"{_change(found, _risen(found, least.loss))} on the examples of the search."
+        )
+    can = "can be zeroed at once" if _holds(found, removal) else _searched(found, "at 0")
+    return f"{_share(removal.fraction)} of the weights {can}: {_risen_text(found, removal)}, no faster."
+
+
+def _units_sentence(found: Findings) -> list[str]:
+    removal = found.units
+    if removal is None:
+        return []
+    parts = [
+        f"{_share(removed / total)} of the {_plural(kind)}"
+        if kind != "block"
+        else f"{removed} of {total} blocks"
+        for kind, (removed, total) in removal.kinds.items()
+        if removed
+    ]
+    can = "can be removed" if _holds(found, removal) else _searched(found, "removed")
+    return [f"{_joined(parts)} {can}: {_risen_text(found, removal)}, {_faster(removal)}."]
+
+
+def _holds(found: Findings, removal: Removal) -> bool:
+    """Whether held-out examples leave room for the tolerance."""
+    low = removal.rise.mean if removal.rise.low is None else removal.rise.low
+    return low <= found.tolerance
+
+
+def _searched(found: Findings, what: str) -> str:
+    return f"{what} stayed within {_tolerance(found)} on {found.searched:,} examples, but not on others"
+
+
+def _risen_text(found: Findings, removal: Removal) -> str:
+    rise = removal.rise
+    change = _change(found, rise.mean)
+    if rise.low is None or rise.high is None:
+        return f"{change} by `evaluate`"
+    low, high = sorted([_signed(found, rise.low), _signed(found, rise.high)])
+    examples = f"{rise.examples:,} held-out examples"
+    return f"{change} ({_number(found, low)} to {_number(found, high)}) on {examples}"
+
+
+def _faster(removal: Removal) -> str:
+    if removal.measured is None:
+        return "the time was not measured"
+    (ratio,) = removal.measured.speedups
+    if ratio.percentile_10 <= 1 <= ratio.percentile_90:
+        return f"no faster (measured {ratio.percentile_10:.2f} to {ratio.percentile_90:.2f} times)"
+    word = "faster" if ratio.median > 1 else "slower"
+    return f"{max(ratio.median, 1 / ratio.median):.2f} times {word}"
+
+
+def _signed(found: Findings, rise: float) -> float:
+    """A rise as it is shown: of the loss, or of the score, which falls where the loss rises."""
+    return -rise if found.by_score else rise
+
+
+def _number(found: Findings, change: float) -> str:
+    if found.by_score or not _relative(found):
+        return f"{change:+.3g}"
+    return f"{100 * change:+.1f}"
+
+
+def _relative(found: Findings) -> bool:
+    return not found.by_score and found.dense != 0
+
+
+def _change(found: Findings, rise: float) -> str:
+    what = "score" if found.by_score else "loss"
+    unit = " %" if _relative(found) else ""
+    return f"{what} {_number(found, _signed(found, rise))}{unit}"
+
+
+def _risen(found: Findings, loss: float) -> float:
+    return (loss - found.dense) / (abs(found.dense) if _relative(found) else 1)
+
+
+def _tolerance(found: Findings) -> str:
+    return f"{100 * found.tolerance:.3g} %" if not found.by_score else f"{found.tolerance:.3g} of the score"
+
+
+def _share(fraction: float) -> str:
+    percent = 100 * fraction
+    return f"{percent:.1f} %" if percent < 10 or percent > 90 else f"{percent:.0f} %"
+
+
+def _plural(kind: str) -> str:
+    return {"kv_head": "key-value heads", "query": "query heads", "stream": "stream channels"}.get(
+        kind, f"{kind}s"
+    )
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+_HEADER = ("layer", "kind", "size", "criterion", "alone", "jointly")
+
+
+def _rows(found: Findings) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The rows, one for each layer or for all layers that a scan stacks, and a line on what is left out."""
+    rows = [_row(layers) for layers in folded(found.layers)]
+    return rows[:SHOWN], text.left_out(len(rows), min(len(rows), SHOWN), "rows")
+
+
+def folded(layers: Sequence[LayerAdvice]) -> list[list[LayerAdvice]]:
+    """Layers that a scan stacks together, under the path of their leaf."""
+    together: dict[tuple[str, str], list[LayerAdvice]] = {}
+    for layer in layers:
+        together.setdefault((layer.kind, leaf_of(layer.path)), []).append(layer)
+    return list(together.values())
+
+
+def leaf_of(path: str) -> str:
+    return re.sub(r"\[[\d,]+\]$", "", path)
+
+
+def _row(layers: Sequence[LayerAdvice]) -> tuple[str, ...]:
+    first = layers[0]
+    many = len(layers) > 1
+    return (
+        f"{leaf_of(first.path)} ({len(layers)} layers)" if many else first.path,
+        first.kind,
+        text.number(sum(layer.size for layer in layers)),
+        first.criterion,
+        _range([layer.alone for layer in layers]),
+        _range([layer.jointly for layer in layers]),
+    )
+
+
+def _range(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return text.UNKNOWN
+    low, high = min(known), max(known)
+    return text.percent(low) if low == high else f"{100 * low:.0f} to {100 * high:.0f}%"
+
+
+def recommendations(found: Findings) -> tuple[Recommendation, ...]:
+    """Return what to do, each with what was measured: at most seven, the most far-reaching first."""
+    advice = [*_to_remove(found), *_to_zero(found), *_about_order(found), *_about_layers(found)]
+    return tuple(advice[:MOST])
+
+
+def _to_remove(found: Findings) -> list[Recommendation]:
+    removal = found.units
+    if removal is None:
+        return []
+    evidence = {"rise": removal.rise.mean, "searched_rise": removal.search_rise}
+    saved: dict[str, int | None] = {}
+    what = ""
+    if (measured := removal.measured) is not None:
+        saved = {
+            "saved_macs": (measured.before.macs[0] - measured.after.macs[0])
+            // (measured.batch_sizes[0] or 1),
+            "saved_bytes": measured.before.bytes - measured.after.bytes,
+        }
+        fewer = 1 - measured.after.parameters / max(measured.before.parameters, 1)
+        evidence["speedup"] = measured.speedups[0].median
+        what = f": {_share(fewer)} of the parameters less, {_faster(removal)}"
+    message = f"`prune.compact(params, apply_fn, batch, advice.plan)` makes the smaller network{what}."
+    return [Recommendation("remove units", None, message, evidence, **saved)]
+
+
+def _to_zero(found: Findings) -> list[Recommendation]:
+    removal = found.weights
+    if removal is None:
+        return []
+    even = removal.starts.get("uniform", 0.0)
+    gain = (
+        f" The same fraction of each layer reaches {_share(even)} within the tolerance."
+        if removal.fraction > even + 0.005
+        else " The same fraction of each layer goes as far."
+    )
+    message = (
+        f"`prune.apply(params, advice.masks)` zeroes {removal.removed:,} of {removal.total:,} weights, by "
+        f"{removal.criterion}.{gain} Nothing was retrained: training under masks goes further "
+        "(`prune.sparsify`)."
+    )
+    return [Recommendation("zero weights", None, message, {"fraction": removal.fraction, "uniform": even})]
+
+
+def _about_order(found: Findings) -> list[Recommendation]:
+    known = {name: reached for name, reached in found.reached.items() if name != "random"}
+    if not known or "random" not in found.reached or not max(known.values()):
+        return []
+    ranked = sorted(known, key=lambda name: -known[name])
+    reached = ", ".join(f"{name} {_share(known[name])}" for name in ranked)
+    message = (
+        f"order weights by {ranked[0]}: largest fraction within the tolerance by {reached}; at random "
+        f"{_share(found.reached['random'])}."
+    )
+    return [Recommendation("criterion", None, message, dict(found.reached))]
+
+
+def _about_layers(found: Findings) -> list[Recommendation]:
+    """Where the most can go, and which layers bear least."""
+    weights = [layers for layers in folded(found.layers) if layers[0].kind == "weights"]
+    total = sum(layer.size for layers in weights for layer in layers)
+    said = []
+    for layers in weights:
+        size = sum(layer.size for layer in layers)
+        alone = [layer.alone for layer in layers if layer.alone is not None]
+        jointly = [layer.jointly for layer in layers if layer.jointly is not None]
+        if len(weights) < 2 or size < 0.001 * total:
+            continue
+        gone = float(np.mean(jointly)) if jointly else 0.0
+        if alone and max(alone) == gone == 0:
+            said.append(
+                (
+                    size,
+                    leaf_of(layers[0].path),
+                    "keep",
+                    "pruned alone, it exceeds the tolerance at every "
+                    "sparsity that was measured: leave it whole.",
+                    gone,
+                )
+            )
+        elif gone:
+            said.append(
+                (
+                    gone * size,
+                    leaf_of(layers[0].path),
+                    "layer",
+                    f"{_share(gone)} goes in the joint allocation, {_share(gone * size / total)} of all "
+                    f"weights{_alone(alone)}.",
+                    gone,
+                )
+            )
+    ranked = sorted((each for each in said if each[0] >= 0.001 * total), key=lambda each: -each[0])
+    return [Recommendation(rule, path, message, {"jointly": gone}) for _, path, rule, message, gone in ranked]
+
+
+def _alone(alone: Sequence[float]) -> str:
+    if not alone:
+        return ""
+    low, high = min(alone), max(alone)
+    return f"; alone it bears {_share(low)}" if low == high else f"; alone its layers bear {_range(alone)}"
+
+
+def notes(found: Findings) -> list[str]:
+    """Return what readers must know about the numbers."""
+    measured = [removal for removal in (found.weights, found.units) if removal is not None]
+    said = []
+    if found.interrupted:
+        said.append(f"Interrupted {found.interrupted}: this is what was found until then.")
+    said += found.notes
+    if found.held_out:
+        said.append(
+            f"In brackets: 95 % paired bootstrap over {found.held_out:,} examples that the search did not see. "
+            f"The search allowed {_tolerance(found)} on {found.searched:,} others."
+        )
+    elif found.by_score:
+        said.append(
+            "`evaluate` gave one number, so there is no interval, and the search saw all of its examples: "
+            "return one score for each example to have both."
+        )
+    for removal in measured:
+        said += _doubts(found, removal)
+    if found.sensitivity is not None:
+        said.append(
+            "alone: the largest measured fraction up to which the loss stays within the tolerance with the "
+            "other layers whole. jointly: its fraction when all are pruned together."
+        )
+    said.append(f"Cost: {found.forwards} forward passes (a gradient counts three), {found.seconds:.1f} s.")
+    return said
+
+
+def _doubts(found: Findings, removal: Removal) -> list[str]:
+    rise, what = removal.rise, removal.what
+    if rise.low is None or rise.high is None:
+        return []
+    wide = (rise.high - rise.low) / 2 > found.tolerance
+    few = rise.examples < _SMALL
+    said = []
+    if rise.low > found.tolerance:
+        said.append(
+            f"Without these {what} it rises by more than the tolerance on held-out examples, to which the search "
+            "did not fit itself: search with more examples, or a smaller tolerance."
+        )
+    if wide or few:
+        width = _number(found, rise.high - rise.low).lstrip("+") + (" %" if _relative(found) else "")
+        said.append(
+            f"The interval for {what} is {width} wide on {rise.examples:,} held-out examples"
+            + (", wider than the tolerance" if wide else "")
+            + (": pass more." if wide else "; with so few it may itself be too narrow.")
+        )
+    return said

@@ -1,0 +1,389 @@
+"""Advice holds on the examples that it is given for: what it finds, what it states, and when it stops."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxeff
+from jaxeff import plot, prune
+from jaxeff.advice._allocations import by_score, lamp, uniform
+from jaxeff.advice._interval import rise
+from jaxeff.advice._runs import OutOfRuns, OutOfTime, Runs
+from jaxeff.advice._search import Search, farthest, improve
+
+INPUTS, USED, HIDDEN, OUTPUTS = 6, 4, 8, 3
+
+
+@pytest.fixture(autouse=True)
+def biases_without_axes():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+def model(params, x):
+    """A residual layer that does nothing between two that do; some of the hidden units reach no output."""
+    h = jax.nn.relu(x @ params["first"])
+    h = h + jax.nn.relu(h @ params["idle"]["up"]) @ params["idle"]["down"]
+    return h @ params["last"]
+
+
+def network():
+    last = normal(HIDDEN, OUTPUTS, seed=3)
+    last[USED:] = 0
+    return {
+        "first": normal(INPUTS, HIDDEN, seed=1),
+        "idle": {"up": normal(HIDDEN, 5, seed=2), "down": np.zeros((5, HIDDEN), np.float32)},
+        "last": last,
+    }
+
+
+def squares(outputs, targets):
+    return jnp.mean(jnp.square(outputs - targets), axis=1)
+
+
+PARAMS = network()
+X = normal(160, INPUTS, seed=4)
+TARGETS = np.asarray(model(PARAMS, X)) + 0.5 * normal(160, OUTPUTS, seed=5)
+HELD_OUT = normal(90, INPUTS, seed=6)
+HELD_OUT = HELD_OUT, np.asarray(model(PARAMS, HELD_OUT)) + 0.5 * normal(90, OUTPUTS, seed=7)
+
+
+def advise(**changed):
+    arguments = {
+        "loss_fn": squares, "targets": TARGETS, "held_out": HELD_OUT, "criteria": ("magnitude", "fisher"),
+        "tolerance": 0.0, "progress": False,
+    }  # fmt: skip
+    return jaxeff.advise(PARAMS, model, X, **{**arguments, **changed})
+
+
+@pytest.fixture(scope="module")
+def found():
+    with jax.numpy_rank_promotion("allow"):
+        return advise()
+
+
+def held_out_loss(params):
+    batch, targets = HELD_OUT
+    return np.asarray(squares(model(params, batch), targets), np.float64)
+
+
+def test_all_that_does_nothing_goes_at_no_cost(found):
+    idle = HIDDEN * 5 + 5 * HIDDEN + (HIDDEN - USED) * (INPUTS + OUTPUTS)
+    assert found.weights.removed >= 0.9 * idle
+    assert found.weights.search_rise <= 0
+    by_path = {layer.path: layer for layer in found.layers if layer.kind == "weights"}
+    assert by_path["idle/down"].alone == by_path["idle/up"].alone == 0.99
+
+
+def test_units_that_do_nothing_go_at_no_cost(found):
+    idle = {"first:1": HIDDEN - USED, "idle/up:1": 4}
+    sizes = {"first:1": HIDDEN, "idle/up:1": 5}
+    assert {name: sizes[name] - size for name, size in found.plan.sizes().items()} == idle
+    assert (found.units.rise.low, found.units.rise.mean, found.units.rise.high) == (0, 0, 0)
+    small, small_apply = prune.compact(PARAMS, model, X, found.plan)
+    np.testing.assert_allclose(small_apply(small, X), model(PARAMS, X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tolerance", [0.05, 0.5])
+def test_masks_and_plan_have_the_loss_that_is_stated(tolerance):
+    found = advise(tolerance=tolerance)
+    dense = held_out_loss(PARAMS)
+    masked = prune.apply(PARAMS, found.masks)
+    smaller = prune.apply(PARAMS, found.plan.masks(PARAMS))
+    for removal, params in ((found.weights, masked), (found.units, smaller)):
+        measured = held_out_loss(params).mean() / dense.mean() - 1
+        assert removal.rise.mean == pytest.approx(measured, rel=1e-4, abs=1e-6)
+        assert removal.rise.low <= measured + 1e-6 and measured - 1e-6 <= removal.rise.high
+        assert removal.search_rise <= tolerance
+    assert (
+        sum(int(np.sum(~np.asarray(mask))) for mask in jax.tree.leaves(found.masks)) == found.weights.removed
+    )
+
+
+def test_the_joint_allocation_is_never_worse_than_a_start():
+    found = advise(tolerance=0.2)
+    assert found.weights.fraction >= max(found.weights.starts.values())
+    assert set(found.weights.starts) == {"uniform", "global", "erk", "lamp", "sensitivity"}
+    assert found.reached["random"] <= max(found.reached.values())
+
+
+@pytest.mark.filterwarnings("ignore:nothing of")
+def test_masks_are_those_of_prune_masks():
+    found = advise(tolerance=0.2)
+    shares = {layer.path: layer.jointly for layer in found.layers if layer.kind == "weights"}
+    criterion = {"criterion": found.weights.criterion, "loss_fn": squares}
+    statistics = jaxeff.collect(PARAMS, model, X, targets=TARGETS, **criterion)
+    expected = prune.masks(
+        prune.scored(PARAMS, statistics, found.weights.criterion), 0.5, allocation=_below_one(shares)
+    )
+    whole = {path for path, share in shares.items() if share == 1}
+    for path, mask in (("first", found.masks["first"]), ("last", found.masks["last"])):
+        if path not in whole:
+            np.testing.assert_array_equal(mask, expected[path])
+
+
+def _below_one(shares):
+    return {path: min(share, 0.999) for path, share in shares.items()}
+
+
+def test_a_second_call_compiles_next_to_nothing(compilations):
+    _ = advise(tolerance=0.3)
+    with compilations() as again:
+        _ = advise(tolerance=0.3)
+    # What is left compiles the networks to time them.
+    assert again.count <= 12
+
+
+def test_costs_at_most_300_forward_passes(found):
+    assert 0 < found.forwards <= 300
+
+
+class Stop:
+    """A measure that is interrupted after so many runs."""
+
+    def __init__(self, runs):
+        self.left = runs
+
+    def __call__(self, params, apply_fn):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return -held_out_loss(params)
+
+
+def test_an_interrupted_search_returns_what_it_has():
+    found = advise(held_out=None, evaluate=Stop(30), tolerance=0.1)
+    assert found.interrupted == "by the keyboard"
+    assert found.weights.fraction > 0 and found.units is None
+    assert "Interrupted by the keyboard" in str(found)
+
+
+def test_time_that_is_up_ends_the_search():
+    found = advise(budget_s=1e-9)
+    assert found.interrupted == "after `budget_s` of 1e-09 s"
+    assert found.weights is None and found.masks is None and found.plan is None
+    assert "Nothing was measured" in str(found)
+
+
+def test_scores_take_an_absolute_tolerance():
+    found = advise(held_out=None, evaluate=lambda params, apply_fn: -held_out_loss(params), tolerance=0.05)
+    assert found.by_score and found.held_out == len(HELD_OUT[1]) // 4
+    assert found.weights.search_rise <= 0.05
+    assert "score" in found.headline() and "%" not in found.headline().split("score")[1].split(")")[0]
+
+
+def test_one_score_for_all_examples_has_no_interval():
+    evaluate = lambda params, apply_fn: -float(held_out_loss(params).mean())  # noqa: E731
+    found = advise(held_out=None, evaluate=evaluate, tolerance=0.05)
+    assert found.weights.rise.low is None and found.held_out == 0
+    assert "no interval" in str(found)
+
+
+def test_few_held_out_examples_are_said_to_tell_little():
+    found = jaxeff.advise(
+        PARAMS, model, X[:32], loss_fn=squares, targets=TARGETS[:32], tolerance=0.05, progress=False
+    )
+    assert found.held_out == 8 and found.searched == 24
+    assert "wide on 8 held-out examples" in str(found)
+
+
+def test_one_class_is_said_to_tell_little():
+    targets = np.zeros(160, np.int32)
+    found = advise(
+        loss_fn=lambda outputs, targets: jnp.mean(outputs**2, axis=1) + 0 * targets,
+        targets=targets,
+        held_out=None,
+    )
+    assert "All targets are 0" in str(found)
+
+
+def test_nothing_within_the_tolerance_is_said():
+    params = {"w": np.eye(4, dtype=np.float32)}
+    x = 1 + np.abs(normal(64, 4, seed=8))
+    found = jaxeff.advise(
+        params, lambda p, x: x @ p["w"] * 100, x, loss_fn=squares, targets=100 * x + 0.01, tolerance=0.0,
+        criteria=("fisher",), progress=False,
+    )  # fmt: skip
+    # All that may go at no cost are the zeros of the identity.
+    assert found.weights is None or found.weights.removed <= 12
+    dense = {"w": 1 + np.abs(normal(4, 4))}
+    found = jaxeff.advise(
+        dense, lambda p, x: x @ p["w"], x, loss_fn=squares, targets=x @ dense["w"] + 1e-3, tolerance=0.0,
+        criteria=("magnitude",), progress=False,
+    )  # fmt: skip
+    assert found.weights is None
+    assert found.headline().startswith("No weights can be zeroed at once within the tolerance of 0 %")
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"tolerance": -0.1}, "`tolerance`"),
+        ({"tolerance": float("nan")}, "`tolerance`"),
+        ({"budget_s": 0}, "`budget_s`"),
+        ({"budget_s": -1.0}, "`budget_s`"),
+        ({"max_runs": 10}, "`max_runs`"),
+        ({"criteria": ("random",)}, "`criteria`"),
+        (
+            {"loss_fn": lambda outputs, targets: jnp.mean((outputs - targets) ** 2)},
+            "one loss for each example",
+        ),
+        ({"loss_fn": lambda outputs, targets: squares(outputs, targets) * jnp.nan}, "the loss is nan"),
+        ({"targets": TARGETS * np.nan}, "`targets` is not finite"),
+        ({"held_out": (HELD_OUT[0][:1], HELD_OUT[1][:1])}, "`held_out` has 1 example"),
+        ({"evaluate": lambda params, apply_fn: 1.0}, "`held_out` is for the loss"),
+    ],
+)
+def test_what_cannot_be_is_named(changed, named):
+    with pytest.raises(ValueError, match=named.replace("(", r"\(")):
+        _ = advise(**changed)
+
+
+def test_a_batch_with_too_few_examples_is_refused():
+    with pytest.raises(ValueError, match="`batch` has 7 examples"):
+        _ = jaxeff.advise(PARAMS, model, X[:7], loss_fn=squares, targets=TARGETS[:7])
+
+
+def test_shows_itself(found):
+    assert repr(found) == str(found)
+    assert len(str(found).splitlines()) < 60
+    assert all(len(line) <= 110 for line in str(found).splitlines())
+    assert len(found.recommendations()) <= 7
+    assert "<table>" in found._repr_html_()
+    assert json.loads(found.to_json())["weights"]["removed"] == found.weights.removed
+    records = found.to_records()
+    assert len({tuple(record) for record in records}) == 1 and len(records) == len(found.layers)
+    assert list(found.report) and found.report.criterion == found.weights.criterion
+
+
+def test_is_drawn(found):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    axes = plot.advice(found)
+    assert axes.get_xlabel() and axes.get_ylabel()
+    pyplot.close(axes.figure)
+
+
+def test_batch_norm_is_removed_with_its_statistics():
+    class Normalised(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(8)(x)
+            x = nn.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)(x)
+            return nn.Dense(2)(nn.relu(x))
+
+    module, x = Normalised(), normal(64, 4, seed=9)
+    variables = module.init(jax.random.key(0), x)
+    stats = variables["batch_stats"]["BatchNorm_0"]
+    variables = {**variables, "batch_stats": {"BatchNorm_0": {**stats, "mean": stats["mean"] - 1.0}}}
+    targets = module.apply(variables, x) + 1
+    found = jaxeff.advise(
+        variables, module.apply, x, loss_fn=squares, targets=targets, tolerance=0.3, progress=False
+    )
+    if found.plan is not None:
+        small, small_apply = prune.compact(variables, module.apply, x, found.plan)
+        masked = prune.apply(variables, found.plan.masks(variables))
+        np.testing.assert_allclose(small_apply(small, x), module.apply(masked, x), rtol=1e-4, atol=1e-5)
+    assert jax.tree.structure(found.masks) == jax.tree.structure(variables)
+
+
+def test_a_block_of_a_scan_that_does_nothing_goes():
+    blocks = {"up": normal(4, 6, 5, seed=1), "down": normal(4, 5, 6, seed=2)}
+    blocks["down"][2] = 0
+
+    def scanned(params, x):
+        return jax.lax.scan(lambda h, w: (h + jnp.tanh(h @ w["up"]) @ w["down"], None), x, params)[0]
+
+    x = normal(80, 6, seed=3)
+    found = jaxeff.advise(
+        blocks, scanned, x, loss_fn=squares, targets=scanned(blocks, x) + normal(80, 6, seed=4),
+        tolerance=0.0, progress=False,
+    )  # fmt: skip
+    assert found.units.kinds["block"] == (1, 4)
+    assert [elements for elements in found.plan.removed.values()] == [(2,)]
+    assert found.units.rise.high == 0
+    assert "1 of 4 blocks can be removed" in found.headline()
+    assert "down (4 layers)" in str(found)
+
+
+# The parts.
+
+
+def test_the_interval_covers_the_truth():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        dense = rng.lognormal(sigma=1, size=100)
+        pruned = dense + rng.lognormal(sigma=1, size=100) * 0.2
+        found = rise(dense, pruned, relative=True, seed=seed)
+        covered += found.low <= 0.2 <= found.high
+    assert covered >= 180
+
+
+def test_equal_losses_have_an_interval_of_zero():
+    losses = np.arange(1.0, 9.0)
+    found = rise(losses, losses, relative=True, seed=0)
+    assert (found.mean, found.low, found.high) == (0, 0, 0)
+
+
+def additive(costs, sizes, values=None):
+    """A search whose loss is a sum over parts, quadratic in what goes."""
+    sizes = np.array(sizes, float)
+    values = np.ones(len(sizes)) if values is None else np.array(values, float)
+    loss = lambda counts, _: float(np.sum(costs * (counts / sizes) ** 2))  # noqa: E731
+    return Search(loss, sizes, values, sizes, allowed=1.0, dense=0.0)
+
+
+def test_bisection_reaches_the_tolerance():
+    search = additive(np.array([4.0]), [1000])
+    point = farthest(search, uniform(search.sizes), "uniform", 10)
+    assert point.fraction == pytest.approx(0.5, abs=0.002)
+
+
+def test_the_search_moves_sparsity_to_where_it_costs_least():
+    costs = np.array([100.0, 0.5, 0.5])
+    search = additive(costs, [100, 100, 100])
+    start = farthest(search, uniform(search.sizes), "uniform", 7)
+    improve(search, np.random.default_rng(0))
+    # The optimum of the quadratic: all of two layers, and nothing of the first.
+    assert start.fraction < 0.12 and search.best.fraction > 0.6
+    assert search.best.loss <= 1
+
+
+def test_one_order_over_all_takes_the_lowest_scores():
+    curves = np.array([np.linspace(0, 1, 101), np.linspace(1, 2, 101)])
+    family = by_score(np.array([1000.0, 1000.0]), np.ones(2), curves)
+    np.testing.assert_allclose(family(0.25), (500, 0), atol=10)
+    np.testing.assert_allclose(family(0.75), (1000, 500), atol=20)
+
+
+def test_lamp_keeps_the_largest_of_each_layer():
+    scores = lamp(np.array([[0.1, 0.2, 0.3], [10.0, 20.0, 30.0]]))
+    np.testing.assert_allclose(scores[0], scores[1])
+    assert (scores[:, -1] == 1).all()
+
+
+def test_runs_end_a_stage_and_time_ends_all():
+    runs = Runs(10, None)
+    with runs.at_most(3):
+        for _ in range(5):
+            runs.spend()
+    assert runs.count == 3
+    with runs.keeping(5):
+        for _ in range(9):
+            runs.spend()
+    assert runs.count == 5
+    with pytest.raises(OutOfRuns):
+        runs.spend(6)
+    runs.spend(6, always=True)
+    assert runs.count == 11
+    late = Runs(10, 1e-9)
+    with pytest.raises(OutOfTime):
+        late.spend()
