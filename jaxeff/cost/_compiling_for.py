@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -115,7 +116,10 @@ def compile_for(
     chips = 1 if mesh is None else len(devices)
     memory = None if chip is None else chip.memory_bytes
     try:
-        done = compile(function, tuple(placed), {})
+        with warnings.catch_warnings():
+            # JAX stores the program in its cache, cannot load it without a chip, says so, and compiles it anew.
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
+            done = compile(function, tuple(placed), {})
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
