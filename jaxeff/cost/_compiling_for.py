@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -93,10 +94,10 @@ def compile_for(
         ImportError: libtpu is not installed.
         ValueError: libtpu does not know the topology, or `mesh` or `shardings` do not fit.
 
-    For example, a training step on 16 chips, the weights sharded over one axis and the batch over the other:
+    For example, a product on 16 chips, a weight sharded over one axis of the mesh and a batch over the other:
 
-        compile_for(step, params, batch, topology="v5e:4x4", mesh={"data": 4, "model": 4},
-                    shardings=(PartitionSpec(None, "model"), PartitionSpec("data")))
+        compile_for(jnp.dot, batch, weight, topology="v5e:4x4", mesh={"data": 4, "model": 4},
+                    shardings=(PartitionSpec("data"), PartitionSpec(None, "model")))
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError('`compile_for` needs the compiler in libtpu: pip install "jaxeff[tpu]"')
@@ -115,7 +116,10 @@ def compile_for(
     chips = 1 if mesh is None else len(devices)
     memory = None if chip is None else chip.memory_bytes
     try:
-        done = compile(function, tuple(placed), {})
+        with warnings.catch_warnings():
+            # JAX stores the program in its cache, cannot load it without a chip, says so, and compiles it anew.
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
+            done = compile(function, tuple(placed), {})
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
