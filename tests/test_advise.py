@@ -1,6 +1,9 @@
 """Advice holds on the examples that it is given for: what it finds, what it states, and when it stops."""
 
 import json
+import os
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -387,3 +390,41 @@ def test_runs_end_a_stage_and_time_ends_all():
     late = Runs(10, 1e-9)
     with pytest.raises(OutOfTime):
         late.spend()
+
+
+_SHARDED = """
+import jax, jax.numpy as jnp, numpy as np, jaxeff
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+for mode in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(mode,) * 2)
+    random = np.random.default_rng(0)
+    put = lambda array, *spec: jax.device_put(array.astype(np.float32), NamedSharding(mesh, P(*spec)))
+    with jax.set_mesh(mesh):
+        up, down = random.normal(size=(3, 8, 16)), random.normal(size=(3, 16, 8))
+        down[1] = 0
+        params = {"up": put(up, None, None, "model"), "down": put(down, None, "model", None)}
+        x, noise = (put(random.normal(size=(64, 8)), "data", None) for _ in range(2))
+        out = {"out_sharding": P("data", None)} if mode == AxisType.Explicit else {}
+
+        def model(params, x):
+            step = lambda h, w: (h + jnp.matmul(jax.nn.relu(h @ w["up"]), w["down"], **out), None)
+            return jax.lax.scan(step, x, params)[0]
+
+        found = jaxeff.advise(
+            params, model, x, loss_fn=lambda outputs, targets: jnp.mean((outputs - targets) ** 2, axis=1),
+            targets=model(params, x) + noise, tolerance=0.0, criteria=("magnitude",),
+        )
+        assert found.units.kinds["block"] == (1, 3), found
+        assert found.weights.fraction > 0.3, found
+        print("held", mode)
+"""
+
+
+@pytest.mark.slow
+def test_sharded_params_and_batches():
+    flags = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", _SHARDED], env=flags, capture_output=True, text=True, timeout=600
+    )
+    assert run.stdout.count("held") == 2, run.stderr

@@ -67,7 +67,11 @@ def rise(dense: np.ndarray, pruned: np.ndarray, *, relative: bool, seed: int) ->
     ends = (1 - LEVEL) / 2
     ratios = (means - mean) / np.maximum(errors, _LEAST * error)
     low, high = np.quantile(ratios[np.isfinite(ratios)], (ends, 1 - ends))
-    return Rise(float(mean), float(mean - high * error), float(mean - low * error), relative, count)
+    # Losses that are never negative cannot fall by more than all.
+    floor = -1.0 if relative and min(dense.min(), pruned.min()) >= 0 else -np.inf
+    return Rise(
+        float(mean), max(float(mean - high * error), floor), float(mean - low * error), relative, count
+    )
 
 
 def _ratio(terms: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

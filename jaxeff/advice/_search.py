@@ -50,6 +50,7 @@ class Search:
         most: [parts], how many elements may go.
         allowed: the largest acceptable loss.
         dense: the loss with nothing removed.
+        control: a setting whose points are never the best.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class Search:
         *,
         allowed: float,
         dense: float,
+        control: Any = None,
     ):
+        self._control = control
         self._loss = loss
         self.sizes, self.values, self.most, self.allowed = sizes, values, most, allowed
         self.dense, self._known = dense, dict[Any, float]()
@@ -79,7 +82,8 @@ class Search:
             self._known[key] = self._loss(counts, setting) if counts.any() else self.dense
         point = Point(start, counts, self.fraction(counts), self._known[key], setting, searched)
         self.tried.append(point)
-        if self.fits(point) and point.fraction > self.best.fraction:
+        may = self._control is None or setting != self._control
+        if may and self.fits(point) and point.fraction > self.best.fraction:
             self.best = point
         return point
 

@@ -49,7 +49,7 @@ def headline(found: Findings) -> str:
 def _weights_sentence(found: Findings) -> str:
     removal = found.weights
     if removal is None:
-        tried = [point for point in found.tried if point.what == "weights" and point.start != "random"]
+        tried = [point for point in found.tried if point.what == "weights" and point.criterion != "random"]
         least = min(tried, key=lambda point: point.fraction, default=None)
         if least is None:
             return "Nothing was measured yet of what weights can be zeroed."

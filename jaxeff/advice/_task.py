@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxeff._analyze import analyze
-from jaxeff._collect import prepare
+from jaxeff._collect import Run, prepare
 from jaxeff.advice._advice import Advice
 from jaxeff.advice._interval import rise
 from jaxeff.advice._masked import Removable, Removed, group_members
@@ -100,12 +100,9 @@ class Task:
     def _scored(self) -> tuple[Statistics, dict[str, dict[str, Any]]]:
         """Run the model for its statistics, and score all weights by all criteria and at random."""
         given = self.given
-        criteria = given.criteria
         examples = given.searched
-        run = prepare(
-            self._params, given.apply_fn, examples.batch, criteria, given.loss_fn, examples.targets,
-            given.rngs, given.keywords,
-        )  # fmt: skip
+        run = self._prepared(given.criteria)
+        criteria = run.criteria
         quantities = {quantity for criterion in criteria for quantity, _ in criterion.needs}
         forwards = 1 + sum(_OF_QUANTITY.get(quantity, _GRADIENT) for quantity in quantities)
         self.runs.spend(forwards, always=True)
@@ -122,6 +119,24 @@ class Task:
                 {"params": self._params.tree, "batch": examples.batch, "targets": examples.targets},
             )
         return statistics, {**scores, CONTROL: _at_random(next(iter(scores.values())), given.seed)}
+
+    def _prepared(self, criteria: tuple[Criterion, ...]) -> Run:
+        given = self.given
+        try:
+            return prepare(
+                self._params, given.apply_fn, given.searched.batch, criteria, given.loss_fn,
+                given.searched.targets, given.rngs, given.keywords,
+            )  # fmt: skip
+        except ValueError:
+            # Some models take no batch of one, as the gradient of each example asks for.
+            rest = tuple(each for each in criteria if not _takes_single_examples(each))
+            if not rest or len(rest) == len(criteria):
+                raise
+            left_out = ", ".join(each.name for each in criteria if each not in rest)
+            self.notes.append(
+                f"Without {left_out}, which runs single examples: the model or loss takes none."
+            )
+            return self._prepared(rest)
 
     def _removable_groups(self) -> Groups | None:
         given = self.given
@@ -329,7 +344,8 @@ class Task:
         return tuple(
             Tried(
                 what,
-                CONTROL if point.setting == CONTROL else point.start,
+                point.start,
+                point.setting,
                 point.fraction,
                 point.loss,
                 point.searched,
@@ -350,6 +366,10 @@ def _at_random(like: Mapping[str, Any], seed: int) -> dict[str, Any]:
         )
         for path, score in like.items()
     }
+
+
+def _takes_single_examples(criterion: Criterion) -> bool:
+    return any(quantity == "example_gradient" for quantity, _ in criterion.needs)
 
 
 def _share(best: Point, count: float, size: float) -> float | None:

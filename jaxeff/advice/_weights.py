@@ -115,7 +115,9 @@ class WeightSearch:
         self.layers, self.runs = layers, runs
         self._losses, self._removable, self._without = losses, removable, without
         ones = np.ones(len(layers.sizes))
-        self.search = Search(self._loss, layers.sizes, ones, layers.sizes, allowed=allowed, dense=dense)
+        self.search = Search(
+            self._loss, layers.sizes, ones, layers.sizes, allowed=allowed, dense=dense, control=CONTROL
+        )
         self.reached: dict[str, float] = {}
         self.starts: dict[str, float] = {}
         self.sensitivity: Sensitivity | None = None
@@ -170,10 +172,9 @@ class WeightSearch:
                     self._start("global", name, allocations.by_score(sizes, np.ones(len(sizes)), curves))
 
     def _start(self, start: str, criterion: str, family: allocations.Family) -> None:
-        self.reached.setdefault(criterion, 0.0)
         found = farthest(self.search, family, start, _STEPS, criterion)
         fraction = 0.0 if found is None else found.fraction
-        self.reached[criterion] = max(self.reached[criterion], fraction)
+        self.reached[criterion] = max(self.reached.get(criterion, 0.0), fraction)
         if criterion != CONTROL:
             self.starts[start] = max(self.starts.get(start, 0.0), fraction)
 
