@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -72,6 +73,25 @@ def rise(dense: np.ndarray, pruned: np.ndarray, *, relative: bool, seed: int) ->
     return Rise(
         float(mean), max(float(mean - high * error), floor), float(mean - low * error), relative, count
     )
+
+
+def mean_and_bound(dense: np.ndarray, pruned: np.ndarray, *, relative: bool) -> tuple[float, float]:
+    """Return the mean loss, and a standard error of its rise above that.
+
+    A search that goes by means alone ends where the examples happen to favour what it removed. One standard
+    error is the margin of Breiman, Friedman, Olshen and Stone, Classification and Regression Trees, 1984.
+
+    Args:
+        dense, pruned: [examples], or [] for one number, which has no error.
+        relative: whether the rise is one of the dense loss, whose own error then counts too.
+    """
+    mean = float(pruned.mean())
+    if not pruned.ndim:
+        return mean, mean
+    rises = pruned - dense
+    if relative and dense.mean():
+        rises = rises - rises.mean() / dense.mean() * dense
+    return mean, mean + float(rises.std(ddof=1)) / math.sqrt(len(rises))
 
 
 def _ratio(terms: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

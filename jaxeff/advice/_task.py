@@ -15,7 +15,7 @@ import numpy as np
 from jaxeff._analyze import analyze
 from jaxeff._collect import Run, prepare
 from jaxeff.advice._advice import Advice
-from jaxeff.advice._interval import rise
+from jaxeff.advice._interval import mean_and_bound, rise
 from jaxeff.advice._masked import Removable, Removed, group_members
 from jaxeff.advice._problem import HELD_OUT, Evaluated, Examples, Problem, Rows
 from jaxeff.advice._records import LayerAdvice, Removal, Tried
@@ -182,7 +182,7 @@ class Task:
             rest = np.sort(order[len(dense) // HELD_OUT :])
             self._held, searched, dense = Rows(searched, held), Rows(searched, rest), dense[rest]
         self._count = len(dense) if dense.ndim else 1
-        self._searched, self.dense = searched, float(np.mean(dense))
+        self._searched, self._dense, self.dense = searched, dense, float(np.mean(dense))
         check_dense(
             jax.numpy.asarray(self.dense),
             {"params": self._params.tree, "batch": given.searched.batch, "targets": given.searched.targets},
@@ -198,8 +198,13 @@ class Task:
             )
         self._allowed = self.dense + given.tolerance * (abs(self.dense) if relative else 1.0)
         self.weights = WeightSearch(
-            self._layers, searched, self._removable, self._without, self.runs, **self._bounds
+            self._layers, self._measure, self._removable, self._without, self.runs, **self._bounds
         )
+
+    def _measure(self, removable: Removable, removed: Removed) -> tuple[float, float]:
+        """The mean loss without what is removed, and its bound."""
+        pruned = self._searched.losses(removable, removed)
+        return mean_and_bound(self._dense, pruned, relative=self._relative)
 
     @property
     def _bounds(self) -> dict[str, float]:
@@ -215,7 +220,7 @@ class Task:
             self.weights.improve(self.runs.left - (_UNITS if self._groups else 0), rng)
             if self._groups is not None:
                 self.units = UnitSearch(
-                    self._groups, self._searched, self._removable, self._without, self.runs, **self._bounds
+                    self._groups, self._measure, self._removable, self._without, self.runs, **self._bounds
                 )
                 criteria = [name for name in self._scores if name != CONTROL]
                 self.units.score({name: self._scores[name] for name in criteria})
@@ -317,7 +322,7 @@ class Task:
     def _rows(self) -> tuple[LayerAdvice, ...]:
         layers, best = self._layers, self.weights.search.best
         criterion = best.setting or self.weights.criterion
-        alone = self.weights.alone(self._allowed - self.dense)
+        alone = self.weights.alone
         rows = [
             LayerAdvice(name, "weights", int(size), criterion, alone.get(name), _share(best, count, size))
             for name, size, count in zip(layers.names, layers.sizes, best.counts, strict=True)
@@ -348,6 +353,7 @@ class Task:
                 point.setting,
                 point.fraction,
                 point.loss,
+                point.bound,
                 point.searched,
             )  # fmt: skip
             for what, search in searches
