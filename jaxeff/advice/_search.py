@@ -81,7 +81,7 @@ class Search:
         counts = np.clip(counts, 0, self.most)
         key = counts.astype(np.int64).tobytes(), setting
         if key not in self._known:
-            self._known[key] = self._loss(counts, setting) if counts.any() else (self.dense,) * 2
+            self._known[key] = self._loss(counts, setting) if counts.any() else (self.dense, self.dense)
         point = Point(start, counts, self.fraction(counts), *self._known[key], setting, searched)
         self.tried.append(point)
         may = self._control is None or setting != self._control

@@ -179,7 +179,7 @@ def advice(advice: Advice, ax: Axes | None = None) -> Axes:
         if point.what == "weights" and (criterion is None or point.criterion in (criterion, "random"))
     ]
     if not any_finite([point.loss for point in tried]):
-        return say(drawn, "Nothing was measured.")
+        return say(drawn, "No loss was measured.")
     scale = 1.0 if advice.by_score else abs(advice.dense)
     allowed = advice.dense + advice.tolerance * scale
     sign = -1.0 if advice.by_score else 1.0
