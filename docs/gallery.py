@@ -48,6 +48,14 @@ def main() -> None:
         targets=labels,
         loss_fn=lambda *pair: optax.softmax_cross_entropy_with_integer_labels(*pair).mean(),
     )
+    _, test = demo.split(demo.digits())
+    advice = jaxeff.advise(
+        *model,
+        test.images,
+        targets=test.labels,
+        loss_fn=optax.softmax_cross_entropy_with_integer_labels,
+        tolerance=0.1,
+    )
     smaller = {removed: _smaller(model, images, removed) for removed in (0.25, 0.5, 0.75)}
     dense = "Dense_0/kernel"
     pictures = {
@@ -61,6 +69,7 @@ def main() -> None:
         "history": lambda: plot.history(reports, "gini", steps=EPOCHS),
         "criteria": lambda: plot.criteria(compared),
         "sensitivity": lambda: plot.sensitivity(measured),
+        "advice": lambda: plot.advice(advice),
         "speedups": lambda: plot.speedups(smaller),
     }
     IMAGES.mkdir(exist_ok=True)

@@ -55,8 +55,8 @@ def advise(
             `batch`, drawn by example, is set aside before the search.
         evaluate: `(params, apply_fn) -> score`, the higher the better, as the measure in place of the loss: a
             number, or one score for each example, a quarter of which the search then does not see.
-        tolerance: how much worse the pruned network may be, 0 or more: a fraction of the dense loss, or in units
-            of the score for `evaluate`.
+        tolerance: how much worse the pruned network may be on the examples of the search, one standard error
+            included, 0 or more: a fraction of the dense loss, or in units of the score for `evaluate`.
         criteria: criteria whose orders to compare.
         budget_s: seconds after which the search stops with what it has.
         max_runs: forward passes that may be spent; a gradient counts three.

@@ -164,7 +164,7 @@ def test_what_is_not_of_its_kind_is_refused_by_name(name, axes):
     first, *others = inspect.signature(draw).parameters.values()
     rest = ["a/kernel" for other in others if other.default is other.empty]
     for wrong in WRONG:
-        with pytest.raises(TypeError, match=rf"^`{first.name}.*` must be a \w+, from `.*`; got \w+$"):
+        with pytest.raises(TypeError, match=rf"^`{first.name}.*` must be an? \w+, from `.*`; got \w+$"):
             draw(wrong, *rest, ax=axes)
     if first.name == "report":
         with pytest.raises(ValueError, match="2 models or steps: take one first"):
@@ -186,6 +186,26 @@ def _without_numbers():
         ("a",), (8,), (0.5, 0.9), "magnitude", prune.Unstructured(), losses, losses[0, 0]
     )
     compared = Comparison(("wanda",), "layer", np.array([0, 0.5]), losses, losses, None, None, None)
+    advised = jaxeff.Advice(
+        None,
+        None,
+        (),
+        None,
+        {},
+        (),
+        1.0,
+        0.01,
+        False,
+        3,
+        1,
+        4,
+        1.0,
+        "by the keyboard",
+        (),
+        None,
+        None,
+        report_of,
+    )
     every = {name: [(report_of(),), (lost,)] for name in ("layers", "importances", "cumulative", "radar")}
     one = {name: [(lost, "a")] for name in ("lorenz", "units")}
     return every | one | {
@@ -193,6 +213,7 @@ def _without_numbers():
         "criteria": [(compared,)],
         "sensitivity": [(measured,)],
         "pathways": [(Pathways((), (), (), ()),)],
+        "advice": [(advised,)],
     }  # fmt: skip
 
 

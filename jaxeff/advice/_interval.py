@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -67,7 +68,30 @@ def rise(dense: np.ndarray, pruned: np.ndarray, *, relative: bool, seed: int) ->
     ends = (1 - LEVEL) / 2
     ratios = (means - mean) / np.maximum(errors, _LEAST * error)
     low, high = np.quantile(ratios[np.isfinite(ratios)], (ends, 1 - ends))
-    return Rise(float(mean), float(mean - high * error), float(mean - low * error), relative, count)
+    # Losses that are never negative cannot fall by more than all.
+    floor = -1.0 if relative and min(dense.min(), pruned.min()) >= 0 else -np.inf
+    return Rise(
+        float(mean), max(float(mean - high * error), floor), float(mean - low * error), relative, count
+    )
+
+
+def mean_and_bound(dense: np.ndarray, pruned: np.ndarray, *, relative: bool) -> tuple[float, float]:
+    """Return the mean loss, and a standard error of its rise above that.
+
+    A search that goes by means alone ends where the examples happen to favour what it removed. One standard
+    error is the margin of Breiman, Friedman, Olshen and Stone, Classification and Regression Trees, 1984.
+
+    Args:
+        dense, pruned: [examples], or [] for one number, which has no error.
+        relative: whether the rise is one of the dense loss, whose own error then counts too.
+    """
+    mean = float(pruned.mean())
+    if not pruned.ndim:
+        return mean, mean
+    rises = pruned - dense
+    if relative and dense.mean():
+        rises = rises - rises.mean() / dense.mean() * dense
+    return mean, mean + float(rises.std(ddof=1)) / math.sqrt(len(rises))
 
 
 def _ratio(terms: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +51,10 @@ class Removed:
     counts: Any
     indices: list[list[Any]]
     elements: list[Any]
+
+
+Measure = Callable[[Removable, Removed], tuple[float, float]]
+"""The mean loss without what is removed, and a bound that has to stay within the tolerance."""
 
 
 def group_members(group: Group, leaves: dict[str, int]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:

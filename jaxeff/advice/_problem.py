@@ -65,7 +65,9 @@ def split(
     order = np.random.default_rng(seed).permutation(count)
     number = count // HELD_OUT
     parts = [np.sort(order[number:]), np.sort(order[:number])]
-    searched, measured = (Examples(*_taken((batch, targets), count, part), len(part)) for part in parts)
+    searched, measured = (
+        Examples(_taken(batch, count, part), _taken(targets, count, part), len(part)) for part in parts
+    )
     return searched, measured
 
 

@@ -18,15 +18,19 @@ class Tried:
     Attributes:
         what: 'weights' or 'units'.
         start: the allocation that it came from.
+        criterion: by whose scores weights or units went; 'random' is the control.
         fraction: of the weights zeroed, or of the parameters removed with whole units.
         loss: the mean over the examples of the search; for `evaluate`, minus the score.
+        bound: one standard error of the rise above that, which had to stay within the tolerance.
         searched: whether it is a step of the local search from that allocation.
     """
 
     what: str
     start: str
+    criterion: str
     fraction: float
     loss: float
+    bound: float
     searched: bool
 
 

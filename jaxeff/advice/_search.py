@@ -28,6 +28,7 @@ class Point:
         counts: [parts], elements removed.
         fraction: of everything, removed.
         loss: the mean over the examples of the search.
+        bound: a standard error above it, which has to stay within the tolerance.
         setting: by which criterion elements went.
         searched: whether it is a step of the local search.
     """
@@ -36,6 +37,7 @@ class Point:
     counts: np.ndarray
     fraction: float
     loss: float
+    bound: float
     setting: Any = None
     searched: bool = False
 
@@ -44,28 +46,31 @@ class Search:
     """The best point so far, of all that were tried.
 
     Args:
-        loss: of counts and a setting, the mean loss.
+        loss: of counts and a setting, the mean loss and its bound.
         sizes: [parts], elements of each.
         values: [parts], what an element of each counts.
         most: [parts], how many elements may go.
         allowed: the largest acceptable loss.
         dense: the loss with nothing removed.
+        control: a setting whose points are never the best.
     """
 
     def __init__(
         self,
-        loss: Callable[[np.ndarray, Any], float],
+        loss: Callable[[np.ndarray, Any], tuple[float, float]],
         sizes: np.ndarray,
         values: np.ndarray,
         most: np.ndarray,
         *,
         allowed: float,
         dense: float,
+        control: Any = None,
     ):
+        self._control = control
         self._loss = loss
         self.sizes, self.values, self.most, self.allowed = sizes, values, most, allowed
-        self.dense, self._known = dense, dict[Any, float]()
-        self.best = Point("nothing", np.zeros(len(sizes)), 0.0, dense)
+        self.dense, self._known = dense, dict[Any, tuple[float, float]]()
+        self.best = Point("nothing", np.zeros(len(sizes)), 0.0, dense, dense)
         self.tried: list[Point] = []
 
     def fraction(self, counts: np.ndarray) -> float:
@@ -76,16 +81,17 @@ class Search:
         counts = np.clip(counts, 0, self.most)
         key = counts.astype(np.int64).tobytes(), setting
         if key not in self._known:
-            self._known[key] = self._loss(counts, setting) if counts.any() else self.dense
-        point = Point(start, counts, self.fraction(counts), self._known[key], setting, searched)
+            self._known[key] = self._loss(counts, setting) if counts.any() else (self.dense, self.dense)
+        point = Point(start, counts, self.fraction(counts), *self._known[key], setting, searched)
         self.tried.append(point)
-        if self.fits(point) and point.fraction > self.best.fraction:
+        may = self._control is None or setting != self._control
+        if may and self.fits(point) and point.fraction > self.best.fraction:
             self.best = point
         return point
 
     def fits(self, point: Point) -> bool:
         # False for nan.
-        return point.loss <= self.allowed
+        return point.bound <= self.allowed
 
 
 def farthest(search: Search, family: Family, start: str, steps: int, setting: Any = None) -> Point | None:

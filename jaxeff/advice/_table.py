@@ -49,14 +49,15 @@ def headline(found: Findings) -> str:
 def _weights_sentence(found: Findings) -> str:
     removal = found.weights
     if removal is None:
-        tried = [point for point in found.tried if point.what == "weights" and point.start != "random"]
+        tried = [point for point in found.tried if point.what == "weights" and point.criterion != "random"]
         least = min(tried, key=lambda point: point.fraction, default=None)
         if least is None:
             return "Nothing was measured yet of what weights can be zeroed."
         return (
-            f"No weights can be zeroed at once within the tolerance of {_tolerance(found)}: with "
-            f"{_share(least.fraction)} of them at 0, the least that was tried, the "
-            f"{_change(found, _risen(found, least.loss))} on the examples of the search."
+            f"No weights can be zeroed at once within the tolerance of {_tolerance(found)}, as far as "
+            f"{found.searched:,} examples tell: with {_share(least.fraction)} of them at 0, the least that was "
+            f"tried, {_change(found, _risen(found, least.loss))}, and {_change(found, _risen(found, least.bound))} "
+            "with its standard error."
         )
     can = "can be zeroed at once" if _holds(found, removal) else _searched(found, "at 0")
     return f"{_share(removal.fraction)} of the weights {can}: {_risen_text(found, removal)}, no faster."
@@ -305,7 +306,7 @@ def notes(found: Findings) -> list[str]:
     if found.held_out:
         said.append(
             f"In brackets: 95 % paired bootstrap over {found.held_out:,} examples that the search did not see. "
-            f"The search allowed {_tolerance(found)} on {found.searched:,} others."
+            f"The search allowed {_tolerance(found)} on {found.searched:,} others, one standard error included."
         )
     elif found.by_score:
         said.append(

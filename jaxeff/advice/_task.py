@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from jaxeff._analyze import analyze
-from jaxeff._collect import prepare
+from jaxeff._collect import Run, prepare
 from jaxeff.advice._advice import Advice
-from jaxeff.advice._interval import rise
+from jaxeff.advice._interval import mean_and_bound, rise
 from jaxeff.advice._masked import Removable, Removed, group_members
 from jaxeff.advice._problem import HELD_OUT, Evaluated, Examples, Problem, Rows
 from jaxeff.advice._records import LayerAdvice, Removal, Tried
@@ -100,12 +100,9 @@ class Task:
     def _scored(self) -> tuple[Statistics, dict[str, dict[str, Any]]]:
         """Run the model for its statistics, and score all weights by all criteria and at random."""
         given = self.given
-        criteria = given.criteria
         examples = given.searched
-        run = prepare(
-            self._params, given.apply_fn, examples.batch, criteria, given.loss_fn, examples.targets,
-            given.rngs, given.keywords,
-        )  # fmt: skip
+        run = self._prepared(given.criteria)
+        criteria = run.criteria
         quantities = {quantity for criterion in criteria for quantity, _ in criterion.needs}
         forwards = 1 + sum(_OF_QUANTITY.get(quantity, _GRADIENT) for quantity in quantities)
         self.runs.spend(forwards, always=True)
@@ -122,6 +119,24 @@ class Task:
                 {"params": self._params.tree, "batch": examples.batch, "targets": examples.targets},
             )
         return statistics, {**scores, CONTROL: _at_random(next(iter(scores.values())), given.seed)}
+
+    def _prepared(self, criteria: tuple[Criterion, ...]) -> Run:
+        given = self.given
+        try:
+            return prepare(
+                self._params, given.apply_fn, given.searched.batch, criteria, given.loss_fn,
+                given.searched.targets, given.rngs, given.keywords,
+            )  # fmt: skip
+        except ValueError:
+            # Some models take no batch of one, as the gradient of each example asks for.
+            rest = tuple(each for each in criteria if not _takes_single_examples(each))
+            if not rest or len(rest) == len(criteria):
+                raise
+            left_out = ", ".join(each.name for each in criteria if each not in rest)
+            self.notes.append(
+                f"Without {left_out}, which runs single examples: the model or loss takes none."
+            )
+            return self._prepared(rest)
 
     def _removable_groups(self) -> Groups | None:
         given = self.given
@@ -167,7 +182,7 @@ class Task:
             rest = np.sort(order[len(dense) // HELD_OUT :])
             self._held, searched, dense = Rows(searched, held), Rows(searched, rest), dense[rest]
         self._count = len(dense) if dense.ndim else 1
-        self._searched, self.dense = searched, float(np.mean(dense))
+        self._searched, self._dense, self.dense = searched, dense, float(np.mean(dense))
         check_dense(
             jax.numpy.asarray(self.dense),
             {"params": self._params.tree, "batch": given.searched.batch, "targets": given.searched.targets},
@@ -183,8 +198,13 @@ class Task:
             )
         self._allowed = self.dense + given.tolerance * (abs(self.dense) if relative else 1.0)
         self.weights = WeightSearch(
-            self._layers, searched, self._removable, self._without, self.runs, **self._bounds
+            self._layers, self._measure, self._removable, self._without, self.runs, **self._bounds
         )
+
+    def _measure(self, removable: Removable, removed: Removed) -> tuple[float, float]:
+        """The mean loss without what is removed, and its bound."""
+        pruned = self._searched.losses(removable, removed)
+        return mean_and_bound(self._dense, pruned, relative=self._relative)
 
     @property
     def _bounds(self) -> dict[str, float]:
@@ -200,7 +220,7 @@ class Task:
             self.weights.improve(self.runs.left - (_UNITS if self._groups else 0), rng)
             if self._groups is not None:
                 self.units = UnitSearch(
-                    self._groups, self._searched, self._removable, self._without, self.runs, **self._bounds
+                    self._groups, self._measure, self._removable, self._without, self.runs, **self._bounds
                 )
                 criteria = [name for name in self._scores if name != CONTROL]
                 self.units.score({name: self._scores[name] for name in criteria})
@@ -302,7 +322,7 @@ class Task:
     def _rows(self) -> tuple[LayerAdvice, ...]:
         layers, best = self._layers, self.weights.search.best
         criterion = best.setting or self.weights.criterion
-        alone = self.weights.alone(self._allowed - self.dense)
+        alone = self.weights.alone
         rows = [
             LayerAdvice(name, "weights", int(size), criterion, alone.get(name), _share(best, count, size))
             for name, size, count in zip(layers.names, layers.sizes, best.counts, strict=True)
@@ -329,9 +349,11 @@ class Task:
         return tuple(
             Tried(
                 what,
-                CONTROL if point.setting == CONTROL else point.start,
+                point.start,
+                point.setting,
                 point.fraction,
                 point.loss,
+                point.bound,
                 point.searched,
             )  # fmt: skip
             for what, search in searches
@@ -350,6 +372,10 @@ def _at_random(like: Mapping[str, Any], seed: int) -> dict[str, Any]:
         )
         for path, score in like.items()
     }
+
+
+def _takes_single_examples(criterion: Criterion) -> bool:
+    return any(quantity == "example_gradient" for quantity, _ in criterion.needs)
 
 
 def _share(best: Point, count: float, size: float) -> float | None:

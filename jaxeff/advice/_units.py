@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxeff.advice import _allocations as allocations
-from jaxeff.advice._masked import Removable, Removed
+from jaxeff.advice._masked import Measure, Removable, Removed
 from jaxeff.advice._runs import Runs
 from jaxeff.advice._search import Point, Search, farthest, improve
 from jaxeff.prune import Group, Groups, Plan
@@ -37,7 +37,7 @@ class UnitSearch:
     def __init__(
         self,
         found: Groups,
-        losses: Any,
+        losses: Measure,
         removable: Removable,
         without: Removed,
         runs: Runs,
@@ -89,22 +89,21 @@ class UnitSearch:
             for block in range(group.size):
                 elements = self._none()
                 elements[index] = np.arange(group.size) == block
-                losses[block] = self._measured(elements)
+                losses[block], _ = self._measured(elements)
         losses = np.where(np.isnan(losses), np.inf, losses)
         return losses - min(losses.min(), self.search.dense) if np.isfinite(losses).all() else _ranked(losses)
 
     def _none(self) -> list[np.ndarray]:
         return [np.zeros((*group.blocks, group.size), bool) for group in self.groups]
 
-    def _measured(self, elements: list[np.ndarray]) -> float:
+    def _measured(self, elements: list[np.ndarray]) -> tuple[float, float]:
         self.runs.spend()
-        removed = dataclasses.replace(self._without, elements=elements)
-        return float(np.mean(self._losses.losses(self._removable, removed)))
+        return self._losses(self._removable, dataclasses.replace(self._without, elements=elements))
 
     def _elements(self, counts: np.ndarray, criterion: str) -> list[np.ndarray]:
         return [rank < count for rank, count in zip(self._ranks[criterion], counts, strict=True)]
 
-    def _loss(self, counts: np.ndarray, criterion: str) -> float:
+    def _loss(self, counts: np.ndarray, criterion: str) -> tuple[float, float]:
         return self._measured(self._elements(counts, criterion))
 
     def removed(self, point: Point) -> Removed:

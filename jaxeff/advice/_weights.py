@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import numpy as np
 
 from jaxeff import importance
 from jaxeff.advice import _allocations as allocations
-from jaxeff.advice._masked import Removable, Removed, kept
+from jaxeff.advice._masked import Measure, Removable, Removed, kept
 from jaxeff.advice._runs import Runs
 from jaxeff.advice._search import Point, Search, farthest, improve
 from jaxeff.importance import Criterion
@@ -98,13 +97,14 @@ class WeightSearch:
     Attributes:
         reached: the farthest fraction of each criterion and allocation.
         sensitivity: losses of each layer alone.
+        alone: by layer, the largest measured fraction up to which it alone stays within the tolerance.
         search: the points that were tried, and the best of them.
     """
 
     def __init__(
         self,
         layers: Layers,
-        losses: Any,
+        losses: Measure,
         removable: Removable,
         without: Removed,
         runs: Runs,
@@ -115,11 +115,14 @@ class WeightSearch:
         self.layers, self.runs = layers, runs
         self._losses, self._removable, self._without = losses, removable, without
         ones = np.ones(len(layers.sizes))
-        self.search = Search(self._loss, layers.sizes, ones, layers.sizes, allowed=allowed, dense=dense)
+        self.search = Search(
+            self._loss, layers.sizes, ones, layers.sizes, allowed=allowed, dense=dense, control=CONTROL
+        )
         self.reached: dict[str, float] = {}
         self.starts: dict[str, float] = {}
         self.sensitivity: Sensitivity | None = None
         self.measured: list[int] = []
+        self.alone: dict[str, float] = {}
         self._ordered: tuple[str, list[jax.Array]] | None = None
 
     def orders(self, criterion: str) -> list[jax.Array]:
@@ -142,9 +145,9 @@ class WeightSearch:
             self._without, orders=self.orders(criterion), counts=counts.astype(np.int32)
         )
 
-    def _loss(self, counts: np.ndarray, criterion: str) -> float:
+    def _loss(self, counts: np.ndarray, criterion: str) -> tuple[float, float]:
         self.runs.spend()
-        return float(np.mean(self._losses.losses(self._removable, self._removed(counts, criterion))))
+        return self._losses(self._removable, self._removed(counts, criterion))
 
     @property
     def criterion(self) -> str:
@@ -170,10 +173,9 @@ class WeightSearch:
                     self._start("global", name, allocations.by_score(sizes, np.ones(len(sizes)), curves))
 
     def _start(self, start: str, criterion: str, family: allocations.Family) -> None:
-        self.reached.setdefault(criterion, 0.0)
         found = farthest(self.search, family, start, _STEPS, criterion)
         fraction = 0.0 if found is None else found.fraction
-        self.reached[criterion] = max(self.reached[criterion], fraction)
+        self.reached[criterion] = max(self.reached.get(criterion, 0.0), fraction)
         if criterion != CONTROL:
             self.starts[start] = max(self.starts.get(start, 0.0), fraction)
 
@@ -183,7 +185,7 @@ class WeightSearch:
         number = int(np.clip(_ALONE // len(sizes), 2, len(POINTS)))
         points = tuple(POINTS[i] for i in np.linspace(0, len(POINTS) - 1, number).round().astype(int))
         largest = np.argsort(-sizes, kind="stable")[: _ALONE // number]
-        losses: list[list[float]] = []
+        losses: list[list[tuple[float, float]]] = []
         with self.runs.at_most(_ALONE):
             for layer in sorted(largest.tolist()):
                 row = []
@@ -193,13 +195,15 @@ class WeightSearch:
                     row.append(self._loss(counts, criterion))
                 losses.append(row)
                 self.measured.append(layer)
+                within = np.logical_and.accumulate([bound <= self.search.allowed for _, bound in row])
+                self.alone[self.layers.names[layer]] = (0.0, *points)[int(within.sum())]
                 self.sensitivity = Sensitivity(
                     tuple(self.layers.names[i] for i in self.measured),
                     tuple(int(sizes[i]) for i in self.measured),
                     points,
                     criterion,
                     Unstructured(),
-                    jnp.asarray(np.array(losses, np.float32)),
+                    jnp.asarray(np.array(losses, np.float32)[..., 0]),
                     jnp.asarray(self.search.dense, jnp.float32),
                 )
 
@@ -222,7 +226,3 @@ class WeightSearch:
         if len(self.layers.sizes) > 1 or self.search.best.fraction:
             with self.runs.at_most(runs):
                 improve(self.search, rng)
-
-    def alone(self, tolerance: float) -> Mapping[str, float]:
-        """By layer, the largest measured fraction up to which its loss stays within the tolerance."""
-        return {} if self.sensitivity is None else self.sensitivity.highest(max(tolerance, 0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,9 @@ def pathways(pathways: Pathways, ax: Axes | None = None) -> Axes:
 
 
 def advice(advice: Advice, ax: Axes | None = None) -> Axes:
-    """A line for each allocation: the loss over the fraction of weights at 0; a star, what was chosen.
+    """A line for each allocation, by the chosen criterion: the loss over the fraction of weights at 0.
+
+    A star marks what was chosen, and a line what weights at random cost.
 
     Grey dots are what the search tried from there on, and the dashed line is the tolerance. The losses are those of
     the examples of the search; the axis shows them near the tolerance, above which they may rise without bound.
@@ -170,9 +173,14 @@ def advice(advice: Advice, ax: Axes | None = None) -> Axes:
     """
     check_kind("advice", advice, Advice, "jaxeff.advise")
     drawn = axes_or_new(ax)
-    tried = [point for point in advice.tried if point.what == "weights"]
+    criterion = None if advice.weights is None else advice.weights.criterion
+    tried = [
+        dataclasses.replace(point, start="at random" if point.criterion == "random" else point.start)
+        for point in advice.tried
+        if point.what == "weights" and (criterion is None or point.criterion in (criterion, "random"))
+    ]
     if not any_finite([point.loss for point in tried]):
-        return say(drawn, "Nothing was measured.")
+        return say(drawn, "No loss was measured.")
     scale = 1.0 if advice.by_score else abs(advice.dense)
     allowed = advice.dense + advice.tolerance * scale
     sign = -1.0 if advice.by_score else 1.0

@@ -267,7 +267,7 @@ def _each(group: Group) -> str:
     return f" in each of {' x '.join(map(str, group.blocks))} blocks" if group.blocks else ""
 
 
-def laid_out(along: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
+def laid_out(along: Any, axes: Sequence[int], rank: int) -> Any:
     """An array whose dimensions are these axes of a leaf, with size 1 on all others."""
     sizes = dict(zip(axes, along.shape, strict=True))
     return along.transpose(np.argsort(axes)).reshape([sizes.get(axis, 1) for axis in range(rank)])
