@@ -24,7 +24,7 @@ import jaxeff
 from jaxeff import demo, prune
 from jaxeff.advice._interval import rise
 
-RESAMPLES, SIZE = 200, 90
+RESAMPLES, SIZES = 200, (90, 180)
 STARTS = ("uniform", "erk", "lamp", "global", "sensitivity")
 
 
@@ -74,11 +74,13 @@ def measured(network: Network, tolerance: float, seed: int) -> dict[str, float]:
     kept = {"weights": found.masks, "units": found.plan and found.plan.masks(network.variables)}
     for what, masks in kept.items():
         if masks is not None:
-            figures[f"coverage of {what}"] = covered(network, prune.apply(network.variables, masks))
+            pruned = prune.apply(network.variables, masks)
+            for size in SIZES:
+                figures[f"coverage of {what}, {size} examples"] = covered(network, pruned, size)
     return figures | {"forward passes": found.forwards, "seconds": seconds}
 
 
-def covered(network: Network, pruned: Any) -> float:
+def covered(network: Network, pruned: Any, size: int) -> float:
     """The share of resampled held-out sets whose interval holds the rise on all examples."""
     inputs, targets = network.others
 
@@ -91,7 +93,7 @@ def covered(network: Network, pruned: Any) -> float:
     rng = np.random.default_rng(0)
     held = 0
     for seed in range(RESAMPLES):
-        drawn = rng.integers(len(dense), size=SIZE)
+        drawn = rng.integers(len(dense), size=size)
         found = rise(dense[drawn], other[drawn], relative=True, seed=seed)
         held += found.low <= true <= found.high
     return held / RESAMPLES

@@ -99,7 +99,10 @@ def test_demo_prints_accuracy_and_report_and_keeps_progress_apart():
     shown = [line.split("  ")[0] for line in done.stderr.splitlines()]
     tasks = ("Training", "Pruning", "Without pruning")
     assert shown == [f"{task} {step}" for task in tasks for step in ("1/2", "2/2")]
-    rows = {line[:19].strip(): line[19:].split() for line in done.stdout.splitlines()[-8:]}
+    _, _, after = done.stdout.partition("more epochs, with")
+    compared, _, advice = after.partition("Without training")
+    assert "of the weights" in advice and "Dense_0/kernel" in advice
+    rows = {line[:19].strip(): line[19:].split() for line in compared.splitlines()}
     before, pruned, whole = (int(number.replace(",", "")) for number in rows["nonzero parameters"])
     weights, biases = 3 * 3 * 16 + 3 * 3 * 16 * 32 + 512 * 512 + 512 * 10, 16 + 32 + 512 + 10
     assert weights <= before <= weights + biases and weights <= whole <= weights + biases

@@ -32,18 +32,19 @@ class Rise:
 
 
 def rise(dense: np.ndarray, pruned: np.ndarray, *, relative: bool, seed: int) -> Rise:
-    """Return the rise of the mean, with a paired bootstrap-t interval.
+    """Return the rise of the mean, with a paired bootstrap interval: at each end the wider of two.
 
     Whole examples are drawn with replacement, each with both of its losses, so that what makes an example hard
-    for both networks cancels. Each resample's rise is divided by its own standard error, since losses are skewed:
-    a few examples hold most of a rise, and the plain percentiles of resamples without them are too low.
+    for both networks cancels. One is that of the percentiles of the resamples' rises; the other, bootstrap-t,
+    divides each rise by its own standard error. Losses are skewed, a few examples hold most of a rise, and
+    either alone covers the truth less often than it says.
 
     Args:
         dense, pruned: [examples], or [] for one number.
         relative: divide by the mean of `dense`, of the same resample.
 
     References:
-        Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 12
+        Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 12 and 13
 
     >>> found = rise(np.array([1.0, 2.0]), np.array([1.5, 3.0]), relative=True, seed=0)
     >>> found.mean, found.low, found.high
@@ -65,14 +66,14 @@ def rise(dense: np.ndarray, pruned: np.ndarray, *, relative: bool, seed: int) ->
     means, errors = _ratio(np.concatenate(drawn).T, count)
     if not error:
         return Rise(float(mean), float(mean), float(mean), relative, count)
-    ends = (1 - LEVEL) / 2
+    ends = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
     ratios = (means - mean) / np.maximum(errors, _LEAST * error)
-    low, high = np.quantile(ratios[np.isfinite(ratios)], (ends, 1 - ends))
+    high, low = mean - error * np.quantile(ratios[np.isfinite(ratios)], ends)
+    plain = np.quantile(means[np.isfinite(means)], ends)
     # Losses that are never negative cannot fall by more than all.
     floor = -1.0 if relative and min(dense.min(), pruned.min()) >= 0 else -np.inf
-    return Rise(
-        float(mean), max(float(mean - high * error), floor), float(mean - low * error), relative, count
-    )
+    low, high = max(min(low, plain[0]), floor), max(high, plain[1])
+    return Rise(float(mean), float(low), float(high), relative, count)
 
 
 def mean_and_bound(dense: np.ndarray, pruned: np.ndarray, *, relative: bool) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """Train a small convolutional network on scanned digits, analyse it, prune it, and ask for advice.
 
 The digits come with the package, so nothing is downloaded. The hidden Dense layer is deliberately wider than
-the task needs, and the report should say so. The demo takes about 50 CPU seconds, half a minute to a minute on
+the task needs, and the report should say so. The demo takes about 55 CPU seconds, half a minute to a minute on
 two cores.
 """
 

@@ -51,9 +51,9 @@ def lead(report: Snapshot) -> str:
         for row in known
         if row.null is not None
     )
-    apart = f" ({told} of {len(known)} differ from noise)" if known else ""
+    apart = f" ({told} of {len(known)} layers differ from noise)" if known else ""
     call = "jaxeff.advise(params, apply_fn, batch, loss_fn=..., targets=...)"
-    return f"Where the importance lies in each layer{apart}, not how much can go: `{call}` measures that."
+    return f"The table shows where importance lies{apart}, not how much can go: `{call}` measures that."
 
 
 def of_several(members: int, layers: int) -> str:

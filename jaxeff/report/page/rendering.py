@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from jaxeff.report import _table as table
-from jaxeff.report._recommendations import recommend
+from jaxeff.report._recommendations import grouped, recommend
 from jaxeff.report._records import Snapshot
 from jaxeff.report.page import details, figures
 
@@ -68,7 +68,7 @@ def render(report: Snapshot, title: str = "jaxeff report") -> str:
         cost=figures.cost(layers),
         cost_unit="multiply-accumulates" if figures.has_macs(layers) else "weights",
         ranking=figures.ranking(layers),
-        advice=recommend(report),
+        advice=grouped(recommend(report), report),
         anchors=figures.anchors(report),
         no_weights=table.no_weights(report),
         notes=table.notes(report),
