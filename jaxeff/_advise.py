@@ -82,6 +82,10 @@ def advise(
     (True, True)
     """
     _check_numbers(tolerance, budget_s, max_runs)
+    if not callable(loss_fn):
+        raise TypeError(
+            f"`loss_fn` must be a function (outputs, targets) -> one loss for each example, got {loss_fn!r}"
+        )
     if held_out is not None and evaluate is not None:
         raise ValueError(
             "`held_out` is for the loss, and `evaluate` brings its own data: let it return one score for each "

@@ -250,6 +250,11 @@ def test_what_cannot_be_is_named(changed, named):
         _ = advise(**changed)
 
 
+def test_a_loss_that_is_no_function_is_refused():
+    with pytest.raises(TypeError, match="`loss_fn` must be a function .* got None"):
+        _ = jaxeff.advise(PARAMS, model, X, loss_fn=None, targets=TARGETS)
+
+
 def test_a_batch_with_too_few_examples_is_refused():
     with pytest.raises(ValueError, match="`batch` has 7 examples"):
         _ = jaxeff.advise(PARAMS, model, X[:7], loss_fn=squares, targets=TARGETS[:7])

@@ -78,7 +78,7 @@ def compile_for(
 ) -> CompiledFor:
     """Compile a function for TPUs that need not be here, by the compiler that they use; nothing runs.
 
-    The compiler is in PyPI's libtpu (`pip install "jaxeff[tpu]"`, Linux only). Where there is no TPU, start Python
+    The compiler is in PyPI's libtpu (`pip install libtpu`, Linux only). Where there is no TPU, start Python
     with `JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1`, so that none is looked for. Large programs can take minutes, and a
     crash of the compiler ends the process: compile what matters in one of its own.
 
@@ -100,7 +100,7 @@ def compile_for(
                     shardings=(PartitionSpec("data"), PartitionSpec(None, "model")))
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ImportError('`compile_for` needs the compiler in libtpu: pip install "jaxeff[tpu]"')
+        raise ImportError("`compile_for` needs the compiler in libtpu: pip install libtpu")
     devices, layout = _layout(topology, mesh)
     if shardings is None:
         shardings = [None] * len(arguments)
