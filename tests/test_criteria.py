@@ -379,7 +379,7 @@ def test_a_mean_loss_and_a_loss_for_each_example_are_one_to_all_but_fisher(name,
         variables, Tiny().apply, x, criterion=name, loss_fn=loss, targets=labels
     )
     if name == "fisher":
-        with pytest.raises(ValueError, match="`loss_fn`.*one loss for each"):
+        with pytest.raises(ValueError, match="`loss_fn`.*one loss per example"):
             analyze(mean)
         return
     ours, theirs = analyze(mean), analyze(cross_entropy)

@@ -303,7 +303,7 @@ WITHOUT = jaxeff.collect(TWO, _two, normal(5, 2, 6))
         ),
         (lambda: prune.sparsegpt(STACK, STACKED, 0.5, damping=0), "`damping` must be positive, got 0"),
         (lambda: prune.reconstruct(STACK, STACK, STACKED, iterations=0), "`iterations` must be at least 1"),
-        (lambda: prune.reconstruct(STACK, {"head": True}, STACKED), "`masks` of other params"),
+        (lambda: prune.reconstruct(STACK, {"head": True}, STACKED), "`masks` must match the params"),
         (
             lambda: prune.sparsegpt({**STACK, "head": STACK["head"] * jnp.nan}, STACKED, 0.5),
             "the weights of 'head' are no longer finite",
