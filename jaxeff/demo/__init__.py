@@ -15,4 +15,5 @@ from jaxeff.demo._demo import digits as digits
 from jaxeff.demo._demo import run as run
 from jaxeff.demo._demo import split as split
 from jaxeff.demo._demo import train as train
+from jaxeff.demo._demo import train_further as train_further
 from jaxeff.demo._demo import train_pruned as train_pruned
