@@ -130,7 +130,7 @@ def applications() -> None:
 
 def compacted(name: str, side: int) -> tuple[float, float]:
     """Largest difference from the masked model, relative to the largest output, and the share of parameters left."""
-    import keras  # pyright: ignore
+    import keras
 
     model = getattr(keras.applications, name)(
         weights=None, include_top=False, pooling="avg", input_shape=(side, side, 3)

@@ -63,7 +63,7 @@ def calibrate(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument is invalid, there are no batches, or a batch differs from the first in more
+        ValueError: an argument is invalid, `batches` is empty, or a batch differs from the first in more
             than its leading size.
 
     Warns:

@@ -81,7 +81,7 @@ def zeroed(removable: Removable, params: Any, inputs: Any, removed: Removed) -> 
 
 @functools.partial(jax.jit, static_argnums=0)
 def kept(stacks: tuple[tuple[int, ...], ...], orders: list[jax.Array], counts: Any) -> list[jax.Array]:
-    """Return masks, True = kept, where so many go first in each layer."""
+    """Return masks, True = kept, that remove a given number of the lowest-scored weights of each layer."""
     starts = np.cumsum([0, *(_rows(order, axes) for order, axes in zip(orders, stacks, strict=True))])
     each = zip(orders, stacks, starts[:-1].tolist(), strict=True)
     return [order >= _of_layers(counts, start, order, axes) for order, axes, start in each]

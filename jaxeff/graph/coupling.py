@@ -363,7 +363,7 @@ class Walk:
     def _repeated(
         self, body: Callable[[Sequence[Described]], list[Described]], initial: Sequence[Described]
     ) -> tuple[list[Described], list[Described]]:
-        """What a loop carries in the end, and all that its body returns.
+        """Return the final carry of a loop, and everything that its body returns.
 
         What it carries is 0 somewhere if it is so at first, and each iteration leaves it so.
         """

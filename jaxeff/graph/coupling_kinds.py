@@ -127,7 +127,7 @@ class _Passes:
                 self.walk(body, *self._inside(operation, body))
 
     def _inside(self, operation: Operation, body: Program) -> tuple[list[_Sources], bool]:
-        """What a loop's body begins with: each value it carries as if an operation had just made it."""
+        """Return the sources of a loop body's inputs, each carried value as if an operation had just made it."""
         if operation.name != "scan":
             return [frozenset([operation])] * len(body.inputs), operation.name == "while"
         constants, carried = scan_operands(operation)

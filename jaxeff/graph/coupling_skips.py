@@ -49,7 +49,7 @@ def skipped_by_zeros(operation: Operation) -> bool:
 
 
 def _through(operation: Operation, given: list[Any]) -> list[Any]:
-    """What each result is: zero, the value that is carried, or None for something else."""
+    """Return the state of each result: zero, the carried value that it equals, or None for anything else."""
     zeros = [state is _ZERO for state in given]
     name = operation.name
     if name in _SUMS:

@@ -18,7 +18,7 @@ Members = Sequence[tuple[int, int, np.ndarray]]
 
 
 class Seen(NamedTuple):
-    """What a walk through a program has met.
+    """The arrays and locks that a walk through a program has seen.
 
     Attributes:
         arrays: the dimensions of each array that is no constant, and the iterations that it stands in.
@@ -53,7 +53,7 @@ class GroupsIn:
 
 
 class Stacked(NamedTuple):
-    """What a group is stacked along.
+    """The groups that a group is stacked along.
 
     Attributes:
         stacks: other groups.
@@ -71,7 +71,7 @@ def stacked_over(
     heads: Set[int],
     iterations: Set[int],
 ) -> list[Stacked]:
-    """Of each group, what it is stacked along.
+    """Return for each group what it is stacked along.
 
     It is stacked along an axis if every array that holds the group holds the axis as well, or lies in the
     body of the scan along it; if no operation on such an array mixes what lies along the axis; and if each

@@ -6,6 +6,7 @@ are reported here.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Mapping
@@ -50,13 +51,13 @@ class Model:
         return dict(zip(self.paths, jax.tree.leaves(self.params), strict=True))
 
 
-class StatefulApply:
+class StatefulApply(abc.ABC):
     """An `apply_fn(params, *batch)` that holds variables besides the parameters: a dataclass with a `state`."""
 
     state: Any
 
-    def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any: ...
 
     def with_state(self, state: Any) -> Any:
         """Return the same function with other variables."""

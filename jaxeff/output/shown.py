@@ -39,7 +39,7 @@ class Shown:
 
 
 def shortened(text: str, most: int = MOST_LINES) -> str:
-    """The text in at most so many lines, without its middle.
+    """Shorten a text to at most `most` lines by leaving out its middle.
 
     >>> shortened("1\\n2\\n3\\n4\\n5", 3)
     '1\\n... 3 lines left out: print the result for all of them.\\n5'

@@ -95,7 +95,11 @@ def plan(
         number = 1 if evaluate is None else candidates
         plans = _plans_for(groups, ranked, target or {}, limits, steps, number)
         return plans[0] if evaluate is None else _best(plans, evaluate)
-    counts = _of_each(ranked, sparsity) if scope == "layer" else _of_all(ranked, float(sparsity), limits)  # pyright: ignore
+    # A mapping is only allowed with scope 'layer'.
+    if scope == "layer" or isinstance(sparsity, Mapping):
+        counts = _of_each(ranked, sparsity)
+    else:
+        counts = _of_all(ranked, float(sparsity), limits)
     kept = {}
     for name, found in ranked.items():
         size = found.shape[-1]
@@ -256,7 +260,7 @@ def _limits(unlocked: Mapping[str, Group], minimum: Widths, max_sparsity: Shares
 
 
 def _steps(unlocked: Mapping[str, Group], round_to: Widths) -> dict[str, int]:
-    """Of what each group keeps a multiple."""
+    """Return the multiple that the size of each group is rounded up to."""
     by_kind = round_to if isinstance(round_to, Mapping) else {kind: round_to for kind in GROUP_KINDS}
     for kind, step in by_kind.items():
         if kind not in GROUP_KINDS:

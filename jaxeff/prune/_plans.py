@@ -188,7 +188,7 @@ class Plan(Shown):
         return map_named(lambda path, leaf: _mask(jnp.shape(leaf), gone.get(path, {})), params)
 
     def check(self, params: Any) -> None:
-        """That these are of the plan's model: its params, its state, or both."""
+        """Raise unless these are the params of the plan's model, its state, or both."""
         shapes = {
             path: jnp.shape(leaf) for path, leaf in named_variables(jax.tree.map(stand_in, params)).items()
         }
@@ -332,7 +332,7 @@ def _decoded_group(name: str, found: Mapping[str, Any]) -> Group:
 
 
 def _elements(name: str, size: int, blocks: tuple[int, ...], elements: Any) -> tuple[Any, ...]:
-    """What is to be removed of a group, checked and ascending, by block if there are any; () for nothing."""
+    """Check and sort the elements to remove from a group, by block if it has blocks; () for nothing."""
     rows = _rows(elements, len(blocks))
     if rows is None:
         per_block = f", or {blocks} such lists, equally long" if blocks else ""
