@@ -67,13 +67,21 @@ MODELS = {
     "a cache that stays": scanned(
         lambda c, w: ((c[0] + branch(c[0], w), c[1]), None), lambda x: (x, x), lambda c: c[0] + c[1]
     ),
+    "a counter that nobody reads": scanned(
+        lambda c, w: ((c[0] + branch(c[0], w), c[1] + 1), None), lambda x: (x, 0), lambda c: c[0]
+    ),
+    "keys that nobody uses": lambda params, x: jax.lax.scan(
+        lambda h, each: (h + branch(h, each[0]), each[1]),
+        x,
+        (params, jax.random.split(jax.random.key(0), BLOCKS)),
+    )[0],
 }
 LOCKED = {
     "no residual": scanned(lambda h, w: (branch(h, w), None)),
     "norm behind": scanned(lambda h, w: (norm(h + branch(h, w), w["scale"]), None)),
     "half of it": scanned(lambda h, w: (0.5 * h + branch(h, w), None)),
     "a counter": scanned(
-        lambda c, w: ((c[0] + branch(c[0], w), c[1] + 1), None), lambda x: (x, 0), lambda c: c[0]
+        lambda c, w: ((c[0] + branch(c[0], w), c[1] + 1), None), lambda x: (x, 0), lambda c: c[0] * c[1]
     ),
     "not 0 at 0": scanned(lambda h, w: (h + jnp.exp(branch(h, w)), None)),
     "bias of ones": scanned(lambda h, w: (h + branch(h, w) + 1.0, None)),

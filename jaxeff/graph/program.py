@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.interpreters.partial_eval import dce_jaxpr
 
 # Call primitives, by their names in supported JAX versions, and the parameter that holds the callee.
 _INLINED = {
@@ -130,7 +131,7 @@ def _wrapped(steps: Sequence[Step]) -> Iterator[Operation]:
 
 
 def flatten(closed: ClosedJaxpr, scope: str = "") -> Program:
-    """Inline the calls of a traced function, and drop operations on which no output depends.
+    """Inline the calls of a traced function, and drop what no output depends on, inside loops and branches too.
 
     Args:
         scope: the names around the function.
@@ -140,6 +141,11 @@ def flatten(closed: ClosedJaxpr, scope: str = "") -> Program:
     >>> [operation.name for operation in program.operations]
     ['tanh', 'add']
     """
+    needed, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    return _flat(ClosedJaxpr(needed, closed.consts), scope)
+
+
+def _flat(closed: ClosedJaxpr, scope: str) -> Program:
     steps: list[Step] = []
     constants: dict[Value, Any] = {}
     inputs = tuple(_value(v) for v in closed.jaxpr.invars)
@@ -263,7 +269,7 @@ def _bodies(equation: Any, scope: str) -> tuple[Program, ...]:
     for key in _BODIES.get(equation.primitive.name, ()):
         inner = equation.params[key]
         bodies = inner if isinstance(inner, tuple) else (inner,)
-        found.extend(flatten(_closed(body), scope) for body in bodies)
+        found.extend(_flat(_closed(body), scope) for body in bodies)
     return tuple(found)
 
 
