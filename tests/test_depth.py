@@ -73,7 +73,7 @@ MODELS = {
     "keys that nobody uses": lambda params, x: jax.lax.scan(
         lambda h, each: (h + branch(h, each[0]), each[1]),
         x,
-        (params, jax.random.split(jax.random.key(0), BLOCKS)),
+        (params, jax.random.split(jax.random.key(0), len(params["up"]))),
     )[0],
 }
 LOCKED = {
