@@ -10,9 +10,10 @@ import argparse
 import jax
 import jax.numpy as jnp
 import timing
+from lenet import LeNet300100
 from transformer import Transformer
 
-from jaxeff import cost
+from jaxeff import cost, demo
 
 
 def main() -> None:
@@ -68,6 +69,18 @@ def _bounds() -> None:
         "tanh of an array of 64 MiB": (jnp.tanh, (tall,)),
         "256 small products in a scan": (_small, (square[:32, :32],)),
     }
+    networks = {
+        "LeNet-300-100, 1,000 images": (LeNet300100(), jnp.ones((1000, 784))),
+        "digits CNN, 256 images": (demo.DigitsCNN(), jnp.ones((256, 8, 8, 1))),
+        "transformer, 512 tokens": (
+            Transformer(layers=4, width=256, heads=4),
+            jnp.zeros((2, 256), jnp.int32),
+        ),
+    }
+    for name, (model, batch) in networks.items():
+        variables = model.init(key, batch)
+        programs[name] = model.apply, (variables, batch)
+        programs[f"gradient of {name}"] = jax.grad(_mean_square(model)), (variables, batch)
     for name, (function, arguments) in programs.items():
         found = cost.latency(function, *arguments, repeats=15, peak=peak)
         floor = cost.floor(function, *arguments, chip=peak)
@@ -77,6 +90,10 @@ def _bounds() -> None:
             f"compute {found.compute_share:.1%}, memory {found.memory_share:.1%}: {found.bound}; "
             f"floor / median {floor.seconds / found.median:.2f}"
         )
+
+
+def _mean_square(model):
+    return lambda variables, batch: jnp.mean(model.apply(variables, batch) ** 2)
 
 
 def _small(matrix: jax.Array) -> jax.Array:
