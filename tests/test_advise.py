@@ -169,6 +169,12 @@ def test_an_interrupted_search_returns_what_it_has():
     assert "Interrupted by the keyboard" in str(found)
 
 
+def test_what_the_search_did_not_get_to_is_not_compared():
+    found = advise(held_out=None, evaluate=Stop(5), tolerance=0.5)
+    assert found.weights.fraction > 0 and not found.weights.starts
+    assert "The same fraction of each layer" not in str(found)
+
+
 def test_time_that_is_up_ends_the_search():
     found = advise(budget_s=1e-9)
     assert found.interrupted == "after `budget_s` of 1e-09 s"

@@ -224,12 +224,13 @@ def _to_zero(found: Findings) -> list[Recommendation]:
     removal = found.weights
     if removal is None:
         return []
-    even = removal.starts.get("uniform", 0.0)
-    gain = (
-        f" The same fraction of each layer reaches {_share(even)} within the tolerance."
-        if removal.fraction > even + 0.005
-        else " The same fraction of each layer goes as far."
-    )
+    even = removal.starts.get("uniform")
+    if even is None:  # interrupted before that
+        gain = ""
+    elif removal.fraction > even + 0.005:
+        gain = f" The same fraction of each layer reaches {_share(even)} within the tolerance."
+    else:
+        gain = " The same fraction of each layer goes as far."
     message = (
         f"`prune.apply(params, advice.masks)` zeroes {removal.removed:,} of {removal.total:,} weights, by "
         f"{removal.criterion}.{gain} Nothing was retrained: training under masks goes further "
