@@ -282,7 +282,7 @@ class Report(Shown):
         Raises:
             ValueError: the text is not a report, or has another schema version.
         """
-        return Report.assemble(**serialization.from_json(text))
+        return serialization.from_json(text, Report.assemble)
 
 
 def _fields(node: Any) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,13 @@ import numpy as np
 from jaxeff.metrics._half_normal import Null
 from jaxeff.report._recommendations import recommend
 from jaxeff.report._records import (
+    Activity,
     AttentionReport,
+    LayerNumbers,
     LayerReport,
     ModelReport,
     ModuleReport,
+    OtherNumbers,
     OtherReport,
     Snapshot,
 )
@@ -89,31 +93,82 @@ def to_json(report: Snapshot, *, indent: int | None = None) -> str:
     return json.dumps(to_dict(report), allow_nan=False, indent=indent)
 
 
-def from_json(text: str) -> dict[str, Any]:
-    """Read the parts of a report, as taken by `Report.assemble`."""
+Assembled = TypeVar("Assembled")
+
+
+def from_json(text: str, assemble: Callable[..., Assembled]) -> Assembled:
+    """Read a report from its parts, as taken by `Report.assemble`."""
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not a jaxeff report: {error}") from error
     if not isinstance(data, dict) or "schema" not in data:
         raise ValueError(
             "not a jaxeff report: it has no schema version. Pass what `Report.to_json` returned."
         )
     if data["schema"] != SCHEMA:
-        raise ValueError(f"the report has schema {data['schema']!r}, this version of jaxeff reads {SCHEMA}")
+        schema = reprlib.repr(data["schema"])
+        raise ValueError(f"the report has schema {schema}, this version of jaxeff reads {SCHEMA}")
     try:
-        return {
-            "criterion": _decoded(str, data["criterion"]),
-            "rows": _decoded(tuple[LayerReport, ...], data["layers"]),
-            "others": _decoded(tuple[OtherReport, ...], data["others"]),
-            "modules": _decoded(tuple[ModuleReport, ...], data["modules"]),
-            "attentions": _decoded(tuple[AttentionReport, ...], data["attentions"]),
-            "model": _decoded(ModelReport, data["model"]),
+        rows = _decoded(tuple[LayerReport, ...], data["layers"])
+        others = _decoded(tuple[OtherReport, ...], data["others"])
+        modules = _decoded(tuple[ModuleReport, ...], data["modules"])
+        model = _decoded(ModelReport, data["model"])
+        _check(rows, others, modules)
+        _check_scalars(model, ModelReport, "model")
+        _check_count(model.excluded)
+        return assemble(
+            criterion=_decoded(str, data["criterion"]),
+            rows=rows,
+            others=others,
+            modules=modules,
+            attentions=_decoded(tuple[AttentionReport, ...], data["attentions"]),
+            model=model,
             # Reports of schema 3.0 have none.
-            "headless": _decoded(tuple[HeadlessAttention, ...], data.get("headless", ())),
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"not a jaxeff report: {type(error).__name__} at {error}") from error
+            headless=_decoded(tuple[HeadlessAttention, ...], data.get("headless", ())),
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"not a jaxeff report: {type(error).__name__} at {str(error)[:200]}") from error
+
+
+def _check(
+    rows: Iterable[LayerReport], others: Iterable[OtherReport], modules: Iterable[ModuleReport]
+) -> None:
+    """Check what the types of the fields do not say: that shapes agree."""
+    for row in rows:
+        _ = jnp.dtype(row.dtype)
+        _check_scalars(row, LayerNumbers, row.path)
+        _check_count(row.nonfinite_weights)
+        if row.units.shape != row.unit_shape:
+            raise ValueError(
+                f"{row.path!r}: units of shape {row.units.shape} where {row.unit_shape} should be"
+            )
+    for other in others:
+        _check_scalars(other, OtherNumbers, other.path)
+    activities = [row.activity for row in rows if row.activity is not None]
+    for activity in (*activities, *(module.activity for module in modules)):
+        _check_activity(activity)
+
+
+def _check_scalars(view: Any, kind: Any, path: str) -> None:
+    numbers = {field.name: getattr(view, field.name) for field in dataclasses.fields(kind)}
+    _ = numbers.pop("distribution", None)
+    if any(jnp.ndim(leaf) for leaf in jax.tree.leaves(numbers)):
+        raise ValueError(f"{path!r}: an array where a number should be")
+
+
+def _check_count(count: jax.Array) -> None:
+    if not jnp.issubdtype(count.dtype, jnp.integer):
+        raise ValueError(f"{count} where a whole number should be")
+
+
+def _check_activity(activity: Activity) -> None:
+    # One count for all units, or one for each.
+    shapes = {leaf.shape for leaf in jax.tree.leaves(activity.sums)} - {()}
+    if len(shapes) != 1 or any(
+        len(shape) != activity.rank or math.prod(shape) != activity.units for shape in shapes
+    ):
+        raise ValueError(f"sums of shapes {reprlib.repr(shapes)} for units of shape {activity.shape}")
 
 
 def encoded(node: Any) -> Any:
@@ -136,12 +191,20 @@ def _decoded(kind: Any, data: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         return None if data is None else _decoded(next(a for a in arguments if a is not type(None)), data)
     if origin is tuple:
-        return tuple(_decoded(arguments[0], item) for item in data)
+        return tuple(_decoded(arguments[0], item) for item in _of(list, data))
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints, data = typing.get_type_hints(kind), _of(dict, data)
         fields = [f for f in dataclasses.fields(kind) if f.name in data or f.default is dataclasses.MISSING]
         return kind(**{f.name: _decoded(hints[f.name], data[f.name]) for f in fields})
-    return _array(data) if kind is jax.Array else data
+    return _array(data) if kind is jax.Array else _of(kind, data)
+
+
+def _of(kind: type, data: Any) -> Any:
+    if type(data) is not kind:
+        raise TypeError(f"{reprlib.repr(data)} where a {kind.__name__} should be")
+    if kind is int and data.bit_length() > 63:
+        raise ValueError(f"{reprlib.repr(data)}, which is too large")
+    return data
 
 
 def _array(data: Any) -> jax.Array:
