@@ -33,6 +33,10 @@ _COMPARE = """\
   jaxeff compare before after         what changed between two checkpoints
   jaxeff compare before after --sort change --top 10
 """
+_PRUNE = """\
+  jaxeff prune model --sparsity 0.5 --output pruned
+  jaxeff prune model.safetensors --sparsity 0.5 --output pruned.safetensors --exclude 'layers.0.*'
+"""
 _PATH = (
     "a .safetensors file, a directory of shards and their index, an Orbax checkpoint or a Flax .msgpack file"
 )
@@ -169,6 +173,18 @@ def _compare(arguments: argparse.Namespace) -> None:
     )
 
 
+def _prune(arguments: argparse.Namespace) -> None:
+    from jaxeff.checkpoints import _writing as writing
+
+    exclude = writing.EXCLUDED if arguments.exclude is None else tuple(arguments.exclude)
+    with _refused():
+        print(
+            writing.prune_checkpoint(
+                arguments.path, arguments.output, sparsity=arguments.sparsity, exclude=exclude
+            )
+        )
+
+
 def _width() -> int:
     """Return COLUMNS if set, else the terminal's width, else that of any table."""
     from jaxeff.output.text import WIDTH
@@ -237,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="jaxeff",
         description="Find out which weights of a JAX network earn their keep, and what can be removed.",
-        **_examples(_DEMO + _ANALYZE + _COMPARE),
+        **_examples(_DEMO + _ANALYZE + _COMPARE + _PRUNE),
     )
     _ = parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -284,6 +300,30 @@ def _add_checkpoints(commands: Any) -> None:
         help_ = "show only the first N rows, and the first N items of each list after them"
         _ = command.add_argument("--top", metavar="N", type=_integer(0, 10**9), help=help_)
         command.set_defaults(command=run, module="jaxeff.checkpoints")
+
+    help_ = "copy a safetensors checkpoint with the smallest weights of each array set to 0"
+    prune = commands.add_parser("prune", help=help_, **_examples(_PRUNE))
+    help_ = "a .safetensors file, or a directory with one, or with shards and their index"
+    _ = prune.add_argument("path", metavar="PATH", help=help_)
+    help_ = "fraction of each weight to remove, in [0, 1)"
+    _ = prune.add_argument("--sparsity", metavar="FRACTION", type=_fraction, required=True, help=help_)
+    help_ = "the new file or directory, which must not exist"
+    _ = prune.add_argument("--output", metavar="PATH", required=True, help=help_)
+    help_ = (
+        "leave arrays of this name whole, such as 'layers.0.*', instead of embeddings and heads; repeatable"
+    )
+    _ = prune.add_argument("--exclude", metavar="PATTERN", action="append", help=help_)
+    prune.set_defaults(command=_prune, module="jaxeff.checkpoints")
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction in [0, 1)")
+    return value
 
 
 def _file(text: str) -> str:
