@@ -26,12 +26,13 @@ _DEMO = """\
 _ANALYZE = """\
   jaxeff analyze model.safetensors    the weights of a checkpoint, by magnitude
   jaxeff analyze checkpoint --sort gini --top 20 --json report.json
+  jaxeff analyze model.safetensors --filter '*attention*' --by block
   jaxeff analyze model.safetensors --html report.html
   jaxeff analyze model.safetensors --json - | jq .model.utilization
 """
 _COMPARE = """\
   jaxeff compare before after         what changed between two checkpoints
-  jaxeff compare before after --sort change --top 10
+  jaxeff compare before after --sort path --top 10
 """
 _PATH = (
     "a .safetensors file, a directory of shards and their index, an Orbax checkpoint or a Flax .msgpack file"
@@ -150,8 +151,24 @@ def _analyze(arguments: argparse.Namespace) -> None:
     _print(
         arguments.json,
         lambda: report.to_json(indent=1),
-        lambda: output.render(report, checkpoint, arguments.sort, arguments.top, _width()),
+        lambda: _table(output, report, checkpoint, arguments),
     )
+
+
+def _table(output: Any, report: Any, checkpoint: Any, arguments: argparse.Namespace) -> str:
+    try:
+        return output.render(
+            report,
+            checkpoint,
+            arguments.sort,
+            arguments.top,
+            _width(),
+            pattern=arguments.filter,
+            blocks=arguments.by == "block",
+        )
+    except ValueError as error:
+        print(f"jaxeff: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -271,6 +288,10 @@ def _add_checkpoints(commands: Any) -> None:
         "those with most to spare first"
     )
     _ = analyze.add_argument("--sort", metavar="ORDER", default="path", type=_order(_metrics), help=help_)
+    help_ = "show only layers whose names match, such as '*attention*'; ? stands for one character"
+    _ = analyze.add_argument("--filter", metavar="PATTERN", default="*", help=help_)
+    help_ = "a row for each block, or (the default) for each stack of at least three in a table of more than 20 rows"
+    _ = analyze.add_argument("--by", choices=("stack", "block"), default="stack", help=help_)
     help_ = "show what changed from one checkpoint to another"
     compare = commands.add_parser("compare", help=help_, **_examples(_COMPARE))
     _ = compare.add_argument("a", metavar="A", help=_PATH)
@@ -278,8 +299,8 @@ def _add_checkpoints(commands: Any) -> None:
     _ = compare.add_argument(
         "--json", metavar="FILE", help="also write the changes; - prints them instead of the table"
     )
-    help_ = "path, change or size: the largest first"
-    _ = compare.add_argument("--sort", metavar="ORDER", default="path", type=_order(_changes), help=help_)
+    help_ = "change (the default) or size, the largest first; or path"
+    _ = compare.add_argument("--sort", metavar="ORDER", default="change", type=_order(_changes), help=help_)
     for command, run in ((analyze, _analyze), (compare, _compare)):
         help_ = "show only the first N rows, and the first N items of each list after them"
         _ = command.add_argument("--top", metavar="N", type=_integer(0, 10**9), help=help_)
