@@ -214,7 +214,10 @@ def _relative(apart: float, all_: float) -> float:
 def render(
     comparison: CheckpointComparison, order: str = "change", top: int | None = None, width: int = text.WIDTH
 ) -> str:
-    """Render the table in an order of ORDERS, and say in which; lists show their first `top` entries, and how many were left out."""
+    """Render the table in an order of ORDERS, and say in which.
+
+    Lists show their first `top` entries, and how many were left out.
+    """
     weights = in_order(comparison.weights, order)
     reshaped = [f"{name} {list(one)} -> {list(two)}" for name, one, two in comparison.reshaped]
     return "\n".join(

@@ -186,7 +186,7 @@ def decimal(value: float) -> str:
     return "?" if math.isnan(value) else f"{value:.3f}"
 
 
-def ranged(values: Sequence[float], formatted: Callable[[float], str]) -> str:
+def ranged(values: Sequence[float], formatted: Callable[[float], str], between: str = "–") -> str:
     """Format the lowest and the highest of several numbers; one number if they look the same.
 
     >>> ranged([0.3, 0.25, 0.4], percent), ranged([2.0, 2.0], number)
@@ -194,7 +194,7 @@ def ranged(values: Sequence[float], formatted: Callable[[float], str]) -> str:
     """
     finite = [value for value in values if not math.isnan(value)] or [math.nan]
     low, high = formatted(min(finite)), formatted(max(finite))
-    return low if low == high else f"{low.removesuffix('%')}–{high}"
+    return low if low == high else f"{low.removesuffix('%')}{between}{high}"
 
 
 _LEVELS = "▁▂▃▄▅▆▇█"

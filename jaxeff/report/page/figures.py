@@ -108,9 +108,9 @@ def _folded(stack: Stack, members: Sequence[Row]) -> Row:
         known = [cell.value for cell in cells if cell.value is not None]
         return Cell(text.number(sum(known)), sum(known)) if known else cells[0]
 
-    def spanned(cells: Sequence[Cell], formatted: Callable[[float], str]) -> Cell:
+    def spanned(cells: Sequence[Cell], formatted: Callable[[float], str], between: str = "–") -> Cell:
         known = [cell.value for cell in cells if cell.value is not None]
-        return Cell(text.ranged(known, formatted), sum(known) / len(known)) if known else cells[0]
+        return Cell(text.ranged(known, formatted, between), sum(known) / len(known)) if known else cells[0]
 
     return Row(
         index=min(row.index for row in members),
@@ -124,7 +124,7 @@ def _folded(stack: Stack, members: Sequence[Row]) -> Row:
         used=spanned([row.used for row in members], text.percent),
         bar=None,
         null=None,
-        below=spanned([row.below for row in members], lambda below: f"{100 * below:+.1f}"),
+        below=spanned([row.below for row in members], lambda below: f"{100 * below:+.1f}", " to "),
         gini=spanned([row.gini for row in members], text.decimal),
         redundancy=spanned([row.redundancy for row in members], text.percent),
         units=spanned([row.units for row in members], text.percent),
