@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jaxeff.report import _table as table
 from jaxeff.report import _totals as totals
 from jaxeff.report._limits import LIMITS, interpret_gini, interpret_redundancy, interpret_utilization
 from jaxeff.report._recommendations import grouped, recommend
+from jaxeff.report._scalars import USUAL
 from jaxeff.report._stacks import stacks
 from jaxeff.statistics import UnitStatistics
 
@@ -333,6 +335,12 @@ def test_the_usual_scalars_are_a_dozen_however_many_layers_there_are():
     assert usual.keys() == report_of(*rows * 9).scalars().keys()
     assert usual.items() <= report_of(*rows).scalars("*").items()
     assert "model/dead_units" not in report_of(layer("a", activity=None)).scalars()
+
+
+def test_the_usual_scalars_are_documented():
+    text = (Path(__file__).parents[1] / "docs" / "monitor.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(model/\w+)`", text)
+    assert sorted(named) == sorted(USUAL)
 
 
 def test_scalars_are_chosen_by_patterns():

@@ -63,7 +63,7 @@ def importances(report: Report, paths: Sequence[str] | None = None, ax: Axes | N
     heights = np.nan_to_num(np.stack(weights)[:, 1:-1] / widths).max(axis=0)
     seen = np.flatnonzero(heights > _VISIBLE * heights.max())
     if seen.size:
-        _ = drawn.set_xlim(EDGES[seen[0]], EDGES[seen[-1] + 1])
+        _ = drawn.set_xlim(float(EDGES[seen[0]]), float(EDGES[seen[-1] + 1]))
     _ = drawn.set_ylim(bottom=0)
     plain_logarithms(drawn.xaxis)
     _ = finish(drawn, "importance over the layer's mean", "fraction of weights per octave")
