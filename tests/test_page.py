@@ -237,7 +237,9 @@ def test_nothing_that_a_name_says_is_run(open_page):
 @in_chromium
 @pytest.mark.parametrize("width", [400, 800, 1200, 1400])
 def test_nothing_lies_beside_the_window(open_page, width):
-    browser = open_page(report_of(layer("a" * 300), layer("encoder/" * 30 + "kernel")), width)
+    blocks = [layer(f"{'encoder/' * 9}block{i}/kernel", utilization=0.4 + i / 99) for i in range(25)]
+    browser = open_page(report_of(layer("a" * 300), layer("encoder/" * 30 + "kernel"), *blocks), width)
+    browser.find_element(By.CSS_SELECTOR, "button.unfold").click()
     browser.execute_script("document.querySelectorAll('button.open').forEach(button => button.click())")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     for selector in ("#filter", "button[data-key=used]", "button.open", "svg.bar"):

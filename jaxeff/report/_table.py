@@ -95,17 +95,16 @@ def fold(rows: Sequence[LayerReport], shown: Sequence[int], blocks: bool = False
         blocks: whether each layer has a row of its own, however many there are.
     """
     found = [] if blocks or len(shown) <= _PLAIN else stacks([rows[index] for index in shown])
-    member_of = {place: stack for stack in found for place in stack.members}
-    folded: dict[str | int, Stack] = {}
-    for place, index in enumerate(shown):
-        stack = member_of.get(place)
-        if stack is None:
-            folded[place] = Stack(rows[index].path, "", (index,), ())
-        else:
-            # `stacks` saw only what is shown, so its members are places among them.
-            members = tuple(shown[each] for each in stack.members)
-            _ = folded.setdefault(min(stack.members), stack._replace(members=members))
-    return list(folded.values())
+    first = {min(stack.members): stack for stack in found}
+    inside = {place for stack in found for place in stack.members}
+    # `stacks` saw only what is shown, so the members are places among them.
+    return [
+        first[place]._replace(members=tuple(shown[each] for each in first[place].members))
+        if place in first
+        else Stack(rows[index].path, "", (index,), ())
+        for place, index in enumerate(shown)
+        if place in first or place not in inside
+    ]
 
 
 def legend(folded: Sequence[Stack]) -> list[str]:
