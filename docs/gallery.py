@@ -18,6 +18,7 @@ import jax
 import optax
 from flax.training.train_state import TrainState
 from matplotlib import pyplot
+from PIL import Image
 
 import jaxeff
 from jaxeff import demo, importance, plot, prune
@@ -97,9 +98,11 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     pyplot.rcParams["figure.figsize"] = 6.4, 3.8
     for name, draw in pictures.items():
+        file = IMAGES / f"{name}.png"
         axes = draw()
-        axes.figure.savefig(IMAGES / f"{name}.png", pil_kwargs={"optimize": True})
+        axes.figure.savefig(file)
         pyplot.close(axes.figure)
+        Image.open(file).convert("RGB").quantize(256, kmeans=1).save(file, optimize=True)
 
 
 def _deep(images) -> TrainState:

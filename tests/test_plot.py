@@ -1,5 +1,6 @@
 """What is drawn, read back from the axes: the numbers of the report, and nothing shown."""
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -427,6 +428,26 @@ def test_lines_have_names_or_colours_in_order(name, picture):
     assert legend is None or len(legend.get_texts()) <= 12
     if len(axes.lines) > 20 and not name.startswith("pathways"):
         assert len(axes.child_axes) == 1
+
+
+def test_losses_that_are_far_off_do_not_flatten_those_that_are_near(axes):
+    losses = np.array([[2.1, 2.2, 1e6], [2.1, 2.3, 9e3], [2.05, 2.1, 2.2]], np.float32)
+    measured = prune.Sensitivity(
+        tuple("abc"), (8,) * 3, (0.5, 0.7, 0.9), "magnitude", prune.Unstructured(), losses, np.float32(2)
+    )
+    low, high = plot.sensitivity(measured, axes).get_ylim()
+    assert 1.8 < low < 2 and 2.3 < high < 5
+    near = dataclasses.replace(measured, losses=losses.clip(max=2.5))
+    assert plot.sensitivity(near, Figure().subplots()).get_ylim()[1] == pytest.approx(2.525)
+
+
+def test_advice_ends_where_the_losses_leave_the_picture(axes):
+    tried = tuple(
+        Tried("weights", "uniform", "wanda", fraction, loss, 0.0, False)
+        for fraction, loss in ((0.25, 1.001), (0.5, 1.02), (0.75, 3.0), (0.9, 9.0))
+    )
+    plot.advice(_advised(tried), axes)
+    assert axes.get_xlim() == pytest.approx((0, 0.55)) and axes.get_ylim()[1] < 1.1
 
 
 def test_the_gallery_shows_every_plot():
