@@ -437,6 +437,9 @@ def test_losses_that_are_far_off_do_not_flatten_those_that_are_near(axes):
     )
     low, high = plot.sensitivity(measured, axes).get_ylim()
     assert 1.8 < low < 2 and 2.3 < high < 5
+    # A logarithmic axis, which cannot begin below 0, shows as much.
+    tiny = dataclasses.replace(measured, losses=losses - np.float32(1.99), dense=np.float32(0.01))
+    assert plot.sensitivity(tiny, Figure().subplots()).get_ylim()[0] > 0
     near = dataclasses.replace(measured, losses=losses.clip(max=2.5))
     assert plot.sensitivity(near, Figure().subplots()).get_ylim()[1] == pytest.approx(2.525)
 

@@ -188,7 +188,9 @@ def zoom_to_losses(axes: Axes, dense: float, losses: Any) -> None:
     if middle > 0 and float(distances.max()) > 10 * middle:
         top = dense + 10 * middle
         lowest = min(dense, float(finite.min()))
-        _ = axes.set_ylim(lowest - 0.05 * (top - lowest), top)
+        bottom = lowest - 0.05 * (top - lowest)
+        # Above 0 where all losses are, so that the axis may be made logarithmic.
+        _ = axes.set_ylim(max(bottom, 0.8 * lowest) if lowest > 0 else bottom, top)
 
 
 def colour_bar(axes: Axes, drawn: Any, label: str) -> Any:
