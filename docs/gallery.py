@@ -25,7 +25,7 @@ from jaxeff import demo, importance, plot, prune
 
 IMAGES = Path(__file__).parent / "images"
 EPOCHS = (1, 2, 4, 8, 12, 16, 20)
-ANALYSED = 512
+ANALYZED = 512
 BLOCKS = 12
 
 
@@ -49,7 +49,7 @@ class Block(nn.Module):
 
 def main() -> None:
     training, _ = demo.split(demo.digits())
-    images, labels = training.images[:ANALYSED], training.labels[:ANALYSED]
+    images, labels = training.images[:ANALYZED], training.labels[:ANALYZED]
     states = [demo.train(epochs=epochs)[0] for epochs in EPOCHS]
     reports = [_report(state, images) for state in states]
     report, model = reports[-1], ({"params": states[-1].params}, states[-1].apply_fn)

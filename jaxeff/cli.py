@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import jaxeff
 
 _DEMO = """\
-  jaxeff demo                         train on the digits, analyse, print the report
+  jaxeff demo                         train on the digits, analyze, print the report
   jaxeff demo --seed 3 --epochs 10    another network, half the training
   jaxeff demo > report.txt            the report alone: progress goes to standard error
 """
@@ -258,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _ = parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    help_ = "train a small network on scanned digits, analyse and prune it"
+    help_ = "train a small network on scanned digits, analyze and prune it"
     demo = commands.add_parser("demo", help=help_, **_examples(_DEMO))
     seed, epochs = _integer(0, 2**32 - 1), _integer(1, 10_000)
     _ = demo.add_argument("--seed", type=seed, metavar="N", help="initial weights and order of batches")
@@ -271,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_checkpoints(commands: Any) -> None:
     analyze = commands.add_parser(
         "analyze",
-        help="analyse the weights of a checkpoint by magnitude, without its model",
+        help="analyze the weights of a checkpoint by magnitude, without its model",
         **_examples(_ANALYZE),
     )
     _ = analyze.add_argument("path", metavar="PATH", help=_PATH)

@@ -184,14 +184,14 @@ def test_long_paths_stay_apart_by_both_their_ends():
     assert len(set(shown)) == 4
 
 
-def test_the_headline_states_the_share_of_parameters_analysed():
+def test_the_headline_states_the_share_of_parameters_analyzed():
     unread = layer("cell/kernel", reason="inside scan", activity=None, scored="magnitude", nonlinearity=None)
     report = report_of(layer(shape=(96, 32)), dataclasses.replace(unread, shape=(32, 31)))
     printed = " ".join(str(report).split())
     # 3072, 992 and the 32 of the bias.
-    shares = "75.0% analysed with activations, 24.2% by magnitude only, 0.8% not weights"
+    shares = "75.0% analyzed with activations, 24.2% by magnitude only, 0.8% not weights"
     assert f"4,096 in all; {shares}" in printed
-    assert report.unpaired == {"cell/kernel": "inside scan"} and report.analysed_params == 3072
+    assert report.unpaired == {"cell/kernel": "inside scan"} and report.analyzed_params == 3072
 
 
 def test_notes_are_printed_with_their_layer_and_marked_in_the_table():
@@ -619,7 +619,7 @@ def test_what_fell_back_on_magnitudes_counts_as_that_everywhere():
     for x, fallen in ((batch, 0), (batch.at[0, 0].set(jnp.nan), 2)):
         report = jaxeff.analyze(params, model, x)
         assert len(report.unpaired) == fallen == report.scalars()["model/unpaired_layers"]
-        assert report.analysed_params == (20 if not fallen else 0)
+        assert report.analyzed_params == (20 if not fallen else 0)
         assert f"{100 if fallen else 0:.1f}% by magnitude only" in " ".join(str(report).split())
     assert all("not finite" in reason or "nan" in reason for reason in report.unpaired.values())
 

@@ -106,13 +106,13 @@ def test_a_text_of_many_lines_loses_its_middle():
 def test_a_traced_result_says_so():
     texts = []
 
-    def analysed(params, x):
+    def analyzed(params, x):
         report = jaxeff.analyze(params, small()[1], x)
         texts.extend([repr(report), repr(report.rows[0].metrics)])
         return report.numbers
 
     params, _, x = small()
-    _ = jax.jit(analysed)(params, x)
+    _ = jax.jit(analyzed)(params, x)
     assert all("Tracer" in text and len(text) < 100 for text in texts)
 
 

@@ -88,5 +88,5 @@ def _left_out(checkpoint: Checkpoint, width: int) -> list[str]:
         f"{name} ({len(arrays):,} arrays, {sum(array.size for array in arrays):,} elements)"
         for name, arrays in checkpoint.left_out.items()
     ]
-    said = f"Beside `params`, and not analysed: {', '.join(parts)}."
+    said = f"Beside `params`, and not analyzed: {', '.join(parts)}."
     return ["", *text.wrapped(said, width)] if parts else []

@@ -137,7 +137,7 @@ class Report(Shown):
         return {layer.path: reasons[layer.path] for layer in self.structure if layer.path in reasons}
 
     @property
-    def analysed_params(self) -> int:
+    def analyzed_params(self) -> int:
         """Elements of the weights whose activations were read and, if scores rest on them, are finite."""
         seen = zip(self.structure, self.activities, strict=True)
         read = sum(layer.size for layer, activity in seen if activity is not None)
@@ -181,7 +181,7 @@ class Report(Shown):
             one.attentions,
             one.model,
             one.headless,
-            one.analysed_params,
+            one.analyzed_params,
         )
 
     def __contains__(self, path: object) -> bool:

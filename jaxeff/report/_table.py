@@ -45,7 +45,7 @@ def render(
     *,
     blocks: bool = False,
 ) -> str:
-    """Render a row per layer in forward order, the model, the share that was analysed, and recommendations.
+    """Render a row per layer in forward order, the model, the share that was analyzed, and recommendations.
 
     In a table of more than 20 layers, those that differ only in the number of their block share a row.
 
@@ -226,15 +226,15 @@ def model(report: Snapshot) -> list[str]:
 
 
 def shares(report: Snapshot) -> str:
-    """Return which part of all parameters was analysed, and how."""
+    """Return which part of all parameters was analyzed, and how."""
     total = max(report.model.total_params, 1)
-    analysed = report.analysed_params
+    analyzed = report.analyzed_params
     others = sum(other.size for other in report.others)
-    magnitude = report.model.weights - analysed
+    magnitude = report.model.weights - analyzed
     roles = sorted({other.role for other in report.others})
     named = f" ({', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''})" if roles else ""
     weights = [
-        f"{analysed / total:.1%} analysed with activations",
+        f"{analyzed / total:.1%} analyzed with activations",
         f"{magnitude / total:.1%} by magnitude only",
     ]
     if not ran(report):

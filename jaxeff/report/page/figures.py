@@ -18,7 +18,7 @@ _LABELLED = 4
 
 
 def summary(report: Snapshot) -> dict[str, Any]:
-    """Return the tiles at the top of the page, and the sentence on what was analysed."""
+    """Return the tiles at the top of the page, and the sentence on what was analyzed."""
     model = report.model
     tiles = [
         ("Utilization", text.percent(float(model.utilization)), f"null: {_noise(report)}"),
