@@ -130,7 +130,7 @@ def _inches(axes: Axes) -> tuple[float, float]:
 
 def text_size(axes: Axes) -> float:
     """Return the points of labels: less on narrow axes, and at most what the labels have."""
-    return min(axes.xaxis.label.get_fontsize(), max(SMALL, 3.1 * _inches(axes)[0]))
+    return min(float(axes.xaxis.label.get_fontsize()), max(SMALL, 3.1 * _inches(axes)[0]))
 
 
 def points_high(axes: Axes) -> float:
@@ -196,7 +196,7 @@ def zoom_to_losses(axes: Axes, dense: float, losses: Any) -> None:
 def colour_bar(axes: Axes, drawn: Any, label: str) -> Any:
     """Draw a colour bar beside finished axes, as tall as they are, whatever becomes of their shape."""
     bar = axes.figure.colorbar(drawn, cax=axes.inset_axes((1.03, 0.0, 0.04, 1.0)))
-    size = axes.xaxis.label.get_fontsize()
+    size = text_size(axes)
     bar.ax.tick_params(labelsize=size)
     bar.set_label(_wrapped(label, _inches(axes)[1], size), fontsize=size)
     return bar
