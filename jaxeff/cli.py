@@ -19,19 +19,20 @@ from typing import Any, NoReturn
 import jaxeff
 
 _DEMO = """\
-  jaxeff demo                         train on the digits, analyse, print the report
+  jaxeff demo                         train on the digits, analyze, print the report
   jaxeff demo --seed 3 --epochs 10    another network, half the training
   jaxeff demo > report.txt            the report alone: progress goes to standard error
 """
 _ANALYZE = """\
   jaxeff analyze model.safetensors    the weights of a checkpoint, by magnitude
   jaxeff analyze checkpoint --sort gini --top 20 --json report.json
+  jaxeff analyze model.safetensors --filter '*attention*' --by block
   jaxeff analyze model.safetensors --html report.html
   jaxeff analyze model.safetensors --json - | jq .model.utilization
 """
 _COMPARE = """\
   jaxeff compare before after         what changed between two checkpoints
-  jaxeff compare before after --sort change --top 10
+  jaxeff compare before after --sort path --top 10
 """
 _PRUNE = """\
   jaxeff prune model --sparsity 0.5 --output pruned
@@ -154,8 +155,24 @@ def _analyze(arguments: argparse.Namespace) -> None:
     _print(
         arguments.json,
         lambda: report.to_json(indent=1),
-        lambda: output.render(report, checkpoint, arguments.sort, arguments.top, _width()),
+        lambda: _table(output, report, checkpoint, arguments),
     )
+
+
+def _table(output: Any, report: Any, checkpoint: Any, arguments: argparse.Namespace) -> str:
+    try:
+        return output.render(
+            report,
+            checkpoint,
+            arguments.sort,
+            arguments.top,
+            _width(),
+            pattern=arguments.filter,
+            blocks=arguments.by == "block",
+        )
+    except ValueError as error:
+        print(f"jaxeff: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -257,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _ = parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    help_ = "train a small network on scanned digits, analyse and prune it"
+    help_ = "train a small network on scanned digits, analyze and prune it"
     demo = commands.add_parser("demo", help=help_, **_examples(_DEMO))
     seed, epochs = _integer(0, 2**32 - 1), _integer(1, 10_000)
     _ = demo.add_argument("--seed", type=seed, metavar="N", help="initial weights and order of batches")
@@ -270,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_checkpoints(commands: Any) -> None:
     analyze = commands.add_parser(
         "analyze",
-        help="analyse the weights of a checkpoint by magnitude, without its model",
+        help="analyze the weights of a checkpoint by magnitude, without its model",
         **_examples(_ANALYZE),
     )
     _ = analyze.add_argument("path", metavar="PATH", help=_PATH)
@@ -287,6 +304,10 @@ def _add_checkpoints(commands: Any) -> None:
         "those with most to spare first"
     )
     _ = analyze.add_argument("--sort", metavar="ORDER", default="path", type=_order(_metrics), help=help_)
+    help_ = "show only layers whose names match, such as '*attention*'; ? stands for one character"
+    _ = analyze.add_argument("--filter", metavar="PATTERN", default="*", help=help_)
+    help_ = "a row for each block, or (the default) for each stack of at least three in a table of more than 20 rows"
+    _ = analyze.add_argument("--by", choices=("stack", "block"), default="stack", help=help_)
     help_ = "show what changed from one checkpoint to another"
     compare = commands.add_parser("compare", help=help_, **_examples(_COMPARE))
     _ = compare.add_argument("a", metavar="A", help=_PATH)
@@ -294,8 +315,8 @@ def _add_checkpoints(commands: Any) -> None:
     _ = compare.add_argument(
         "--json", metavar="FILE", help="also write the changes; - prints them instead of the table"
     )
-    help_ = "path, change or size: the largest first"
-    _ = compare.add_argument("--sort", metavar="ORDER", default="path", type=_order(_changes), help=help_)
+    help_ = "change (the default) or size, the largest first; or path"
+    _ = compare.add_argument("--sort", metavar="ORDER", default="change", type=_order(_changes), help=help_)
     for command, run in ((analyze, _analyze), (compare, _compare)):
         help_ = "show only the first N rows, and the first N items of each list after them"
         _ = command.add_argument("--top", metavar="N", type=_integer(0, 10**9), help=help_)

@@ -177,7 +177,7 @@ def compact(
 
     Returns:
         The smaller params, as `prune.shrink` makes them, and `small_apply(small_params, *batch, **apply_kwargs)`,
-        a jitted function that can be transformed, exported, timed and analysed like `apply_fn`. It returns what
+        a jitted function that can be transformed, exported, timed and analyzed like `apply_fn`. It returns what
         `apply_fn` returns; the collections that a Linen module with `mutable` updates are smaller.
 
     Raises:

@@ -306,7 +306,7 @@ class Snapshot:
     """A report of one model with its numbers on the host. Every table, page and file is made from it.
 
     Attributes:
-        analysed_params: elements of the weights that were scored by their activations or derivatives.
+        analyzed_params: elements of the weights that were scored by their activations or derivatives.
     """
 
     criterion: str
@@ -316,7 +316,7 @@ class Snapshot:
     attentions: tuple[AttentionReport, ...]
     model: ModelReport
     headless: tuple[HeadlessAttention, ...]
-    analysed_params: int
+    analyzed_params: int
 
 
 def none_of(kind: Any) -> Any:
