@@ -20,10 +20,14 @@ from jax.core import Tracer
 from jax.extend.core import Literal
 
 from jaxeff.graph.coupling_kinds import attention_of, kinds_of
-from jaxeff.graph.coupling_labels import CONSTANT, DATA, DEPTH, WEIGHT, Described, Dim, Labels
+from jaxeff.graph.coupling_labels import (
+    CONSTANT, DATA, DEPTH, MASKED, NOTHING, ROUTED, UNIFORM, UNKNOWN, WEIGHT, Described, Dim, Labels,
+)  # fmt: skip
+from jaxeff.graph.coupling_routing import positions_in, settle
 from jaxeff.graph.coupling_rules import through
 from jaxeff.graph.coupling_skips import skipped_by_zeros
 from jaxeff.graph.coupling_stacks import GroupsIn, Seen, Stacked, stacked_over
+from jaxeff.graph.coupling_experts import Gated, gated_sum
 from jaxeff.graph.coupling_work import Amount, Counts, key_value_cache, macs, scaled, total
 from jaxeff.graph.program import Operation, Program, Value, scan_operands
 from jaxeff.graph.provenance import operands_of_bodies
@@ -47,6 +51,9 @@ class Coupled:
             elements of its own, equally many; empty where there are none.
         block_axes: of each member, these axes of its leaf.
         scan: of blocks, the scan that goes through them.
+        routed: of experts that a router chooses among, how many of them have to stay; 0 of all other groups. Such an
+            expert is removed as if its logit were -inf, and not its weights 0.
+        gated: of such experts, where the sum of their outputs is taken, or why this is not known.
     """
 
     size: int
@@ -56,6 +63,8 @@ class Coupled:
     blocks: tuple[int, ...] = ()
     block_axes: Sequence[tuple[int, ...]] = ()
     scan: Operation | None = None
+    routed: int = 0
+    gated: Gated | str = ""
 
 
 class Coupling(NamedTuple):
@@ -94,11 +103,11 @@ def couple(
         inputs.append(Described(dims, WEIGHT if is_leaf else DATA))
     walk = Walk(labels)
     for output in walk.run(program, inputs):
-        labels.lock_dims(output.dims, OUTPUT)
+        labels.lock_dims([*output.dims, *positions_in(output)], OUTPUT)
     found = [described.dims for described, is_leaf in zip(inputs, leaves, strict=True) if is_leaf]
     values = [value for value, is_leaf in zip(program.inputs, leaves, strict=True) if is_leaf]
     order = sorted(range(len(values)), key=lambda leaf: used.get(values[leaf], math.inf))
-    return _collected(program, walk, found, order, values[:params])
+    return _collected(program, walk, found, order, values, params)
 
 
 def _first_uses(program: Program) -> dict[Value, int]:
@@ -123,7 +132,8 @@ def _collected(
     walk: Walk,
     leaves: Sequence[Sequence[Dim]],
     order: Sequence[int],
-    params: Sequence[Value],
+    values: Sequence[Value],
+    params: int,
 ) -> Coupling:
     """Labels alike in all that they stand in become the elements of one group."""
     labels = walk.labels
@@ -134,7 +144,7 @@ def _collected(
     owner = np.repeat(np.arange(len(axes)), [len(axis) for axis in whole])
     index = np.concatenate([np.arange(len(axis)) for axis in whole])
     owner, index, atom = labels.resolved(owner, index, labels.find(np.concatenate(whole)))
-    reasons, locked = _locked(labels)
+    reasons, locked = _locked(labels, MASKED)
     # Of each label the first place where it stands, which is how elements and groups are ordered.
     first = np.full(len(labels), len(atom))
     first[atom[::-1]] = np.arange(len(atom))[::-1]
@@ -172,11 +182,20 @@ def _collected(
         stack for one, each in zip(found, over, strict=True) if not one.reasons for stack in each.stacks
     }
     kinds = kinds_of(program, walk.described, groups_in, attention, iterations, stacks)
+    experts = {i for i, one in enumerate(found) if kinds.get(i) == "expert" and one.reasons and one.size > 1}
+    stays = np.logical_or.reduce(_locked(labels, ROUTED)[1], axis=0)
+    for i in experts - {group[atom] for atom in atoms[stays[atoms]]}:
+        found[i] = _routed(found[i], i, walk, groups_in)
     groups = [
         dataclasses.replace(one, kind=kinds.get(i, "unit"), scan=scans.get(i), **_blocks(one, found, over[i]))
         for i, one in enumerate(found)
     ]
-    return Coupling(groups, _amounts(program, walk, groups, of_label, groups_in, params))
+    for i, one in enumerate(groups):
+        if one.routed:
+            inside = {leaf for other, each in enumerate(over) if i in each.stacks for leaf, _, _ in found[other].members}
+            found_sum = gated_sum(program, walk.described, labels, groups_in, i, [values[leaf] for leaf in inside])
+            groups[i] = dataclasses.replace(one, gated=found_sum)
+    return Coupling(groups, _amounts(program, walk, groups, of_label, groups_in, values[:params]))
 
 
 def _amounts(
@@ -216,11 +235,27 @@ def _numbered(signatures: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first))[inverse]
 
 
-def _locked(labels: Labels) -> tuple[list[str], np.ndarray]:
-    """The reasons in the order in which they were met, and [reason, label], whether it locks it."""
-    reasons = list(dict.fromkeys(lock.reason for lock in labels.locks))
+def _routed(one: Coupled, number: int, walk: Walk, groups_in: GroupsIn) -> Coupled:
+    """The experts as ones that may go, as far as their router need not choose them."""
+    chosen = {choice.operation: choice.count for choice in walk.labels.choices if number in groups_in([choice.dim])}
+    # One argmax after the other chooses as many.
+    counts = [count for operation, count in chosen.items() if operation.name == "top_k"]
+    least = max([1, *counts, len(chosen) - len(counts)])
+    if least >= one.size:
+        return dataclasses.replace(one, reasons=(f"the router chooses {least} of them for each token",))
+    return dataclasses.replace(one, reasons=(), routed=least)
+
+
+def _locked(labels: Labels, sense: str) -> tuple[list[str], np.ndarray]:
+    """The reasons in the order in which they were met, and [reason, label], whether it locks it.
+
+    Args:
+        sense: MASKED or ROUTED, what it means that an element is gone.
+    """
+    locks = [lock for lock in labels.locks if lock.only in (None, sense)]
+    reasons = list(dict.fromkeys(lock.reason for lock in locks))
     locked = np.zeros((len(reasons), len(labels)), bool)
-    for lock in labels.locks:
+    for lock in locks:
         locked[reasons.index(lock.reason), labels.find(lock.labels)] = True
     every = np.arange(len(labels))
     products = every[(labels.of_all() == every) & labels.is_product(every)]
@@ -284,7 +319,8 @@ class Walk:
             self._see(results)
             if operation.name not in _LOOPS:
                 dims = [dim for described in (*operands, *results) for dim in described.dims]
-                self.seen.locked.extend((dims, lock.labels) for lock in self.labels.locks[locked:])
+                new = (lock for lock in self.labels.locks[locked:] if lock.only != ROUTED)
+                self.seen.locked.extend((dims, lock.labels) for lock in new)
             self.described.update(zip(operation.outputs, results, strict=True))
         self.labels.during = around
         return [self._read(output) for output in program.outputs]
@@ -305,7 +341,7 @@ class Walk:
     def _constant(self, constant: Any) -> Described:
         shape = np.shape(constant)
         if isinstance(constant, (int, float)):
-            return Described((), CONSTANT, constant == 0)
+            return Described((), CONSTANT, constant == 0, constant >= 0)
         kind = getattr(constant, "dtype", None)
         numeric = kind is not None and (jnp.issubdtype(kind, np.number) or jnp.issubdtype(kind, bool))
         if isinstance(constant, Tracer) or not numeric:
@@ -316,8 +352,10 @@ class Walk:
         dims = []
         for axis, size in enumerate(shape):
             uniform = size < 2 or bool((array == array.take([0], axis)).all())
-            dims.append(self.labels.dim(size, zero, None if uniform else "a constant array"))
-        return Described(tuple(dims), CONSTANT, zero)
+            dim = self.labels.dim(size, zero, None if uniform else "a constant array")
+            dims.append(dim._replace(unrouted=NOTHING if zero else UNIFORM if uniform else UNKNOWN))
+        real = not jnp.issubdtype(array.dtype, np.complexfloating)
+        return Described(tuple(dims), CONSTANT, zero, real and bool((array >= 0).all()))
 
     def _step(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
         if operation.name in _LOOPS:
@@ -342,7 +380,7 @@ class Walk:
             self._iterations = (*outside, time.factors[0])
         ends, results = self._repeated(body, initial)
         self._iterations = outside
-        time = time._replace(zero=False)
+        time = time._replace(zero=False, unrouted=UNKNOWN)
         return ends + [result._replace(dims=(time, *result.dims)) for result in results[carried:]]
 
     def _iterated(self, leading: Sequence[Dim]) -> Dim | None:
@@ -367,7 +405,7 @@ class Walk:
 
         What it carries is 0 somewhere if it is so at first, and each iteration leaves it so.
         """
-        carry = [operand._replace(made_of=DATA) for operand in initial]
+        carry = [self._carried(operand)._replace(made_of=DATA) for operand in initial]
         while True:
             results = body(carry)
             ends = self._tied(carry, results[: len(carry)])
@@ -376,13 +414,21 @@ class Walk:
             carry = ends
 
     def branches(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
+        _ = settle(self.labels, inputs[0])
         first, *others = [self.run(body, inputs[1:]) for body in operation.bodies]
+        first = list(map(self._carried, first))
         for other in others:
             first = self._tied(first, other)
         return [described._replace(made_of=max(described.made_of, inputs[0].made_of)) for described in first]
 
+    def _carried(self, described: Described) -> Described:
+        """An array in whose place another may stand, of which it is not known what experts leave in it."""
+        dims = tuple(dim._replace(unrouted=UNKNOWN) for dim in described.dims)
+        return Described(dims, settle(self.labels, described).made_of, described.zero)
+
     def _tied(self, ones: Sequence[Described], others: Sequence[Described]) -> list[Described]:
         """Arrays of which either may stand in the same place."""
+        others = list(map(self._carried, others))
         return [
             Described(
                 tuple(
