@@ -29,7 +29,7 @@ def weights(*stacked, seed=0):
 def logits_of(w, x, unchosen=None):
     """The router's logits, of which those of some experts, [experts], are -inf."""
     logits = x @ w["router"]
-    return logits if unchosen is None else jnp.where(unchosen, -jnp.inf, logits)
+    return logits if unchosen is None else jnp.where(unchosen[None], -jnp.inf, logits)
 
 
 def outputs_of(w, x):
@@ -99,7 +99,7 @@ def corrected(w, x, unchosen=None):
     """Sigmoid scores, chosen by their sum with a bias, as in DeepSeek-V3."""
     scores = jax.nn.sigmoid(logits_of(w, x, unchosen))
     bias = w["bias"] if unchosen is None else jnp.where(unchosen, -jnp.inf, w["bias"])
-    _, chosen = jax.lax.top_k(scores + bias, 2)
+    _, chosen = jax.lax.top_k(scores + bias[None], 2)
     best = jnp.take_along_axis(scores, chosen, axis=-1)
     gates = jnp.einsum("tk,tke->te", best, jax.nn.one_hot(chosen, scores.shape[-1]))
     return jnp.einsum("etd,te->td", outputs_of(w, x), gates)

@@ -37,10 +37,12 @@ def large(name):
 
 
 def random_plan(groups, seed):
-    """Of each block other elements, where there are blocks."""
+    """Of each block other elements, where there are blocks. Experts stay that a router chooses among."""
     draw = np.random.default_rng(seed)
     removed = {}
     for group in groups.unlocked:
+        if group.routed:
+            continue
         count = draw.integers(1, group.size)
         blocks = np.broadcast_to(np.arange(group.size), (*group.blocks, group.size))
         removed[group.name] = draw.permuted(blocks, axis=-1)[..., :count].tolist()

@@ -428,10 +428,12 @@ class Positions(NamedTuple):
     """What an array of whole numbers counts: positions along a dimension, none of them one that a router leaves out.
 
     Attributes:
+        operation: which counted them.
         shifted: whether something was added to them, as for positions from the end.
     """
 
     dim: Dim
+    operation: Any
     shifted: bool = False
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from jaxeff.graph.coupling_labels import (
@@ -106,7 +105,12 @@ def positions_in(operand: Described) -> list[Dim]:
 
 def settle(labels: Labels, operand: Described) -> Described:
     """Lock what positions are counted of, since their numbers are used for something that is not followed."""
-    labels.lock_dims(positions_in(operand), BY_NUMBER)
+    around = labels.during
+    for one in operand.positions:
+        if one is not None:
+            labels.during = one.operation
+            labels.lock_dims([one.dim], BY_NUMBER)
+    labels.during = around
     return operand._replace(positions=())
 
 
@@ -116,15 +120,15 @@ def counted(
     """The results of an operation with the positions that they count."""
     name = operation.name
     if name == "iota":
-        return _counting(results, 0, results[0].dims[operation.params["dimension"]])
+        return _counting(operation, results, 0, results[0].dims[operation.params["dimension"]])
     if name == "top_k":
         dim = inputs[0].dims[operation.params.get("axis", -1)]
         labels.choices.append(Choice(operation, dim, operation.params["k"]))
-        return _counting(results, 1, dim)
+        return _counting(operation, results, 1, dim)
     if name == "argmax" and len(operation.params["axes"]) == 1:
         dim = inputs[0].dims[operation.params["axes"][0]]
         labels.choices.append(Choice(operation, dim, 1))
-        return _counting(results, 0, dim)
+        return _counting(operation, results, 0, dim)
     if not any(operand.positions for operand in inputs):
         return results
     followed = _followed(labels, operation, inputs, results)
@@ -136,9 +140,11 @@ def counted(
     return results
 
 
-def _counting(results: list[Described], place: int, dim: Dim) -> list[Described]:
+def _counting(
+    operation: Operation, results: list[Described], place: int, dim: Dim
+) -> list[Described]:
     if dim.factors:
-        results[place] = results[place]._replace(positions=(Positions(dim),))
+        results[place] = results[place]._replace(nonnegative=True, positions=(Positions(dim, operation),))
     return results
 
 
@@ -147,8 +153,7 @@ def _followed(
 ) -> list[Described] | None:
     """The results of an operation whose use of positions is known; None for all others."""
     name, first = operation.name, inputs[0].positions
-    whole = not jnp.issubdtype(operation.outputs[0].dtype, jnp.inexact) and len(first) == 1
-    if (name in _MOVES or unchanged(operation)) and len(inputs) == 1 and (whole or unchanged(operation)):
+    if unchanged(operation) or (name in _MOVES and len(first) == 1):
         return [result._replace(positions=first) for result in results]
     if name == "concatenate":
         along = operation.params["dimension"]
