@@ -1,20 +1,19 @@
 """Experts behind a router go as if it never chose them: the smaller model is the large one with their logits at -inf."""
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxeff
 from jaxeff import prune
 
 TOKENS, WIDTH, HIDDEN, EXPERTS, BLOCKS = 10, 4, 6, 5, 3
 
 
 def normal(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32) / 2
 
 
 def weights(*stacked, seed=0):
@@ -135,3 +134,352 @@ def test_the_smaller_model_is_the_one_that_never_chooses_them(way, gone):
     np.testing.assert_allclose(way(prune.shrink(params, plan), x), expected, rtol=1e-5, atol=1e-5)
     small, small_apply = prune.compact(params, way, x, plan)
     np.testing.assert_allclose(small_apply(small, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def in_blocks(way):
+    """The same with weights of all blocks stacked, which a scan goes through."""
+
+    def model(params, x, unchosen=None):
+        def block(h, w):
+            w, unchosen = w
+            return h + way(w, h, unchosen), None
+
+        return jax.lax.scan(block, x, (params, unchosen))[0]
+
+    return model
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("way", [dense, top_k, dispatched], ids=lambda way: way.__name__)
+def test_each_block_loses_experts_and_units_of_its_own(way, seed):
+    params, x, model = weights(BLOCKS), normal(TOKENS, WIDTH, seed=9), in_blocks(way)
+    groups = prune.groups(params, model, x)
+    group = experts_of(groups)
+    assert group.blocks == (BLOCKS,)
+    draw, removed = np.random.default_rng(seed), {}
+    for each in groups.unlocked:
+        if each.kind in ("expert", "unit"):
+            every = np.broadcast_to(np.arange(each.size), (*each.blocks, each.size))
+            removed[each.name] = draw.permuted(every, axis=-1)[..., :2]
+    assert len(removed) == 2
+    plan = prune.Plan.from_json(prune.Plan.of(groups, removed).to_json())
+    unchosen = (removed.pop(group.name)[..., None] == np.arange(EXPERTS)).any(axis=1)
+    masks = prune.Plan.of(groups, removed).masks(params)
+    expected = model(prune.apply(params, masks), x, unchosen)
+    np.testing.assert_allclose(model(prune.shrink(params, plan), x), expected, rtol=1e-5, atol=1e-5)
+    small, small_apply = prune.compact(params, model, x, plan)
+    np.testing.assert_allclose(small_apply(small, x), expected, rtol=1e-5, atol=1e-5)
+
+
+class Mixture(nn.Module):
+    """Between two dense layers, with a router that has a bias; sizes are written into the code."""
+
+    experts: int = EXPERTS
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(WIDTH, name="embed")(x))
+        logits = nn.Dense(self.experts, name="router")(x)
+        best, chosen = jax.lax.top_k(30 * jnp.tanh(logits / 30), 2)
+        gates = jnp.einsum("tk,tke->te", nn.softmax(best), jax.nn.one_hot(chosen, self.experts))
+        up = self.param("up", nn.initializers.lecun_normal(), (self.experts, WIDTH, HIDDEN))
+        bias = self.param("bias", nn.initializers.normal(1.0), (self.experts, WIDTH))
+        down = self.param("down", nn.initializers.lecun_normal(), (self.experts, HIDDEN, WIDTH))
+        hidden = nn.silu(jnp.einsum("td,edf->tef", x, up))
+        outputs = jnp.einsum("tef,efd->ted", hidden, down) + bias[None]
+        return nn.Dense(3, name="head")(jnp.einsum("ted,te->td", outputs, gates))
+
+
+def test_a_module_is_rebuilt_with_fewer_experts_and_compacted_without():
+    model, x = Mixture(), normal(TOKENS, WIDTH, seed=9)
+    variables = jax.tree.map(lambda leaf: leaf + 0.1 * normal(*leaf.shape), model.init(jax.random.key(0), x))
+    groups = prune.groups(variables, model.apply, x)
+    group = experts_of(groups)
+    assert {member.name for member in group.members} == {
+        "router/kernel:1", "router/bias:0", "up:0", "bias:0", "down:0"
+    }  # fmt: skip
+    plan = prune.Plan.of(groups, {group.name: [1, 2]})
+    # With this bias, tanh does not keep a logit from being the lowest by far.
+    barred = variables["params"]["router"]["bias"].at[jnp.array([1, 2])].set(-1e9)
+    params = {**variables["params"], "router": {**variables["params"]["router"], "bias": barred}}
+    expected = model.apply({"params": params}, x)
+    rebuilt = Mixture(EXPERTS - 2).apply(prune.shrink(variables, plan), x)
+    np.testing.assert_allclose(rebuilt, expected, rtol=1e-5, atol=1e-5)
+    small, small_apply = prune.compact(variables, model.apply, x, plan)
+    np.testing.assert_allclose(small_apply(small, x), expected, rtol=1e-5, atol=1e-5)
+
+
+@jax.custom_jvp
+def softmax(x):
+    return jax.nn.softmax(x)
+
+
+@softmax.defjvp
+def _(primals, tangents):
+    y = softmax(*primals)
+    return y, y * (tangents[0] - jnp.sum(y * tangents[0], -1, keepdims=True))
+
+
+def own_derivative(w, x, unchosen=None):
+    return jnp.einsum("te,etd->td", softmax(logits_of(w, x, unchosen)), outputs_of(w, x))
+
+
+@pytest.mark.parametrize(
+    "way", [top_k, top_k_of_softmax, dispatched, own_derivative, jax.checkpoint(dense)], ids=lambda way: way.__name__
+)
+def test_the_compacted_model_trains_as_the_rebuilt_one(way):
+    params, x = weights(), normal(TOKENS, WIDTH, seed=9)
+    groups = prune.groups(params, way, x)
+    plan = prune.Plan.of(groups, {experts_of(groups).name: [0, 2]})
+    small, small_apply = prune.compact(params, way, x, plan)
+
+    def gradient(apply_fn):
+        return jax.jit(jax.grad(lambda params: jnp.mean(apply_fn(params, x) ** 2)))(small)
+
+    expected = gradient(way)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected)) > 1e-3
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradient(small_apply), expected
+    )
+
+
+# --- What stays locked -----------------------------------------------------------------------------------
+
+
+def no_experts(w, x):
+    """A softmax over units, of which no others are stacked along it."""
+    return jax.nn.softmax(x @ w["router"]) @ w["down"][:, 0]
+
+
+def chosen_by_their_outputs(w, x):
+    outputs = outputs_of(w, x)
+    best, chosen = jax.lax.top_k(jnp.linalg.norm(outputs, axis=-1).T, 2)
+    gates = jnp.einsum("tk,tke->te", best, jax.nn.one_hot(chosen, EXPERTS))
+    return jnp.einsum("etd,te->td", outputs, gates)
+
+
+def never_zero(w, x):
+    return jnp.einsum("te,etd->td", 1 + jax.nn.softmax(x @ w["router"]), outputs_of(w, x))
+
+
+def norm_over_experts(w, x):
+    outputs = outputs_of(w, x)
+    outputs = outputs / jnp.linalg.norm(outputs, axis=0, keepdims=True)
+    return jnp.einsum("te,etd->td", jax.nn.softmax(x @ w["router"]), outputs)
+
+
+def number_of_the_chosen(w, x):
+    best, chosen = jax.lax.top_k(x @ w["router"], 2)
+    gates = jnp.einsum("tk,tke->te", best * chosen, jax.nn.one_hot(chosen, w["router"].shape[-1]))
+    return jnp.einsum("etd,te->td", outputs_of(w, x), gates)
+
+
+def chosen_returned(w, x):
+    return top_k(w, x), jax.lax.top_k(x @ w["router"], 2)[1]
+
+
+def bias_by_number(w, x):
+    numbers = jnp.arange(w["router"].shape[-1], dtype=jnp.float32)
+    return jnp.einsum("te,etd->td", jax.nn.softmax(x @ w["router"] + numbers[None]), outputs_of(w, x))
+
+
+def smallest(w, x):
+    """The experts with the lowest logits."""
+    best, chosen = jax.lax.top_k(-jax.nn.softmax(x @ w["router"]), 2)
+    gates = jnp.einsum("tk,tke->te", best, jax.nn.one_hot(chosen, w["router"].shape[-1]))
+    return jnp.einsum("etd,te->td", outputs_of(w, x), gates)
+
+
+def noisy(w, x):
+    logits = x @ w["router"] + jax.random.normal(jax.random.key(0), (len(x), w["router"].shape[-1]))
+    return jnp.einsum("te,etd->td", jax.nn.softmax(logits), outputs_of(w, x))
+
+
+def sorted_tokens(w, x):
+    """One expert for each token, and products of ragged groups of tokens."""
+    chosen = jnp.argmax(x @ w["router"], -1)
+    order = jnp.argsort(chosen)
+    counts = jnp.bincount(chosen, length=w["router"].shape[-1])
+    hidden = nn.relu(jax.lax.ragged_dot(x[order], w["up"], counts))
+    return jax.lax.ragged_dot(hidden, w["down"], counts)[jnp.argsort(order)]
+
+
+LOCKED = {
+    no_experts: "reduce_max over it",
+    chosen_by_their_outputs: "top_k along it",
+    never_zero: "neither side is 0",
+    norm_over_experts: "reduce_sum over it",
+    number_of_the_chosen: "numbered by its position",
+    chosen_returned: "output of the model",
+    bias_by_number: "numbered by its position",
+    smallest: "top_k along it",
+    noisy: "random numbers",
+    sorted_tokens: "",
+}
+
+
+@pytest.mark.parametrize("model", LOCKED, ids=lambda model: model.__name__)
+def test_what_the_router_does_besides_keeps_its_experts(model):
+    params, x = weights(), normal(TOKENS, WIDTH, seed=9)
+    groups = prune.groups(params, model, x)
+    holding = [group for group in groups if any(one.path == "down" and one.axis == 0 for one in group.members)]
+    assert all(group.locked and LOCKED[model] in group.locked for group in holding), groups
+    with pytest.raises(ValueError, match="no experts that a router chooses among"):
+        prune.expert_importance(params, model, x)
+
+
+def test_as_many_stay_as_the_router_chooses():
+    params, x = weights(), normal(TOKENS, WIDTH, seed=9)
+    groups = prune.groups(params, top_k, x)
+    name = experts_of(groups).name
+    scores = jax.tree.map(jnp.abs, params)
+    with pytest.raises(ValueError, match="1 experts of .* would be left, and the router chooses 2"):
+        prune.Plan.of(groups, {name: [0, 1, 2, 3]})
+    plan = prune.plan(groups, scores, 0.9, kinds="expert")
+    assert plan.sizes() == {name: 2}
+    edited = plan.to_json().replace(f'"removed": {{"{name}": {list(plan.removed[name])}', f'"removed": {{"{name}": [0, 1, 2, 3]')
+    assert edited != plan.to_json()
+    with pytest.raises(ValueError, match="would be left"):
+        prune.Plan.from_json(edited)
+    few = {"router": params["router"][:, :2], "up": params["up"][:2], "down": params["down"][:2]}
+    (group,) = (group for group in prune.groups(few, top_k, x) if group.size == 2)
+    assert group.locked == "the router chooses 2 of them for each token"
+
+
+def test_experts_go_only_where_they_are_asked_for_and_no_mask_says_it():
+    params, x = weights(), normal(TOKENS, WIDTH, seed=9)
+    groups = prune.groups(params, top_k, x)
+    name, scores = experts_of(groups).name, jax.tree.map(jnp.abs, params)
+    assert name not in prune.plan(groups, scores, 0.5).removed
+    assert f"Whole in a plan unless named or their kind is: {name}" in str(groups)
+    assert prune.plan(groups, scores, {name: 0.4}).sizes() == {name: 3}
+    with pytest.raises(ValueError, match=f"experts of '{name}', and no mask"):
+        prune.plan(groups, scores, 0.4, kinds=("expert",)).masks(params)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_targets_and_costs(way):
+    params, x = weights(), normal(TOKENS, WIDTH, seed=9)
+    groups = prune.groups(params, way, x)
+    importance = prune.expert_importance(params, way, x).importance
+    plan = prune.plan(groups, importance, target={"params": 0.5}, kinds="expert")
+    assert plan.sizes() == {experts_of(groups).name: 2}
+    costs = groups.costs(plan.sizes())
+    small, small_apply = prune.compact(params, way, x, plan)
+    assert costs["params"] == sum(map(jnp.size, jax.tree.leaves(small))) <= 0.5 * groups.costs()["params"]
+    assert costs["macs"] == jaxeff.cost.count(small, small_apply, x).macs
+
+
+# --- Importance ------------------------------------------------------------------------------------------
+
+
+def gates_of(way, w, x):
+    """[tokens, experts], in NumPy."""
+    logits = x @ w["router"]
+    soft = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    order = np.argsort(-logits, axis=-1)
+    best = np.zeros_like(logits)
+    np.put_along_axis(best, order[:, :2], 1, axis=-1)
+    one = np.zeros_like(logits)
+    np.put_along_axis(one, order[:, :1], 1, axis=-1)
+    sigmoid = 1 / (1 + np.exp(-logits))
+    top_2 = soft * best / (soft * best).sum(-1, keepdims=True)
+    return {
+        dense: soft,
+        summed: soft,
+        sigmoids: sigmoid / sigmoid.sum(-1, keepdims=True),
+        top_k: top_2,
+        top_k_of_softmax: top_2,
+        scattered: top_2,
+        # Tokens beyond the capacity do not reach their expert.
+        dispatched: soft * one * (np.cumsum(one, axis=0) <= 3),
+    }[way]
+
+
+def reap(way, w, x):
+    gates = gates_of(way, w, x)
+    activation = nn.relu if way in (dense, dispatched) else jax.nn.gelu
+    hidden = activation(np.einsum("td,edf->etf", x, w["up"]))
+    norms = np.linalg.norm(np.einsum("etf,efd->etd", hidden, w["down"]), axis=-1)
+    tokens = (gates > 0).sum(0)
+    return (gates * norms.T).sum(0) / np.maximum(tokens, 1), tokens
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_importance_is_that_of_a_forward_pass_by_hand(way):
+    params, x = weights(), normal(TOKENS, WIDTH, seed=9)
+    name = experts_of(prune.groups(params, way, x)).name
+    found = prune.expert_importance(params, way, x)
+    importance, tokens = reap(way, params, x)
+    np.testing.assert_allclose(found.importance[name], importance, rtol=1e-5)
+    np.testing.assert_array_equal(found.tokens[name], tokens)
+
+
+@pytest.mark.parametrize("way", [dense, top_k, dispatched], ids=lambda way: way.__name__)
+def test_importance_in_blocks(way):
+    params, h, model = weights(BLOCKS), normal(TOKENS, WIDTH, seed=9), in_blocks(way)
+    found = prune.expert_importance(params, model, h)
+    (name,) = found.importance
+    for block in range(BLOCKS):
+        w = jax.tree.map(lambda leaf: leaf[block], params)
+        importance, tokens = reap(way, w, h)
+        np.testing.assert_allclose(found.importance[name][block], importance, rtol=1e-4)
+        np.testing.assert_array_equal(found.tokens[name][block], tokens)
+        h = h + np.asarray(way(w, h))
+    groups = prune.groups(params, model, normal(TOKENS, WIDTH, seed=9))
+    removed = prune.plan(groups, found.importance, 0.4, kinds="expert").removed[name]
+    np.testing.assert_array_equal(removed, np.sort(np.argsort(found.importance[name], axis=-1)[:, :2], axis=-1))
+
+
+def test_a_sequence_of_tokens_is_many_tokens():
+    """[batch, position, width], flattened for the router or not."""
+
+    def apart(w, x):
+        best, chosen = jax.lax.top_k(x @ w["router"], 2)
+        gates = jnp.einsum("btk,btke->bte", jax.nn.softmax(best), jax.nn.one_hot(chosen, w["router"].shape[-1]))
+        hidden = jax.nn.gelu(jnp.einsum("btd,edf->btef", x, w["up"]))
+        return jnp.einsum("btef,efd,bte->btd", hidden, w["down"], gates)
+
+    def flattened(w, x):
+        return top_k(w, x.reshape(-1, WIDTH)).reshape(x.shape)
+
+    params, x = weights(), normal(2, TOKENS // 2, WIDTH, seed=9)
+    importance, tokens = reap(top_k, params, x.reshape(-1, WIDTH))
+    for model in (apart, flattened):
+        found = prune.expert_importance(params, model, x)
+        np.testing.assert_allclose(*found.importance.values(), importance, rtol=1e-5)
+        np.testing.assert_array_equal(*found.tokens.values(), tokens)
+
+
+def test_experts_that_no_token_reached_are_listed():
+    params, x, model = weights(BLOCKS), np.abs(normal(TOKENS, WIDTH, seed=9)), in_blocks(top_k)
+    params["router"][0][:, 1:3] = -9
+    found = prune.expert_importance(params, model, x)
+    (name,) = found.importance
+    assert {(0, 1), (0, 2)} <= set(found.unreached[name])
+    for *block, expert in found.unreached[name]:
+        assert found.importance[name][(*block, expert)] == found.tokens[name][(*block, expert)] == 0
+    assert found.tokens[name].sum(-1).tolist() == [2 * TOKENS] * BLOCKS
+    one = prune.ExpertImportance({"a:0": np.zeros(3)}, {"a:0": np.array([0, 4, 0])})
+    assert "No token reached experts 0 and 2 of a:0." in str(one)
+    assert f"No token reached experts 1 and 2 of {name}, block 0." in str(found)
+
+
+def test_gates_that_are_not_found_say_so():
+    """Two sums, one for each half of what the experts put out."""
+
+    def halves(w, x):
+        gates, outputs = jax.nn.softmax(x @ w["router"]), outputs_of(w, x)
+        return jnp.einsum("te,etd->td", gates, outputs) + jnp.einsum("te,etd->td", gates, jnp.tanh(outputs))
+
+    params, x = weights(), normal(TOKENS, WIDTH, seed=9)
+    with pytest.raises(ValueError, match="2 sums over the experts' outputs"):
+        prune.expert_importance(params, halves, x)
+
+
+def test_no_expert_is_called_dead_and_none_is_masked():
+    """A router's column of 0 chooses as well as any other."""
+    params, x = weights(), normal(TOKENS, WIDTH, seed=9)
+    params["router"][:, 1] = 0
+    groups = prune.groups(params, dense, x)
+    assert experts_of(groups).name not in prune.Plan.dead(groups, jaxeff.analyze(params, dense, x)).removed

@@ -93,7 +93,7 @@ WHY = {
     "swiglu": {"gate/kernel:0": "input of the model", "down/kernel:1": "output of the model"},
     "scanned": {"stack/dense/kernel:0": "the iterations of a scan"},
     "dropout": {"second/kernel:1": "random numbers"},
-    "experts": {"up:0": "reduce_max over it"},
+    "experts": {"up:0": "output of the model"},
     "normalised": {"layer/kernel:1": "reduce_sum over it"},
     "fused": {"stacked/kernel:1": "one element is taken by its position"},
     "mixed": {"forgotten:1": "not read by the model"},

@@ -182,19 +182,25 @@ def _collected(
         stack for one, each in zip(found, over, strict=True) if not one.reasons for stack in each.stacks
     }
     kinds = kinds_of(program, walk.described, groups_in, attention, iterations, stacks)
-    experts = {i for i, one in enumerate(found) if kinds.get(i) == "expert" and one.reasons and one.size > 1}
-    stays = np.logical_or.reduce(_locked(labels, ROUTED)[1], axis=0)
-    for i in experts - {group[atom] for atom in atoms[stays[atoms]]}:
-        found[i] = _routed(found[i], i, walk, groups_in)
+    unrouted = list(zip(*_locked(labels, ROUTED), strict=True))
+    for i, one in enumerate(found):
+        if kinds.get(i) == "expert" and one.reasons and one.size > 1:
+            own = atoms[group[atoms] == i]
+            why = tuple(reason for reason, mask in unrouted if mask[own].any())
+            least = _chosen(labels, groups_in, i)
+            if not why and least >= one.size:
+                why = (f"the router chooses {least} of them for each token",)
+            found[i] = dataclasses.replace(one, reasons=why, routed=0 if why else least)
     groups = [
         dataclasses.replace(one, kind=kinds.get(i, "unit"), scan=scans.get(i), **_blocks(one, found, over[i]))
         for i, one in enumerate(found)
     ]
     for i, one in enumerate(groups):
         if one.routed:
-            inside = {leaf for other, each in enumerate(over) if i in each.stacks for leaf, _, _ in found[other].members}
-            found_sum = gated_sum(program, walk.described, labels, groups_in, i, [values[leaf] for leaf in inside])
-            groups[i] = dataclasses.replace(one, gated=found_sum)
+            stacked = [found[other].members for other, each in enumerate(over) if i in each.stacks]
+            weights = [values[leaf] for leaf in {leaf for members in stacked for leaf, _, _ in members}]
+            gated = gated_sum(program, walk.described, labels, groups_in, i, weights)
+            groups[i] = dataclasses.replace(one, gated=gated)
     return Coupling(groups, _amounts(program, walk, groups, of_label, groups_in, values[:params]))
 
 
@@ -235,15 +241,12 @@ def _numbered(signatures: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first))[inverse]
 
 
-def _routed(one: Coupled, number: int, walk: Walk, groups_in: GroupsIn) -> Coupled:
-    """The experts as ones that may go, as far as their router need not choose them."""
-    chosen = {choice.operation: choice.count for choice in walk.labels.choices if number in groups_in([choice.dim])}
-    # One argmax after the other chooses as many.
-    counts = [count for operation, count in chosen.items() if operation.name == "top_k"]
-    least = max([1, *counts, len(chosen) - len(counts)])
-    if least >= one.size:
-        return dataclasses.replace(one, reasons=(f"the router chooses {least} of them for each token",))
-    return dataclasses.replace(one, reasons=(), routed=least)
+def _chosen(labels: Labels, groups_in: GroupsIn, number: int) -> int:
+    """How many experts of a group its router chooses for each token, at least 1."""
+    counts = {choice.operation: choice.count for choice in labels.choices if number in groups_in([choice.dim])}
+    of_top_k = [count for operation, count in counts.items() if operation.name == "top_k"]
+    # One argmax after another chooses as many.
+    return max([1, *of_top_k, len(counts) - len(of_top_k)])
 
 
 def _locked(labels: Labels, sense: str) -> tuple[list[str], np.ndarray]:

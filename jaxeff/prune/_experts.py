@@ -104,6 +104,7 @@ def expert_importance(
     >>> found = expert_importance(w, model, jnp.ones((4, 1)))
     >>> print(found)
     experts   size  importance  tokens
+    ----------------------------------
     router:1  3     0 to 4      0 to 4
     No token reached experts 0 and 2 of router:1.
     """
@@ -134,10 +135,10 @@ def expert_importance(
         _, observed = graph.evaluate(program, arguments, Hooks(readings=readings))
         return {name: observed[gated.operation.outputs[0]] for name, gated in sums.items()}
 
+    measured = totals(arguments)
     importance, tokens = {}, {}
-    for (group, _), (name, (total, count)) in zip(routed, totals(arguments).items(), strict=True):
-        shape = (*group.blocks, group.size)
-        # Loops that share their weights come first, and their passes are further tokens.
-        total, count = (np.asarray(each, kind).reshape(-1, *shape).sum(0) for each, kind in ((total, np.float64), (count, np.int64)))
-        importance[name], tokens[name] = total / np.maximum(count, 1), count
+    for group, _ in routed:
+        # The passes of a loop whose weights are shared come first, and are further tokens.
+        total, count = (np.asarray(each).reshape(-1, *group.blocks, group.size).sum(0) for each in measured[group.name])
+        importance[group.name], tokens[group.name] = total / np.maximum(count, 1), count
     return ExpertImportance(importance, tokens)
