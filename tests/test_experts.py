@@ -94,6 +94,23 @@ def dispatched(w, x, unchosen=None, capacity=3):
     return jnp.einsum("tec,ecd->td", combine, outside)
 
 
+def second_choice(w, x, unchosen=None):
+    """The largest probability, and then the largest of the others, as in GShard."""
+    gates = jax.nn.softmax(logits_of(w, x, unchosen))
+    first = jax.nn.one_hot(jnp.argmax(gates, -1), gates.shape[-1])
+    second = jax.nn.one_hot(jnp.argmax(gates * (1 - first), -1), gates.shape[-1])
+    gates = gates * (first + second)
+    return jnp.einsum("te,etd->td", gates / gates.sum(-1, keepdims=True), outputs_of(w, x))
+
+
+def second_choice_by_where(w, x, unchosen=None):
+    gates = jax.nn.softmax(logits_of(w, x, unchosen))
+    first = jax.nn.one_hot(jnp.argmax(gates, -1), gates.shape[-1], dtype=bool)
+    second = jax.nn.one_hot(jnp.argmax(jnp.where(first, -jnp.inf, gates), -1), gates.shape[-1], dtype=bool)
+    gates = jnp.where(first | second, gates, 0)
+    return jnp.einsum("te,etd->td", gates / gates.sum(-1, keepdims=True), outputs_of(w, x))
+
+
 def corrected(w, x, unchosen=None):
     """Sigmoid scores, chosen by their sum with a bias, as in DeepSeek-V3."""
     scores = jax.nn.sigmoid(logits_of(w, x, unchosen))
@@ -104,8 +121,13 @@ def corrected(w, x, unchosen=None):
     return jnp.einsum("etd,te->td", outputs_of(w, x), gates)
 
 
-WAYS = {way.__name__: way for way in (dense, summed, sigmoids, top_k, top_k_of_softmax, scattered, dispatched)}
-LEAST = {"top_k": 2, "top_k_of_softmax": 2, "scattered": 2, "corrected": 2}
+WAYS = {
+    way.__name__: way
+    for way in (
+        dense, summed, sigmoids, top_k, top_k_of_softmax, scattered, dispatched, second_choice, second_choice_by_where
+    )
+}  # fmt: skip
+OF_ONE = (dense, summed, sigmoids, dispatched)
 
 
 def params_of(way):
@@ -126,7 +148,7 @@ def test_the_smaller_model_is_the_one_that_never_chooses_them(way, gone):
     params, x = params_of(way), normal(TOKENS, WIDTH, seed=9)
     groups = prune.groups(params, way, x)
     group = experts_of(groups)
-    assert group.routed == LEAST.get(way.__name__, 1)
+    assert group.routed == (1 if way in OF_ONE else 2)
     plan = prune.Plan.of(groups, {group.name: gone})
     assert {path: width for path, width in plan.widths().items()}["up"][0] == EXPERTS - len(gone)
     unchosen = np.isin(np.arange(EXPERTS), gone)
@@ -262,6 +284,18 @@ def never_zero(w, x):
     return jnp.einsum("te,etd->td", 1 + jax.nn.softmax(x @ w["router"]), outputs_of(w, x))
 
 
+def never_zero_of_relu(w, x):
+    hidden = nn.relu(jnp.einsum("td,edf->tef", x, w["up"]))
+    return jnp.einsum("tef,efd,te->td", hidden, w["down"], 1 + jax.nn.softmax(x @ w["router"]))
+
+
+def added_where_it_was_chosen(w, x):
+    """Each expert takes two tokens, and what it makes of them is written over theirs."""
+    _, tokens = jax.lax.top_k(jax.nn.softmax(x @ w["router"]).T, 2)
+    hidden = nn.relu(jnp.einsum("ekd,edf->ekf", x[tokens], w["up"]))
+    return x.at[tokens].set(jnp.einsum("ekf,efd->ekd", hidden, w["down"]))
+
+
 def norm_over_experts(w, x):
     outputs = outputs_of(w, x)
     outputs = outputs / jnp.linalg.norm(outputs, axis=0, keepdims=True)
@@ -308,6 +342,8 @@ LOCKED = {
     no_experts: "reduce_max over it",
     chosen_by_their_outputs: "top_k along it",
     never_zero: "neither side is 0",
+    never_zero_of_relu: "neither side is 0",
+    added_where_it_was_chosen: "written to by a scatter",
     norm_over_experts: "reduce_sum over it",
     number_of_the_chosen: "numbered by its position",
     chosen_returned: "output of the model",
@@ -391,6 +427,8 @@ def gates_of(way, w, x):
         top_k: top_2,
         top_k_of_softmax: top_2,
         scattered: top_2,
+        second_choice: top_2,
+        second_choice_by_where: top_2,
         # Tokens beyond the capacity do not reach their expert.
         dispatched: soft * one * (np.cumsum(one, axis=0) <= 3),
     }[way]

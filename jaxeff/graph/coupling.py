@@ -21,7 +21,7 @@ from jax.extend.core import Literal
 
 from jaxeff.graph.coupling_kinds import attention_of, kinds_of
 from jaxeff.graph.coupling_labels import (
-    CONSTANT, DATA, DEPTH, MASKED, NOTHING, ROUTED, UNIFORM, UNKNOWN, WEIGHT, Described, Dim, Labels,
+    ANY, CONSTANT, DATA, DEPTH, FRACTION, MASKED, NONNEGATIVE, NOTHING, ROUTED, UNIFORM, UNKNOWN, WEIGHT, Described, Dim, Labels,
 )  # fmt: skip
 from jaxeff.graph.coupling_routing import positions_in, settle
 from jaxeff.graph.coupling_rules import through
@@ -344,7 +344,7 @@ class Walk:
     def _constant(self, constant: Any) -> Described:
         shape = np.shape(constant)
         if isinstance(constant, (int, float)):
-            return Described((), CONSTANT, constant == 0, constant >= 0)
+            return Described((), CONSTANT, constant == 0, _sign(np.asarray(constant)))
         kind = getattr(constant, "dtype", None)
         numeric = kind is not None and (jnp.issubdtype(kind, np.number) or jnp.issubdtype(kind, bool))
         if isinstance(constant, Tracer) or not numeric:
@@ -357,8 +357,7 @@ class Walk:
             uniform = size < 2 or bool((array == array.take([0], axis)).all())
             dim = self.labels.dim(size, zero, None if uniform else "a constant array")
             dims.append(dim._replace(unrouted=NOTHING if zero else UNIFORM if uniform else UNKNOWN))
-        real = not jnp.issubdtype(array.dtype, np.complexfloating)
-        return Described(tuple(dims), CONSTANT, zero, real and bool((array >= 0).all()))
+        return Described(tuple(dims), CONSTANT, zero, _sign(array))
 
     def _step(self, operation: Operation, inputs: Sequence[Described]) -> list[Described]:
         if operation.name in _LOOPS:
@@ -443,6 +442,12 @@ class Walk:
             )
             for one, other in zip(ones, others, strict=True)
         ]
+
+
+def _sign(array: np.ndarray) -> int:
+    if jnp.issubdtype(array.dtype, jnp.complexfloating) or not ((array >= 0) | (array == -np.inf)).all():
+        return ANY
+    return FRACTION if (array <= 1).all() else NONNEGATIVE
 
 
 def _zeros(described: Described) -> tuple[bool, ...]:

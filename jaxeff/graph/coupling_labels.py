@@ -28,6 +28,8 @@ UNFIT = "reshapes that do not fit together"
 STATISTICS, SCALE, REPLAY = "statistics", "scale", "replay"
 # Of the blocks of a scan, which `Remaining` leaves to whoever found that they may go.
 DEPTH = "depth"
+# Of sums in a derivative, to which what a function left out adds nothing.
+DERIVATIVE = "derivative"
 KINDS = frozenset({STATISTICS, SCALE, REPLAY})
 # What it means that an element is gone. MASKED: its weights are 0. ROUTED: it is an expert that its router never
 # chooses, as if the expert's logit were -inf. A lock may hold for one of these only.
@@ -35,6 +37,8 @@ MASKED, ROUTED = "masked", "routed"
 # What an array holds where elements are gone in the sense of ROUTED: unknown; the same as beside them; what a router
 # chooses by, which may be taken as -inf; or 0.
 UNKNOWN, UNIFORM, LOGIT, NOTHING = range(4)
+# What is known of all numbers in an array: nothing; that none is negative, but for -inf; that all are from 0 to 1.
+ANY, NONNEGATIVE, FRACTION = range(3)
 
 
 class Dim(NamedTuple):
@@ -444,14 +448,14 @@ class Described(NamedTuple):
         dims: one for each dimension.
         made_of: CONSTANT; WEIGHT, of leaves and constants; or DATA.
         zero: whether it is 0 everywhere.
-        nonnegative: whether it is known to hold no negative number.
+        sign: ANY, NONNEGATIVE or FRACTION.
         positions: what it counts; of index vectors along the last dimension, what each of their numbers does.
     """
 
     dims: tuple[Dim, ...]
     made_of: int
     zero: bool = False
-    nonnegative: bool = False
+    sign: int = ANY
     positions: tuple[Positions | None, ...] = ()
 
 

@@ -240,7 +240,14 @@ def _scatter(labels: Labels, operation: Operation, inputs: Sequence[Described]) 
         dims[target] = _replaced(labels, dims[target], updates.dims[source], reason)
     others = [i for i in range(len(updates.dims)) if i not in numbers.update_window_dims]
     for source, index in zip(others, indices.dims[:-1], strict=True):
-        _ = labels.match(updates.dims[source], index)
+        dim = updates.dims[source]
+        _ = labels.match(dim, index)
+        # What is removed must not have been written: only a sum may leave it out, where it is 0.
+        adds = operation.name in ("scatter-add", "scatter_add")
+        if not (adds and dim.zero):
+            labels.lock_dims([dim], reason, only=MASKED)
+        if not (adds and dim.unrouted == NOTHING):
+            labels.lock_dims([dim], reason, only=ROUTED)
     for i, j in zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True):
         dims[i] = labels.match(dims[i], indices.dims[j])._replace(zero=False, unrouted=UNKNOWN)
     return [tuple(dims)]

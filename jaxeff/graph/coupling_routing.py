@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from jax.extend.core import Literal
 
 from jaxeff.graph.coupling_labels import (
-    CONSTANT, LOGIT, NOTHING, UNIFORM, UNKNOWN, WEIGHT, Choice, Described, Dim, Labels, Positions, shared,
+    ANY, CONSTANT, FRACTION, LOGIT, NONNEGATIVE, NOTHING, UNIFORM, UNKNOWN, WEIGHT, Choice, Described, Dim, Labels,
+    Positions, shared,
 )  # fmt: skip
 from jaxeff.graph.nonlinearities import unchanged
-from jaxeff.graph.program import Operation
+from jaxeff.graph.program import Operation, Value
 from jaxeff.graph.provenance import value_shape
 
 BY_NUMBER = "numbered by its position"
@@ -31,9 +33,10 @@ def unrouted_at(operand: Described, axis: int, rank: int) -> int:
     """What an operand of an operation on single elements holds along an axis of the result."""
     if len(operand.dims) != rank or not operand.dims[axis].factors:
         return NOTHING if operand.zero else UNIFORM
-    # A weight for each expert, such as a router's bias, may be taken as -inf like a logit.
+    # One weight for each expert, such as a router's bias, may be taken as -inf like a logit.
+    alone = operand.made_of == WEIGHT and sum(bool(dim.factors) for dim in operand.dims) == 1
     found = operand.dims[axis].unrouted
-    return LOGIT if found == UNKNOWN and operand.made_of == WEIGHT else found
+    return LOGIT if alone and found == UNKNOWN else found
 
 
 def unrouted(operation: Operation, states: Sequence[int], zero: bool) -> int:
@@ -62,33 +65,43 @@ def unrouted(operation: Operation, states: Sequence[int], zero: bool) -> int:
     return LOGIT if unchanged(operation) or (name in _STILL_LOGITS and first) else UNKNOWN
 
 
-_NEVER_NEGATIVE = frozenset({"abs", "argmax", "argmin", "exp", "exp2", "iota", "logistic", "sqrt", "square"})
-_OF_ALL = frozenset({
-    "add", "add_any", "broadcast_in_dim", "concatenate", "cummax", "cummin", "cumprod", "cumsum", "div", "dot_general",
-    "dynamic_update_slice", "expand_dims", "integer_pow", "min", "mul", "pad", "reduce_max", "reduce_min",
-    "reduce_prod", "reduce_sum", "reshape", "rev", "slice", "split", "squeeze", "tile", "top_k", "transpose",
+_NEVER_NEGATIVE = frozenset({"abs", "argmax", "argmin", "exp", "exp2", "iota", "sqrt", "square"})
+_LIKE_FIRST = frozenset({"dynamic_slice", "gather"})
+_LIKE_ALL = frozenset({
+    "broadcast_in_dim", "concatenate", "cummax", "cummin", "cumprod", "dynamic_update_slice", "expand_dims",
+    "integer_pow", "min", "mul", "pad", "reduce_max", "reduce_min", "reduce_prod", "reshape", "rev", "slice", "split",
+    "squeeze", "tile", "top_k", "transpose",
 })  # fmt: skip
-_OF_FIRST = frozenset({"dynamic_slice", "gather"})
+_SUMS = frozenset({"add", "add_any", "cumsum", "div", "dot_general", "reduce_sum"})
 
 
-def nonnegative(operation: Operation, inputs: Sequence[Described]) -> bool:
-    """Whether no result of an operation holds a negative number."""
-    name, known = operation.name, [operand.nonnegative for operand in inputs]
-    if name in _NEVER_NEGATIVE or all(output.dtype == bool for output in operation.outputs):
-        return True
+def sign_of(operation: Operation, inputs: Sequence[Described]) -> int:
+    """What is known of all numbers in an operation's results: ANY, NONNEGATIVE or FRACTION."""
+    name, known = operation.name, [operand.sign for operand in inputs]
+    complement = name == "sub" and _is_one(operation.inputs[0]) and known[1] == FRACTION
+    if name == "logistic" or complement or all(output.dtype == bool for output in operation.outputs):
+        return FRACTION
+    if name in _NEVER_NEGATIVE:
+        return NONNEGATIVE
     if name == "max":
-        return any(known)
+        return min(max(known), NONNEGATIVE)
     if name == "select_n":
-        return all(known[1:])
-    if name in _OF_FIRST:
+        return min(known[1:])
+    if name in _LIKE_FIRST:
         return known[0]
-    return (name in _OF_ALL or unchanged(operation)) and all(known)
+    if name in _LIKE_ALL or unchanged(operation):
+        return min(known)
+    return min(*known, NONNEGATIVE) if name in _SUMS else ANY
+
+
+def _is_one(operand: Value | Literal) -> bool:
+    return isinstance(operand, Literal) and bool(np.all(np.asarray(operand.val) == 1))
 
 
 def is_lowest(operand: Described, axis: int) -> bool:
     """Whether what is not chosen is never the largest along an axis."""
     state = operand.dims[axis].unrouted
-    return state == LOGIT or (state == NOTHING and operand.nonnegative)
+    return state == LOGIT or (state == NOTHING and operand.sign != ANY)
 
 
 # --- Positions -----------------------------------------------------------------------------------------
@@ -144,7 +157,7 @@ def _counting(
     operation: Operation, results: list[Described], place: int, dim: Dim
 ) -> list[Described]:
     if dim.factors:
-        results[place] = results[place]._replace(nonnegative=True, positions=(Positions(dim, operation),))
+        results[place] = results[place]._replace(sign=NONNEGATIVE, positions=(Positions(dim, operation),))
     return results
 
 
@@ -164,12 +177,12 @@ def _followed(
             every = tuple(x.positions[0] if x.positions else None for x in inputs)
             return [results[0]._replace(positions=every)]
     # Indices from the end: select_n(i < 0, i, i + n), which is i where none is negative.
-    if name == "lt" and inputs[1].zero and inputs[0].nonnegative:
+    if name == "lt" and inputs[1].zero and inputs[0].sign != ANY:
         return [results[0]._replace(zero=True)]
     if name == "add" and len(first) == 1 and inputs[1].made_of == CONSTANT and isinstance(operation.inputs[1], Literal):
         return [results[0]._replace(positions=(first[0] and first[0]._replace(shifted=True),))]
     if name == "select_n" and inputs[0].zero:
-        return [results[0]._replace(positions=inputs[1].positions, nonnegative=inputs[1].nonnegative)]
+        return [results[0]._replace(positions=inputs[1].positions, sign=inputs[1].sign)]
     if name == "eq":
         return _equal(labels, inputs, results)
     return None

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxeff.graph.coupling_labels import CONSTANT, NOTHING, Described, Dim, Labels, Rule
 from jaxeff.graph.coupling_moves import MOVES, unknown
-from jaxeff.graph.coupling_routing import counted, nonnegative, unrouted, unrouted_at
+from jaxeff.graph.coupling_routing import counted, sign_of, unrouted, unrouted_at
 from jaxeff.graph.coupling_sums import SUMS
 from jaxeff.graph.nonlinearities import POINTWISE, UNEVALUATED, unchanged
 from jaxeff.graph.primitives import LOCKED, RANDOM
@@ -25,8 +25,8 @@ def through(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
     dims_of_each = _without_rule(labels, operation, inputs) if found is None else found
     made_of = max((operand.made_of for operand in inputs), default=CONSTANT)
     zero = (operation.name in _MOVES or unchanged(operation)) and all(x.zero for x in inputs)
-    above = nonnegative(operation, inputs)
-    results = [Described(dims, made_of, zero, above) for dims in dims_of_each]
+    sign = sign_of(operation, inputs)
+    results = [Described(dims, made_of, zero, sign) for dims in dims_of_each]
     return counted(labels, operation, inputs, results)
 
 
@@ -99,13 +99,8 @@ def zero_where(operation: Operation, zeros: Sequence[bool]) -> bool:
 
 
 def _iota(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:
-    along = operation.params["dimension"]
-    return [
-        tuple(
-            labels.dim(size)
-            for axis, size in enumerate(operation.outputs[0].shape)
-        )
-    ]
+    """Positions, which `counted` follows."""
+    return [tuple(labels.dim(size) for size in operation.outputs[0].shape)]
 
 
 def _empty(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from jaxeff.graph.coupling_labels import (
-    DATA, LOGIT, MASKED, NOTHING, REPLAY, ROUTED, SCALE, STATISTICS, UNKNOWN, WEIGHT, Described, Dim, Labels, Rule,
+    DATA, DERIVATIVE, LOGIT, MASKED, NOTHING, REPLAY, ROUTED, SCALE, STATISTICS, UNKNOWN, WEIGHT, Described, Dim, Labels, Rule,
     Summed, shared,
 )  # fmt: skip
 from jaxeff.graph.coupling_routing import is_lowest
@@ -21,7 +21,7 @@ def _contract(labels: Labels, name: str, one: Described, other: Described, pair:
     if not any(dim.zero for dim in pair):
         labels.lock_dims([tied], neither, only=MASKED)
     if not any(dim.unrouted == NOTHING for dim in pair):
-        labels.lock_dims([tied], neither, STATISTICS, only=ROUTED)
+        labels.lock_dims([tied], neither, DERIVATIVE, only=ROUTED)
     if WEIGHT not in (one.made_of, other.made_of):
         labels.lock_dims([tied], _SCALED, SCALE, REPLAY, only=MASKED)
 
@@ -38,8 +38,7 @@ def _dot_general(labels: Labels, operation: Operation, inputs: Sequence[Describe
         labels.match(a, b)._replace(zero=a.zero or b.zero, unrouted=_of_product(a, b))
         for a, b in ((left.dims[i], right.dims[j]) for i, j in zip(batch_left, batch_right, strict=True))
     ]
-    free_left = [_free(left, dim) for i, dim in enumerate(left.dims) if i not in (*over_left, *batch_left)]
-    free_right = [_free(right, dim) for i, dim in enumerate(right.dims) if i not in (*over_right, *batch_right)]
+    free_left, free_right = _free(left, (*over_left, *batch_left)), _free(right, (*over_right, *batch_right))
     if left.made_of == right.made_of == DATA and over_left:
         labels.heads.append((batch, [*(left.dims[i] for i in over_left), *free_left, *free_right]))
     return [(*batch, *free_left, *free_right)]
@@ -49,10 +48,17 @@ def _of_product(one: Dim, other: Dim) -> int:
     return NOTHING if NOTHING in (one.unrouted, other.unrouted) else UNKNOWN
 
 
-def _free(operand: Described, dim: Dim) -> Dim:
-    """A dimension of an operand that a product leaves: of weights it is what a router may choose by."""
-    state = LOGIT if operand.made_of == WEIGHT else dim.unrouted if dim.unrouted == NOTHING else UNKNOWN
-    return dim._replace(unrouted=state)
+def _free(operand: Described, met: Sequence[int]) -> list[Dim]:
+    """The dimensions of an operand that do not meet the other's.
+
+    If it is one of weights, as of a router [width, experts], the product is what a router may choose by. Weights of the
+    experts themselves have another.
+    """
+    free = [dim for axis, dim in enumerate(operand.dims) if axis not in met]
+    alone = operand.made_of == WEIGHT and sum(bool(dim.factors) for dim in free) == 1
+    return [
+        dim._replace(unrouted=LOGIT if alone else NOTHING if dim.unrouted == NOTHING else UNKNOWN) for dim in free
+    ]
 
 
 def _convolution(
@@ -81,8 +87,8 @@ def _convolution(
     else:
         _contract(labels, operation.name, data, kernel, (channels, within))
     dims = [labels.dim(size, False, "positions of a convolution") for size in shape]
-    dims[numbers.out_spec[0]] = _free(data, data.dims[numbers.lhs_spec[0]])
-    dims[numbers.out_spec[1]] = _free(kernel, features)
+    dims[numbers.out_spec[0]] = data.dims[numbers.lhs_spec[0]]._replace(unrouted=UNKNOWN)
+    dims[numbers.out_spec[1]] = features._replace(unrouted=UNKNOWN)
     return [tuple(dims)]
 
 
@@ -100,7 +106,7 @@ def _reduce(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
             if nothing and sums:
                 labels.summed.append(Summed(operation, operand.dims[axis], (axis,)))
             if not (nothing or (operation.name in _LARGEST and is_lowest(operand, axis))):
-                labels.lock_dims([operand.dims[axis]], reason, *([STATISTICS] if sums else []), only=ROUTED)
+                labels.lock_dims([operand.dims[axis]], reason, *([DERIVATIVE] if sums else []), only=ROUTED)
     kept = tuple(dim for i, dim in enumerate(inputs[0].dims) if i not in reduced)
     zero = sums or operation.name == "reduce_max"
     zeros = (NOTHING, LOGIT) if operation.name == "reduce_max" else (NOTHING,) if operation.name in _OF_ZEROS else ()

@@ -19,7 +19,7 @@ from jax.extend.core import Literal
 
 from jaxeff.graph.coupling import INPUT, OUTPUT, Walk
 from jaxeff.graph.coupling_labels import (
-    DATA, DEPTH, LOGIT, REPLAY, ROUTED, SCALE, STATISTICS, UNKNOWN, WEIGHT, Described, Labels,
+    DATA, DEPTH, DERIVATIVE, LOGIT, REPLAY, ROUTED, SCALE, STATISTICS, UNKNOWN, WEIGHT, Described, Labels,
 )  # fmt: skip
 from jaxeff.graph.coupling_routing import settle
 from jaxeff.graph.program import Operation, Program, Value
@@ -104,7 +104,7 @@ class Remaining:
         outputs: Sequence[Input | None],
         derivative: bool = False,
     ):
-        allowed = frozenset({DEPTH, SCALE, REPLAY, STATISTICS} if derivative else {DEPTH, SCALE, REPLAY})
+        allowed = frozenset({DEPTH, SCALE, REPLAY, *((STATISTICS, DERIVATIVE) if derivative else ())})
         # A derivative reads what its function made: what that left out of a maximum it leaves out as well.
         labelled = _Labelled(Labels(allowed), inputs, LOGIT if derivative else UNKNOWN)
         walk = Walk(labelled.labels)
