@@ -1,4 +1,4 @@
-"""Experts behind a router go as if it never chose them: the smaller model is the large one with their logits at -inf."""
+"""Experts behind a router: the smaller model is the large one with the logits of what was removed at -inf."""
 
 import flax.linen as nn
 import jax
@@ -247,7 +247,9 @@ def own_derivative(w, x, unchosen=None):
 
 
 @pytest.mark.parametrize(
-    "way", [top_k, top_k_of_softmax, dispatched, own_derivative, jax.checkpoint(dense)], ids=lambda way: way.__name__
+    "way",
+    [top_k, top_k_of_softmax, dispatched, own_derivative, jax.checkpoint(dense)],
+    ids=lambda way: way.__name__,
 )
 def test_the_compacted_model_trains_as_the_rebuilt_one(way):
     params, x = weights(), normal(TOKENS, WIDTH, seed=9)
@@ -358,7 +360,9 @@ LOCKED = {
 def test_what_the_router_does_besides_keeps_its_experts(model):
     params, x = weights(), normal(TOKENS, WIDTH, seed=9)
     groups = prune.groups(params, model, x)
-    holding = [group for group in groups if any(one.path == "down" and one.axis == 0 for one in group.members)]
+    holding = [
+        group for group in groups if any(one.path == "down" and one.axis == 0 for one in group.members)
+    ]
     assert all(group.locked and LOCKED[model] in group.locked for group in holding), groups
     with pytest.raises(ValueError, match="no experts that a router chooses among"):
         prune.expert_importance(params, model, x)
@@ -373,7 +377,9 @@ def test_as_many_stay_as_the_router_chooses():
         prune.Plan.of(groups, {name: [0, 1, 2, 3]})
     plan = prune.plan(groups, scores, 0.9, kinds="expert")
     assert plan.sizes() == {name: 2}
-    edited = plan.to_json().replace(f'"removed": {{"{name}": {list(plan.removed[name])}', f'"removed": {{"{name}": [0, 1, 2, 3]')
+    edited = plan.to_json().replace(
+        f'"removed": {{"{name}": {list(plan.removed[name])}', f'"removed": {{"{name}": [0, 1, 2, 3]'
+    )
     assert edited != plan.to_json()
     with pytest.raises(ValueError, match="would be left"):
         prune.Plan.from_json(edited)
@@ -459,14 +465,16 @@ def test_importance_in_blocks(way):
     found = prune.expert_importance(params, model, h)
     (name,) = found.importance
     for block in range(BLOCKS):
-        w = jax.tree.map(lambda leaf: leaf[block], params)
+        w = {name: leaf[block] for name, leaf in params.items()}
         importance, tokens = reap(way, w, h)
         np.testing.assert_allclose(found.importance[name][block], importance, rtol=1e-4)
         np.testing.assert_array_equal(found.tokens[name][block], tokens)
         h = h + np.asarray(way(w, h))
     groups = prune.groups(params, model, normal(TOKENS, WIDTH, seed=9))
     removed = prune.plan(groups, found.importance, 0.4, kinds="expert").removed[name]
-    np.testing.assert_array_equal(removed, np.sort(np.argsort(found.importance[name], axis=-1)[:, :2], axis=-1))
+    np.testing.assert_array_equal(
+        removed, np.sort(np.argsort(found.importance[name], axis=-1)[:, :2], axis=-1)
+    )
 
 
 def test_a_sequence_of_tokens_is_many_tokens():
@@ -474,7 +482,9 @@ def test_a_sequence_of_tokens_is_many_tokens():
 
     def apart(w, x):
         best, chosen = jax.lax.top_k(x @ w["router"], 2)
-        gates = jnp.einsum("btk,btke->bte", jax.nn.softmax(best), jax.nn.one_hot(chosen, w["router"].shape[-1]))
+        gates = jnp.einsum(
+            "btk,btke->bte", jax.nn.softmax(best), jax.nn.one_hot(chosen, w["router"].shape[-1])
+        )
         hidden = jax.nn.gelu(jnp.einsum("btd,edf->btef", x, w["up"]))
         return jnp.einsum("btef,efd,bte->btd", hidden, w["down"], gates)
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Literal
 
 from jaxeff.graph.coupling_labels import NOTHING, Described, Labels
 from jaxeff.graph.coupling_stacks import GroupsIn
@@ -46,7 +45,9 @@ class Gated:
         others = tuple(set(range(gate.ndim)) - {self.gate_axis} - {axis for _, axis in self.tokens})
         reached = (gate != 0).any(axis=others, keepdims=True)
         order = [self.gate_axis, *(axis for _, axis in self.tokens), *others]
-        reached = reached.transpose(order).reshape([gate.shape[axis] for axis in order[: len(order) - len(others)]])
+        reached = reached.transpose(order).reshape(
+            [gate.shape[axis] for axis in order[: len(order) - len(others)]]
+        )
         stacked = [jnp.moveaxis(each, axis, 0) for each, axis in zip(operands, self.axes, strict=True)]
 
         def of_one(pair: tuple[list[Any], Any]) -> tuple[Any, Any]:
@@ -83,9 +84,9 @@ def gated_sum(
     """
     outputs = _outputs(program, described, groups_in, number, set(weights))
     sums = {
-        (one.operation, one.axes): one
-        for one in labels.summed
-        if number in groups_in([one.dim]) and outputs & set(_values(one.operation))
+        (operation, axes)
+        for operation, dim, axes in labels.summed
+        if number in groups_in([dim]) and outputs & set(_values(operation))
     }
     if len(sums) != 1:
         return f"{len(sums)} sums over the experts' outputs times their gates are found, and one is needed"
@@ -111,7 +112,7 @@ def _values(operation: Operation) -> list[Value]:
 
 
 def _atoms(labels: Labels, factors: Sequence[np.ndarray]) -> frozenset[int]:
-    return frozenset(np.concatenate([labels.atoms(factor) for factor in factors]).tolist()) if factors else frozenset()
+    return frozenset().union(*(labels.atoms(factor).tolist() for factor in factors))
 
 
 def _outputs(

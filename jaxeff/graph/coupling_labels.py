@@ -75,26 +75,6 @@ class Lock(NamedTuple):
     only: str | None = None
 
 
-class Choice(NamedTuple):
-    """A router's choice of `count` elements of a dimension for each token, by an operation."""
-
-    operation: Any
-    dim: Dim
-    count: int
-
-
-class Summed(NamedTuple):
-    """A sum over a dimension to which elements that no router chooses add nothing.
-
-    Attributes:
-        axes: the dimension's, in each operand of the operation.
-    """
-
-    operation: Any
-    dim: Dim
-    axes: tuple[int, ...]
-
-
 class Labels:
     """A union-find over labels, with products.
 
@@ -103,7 +83,9 @@ class Labels:
         locks: what was locked, in the order of the program.
         during: what is being described; each lock notes it.
         heads: of each product of data with data, the dimensions it runs over in parallel, and the others.
-        choices, summed: as the classes say; an operation in a loop may stand there more than once.
+        choices: operations by which a router chooses so many of a dimension for each token: (operation, dim, count).
+        summed: sums to which what no router chooses adds nothing: (operation, dim, its axis in each operand).
+            An operation in a loop may stand in both more than once.
     """
 
     def __init__(self, allowed: frozenset[str] = frozenset()):
@@ -111,8 +93,8 @@ class Labels:
         self.locks: list[Lock] = []
         self.during: Any = None
         self.heads: list[tuple[Sequence[Dim], Sequence[Dim]]] = []
-        self.choices: list[Choice] = []
-        self.summed: list[Summed] = []
+        self.choices: list[tuple[Operation, Dim, int]] = []
+        self.summed: list[tuple[Operation, Dim, tuple[int, ...]]] = []
         self.colors = 0
         self._count = 0
         # Of each label: its parent, the parts of its product, the number of minor parts, its color, scratch.
@@ -353,7 +335,9 @@ class Labels:
         tied = dims[0]
         for other in dims[1:]:
             tied = self.match(tied, other)
-        return tied._replace(zero=all(dim.zero for dim in dims), unrouted=shared(dim.unrouted for dim in dims))
+        return tied._replace(
+            zero=all(dim.zero for dim in dims), unrouted=shared(dim.unrouted for dim in dims)
+        )
 
     def match(self, one: Dim, other: Dim) -> Dim:
         """Let two dimensions of equal size stand and fall together; the first, cut as both need it."""

@@ -8,8 +8,17 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxeff.graph.coupling_labels import (
-    MASKED, NOTHING, ROUTED, UNIFORM, UNKNOWN, Described, Dim, Labels, Rule, shared,
-)  # fmt: skip
+    MASKED,
+    NOTHING,
+    ROUTED,
+    UNIFORM,
+    UNKNOWN,
+    Described,
+    Dim,
+    Labels,
+    Rule,
+    shared,
+)
 from jaxeff.graph.coupling_routing import looks_up, positions_in
 from jaxeff.graph.program import Operation
 from jaxeff.graph.provenance import value_shape

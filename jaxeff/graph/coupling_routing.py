@@ -13,9 +13,21 @@ import numpy as np
 from jax.extend.core import Literal
 
 from jaxeff.graph.coupling_labels import (
-    ANY, CONSTANT, FRACTION, LOGIT, NONNEGATIVE, NOTHING, UNIFORM, UNKNOWN, WEIGHT, Choice, Described, Dim, Labels,
-    Positions, shared,
-)  # fmt: skip
+    ANY,
+    CONSTANT,
+    FRACTION,
+    LOGIT,
+    NONNEGATIVE,
+    NOTHING,
+    UNIFORM,
+    UNKNOWN,
+    WEIGHT,
+    Described,
+    Dim,
+    Labels,
+    Positions,
+    shared,
+)
 from jaxeff.graph.nonlinearities import unchanged
 from jaxeff.graph.program import Operation, Value
 from jaxeff.graph.provenance import value_shape
@@ -136,11 +148,11 @@ def counted(
         return _counting(operation, results, 0, results[0].dims[operation.params["dimension"]])
     if name == "top_k":
         dim = inputs[0].dims[operation.params.get("axis", -1)]
-        labels.choices.append(Choice(operation, dim, operation.params["k"]))
+        labels.choices.append((operation, dim, operation.params["k"]))
         return _counting(operation, results, 1, dim)
     if name == "argmax" and len(operation.params["axes"]) == 1:
         dim = inputs[0].dims[operation.params["axes"][0]]
-        labels.choices.append(Choice(operation, dim, 1))
+        labels.choices.append((operation, dim, 1))
         return _counting(operation, results, 0, dim)
     if not any(operand.positions for operand in inputs):
         return results
@@ -153,9 +165,7 @@ def counted(
     return results
 
 
-def _counting(
-    operation: Operation, results: list[Described], place: int, dim: Dim
-) -> list[Described]:
+def _counting(operation: Operation, results: list[Described], place: int, dim: Dim) -> list[Described]:
     if dim.factors:
         results[place] = results[place]._replace(sign=NONNEGATIVE, positions=(Positions(dim, operation),))
     return results
@@ -179,7 +189,12 @@ def _followed(
     # Indices from the end: select_n(i < 0, i, i + n), which is i where none is negative.
     if name == "lt" and inputs[1].zero and inputs[0].sign != ANY:
         return [results[0]._replace(zero=True)]
-    if name == "add" and len(first) == 1 and inputs[1].made_of == CONSTANT and isinstance(operation.inputs[1], Literal):
+    if (
+        name == "add"
+        and len(first) == 1
+        and inputs[1].made_of == CONSTANT
+        and isinstance(operation.inputs[1], Literal)
+    ):
         return [results[0]._replace(positions=(first[0] and first[0]._replace(shifted=True),))]
     if name == "select_n" and inputs[0].zero:
         return [results[0]._replace(positions=inputs[1].positions, sign=inputs[1].sign)]
@@ -214,4 +229,3 @@ def looks_up(labels: Labels, dim: Dim, indices: Described, place: int, count: in
         return False
     _ = labels.match(dim, known.dim)
     return True
-

@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from jaxeff.graph.coupling_labels import (
-    DATA, DERIVATIVE, LOGIT, MASKED, NOTHING, REPLAY, ROUTED, SCALE, STATISTICS, UNKNOWN, WEIGHT, Described, Dim, Labels, Rule,
-    Summed, shared,
-)  # fmt: skip
+    DATA,
+    DERIVATIVE,
+    LOGIT,
+    MASKED,
+    NOTHING,
+    REPLAY,
+    ROUTED,
+    SCALE,
+    STATISTICS,
+    UNKNOWN,
+    WEIGHT,
+    Described,
+    Dim,
+    Labels,
+    Rule,
+    shared,
+)
 from jaxeff.graph.coupling_routing import is_lowest
 from jaxeff.graph.program import Operation
 
@@ -33,7 +47,7 @@ def _dot_general(labels: Labels, operation: Operation, inputs: Sequence[Describe
         pair = left.dims[i], right.dims[j]
         _contract(labels, operation.name, left, right, pair)
         if any(dim.unrouted == NOTHING for dim in pair):
-            labels.summed.append(Summed(operation, pair[0], (i, j)))
+            labels.summed.append((operation, pair[0], (i, j)))
     batch = [
         labels.match(a, b)._replace(zero=a.zero or b.zero, unrouted=_of_product(a, b))
         for a, b in ((left.dims[i], right.dims[j]) for i, j in zip(batch_left, batch_right, strict=True))
@@ -57,7 +71,8 @@ def _free(operand: Described, met: Sequence[int]) -> list[Dim]:
     free = [dim for axis, dim in enumerate(operand.dims) if axis not in met]
     alone = operand.made_of == WEIGHT and sum(bool(dim.factors) for dim in free) == 1
     return [
-        dim._replace(unrouted=LOGIT if alone else NOTHING if dim.unrouted == NOTHING else UNKNOWN) for dim in free
+        dim._replace(unrouted=LOGIT if alone else NOTHING if dim.unrouted == NOTHING else UNKNOWN)
+        for dim in free
     ]
 
 
@@ -104,12 +119,18 @@ def _reduce(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
             labels.lock_dims([operand.dims[axis]], reason, *kinds, only=MASKED)
             nothing = operand.dims[axis].unrouted == NOTHING and operation.name in ("reduce_sum", "reduce_or")
             if nothing and sums:
-                labels.summed.append(Summed(operation, operand.dims[axis], (axis,)))
+                labels.summed.append((operation, operand.dims[axis], (axis,)))
             if not (nothing or (operation.name in _LARGEST and is_lowest(operand, axis))):
                 labels.lock_dims([operand.dims[axis]], reason, *([DERIVATIVE] if sums else []), only=ROUTED)
     kept = tuple(dim for i, dim in enumerate(inputs[0].dims) if i not in reduced)
     zero = sums or operation.name == "reduce_max"
-    zeros = (NOTHING, LOGIT) if operation.name == "reduce_max" else (NOTHING,) if operation.name in _OF_ZEROS else ()
+    zeros = (
+        (NOTHING, LOGIT)
+        if operation.name == "reduce_max"
+        else (NOTHING,)
+        if operation.name in _OF_ZEROS
+        else ()
+    )
     left = tuple(
         dim._replace(zero=dim.zero and zero, unrouted=dim.unrouted if dim.unrouted in zeros else UNKNOWN)
         for dim in kept

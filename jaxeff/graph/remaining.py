@@ -17,11 +17,23 @@ from jax.core import Tracer
 from jax.extend import source_info_util
 from jax.extend.core import Literal
 
-from jaxeff.graph.coupling import INPUT, OUTPUT, Walk
+from jaxeff.graph.coupling import INPUT, OUTPUT
 from jaxeff.graph.coupling_labels import (
-    DATA, DEPTH, DERIVATIVE, LOGIT, REPLAY, ROUTED, SCALE, STATISTICS, UNKNOWN, WEIGHT, Described, Labels,
-)  # fmt: skip
+    DATA,
+    DEPTH,
+    DERIVATIVE,
+    LOGIT,
+    REPLAY,
+    ROUTED,
+    SCALE,
+    STATISTICS,
+    UNKNOWN,
+    WEIGHT,
+    Described,
+    Labels,
+)
 from jaxeff.graph.coupling_routing import settle
+from jaxeff.graph.coupling_walk import Walk
 from jaxeff.graph.program import Operation, Program, Value
 
 Kept = tuple[np.ndarray, ...]

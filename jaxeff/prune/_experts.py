@@ -38,7 +38,10 @@ class ExpertImportance(Shown):
 
         Groups of which every expert was reached are left out.
         """
-        found = {name: [tuple(map(int, place)) for place in np.argwhere(count == 0)] for name, count in self.tokens.items()}
+        found = {
+            name: [tuple(map(int, place)) for place in np.argwhere(count == 0)]
+            for name, count in self.tokens.items()
+        }
         return {name: places for name, places in found.items() if places}
 
     def __str__(self) -> str:
@@ -53,7 +56,10 @@ class ExpertImportance(Shown):
         ]
         lines = aligned([_HEADER, *rows], left=_HEADER, gap=2)
         for name, places in self.unreached.items():
-            lines += [f"No token reached {_experts(experts)} of {place}." for place, experts in _by_block(name, places)]
+            lines += [
+                f"No token reached {_experts(experts)} of {place}."
+                for place, experts in _by_block(name, places)
+            ]
         return "\n".join(lines)
 
 
@@ -139,6 +145,8 @@ def expert_importance(
     importance, tokens = {}, {}
     for group, _ in routed:
         # The passes of a loop whose weights are shared come first, and are further tokens.
-        total, count = (np.asarray(each).reshape(-1, *group.blocks, group.size).sum(0) for each in measured[group.name])
+        total, count = (
+            np.asarray(each).reshape(-1, *group.blocks, group.size).sum(0) for each in measured[group.name]
+        )
         importance[group.name], tokens[group.name] = total / np.maximum(count, 1), count
     return ExpertImportance(importance, tokens)
