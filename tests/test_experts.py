@@ -52,7 +52,7 @@ def summed(w, x, unchosen=None):
 
 
 def sigmoids(w, x, unchosen=None):
-    gates = jax.nn.sigmoid(logits_of(w, x, unchosen))
+    gates = jax.nn.sigmoid(logits_of(w, x, unchosen) / 0.5)
     gates = gates / gates.sum(-1, keepdims=True)
     return jnp.einsum("te,etd->td", gates, outputs_of(w, x))
 
@@ -326,6 +326,11 @@ def smallest(w, x):
     return jnp.einsum("etd,te->td", outputs_of(w, x), gates)
 
 
+def turned(w, x):
+    """The lower the logit, the larger the gate."""
+    return jnp.einsum("te,etd->td", jax.nn.sigmoid(-2.0 * (x @ w["router"])), outputs_of(w, x))
+
+
 def noisy(w, x):
     logits = x @ w["router"] + jax.random.normal(jax.random.key(0), (len(x), w["router"].shape[-1]))
     return jnp.einsum("te,etd->td", jax.nn.softmax(logits), outputs_of(w, x))
@@ -351,6 +356,7 @@ LOCKED = {
     chosen_returned: "output of the model",
     bias_by_number: "numbered by its position",
     smallest: "top_k along it",
+    turned: "neither side is 0",
     noisy: "random numbers",
     sorted_tokens: "",
 }
@@ -424,7 +430,7 @@ def gates_of(way, w, x):
     np.put_along_axis(best, order[:, :2], 1, axis=-1)
     one = np.zeros_like(logits)
     np.put_along_axis(one, order[:, :1], 1, axis=-1)
-    sigmoid = 1 / (1 + np.exp(-logits))
+    sigmoid = 1 / (1 + np.exp(-2 * logits))
     top_2 = soft * best / (soft * best).sum(-1, keepdims=True)
     return {
         dense: soft,

@@ -38,7 +38,9 @@ BY_NUMBER = "numbered by its position"
 
 _ZERO_OF_LOGITS = frozenset({"exp", "exp2", "logistic"})
 _FALSE_OF_LOGITS = frozenset({"eq", "ge", "gt"})
-_STILL_LOGITS = frozenset({"add", "add_any", "clamp", "div", "max", "min", "mul", "sub", "tanh"})
+# Increasing functions of their first logit: whatever caps or clips logits, the router chooses by what comes out.
+_INCREASING = frozenset({"add", "add_any", "clamp", "max", "min", "sub", "tanh"})
+_SCALING = frozenset({"div", "mul"})
 
 
 def unrouted_at(operand: Described, axis: int, rank: int) -> int:
@@ -51,11 +53,11 @@ def unrouted_at(operand: Described, axis: int, rank: int) -> int:
     return LOGIT if alone and found == UNKNOWN else found
 
 
-def unrouted(operation: Operation, states: Sequence[int], zero: bool) -> int:
-    """What the result holds.
+def unrouted(operation: Operation, inputs: Sequence[Described], states: Sequence[int], zero: bool) -> int:
+    """What the result of an operation on single elements holds along an axis.
 
     Args:
-        states: of each operand.
+        states: what each operand holds.
         zero: whether the result is 0 where those operands are that hold NOTHING.
     """
     name = operation.name
@@ -73,8 +75,12 @@ def unrouted(operation: Operation, states: Sequence[int], zero: bool) -> int:
         return NOTHING
     if name in _FALSE_OF_LOGITS and states[0] == LOGIT and states[1] == UNIFORM:
         return NOTHING
-    first = name not in ("div", "sub") or states[0] == LOGIT
-    return LOGIT if unchanged(operation) or (name in _STILL_LOGITS and first) else UNKNOWN
+    if name in _SCALING:
+        scales = [operand.sign for operand, state in zip(inputs, states, strict=True) if state != LOGIT]
+        increases = len(scales) == 1 and scales[0] != ANY
+    else:
+        increases = name in _INCREASING or unchanged(operation)
+    return LOGIT if increases and (name not in ("div", "sub") or states[0] == LOGIT) else UNKNOWN
 
 
 _NEVER_NEGATIVE = frozenset({"abs", "argmax", "argmin", "exp", "exp2", "iota", "sqrt", "square"})

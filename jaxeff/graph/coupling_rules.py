@@ -73,7 +73,7 @@ def _pointwise(labels: Labels, operation: Operation, inputs: Sequence[Described]
     dims = []
     for axis, size in enumerate(shape):
         states = [unrouted_at(x, axis, len(shape)) for x in inputs]
-        unchosen = unrouted(operation, states, zero_where(operation, [s == NOTHING for s in states]))
+        unchosen = unrouted(operation, inputs, states, zero_where(operation, [s == NOTHING for s in states]))
         spanning = [x for x in inputs if len(x.dims) == len(shape) and x.dims[axis].factors]
         if size < 2 or not spanning:
             dims.append(labels.dim(size)._replace(unrouted=unchosen))
