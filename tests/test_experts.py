@@ -28,7 +28,9 @@ def weights(*stacked, seed=0):
 def logits_of(w, x, unchosen=None):
     """The router's logits, of which those of some experts, [experts], are -inf."""
     logits = x @ w["router"]
-    return logits if unchosen is None else jnp.where(unchosen[None], -jnp.inf, logits)
+    return (
+        logits if unchosen is None else jnp.where(jnp.broadcast_to(unchosen, logits.shape), -jnp.inf, logits)
+    )
 
 
 def outputs_of(w, x):
@@ -94,6 +96,39 @@ def dispatched(w, x, unchosen=None, capacity=3):
     return jnp.einsum("tec,ecd->td", combine, outside)
 
 
+def with_capacity(w, x, unchosen=None, capacity=4):
+    """Two experts for each token of a sequence, as MaxText dispatches them."""
+    x = x.reshape(2, -1, WIDTH)
+    logits = logits_of(w, x, unchosen)
+    experts = logits.shape[-1]
+    best, chosen = jax.lax.top_k(logits, 2)
+    places = jnp.arange(len(x))[:, None, None], jnp.arange(x.shape[1])[:, None], chosen
+    gates = jnp.zeros(logits.shape).at[places].set(jax.nn.softmax(best))
+    mask = jax.nn.one_hot(chosen, experts, dtype=jnp.int32)
+    fused = mask.reshape(len(x), -1, experts)
+    count = jnp.cumsum(fused, axis=1)
+    within = jnp.sum(mask * (count.reshape(mask.shape) <= capacity), axis=2)
+    place = jnp.sum((fused * count).reshape(mask.shape), axis=2) * within
+    combine = (gates * within)[..., None] * jax.nn.one_hot(place, capacity + 1, dtype=jnp.int32)
+    combine = combine[..., 1:]
+    inside = jnp.einsum("bsd,bsec->ebcd", x, combine.astype(bool))
+    hidden = nn.silu(jnp.einsum("ebcd,edf->ebcf", inside, w["up"]))
+    outside = jnp.einsum("ebcf,efd->ebcd", hidden, w["down"])
+    return jnp.einsum("ebcd,bsec->bsd", outside, combine).reshape(-1, WIDTH)
+
+
+def token_by_token(w, x, unchosen=None):
+    """A function of one token, mapped."""
+
+    def one(x):
+        logits = logits_of(w, x, unchosen)
+        best, chosen = jax.lax.top_k(logits, 2)
+        gates = jax.nn.one_hot(chosen, len(logits)).T @ jax.nn.softmax(best)
+        return gates @ jax.vmap(lambda up, down: jax.nn.gelu(x @ up) @ down)(w["up"], w["down"])
+
+    return jax.vmap(one)(x)
+
+
 def second_choice(w, x, unchosen=None):
     """The largest probability, and then the largest of the others, as in GShard."""
     gates = jax.nn.softmax(logits_of(w, x, unchosen))
@@ -124,7 +159,8 @@ def corrected(w, x, unchosen=None):
 WAYS = {
     way.__name__: way
     for way in (
-        dense, summed, sigmoids, top_k, top_k_of_softmax, scattered, dispatched, second_choice, second_choice_by_where
+        dense, summed, sigmoids, top_k, top_k_of_softmax, scattered, dispatched, second_choice, second_choice_by_where,
+        with_capacity, token_by_token,
     )
 }  # fmt: skip
 OF_ONE = (dense, summed, sigmoids, dispatched)
@@ -441,14 +477,21 @@ def gates_of(way, w, x):
         scattered: top_2,
         second_choice: top_2,
         second_choice_by_where: top_2,
+        token_by_token: top_2,
+        with_capacity: top_2 * (_counts(best) <= 4),
         # Tokens beyond the capacity do not reach their expert.
         dispatched: soft * one * (np.cumsum(one, axis=0) <= 3),
     }[way]
 
 
+def _counts(best):
+    """[tokens, experts]: which of the tokens of its half that each is for the expert, from 1 on."""
+    return np.concatenate([np.cumsum(half, axis=0) for half in np.split(best, 2)])
+
+
 def reap(way, w, x):
     gates = gates_of(way, w, x)
-    activation = nn.relu if way in (dense, dispatched) else jax.nn.gelu
+    activation = {dense: nn.relu, dispatched: nn.relu, with_capacity: nn.silu}.get(way, jax.nn.gelu)
     hidden = activation(np.einsum("td,edf->etf", x, w["up"]))
     norms = np.linalg.norm(np.einsum("etf,efd->etd", hidden, w["down"]), axis=-1)
     tokens = (gates > 0).sum(0)

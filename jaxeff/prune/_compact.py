@@ -175,10 +175,9 @@ def compact(
     `small_apply` traces the large model and runs its program at the sizes that the plan leaves. Use it for models
     whose module cannot be built at these sizes, or only with work: those of Keras, Equinox, or a library.
 
-    It computes what `apply_fn` computes with `prune.apply(params, plan.masks(params))`; without experts that a router
-    chooses among, what `apply_fn` computes if their logits are -inf. Numbers that the model
-    takes from its widths (1/n, 1/sqrt(d)) stay those of the large model, so a plan may also remove what
-    `prune.groups(..., allow="replay")` opens.
+    It computes what `apply_fn` computes with `prune.apply(params, plan.masks(params))`, or, without experts behind a
+    router, with their logits at -inf. Numbers that the model takes from its widths (1/n, 1/sqrt(d)) stay those of the
+    large model, so a plan may also remove what `prune.groups(..., allow="replay")` opens.
 
     Args:
         params, apply_fn, rngs, apply_kwargs: as `prune.groups` takes them.

@@ -271,9 +271,9 @@ def groups(
     """Which axes of which leaves have to shrink together.
 
     The model is traced, and nothing is computed. Removing an element takes out its indices of all members;
-    what the smaller model computes is then what the model computes with these indices set to 0; of an expert that a
-    router chooses, what it computes if the expert's logit is -inf
-    (docs/structured.md has the rules). What is not known to be so is locked.
+    what the smaller model computes is then what the model computes with these indices set to 0, or, for an expert
+    behind a router, with the expert's logit at -inf (docs/structured.md has the rules). What is not known to be so is
+    locked.
 
     Args:
         params: as `jaxeff.analyze` takes them: Linen variables, with all collections, or any tree of
