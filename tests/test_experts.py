@@ -278,13 +278,29 @@ def _(primals, tangents):
     return y, y * (tangents[0] - jnp.sum(y * tangents[0], -1, keepdims=True))
 
 
+@jax.custom_vjp
+def pulled_softmax(x):
+    return jax.nn.softmax(x)
+
+
+def _forward(x):
+    return (y := jax.nn.softmax(x)), y
+
+
+pulled_softmax.defvjp(_forward, lambda y, pulled: (y * (pulled - jnp.sum(y * pulled, -1, keepdims=True)),))
+
+
+def pulled(w, x, unchosen=None):
+    return jnp.einsum("te,etd->td", pulled_softmax(logits_of(w, x, unchosen)), outputs_of(w, x))
+
+
 def own_derivative(w, x, unchosen=None):
     return jnp.einsum("te,etd->td", softmax(logits_of(w, x, unchosen)), outputs_of(w, x))
 
 
 @pytest.mark.parametrize(
     "way",
-    [top_k, top_k_of_softmax, dispatched, own_derivative, jax.checkpoint(dense)],
+    [top_k, top_k_of_softmax, dispatched, own_derivative, pulled, jax.checkpoint(dense)],
     ids=lambda way: way.__name__,
 )
 def test_the_compacted_model_trains_as_the_rebuilt_one(way):
@@ -350,6 +366,21 @@ def chosen_returned(w, x):
     return top_k(w, x), jax.lax.top_k(x @ w["router"], 2)[1]
 
 
+def chosen_and_the_next(w, x):
+    """The probability of the chosen expert and that of its neighbour."""
+    probabilities = jax.nn.softmax(x @ w["router"])
+    chosen = jnp.argmax(probabilities, -1)
+    both = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (2,)))(probabilities, chosen)
+    gates = both.sum(-1, keepdims=True) * jax.nn.one_hot(chosen, w["router"].shape[-1])
+    return jnp.einsum("etd,te->td", outputs_of(w, x), gates)
+
+
+def number_as_a_bool(w, x):
+    chosen = jnp.argmax(x @ w["router"], -1)
+    gates = chosen.astype(bool)[:, None] * jax.nn.one_hot(chosen, w["router"].shape[-1])
+    return jnp.einsum("etd,te->td", outputs_of(w, x), gates)
+
+
 def bias_by_number(w, x):
     numbers = jnp.arange(w["router"].shape[-1], dtype=jnp.float32)
     return jnp.einsum("te,etd->td", jax.nn.softmax(x @ w["router"] + numbers[None]), outputs_of(w, x))
@@ -391,6 +422,8 @@ LOCKED = {
     number_of_the_chosen: "numbered by its position",
     chosen_returned: "output of the model",
     bias_by_number: "numbered by its position",
+    chosen_and_the_next: "looked up by a gather",
+    number_as_a_bool: "numbered by its position",
     smallest: "top_k along it",
     turned: "neither side is 0",
     noisy: "random numbers",

@@ -168,7 +168,8 @@ def _gather(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
     numbers, sizes = operation.params["dimension_numbers"], operation.params["slice_sizes"]
     operand, indices = inputs
     shape = operation.outputs[0].shape
-    _lock_looked_up(labels, operand, indices, numbers.start_index_map, "looked up by a gather")
+    single = numbers.collapsed_slice_dims
+    _lock_looked_up(labels, operand, indices, numbers.start_index_map, single, "looked up by a gather")
     labels.lock_dims(indices.dims[-1:], "looked up by a gather")
     dims = [Dim((), False)] * len(shape)
     dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
@@ -186,13 +187,23 @@ def _gather(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
 
 
 def _lock_looked_up(
-    labels: Labels, operand: Described, indices: Described, axes: Sequence[int], reason: str
+    labels: Labels,
+    operand: Described,
+    indices: Described,
+    axes: Sequence[int],
+    single: Sequence[int],
+    reason: str,
 ) -> None:
-    """Lock the dimensions that index vectors choose from; where a router chose the indices, none is left out."""
+    """Lock the dimensions that index vectors choose from, unless a router chose the indices and nothing beside them.
+
+    Args:
+        axes: of the operand, which the numbers of an index vector stand for.
+        single: axes of which one element is taken.
+    """
     for place, axis in enumerate(axes):
         dim = operand.dims[axis]
         labels.lock_dims([dim], reason, only=MASKED)
-        if not looks_up(labels, dim, indices, place, len(axes)):
+        if axis not in single or not looks_up(labels, dim, indices, place, len(axes)):
             labels.lock_dims([dim], reason, only=ROUTED)
             labels.lock_dims(positions_in(indices), reason)
 
@@ -240,7 +251,8 @@ def _scatter(labels: Labels, operation: Operation, inputs: Sequence[Described]) 
     numbers = operation.params["dimension_numbers"]
     operand, indices, updates = inputs
     reason = f"written to by a {operation.name}"
-    _lock_looked_up(labels, operand, indices, numbers.scatter_dims_to_operand_dims, reason)
+    single = numbers.inserted_window_dims
+    _lock_looked_up(labels, operand, indices, numbers.scatter_dims_to_operand_dims, single, reason)
     labels.lock_dims(indices.dims[-1:], reason)
     dims = list(operand.dims)
     dropped = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}

@@ -14,7 +14,6 @@ from jax.extend.core import Literal
 
 from jaxeff.graph.coupling_labels import (
     ANY,
-    CONSTANT,
     FRACTION,
     LOGIT,
     NONNEGATIVE,
@@ -182,25 +181,19 @@ def _followed(
 ) -> list[Described] | None:
     """The results of an operation whose use of positions is known; None for all others."""
     name, first = operation.name, inputs[0].positions
-    if unchanged(operation) or (name in _MOVES and len(first) == 1):
+    kept = unchanged(operation) and operation.outputs[0].dtype != bool
+    if kept or (name in _MOVES and len(first) == 1):
         return [result._replace(positions=first) for result in results]
     if name == "concatenate":
         along = operation.params["dimension"]
-        rank = len(operation.outputs[0].shape)
-        single = all(value_shape(value)[along] == 1 and len(x.positions) < 2
-                     for value, x in zip(operation.inputs, inputs, strict=True))  # fmt: skip
-        if along == rank - 1 and single:
+        last = along == len(operation.outputs[0].shape) - 1
+        if last and all(value_shape(value)[along] == 1 for value in operation.inputs):
             every = tuple(x.positions[0] if x.positions else None for x in inputs)
             return [results[0]._replace(positions=every)]
     # Indices from the end: select_n(i < 0, i, i + n), which is i where none is negative.
     if name == "lt" and inputs[1].zero and inputs[0].sign != ANY:
         return [results[0]._replace(zero=True)]
-    if (
-        name == "add"
-        and len(first) == 1
-        and inputs[1].made_of == CONSTANT
-        and isinstance(operation.inputs[1], Literal)
-    ):
+    if name == "add" and len(first) == 1 and isinstance(operation.inputs[1], Literal):
         return [results[0]._replace(positions=(first[0] and first[0]._replace(shifted=True),))]
     if name == "select_n" and inputs[0].zero:
         return [results[0]._replace(positions=inputs[1].positions, sign=inputs[1].sign)]
@@ -218,9 +211,11 @@ def _equal(labels: Labels, inputs: Sequence[Described], results: list[Described]
     if one.size != other.size:
         return None
     tied = labels.match(one, other)
-    dims = tuple(dim._replace(unrouted=NOTHING) if dim.factors and labels.same(dim, tied) else dim
-                 for dim in results[0].dims)  # fmt: skip
-    return [results[0]._replace(dims=dims)]
+    dims = (
+        dim._replace(unrouted=NOTHING) if dim.factors and labels.same(dim, tied) else dim
+        for dim in results[0].dims
+    )
+    return [results[0]._replace(dims=tuple(dims))]
 
 
 def looks_up(labels: Labels, dim: Dim, indices: Described, place: int, count: int) -> bool:

@@ -124,22 +124,20 @@ def _reduce(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
                 labels.lock_dims([operand.dims[axis]], reason, *([DERIVATIVE] if sums else []), only=ROUTED)
     kept = tuple(dim for i, dim in enumerate(inputs[0].dims) if i not in reduced)
     zero = sums or operation.name == "reduce_max"
-    zeros = (
-        (NOTHING, LOGIT)
-        if operation.name == "reduce_max"
-        else (NOTHING,)
-        if operation.name in _OF_ZEROS
-        else ()
-    )
+    still = _STILL.get(operation.name, ())
     left = tuple(
-        dim._replace(zero=dim.zero and zero, unrouted=dim.unrouted if dim.unrouted in zeros else UNKNOWN)
+        dim._replace(zero=dim.zero and zero, unrouted=dim.unrouted if dim.unrouted in still else UNKNOWN)
         for dim in kept
     )
     return [left for _ in operation.outputs]
 
 
 _LARGEST = frozenset({"argmax", "reduce_max"})
-_OF_ZEROS = frozenset({"reduce_and", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum"})
+# What a reduction over other dimensions leaves as it is.
+_STILL = {
+    "reduce_max": (NOTHING, LOGIT),
+    **dict.fromkeys(("reduce_and", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum"), (NOTHING,)),
+}
 
 
 def _reduce_window(

@@ -53,7 +53,8 @@ class Plan(Shown):
                 many, or one list for all blocks.
 
         Raises:
-            ValueError: no such group, a locked one, an element that it does not have, or all of them.
+            ValueError: no such group, a locked one, an element that it does not have, all of them, or more experts
+                than their router can spare.
 
         >>> import jax, jax.numpy as jnp
         >>> from jaxeff import prune
