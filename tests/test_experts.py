@@ -376,8 +376,10 @@ def chosen_and_the_next(w, x):
 
 
 def number_as_a_bool(w, x):
-    chosen = jnp.argmax(x @ w["router"], -1)
-    gates = chosen.astype(bool)[:, None] * jax.nn.one_hot(chosen, w["router"].shape[-1])
+    """The first expert, or else the second."""
+    probabilities = jax.nn.softmax(x @ w["router"])
+    chosen = jax.lax.convert_element_type(jnp.argmax(probabilities, -1), bool).astype(jnp.int32)
+    gates = probabilities * jax.nn.one_hot(chosen, w["router"].shape[-1])
     return jnp.einsum("etd,te->td", outputs_of(w, x), gates)
 
 

@@ -168,8 +168,7 @@ def _gather(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
     numbers, sizes = operation.params["dimension_numbers"], operation.params["slice_sizes"]
     operand, indices = inputs
     shape = operation.outputs[0].shape
-    single = numbers.collapsed_slice_dims
-    _lock_looked_up(labels, operand, indices, numbers.start_index_map, single, "looked up by a gather")
+    _lock_looked_up(labels, operand, indices, numbers.start_index_map, "looked up by a gather")
     labels.lock_dims(indices.dims[-1:], "looked up by a gather")
     dims = [Dim((), False)] * len(shape)
     dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
@@ -187,23 +186,16 @@ def _gather(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
 
 
 def _lock_looked_up(
-    labels: Labels,
-    operand: Described,
-    indices: Described,
-    axes: Sequence[int],
-    single: Sequence[int],
-    reason: str,
+    labels: Labels, operand: Described, indices: Described, axes: Sequence[int], reason: str
 ) -> None:
-    """Lock the dimensions that index vectors choose from, unless a router chose the indices and nothing beside them.
+    """Lock the dimensions, these axes of the operand, that index vectors choose from, unless a router chose the indices.
 
-    Args:
-        axes: of the operand, which the numbers of an index vector stand for.
-        single: axes of which one element is taken.
+    Windows at chosen places are locked as such.
     """
     for place, axis in enumerate(axes):
         dim = operand.dims[axis]
         labels.lock_dims([dim], reason, only=MASKED)
-        if axis not in single or not looks_up(labels, dim, indices, place, len(axes)):
+        if not looks_up(labels, dim, indices, place, len(axes)):
             labels.lock_dims([dim], reason, only=ROUTED)
             labels.lock_dims(positions_in(indices), reason)
 
@@ -251,8 +243,7 @@ def _scatter(labels: Labels, operation: Operation, inputs: Sequence[Described]) 
     numbers = operation.params["dimension_numbers"]
     operand, indices, updates = inputs
     reason = f"written to by a {operation.name}"
-    single = numbers.inserted_window_dims
-    _lock_looked_up(labels, operand, indices, numbers.scatter_dims_to_operand_dims, single, reason)
+    _lock_looked_up(labels, operand, indices, numbers.scatter_dims_to_operand_dims, reason)
     labels.lock_dims(indices.dims[-1:], reason)
     dims = list(operand.dims)
     dropped = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
