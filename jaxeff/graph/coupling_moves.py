@@ -188,10 +188,7 @@ def _gather(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
 def _lock_looked_up(
     labels: Labels, operand: Described, indices: Described, axes: Sequence[int], reason: str
 ) -> None:
-    """Lock the dimensions, these axes of the operand, that index vectors choose from, unless a router chose the indices.
-
-    Windows at chosen places are locked as such.
-    """
+    """Lock these axes of the operand, from which index vectors choose, unless a router chose the indices."""
     for place, axis in enumerate(axes):
         dim = operand.dims[axis]
         labels.lock_dims([dim], reason, only=MASKED)
