@@ -26,6 +26,8 @@ from jaxeff.prune._compact import compact as compact
 from jaxeff.prune._criteria import criterion as criterion
 from jaxeff.prune._dynamic import rigl as rigl
 from jaxeff.prune._dynamic import sparse_evolution as sparse_evolution
+from jaxeff.prune._experts import ExpertImportance as ExpertImportance
+from jaxeff.prune._experts import expert_importance as expert_importance
 from jaxeff.prune._groups import Group as Group
 from jaxeff.prune._groups import Groups as Groups
 from jaxeff.prune._groups import Member as Member

@@ -69,7 +69,8 @@ class CompactApply(StatefulApply):
         large = jax.tree.unflatten(structure, list(map(_abstract, given, shapes)))
         function = functools.partial(self._large, statics.keywords)
         closed, outputs = jax.make_jaxpr(function, return_shape=True)(*large)
-        inputs = [Input.of_weights(path, blocks) for path, blocks in leaves]
+        routed = self._routed
+        inputs = [Input.of_weights(path, blocks, routed.get(path, frozenset())) for path, blocks in leaves]
         inputs += [Input.of_data(shape) for shape in shapes[len(leaves) :]]
         wanted = self._wanted(statics.keywords, outputs)
         resized = Resized(flatten(closed), inputs, wanted)
@@ -114,6 +115,15 @@ class CompactApply(StatefulApply):
             ]
             for path, shape in self.plan.shapes.items()
         }
+
+    @property
+    def _routed(self) -> dict[str, frozenset[int]]:
+        """By path, the axes along which experts go that a router chooses among."""
+        axes: dict[str, set[int]] = {}
+        for group in self.plan.groups:
+            for member in group.members if group.routed else ():
+                axes.setdefault(member.path, set()).add(member.axis)
+        return {path: frozenset(found) for path, found in axes.items()}
 
     def _root(self) -> str:
         """How a Linen module names itself in the names around its operations."""
@@ -165,9 +175,9 @@ def compact(
     `small_apply` traces the large model and runs its program at the sizes that the plan leaves. Use it for models
     whose module cannot be built at these sizes, or only with work: those of Keras, Equinox, or a library.
 
-    It computes what `apply_fn` computes with `prune.apply(params, plan.masks(params))`. Numbers that the model
-    takes from its widths (1/n, 1/sqrt(d)) stay those of the large model, so a plan may also remove what
-    `prune.groups(..., allow="replay")` opens.
+    It computes what `apply_fn` computes with `prune.apply(params, plan.masks(params))`, or, without experts behind a
+    router, with their logits at -inf. Numbers that the model takes from its widths (1/n, 1/sqrt(d)) stay those of the
+    large model, so a plan may also remove what `prune.groups(..., allow="replay")` opens.
 
     Args:
         params, apply_fn, rngs, apply_kwargs: as `prune.groups` takes them.

@@ -81,6 +81,8 @@ class Group:
         kind: what its elements are. 'unit' or 'channel'; 'head', or 'kv_head' and 'query' where several query heads
             share a key and value; 'head_size', each element a part of every head; 'expert'; 'block', an iteration
             of a scan over stacked weights; 'stream', what residual branches add to.
+        routed: of experts that a router chooses among, how many have to stay, such as the k of its top_k; else 0.
+            Without such an expert the model computes what it does if the router never chooses it.
     """
 
     name: str
@@ -90,6 +92,12 @@ class Group:
     importance: np.ndarray | None = None
     kind: str = "unit"
     blocks: tuple[int, ...] = ()
+    routed: int = 0
+
+    @property
+    def left_whole(self) -> bool:
+        """Whether a plan removes nothing of it unless it is asked to."""
+        return self.kind in WHOLE or self.routed > 0
 
     def __repr__(self) -> str:
         return f"Group({self.name!r}, kind={self.kind!r}, size={self.size}, locked={self.locked!r})"
@@ -225,7 +233,7 @@ class Groups(Shown):
             for group in self.unlocked
         ]
         locked = [(group.name, str(group.size), group.locked or "") for group in self.groups if group.locked]
-        within = [group.name for group in self.unlocked if group.kind in WHOLE]
+        within = [group.name for group in self.unlocked if group.left_whole]
         whole = [f"Whole in a plan unless named or their kind is: {', '.join(within)}", ""] if within else []
         return "\n".join(
             [
@@ -263,8 +271,9 @@ def groups(
     """Which axes of which leaves have to shrink together.
 
     The model is traced, and nothing is computed. Removing an element takes out its indices of all members;
-    what the smaller model computes is then what the model computes with these indices set to 0
-    (docs/structured.md has the rules). What is not known to be so is locked.
+    what the smaller model computes is then what the model computes with these indices set to 0, or, for an expert
+    behind a router, with the expert's logit at -inf (docs/structured.md has the rules). What is not known to be so is
+    locked.
 
     Args:
         params: as `jaxeff.analyze` takes them: Linen variables, with all collections, or any tree of
@@ -339,7 +348,9 @@ def _group(coupled: Any, paths: list[str]) -> Group:
         for (leaf, axis, indices), axes in zip(coupled.members, block_axes, strict=True)
     )
     locked = "; ".join(coupled.reasons) or None
-    return Group(members[0].name, coupled.size, members, locked, None, coupled.kind, coupled.blocks)
+    return Group(
+        members[0].name, coupled.size, members, locked, None, coupled.kind, coupled.blocks, coupled.routed
+    )
 
 
 def _named(found: list[Group]) -> tuple[Group, ...]:

@@ -20,7 +20,7 @@ from jaxeff.prune._dead import dead_elements
 from jaxeff.prune._groups import Group, Groups, Member, Shapes, map_named, named_variables, stand_in
 from jaxeff.report import Report
 
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -53,7 +53,8 @@ class Plan(Shown):
                 many, or one list for all blocks.
 
         Raises:
-            ValueError: no such group, a locked one, an element that it does not have, or all of them.
+            ValueError: no such group, a locked one, an element that it does not have, all of them, or more experts
+                than their router can spare.
 
         >>> import jax, jax.numpy as jnp
         >>> from jaxeff import prune
@@ -73,7 +74,7 @@ class Plan(Shown):
         chosen = {
             name: elements
             for name, group in known.items()
-            if (elements := _elements(name, group.size, group.blocks, removed.get(name, ())))
+            if (elements := _elements(name, group.size, group.blocks, group.routed, removed.get(name, ())))
         }
         kept = tuple(dataclasses.replace(known[name], importance=None) for name in chosen)
         return cls(kept, chosen, groups.params, groups.state)
@@ -182,8 +183,17 @@ class Plan(Shown):
         """The plan as masks for `prune.apply`, True = kept; a single True for a leaf that stays whole.
 
         The large model with these masks computes what the small one does.
+
+        Raises:
+            ValueError: the plan removes experts that a router chooses among: with a logit of 0 they would still be
+                chosen. Or it is of another model.
         """
         self.check(params)
+        if routed := [group.name for group in self.groups if group.routed]:
+            raise ValueError(
+                f"the plan removes experts of {routed[0]!r}, and no mask keeps a router from choosing them: compare "
+                "with the model whose logits for them are -inf, or run what `prune.compact` makes"
+            )
         gone = self._gone()
         return map_named(lambda path, leaf: _mask(jnp.shape(leaf), gone.get(path, {})), params)
 
@@ -218,6 +228,7 @@ class Plan(Shown):
                 group.name: {
                     "size": group.size,
                     "kind": group.kind,
+                    "routed": group.routed,
                     "blocks": list(group.blocks),
                     "members": [
                         [m.path, m.axis, [_encoded(column) for column in m.indices.T], list(m.block_axes)]
@@ -256,7 +267,11 @@ class Plan(Shown):
         chosen = {
             name: elements
             for name, group in model["groups"].items()
-            if (elements := _elements(name, group["size"], tuple(group["blocks"]), removed.get(name, ())))
+            if (
+                elements := _elements(
+                    name, group["size"], tuple(group["blocks"]), group["routed"], removed.get(name, ())
+                )
+            )
         }
         groups = tuple(_decoded_group(name, model["groups"][name]) for name in chosen)
         shapes = ({path: tuple(shape) for path, shape in model[name].items()} for name in ("params", "state"))
@@ -328,10 +343,12 @@ def _decoded_group(name: str, found: Mapping[str, Any]) -> Group:
         Member(path, axis, np.stack([_decoded(column, size) for column in columns], axis=1), tuple(axes))
         for path, axis, columns, axes in found["members"]
     )
-    return Group(name, size, members, None, kind=found["kind"], blocks=tuple(found["blocks"]))
+    return Group(
+        name, size, members, None, kind=found["kind"], blocks=tuple(found["blocks"]), routed=found["routed"]
+    )
 
 
-def _elements(name: str, size: int, blocks: tuple[int, ...], elements: Any) -> tuple[Any, ...]:
+def _elements(name: str, size: int, blocks: tuple[int, ...], routed: int, elements: Any) -> tuple[Any, ...]:
     """Check and sort the elements to remove from a group, by block if it has blocks; () for nothing."""
     rows = _rows(elements, len(blocks))
     if rows is None:
@@ -351,6 +368,11 @@ def _elements(name: str, size: int, blocks: tuple[int, ...], elements: Any) -> t
         raise ValueError(f"an element of {name!r} is to be removed twice")
     if rows.shape[-1] == size:
         raise ValueError(f"all {size} elements of {name!r} are to be removed: a group cannot be emptied")
+    if (left := size - rows.shape[-1]) < routed:
+        raise ValueError(
+            f"{left} experts of {name!r} would be left, and the router chooses {routed} for each token: remove at "
+            f"most {size - routed} of {size}"
+        )
     return _nested(rows.tolist())
 
 
