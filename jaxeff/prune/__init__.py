@@ -18,6 +18,7 @@ from jaxeff.prune._allocation import owl as owl
 from jaxeff.prune._batch_norm import recalibrate as recalibrate
 from jaxeff.prune._before_and_after import BeforeAndAfter as BeforeAndAfter
 from jaxeff.prune._before_and_after import before_and_after as before_and_after
+from jaxeff.prune._block_by_block import block_by_block as block_by_block
 from jaxeff.prune._blocks import BlockOrder as BlockOrder
 from jaxeff.prune._blocks import block_influence as block_influence
 from jaxeff.prune._blocks import order_blocks as order_blocks
