@@ -298,6 +298,16 @@ def _chain(params, x):
 
 CHAIN = {"w": STACK["query"]}
 X = [normal(4, WIDTH)]
+LIST = LISTED, unrolled, BATCHES, by_wanda
+INTERLEAVED = {"blocks": ["embedding", "blocks/1"]}
+
+
+def _transposed(params, x):
+    return _chain({"w": jnp.swapaxes(params["w"], 1, 2)}, x)
+
+
+def _renamed(params, statistics):
+    return {"v": params["w"]}, params
 
 
 @pytest.mark.parametrize(
@@ -306,13 +316,13 @@ X = [normal(4, WIDTH)]
         (TypeError, "`batches` must be an iterable", (CHAIN, _chain, X[0], by_wanda), {}),
         (ValueError, "`batches` is empty", (CHAIN, _chain, [], by_wanda), {}),
         (ValueError, "batch 1 of `batches`", (CHAIN, _chain, [X[0], X[0][:2]], by_wanda), {}),
-        (ValueError, "no scan over stacked weights", (LISTED, unrolled, BATCHES, by_wanda), {}),
-        (ValueError, "`blocks` must be paths", (LISTED, unrolled, BATCHES, by_wanda), {"blocks": "blocks"}),
-        (ValueError, "'layers', but no leaf", (LISTED, unrolled, BATCHES, by_wanda), {"blocks": ["layers"]}),
-        (ValueError, "do not run one after the other", (LISTED, unrolled, BATCHES, by_wanda), {"blocks": ["embedding", "blocks/1"]}),
+        (ValueError, "no scan over stacked weights", LIST, {}),
+        (ValueError, "`blocks` must be paths", LIST, {"blocks": "blocks"}),
+        (ValueError, "'layers', but no leaf", LIST, {"blocks": ["layers"]}),
+        (ValueError, "do not run one after the other", LIST, INTERLEAVED),
         (TypeError, "must return a tuple", (CHAIN, _chain, X, lambda params, statistics: params), {}),
-        (ValueError, "params of prune_block", (CHAIN, _chain, X, lambda params, statistics: ({"v": params["w"]}, params)), {}),
-        (ValueError, "as it is stored", (CHAIN, lambda p, x: _chain({"w": jnp.swapaxes(p["w"], 1, 2)}, x), X, by_wanda), {}),
+        (ValueError, "params of prune_block", (CHAIN, _chain, X, _renamed), {}),
+        (ValueError, "as it is stored", (CHAIN, _transposed, X, by_wanda), {}),
         (ValueError, "used outside it", (CHAIN, lambda p, x: _chain(p, x) @ p["w"][0], X, by_wanda), {}),
     ],
 )  # fmt: skip

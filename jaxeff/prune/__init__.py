@@ -25,6 +25,7 @@ from jaxeff.prune._blocks import order_blocks as order_blocks
 from jaxeff.prune._compact import CompactApply as CompactApply
 from jaxeff.prune._compact import compact as compact
 from jaxeff.prune._criteria import criterion as criterion
+from jaxeff.prune._distillation import distillation as distillation
 from jaxeff.prune._dynamic import rigl as rigl
 from jaxeff.prune._dynamic import sparse_evolution as sparse_evolution
 from jaxeff.prune._groups import Group as Group
