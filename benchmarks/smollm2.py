@@ -131,7 +131,10 @@ def _block_by_block(params: dict[str, Any], calibration: jax.Array, test: jax.Ar
         hessians = way not in (ways["wanda"], ways["ria"])
         pruned, _ = prune.block_by_block(params, logits, [calibration], way, hessians=hessians)
         seconds = time.process_time() - began
-        print(f"50 % block by block, {name}: {_perplexity(pruned, test):.1f}, made in {seconds:.1f} CPU s", flush=True)
+        print(
+            f"50 % block by block, {name}: {_perplexity(pruned, test):.1f}, made in {seconds:.1f} CPU s",
+            flush=True,
+        )
 
 
 def _smaller(params: dict[str, Any], statistics: Any, calibration: jax.Array, test: jax.Array) -> None:
