@@ -110,7 +110,7 @@ class BatchAxes:
         return [self._labels.find(part) for factor in dim.factors for part in self._labels.factors(factor)]
 
     def standing(self, value: Value, units: Sequence[int], ignored: Sequence[int] = ()) -> Standing | None:
-        """Return how the mask lies along a value; None for one that is made without data and not for each example.
+        """Return how the mask lies along a value; None for one made without data that has no examples.
 
         Args:
             units: dimensions that are not summed over.

@@ -46,13 +46,13 @@ def block_by_block(
 ) -> tuple[Any, Any]:
     """Prune one block after the other, each by the statistics of what the pruned blocks before it emit.
 
-    This is how SparseGPT and Wanda are published. With the statistics of one dense run, `prune.sparsegpt(params,
-    statistics)` fits each layer to inputs that the pruned network no longer has. Here all batches run through the
-    first block, it is pruned, and they run through it once more on their way to the next. So each block runs twice
-    on each batch, and one block's statistics exist at a time, beside what each batch emits between two blocks.
+    This is how SparseGPT and Wanda are published. Statistics of the dense model fit each layer to inputs that it no
+    longer gets once the blocks before it are pruned. Here all batches run through a block, it is pruned, and they run
+    through it again on their way to the next block. That is two forward passes of the model in all. The statistics of
+    one block exist at a time, beside what every batch holds between two blocks.
 
-    Within a block all layers are pruned by the same statistics. What lies in no block, such as an embedding or an
-    output layer, stays as it is.
+    Within a block, all layers are pruned by the same statistics. Leaves outside the blocks, such as an embedding or an
+    output layer, stay as they are.
 
     Args:
         params, apply_fn: as in `jaxeff.collect`.
@@ -99,8 +99,10 @@ def block_by_block(
     with progress_bar("Pruning blocks", count, progress) as step:
         for part in parts:
             run.advance(part.first)
-            prune = run.prune_stack if isinstance(part, Stack) else run.prune_listed
-            prune(part, step)
+            if isinstance(part, Stack):
+                run.prune_stack(part, step)
+            else:
+                run.prune_listed(part, step)
     masks = rebuilt(params, run.masks, lambda leaf: jnp.asarray(True))
     return rebuilt(params, run.pruned, lambda leaf: leaf), masks
 
@@ -263,11 +265,10 @@ class _Run:
         given = [(each, constants) for each in inputs]
         of_inputs = (*origins, *("constant",) * len(constants))
         paths = Params.of(tree).paths
-        statistics: Statistics | None = None
-        for each in given:
-            found = observe(same, paths, of_inputs, self._batch_size, tree, each, hessians=self._hessians)
-            statistics = found if statistics is None else merge(statistics, found)
-        pruned, masks = _checked(self._prune_block(tree, statistics), tree)
+        collect = functools.partial(
+            observe, same, paths, of_inputs, self._batch_size, tree, hessians=self._hessians
+        )
+        pruned, masks = _checked(self._prune_block(tree, functools.reduce(merge, map(collect, given))), tree)
         return by_path(pruned), by_path(masks), [_emitted(same, pruned, each) for each in given]
 
 
