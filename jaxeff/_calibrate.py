@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxeff import importance
-from jaxeff._collect import Criteria, Run, counted, named, prepare
+from jaxeff._collect import Criteria, Run, check_makes_masks, counted, named, prepare
 from jaxeff.importance import Criterion
 from jaxeff.model.params import Params
 from jaxeff.numerics.meshes import by_compiler
@@ -77,11 +77,7 @@ def calibrate(
     >>> statistics.sites[0].input.mean_absolute
     Array([[2.]], dtype=float32)
     """
-    if where is not None and not callable(where):
-        raise TypeError(
-            "`where` must be a function of a batch, such as `lambda tokens: tokens != padding`, since each batch has "
-            f"a mask of its own, got {type(where).__name__}"
-        )
+    check_makes_masks(where)
     criteria = named(criterion, with_loss=loss_fn is not None)
     params = Params.of(params)
     bind = functools.partial(

@@ -104,6 +104,15 @@ def counted(where: Where, batch: Any) -> jax.Array | None:
     return jnp.asarray(where, bool)
 
 
+def check_makes_masks(where: Callable | None) -> None:
+    """Check that `where` is a function, where there are several batches."""
+    if where is not None and not callable(where):
+        raise TypeError(
+            "`where` must be a function of a batch, such as `lambda tokens: tokens != padding`, since each batch has "
+            f"a mask of its own, got {type(where).__name__}"
+        )
+
+
 def named(criterion: Criteria, *, with_loss: bool) -> tuple[Criterion, ...]:
     """Return one or several criteria as a tuple of `Criterion`."""
     several = isinstance(criterion, Iterable) and not isinstance(criterion, str)

@@ -276,6 +276,21 @@ def test_two_scans_are_pruned_in_turn():
     assert masks["mix"].ndim == 0
 
 
+@pytest.mark.parametrize("model", ["scanned", "listed"])
+def test_padding_does_not_count(model):
+    """What is pruned is what batches without the padding give; the blocks are causal."""
+    params, apply_fn, blocks = {
+        "scanned": (STACKED, scanned, None),
+        "listed": (LISTED, unrolled, NAMES),
+    }[model]
+    padded = [np.pad(tokens[:, :4], ((0, 0), (0, 2)), constant_values=0) for tokens in BATCHES]
+    run = functools.partial(prune.block_by_block, params, apply_fn, prune_block=by_sparsegpt, blocks=blocks)
+    found, masks = run([*padded], where=lambda tokens: np.arange(6) < 4 + 0 * tokens)
+    expected, expected_masks = run([tokens[:, :4] for tokens in BATCHES])
+    jax.tree.map(np.testing.assert_array_equal, masks, expected_masks)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), found, expected)
+
+
 def test_blocks_that_are_left_as_they_are():
     """The first block is whole, as some papers have it; the others are pruned."""
     sparsities = iter([0.0, 0.5, 0.75])

@@ -19,6 +19,7 @@ from jaxeff.graph.coupling_labels import DATA, WEIGHT, Described, Dim, IntArray,
 from jaxeff.graph.program import Program, Value
 
 _EXAMPLES, _POSITIONS = 0, 1
+Axes = tuple[int | None, ...]
 
 
 class UnclearError(ValueError):
@@ -81,18 +82,21 @@ class BatchAxes:
     Args:
         program: a traced function, flattened.
         leaves: how many of its inputs are weights, the first of them.
-        axes: of each of its inputs, how many of its leading axes are those of the mask.
+        axes: of each of its inputs, the axis of the mask that each dimension is; None where it is another.
         shape: of the mask: [n] or [n, length].
     """
 
-    def __init__(self, program: Program, leaves: int, axes: Sequence[int], shape: Sequence[int]):
+    def __init__(self, program: Program, leaves: int, axes: Sequence[Axes], shape: Sequence[int]):
         self._labels = Labels()
         self._positions = len(shape) > 1
         own = [self._labels.dim(size, True) for size in shape]
         inputs = []
-        for i, (value, count) in enumerate(zip(program.inputs, axes, strict=True)):
-            others = [self._labels.dim(size, True) for size in value.shape[count:]]
-            inputs.append(Described((*own[:count], *others), WEIGHT if i < leaves else DATA))
+        for i, (value, along) in enumerate(zip(program.inputs, axes, strict=True)):
+            dims = [
+                self._labels.dim(size, True) if axis is None else own[axis]
+                for size, axis in zip(value.shape, along, strict=True)
+            ]
+            inputs.append(Described(tuple(dims), WEIGHT if i < leaves else DATA))
         self._walk = Walk(self._labels)
         _ = self._walk.run(program, inputs)
         # Each axis as the finest factors into which the program has cut it anywhere.
@@ -108,6 +112,24 @@ class BatchAxes:
 
     def _finest(self, dim: Dim) -> list[IntArray]:
         return [self._labels.find(part) for factor in dim.factors for part in self._labels.factors(factor)]
+
+    def axes(self, value: Value) -> Axes:
+        """Return the axis of the mask that each dimension of a value is, whole and in order."""
+        described = self._walk.described[value]
+        owners = [axis for axis, factors in enumerate(self._factors) for _ in factors]
+        if not self._distinct or len({*owners}) < len(owners):
+            return (None,) * len(described.dims)
+        return tuple(self._axis(dim, owners) for dim in described.dims)
+
+    def _axis(self, dim: Dim, owners: Sequence[int]) -> int | None:
+        factors = self._finest(dim)
+        if len(factors) != 1:
+            return None
+        places = [self._places.get(label) for label in factors[0].tolist()]
+        first = places[0]
+        if first is None or places != [(first[0], index) for index in range(self._sizes[first[0]])]:
+            return None
+        return owners[first[0]]
 
     def standing(self, value: Value, units: Sequence[int], ignored: Sequence[int] = ()) -> Standing | None:
         """Return how the mask lies along a value; None for one made without data that has no examples.

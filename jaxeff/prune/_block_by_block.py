@@ -16,6 +16,9 @@ from jax import Array
 from jax.extend.core import Literal
 
 from jaxeff import graph
+from jaxeff._collect import check_makes_masks, counted
+from jaxeff.graph.batch_axes import Axes as MaskAxes
+from jaxeff.graph.batch_axes import BatchAxes
 from jaxeff.graph.program import Value, scan_operands
 from jaxeff.graph.segments import Segments, whole
 from jaxeff.model.apply import Model, from_apply
@@ -27,6 +30,7 @@ from jaxeff.prune._layouts import by_path
 from jaxeff.prune._masking import check_alike
 from jaxeff.prune._matrices import rebuilt
 from jaxeff.statistics import Statistics, merge
+from jaxeff.statistics.counted import mask_axes
 from jaxeff.statistics.observe import observe
 
 PruneBlock = Callable[[Any, Statistics], tuple[Any, Any]]
@@ -40,6 +44,7 @@ def block_by_block(
     *,
     blocks: Sequence[str] | None = None,
     hessians: bool = True,
+    where: Callable | None = None,
     progress: bool = True,
     rngs: Any = None,
     **apply_kwargs: Any,
@@ -64,6 +69,7 @@ def block_by_block(
         blocks: paths of the blocks, such as `["layers_0", "layers_1"]`: all leaves below such a path are one block.
             None for the iterations of each scan over stacked weights.
         hessians: whether the statistics include second moments, which `prune.sparsegpt` and `prune.reconstruct` need.
+        where: a function of a batch that returns which of its examples or positions count, as in `jaxeff.collect`.
         progress: show a progress bar if stderr is a terminal.
         rngs, **apply_kwargs: passed to `apply_fn`, the same for each batch.
 
@@ -92,8 +98,10 @@ def block_by_block(
     """
     own = Params.of(params)
     batches = _alike(batches)
+    check_makes_masks(where)
     model = from_apply(own, apply_fn, batches[0], rngs, apply_kwargs)
-    run = _Run(model, [jax.tree.leaves(batch) for batch in batches], prune_block, hessians)
+    masks = [counted(where, batch) for batch in batches]
+    run = _Run(model, [jax.tree.leaves(batch) for batch in batches], masks, prune_block, hessians)
     parts = stacks(run.segments, run.leaves) if blocks is None else listed(run.segments, run.leaves, blocks)
     count = sum(part.length if isinstance(part, Stack) else 1 for part in parts)
     with progress_bar("Pruning blocks", count, progress) as step:
@@ -134,7 +142,14 @@ class _Run:
         pruned, masks: of the leaves pruned so far, by path.
     """
 
-    def __init__(self, model: Model, batches: Sequence[list[Any]], prune_block: PruneBlock, hessians: bool):
+    def __init__(
+        self,
+        model: Model,
+        batches: Sequence[list[Any]],
+        where: Sequence[Array | None],
+        prune_block: PruneBlock,
+        hessians: bool,
+    ):
         function = model.function.without_capture()
         program = graph.flatten(
             jax.make_jaxpr(lambda params, inputs: function(params, inputs)[0])(model.params, model.inputs)
@@ -149,6 +164,12 @@ class _Run:
         given = [value for value, origin in zip(program.inputs, origins, strict=True) if origin == "batch"]
         self._states = [dict(zip(given, batch, strict=True)) for batch in batches]
         self._position = 0
+        self._where = where
+        self._mask_axes: Callable[[Value], MaskAxes] | None = None
+        if where[0] is not None:
+            shapes, count = [value.shape for value in program.inputs], len(model.paths)
+            along = mask_axes(shapes, origins, where[0].shape)
+            self._mask_axes = BatchAxes(program, count, along, where[0].shape).axes
         self._batch_size = model.batch_size
         self._prune_block = prune_block
         self._hessians = hessians
@@ -188,7 +209,9 @@ class _Run:
             return graph.evaluate(program, [given[value] for value in program.inputs], graph.Hooks())[0]
 
         inputs = [self._read(others, state) for state in self._states]
-        pruned, masks, made = self._block(function, tree, inputs, [*map(self.segments.origin, others)])
+        pruned, masks, made = self._block(
+            function, tree, inputs, [*map(self.segments.origin, others)], self._along(others)
+        )
         for name, path in block.leaves.items():
             self.pruned[path], self.masks[path] = pruned[name], masks[name]
             self._arrays[self.leaves[path]] = pruned[name]
@@ -206,6 +229,9 @@ class _Run:
             "batch" if constants <= i < before else self.segments.origin(value)
             for i, value in enumerate(others)
         ]
+        along = self._along(others)
+        if along is not None:
+            along = [*along[:before], *(axes[1:] for axes in along[before:])]
         shared = self._without_batch(others)
         operands = [self._read(others, {**shared, **state}) for state in self._states]
         names = {path: name for name, path in stack.leaves.items()}
@@ -228,7 +254,7 @@ class _Run:
                 {name: self._arrays[self.leaves[path]][index] for name, path in stack.leaves.items()}
             )
             inputs = [[*each[:before], *(array[index] for array in each[before:])] for each in operands]
-            pruned[index], masks[index], made = self._block(function, tree, inputs, origins)
+            pruned[index], masks[index], made = self._block(function, tree, inputs, origins, along)
             for each, found in zip(operands, made, strict=True):
                 each[constants:before] = found[:carried]
             seen[index] = [[found[i] for i in emitted] for found in made]
@@ -247,6 +273,15 @@ class _Run:
         ]
         self._leave(stack.first + 1, values, made)
 
+    def _along(self, values: Sequence[Value | Literal]) -> list[MaskAxes] | None:
+        """Return the axis of the mask of what counts that each dimension of each value is."""
+        if self._mask_axes is None:
+            return None
+        return [
+            (None,) * jnp.ndim(value.val) if isinstance(value, Literal) else self._mask_axes(value)
+            for value in values
+        ]
+
     def _without_batch(self, values: Sequence[Value | Literal]) -> dict[Value, Any]:
         """Return those of the values that do not depend on the batch."""
         wanted = [v for v in values if isinstance(v, Value) and self.segments.origin(v) != "batch"]
@@ -259,16 +294,27 @@ class _Run:
         tree: Any,
         inputs: Sequence[Any],
         origins: Sequence[str],
+        along: list[MaskAxes] | None,
     ) -> tuple[dict[str, Any], dict[str, Any], list[list[Any]]]:
-        """Prune one block; return its params and masks by name, and what it then emits of each batch."""
+        """Prune one block; return its params and masks by name, and what it then emits of each batch.
+
+        Args:
+            along: of each input, the axis of the mask of what counts that each dimension is; None without a mask.
+        """
         same, constants = traced(function, tree, inputs[0])
         given = [(each, constants) for each in inputs]
         of_inputs = (*origins, *("constant",) * len(constants))
         paths = Params.of(tree).paths
+        others = [(None,) * jnp.ndim(constant) for constant in constants]
+        axes = None if along is None else (*along, *others)
         collect = functools.partial(
-            observe, same, paths, of_inputs, self._batch_size, tree, hessians=self._hessians
+            observe,
+            *(same, paths, of_inputs, self._batch_size, tree),
+            hessians=self._hessians,
+            axes_of_where=axes,
         )
-        pruned, masks = _checked(self._prune_block(tree, functools.reduce(merge, map(collect, given))), tree)
+        statistics = functools.reduce(merge, map(collect, given, self._where))
+        pruned, masks = _checked(self._prune_block(tree, statistics), tree)
         return by_path(pruned), by_path(masks), [_emitted(same, pruned, each) for each in given]
 
 

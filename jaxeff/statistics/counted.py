@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxeff import graph
 from jaxeff.graph.axes import Dims
-from jaxeff.graph.batch_axes import BatchAxes, Standing, UnclearError
+from jaxeff.graph.batch_axes import Axes, BatchAxes, Standing, UnclearError
 from jaxeff.graph.program import Value
 from jaxeff.numerics.meshes import by_compiler
 
@@ -47,23 +47,11 @@ class Counted:
     axes: BatchAxes
 
     @classmethod
-    def of(cls, found: graph.Graph, origins: Sequence[str], where: jax.Array) -> Counted:
-        """Take the leading axes of every batch array that has the mask's shape there, or its number of examples."""
-        inputs = found.program.inputs
-        of_batch = [False] * len(found.leaves) + [origin == "batch" for origin in origins]
-        axes = [
-            _shared(value.shape, where.shape) if batch else 0
-            for value, batch in zip(inputs, of_batch, strict=True)
-        ]
-        if where.ndim not in (1, 2) or where.ndim not in axes:
-            shapes = ", ".join(
-                str(value.shape) for value, batch in zip(inputs, of_batch, strict=True) if batch
-            )
-            raise ValueError(
-                f"`where` has shape {where.shape}, which must be the first one or two axes of an array of `batch`: "
-                f"examples, or examples and positions; got {shapes}"
-            )
-        return cls(where, BatchAxes(found.program, len(found.leaves), axes, where.shape))
+    def of(cls, found: graph.Graph, where: jax.Array, axes: Sequence[Axes]) -> Counted:
+        """Follow the mask through the program, from the inputs beside the leaves, whose axes are given."""
+        of_leaves = [(None,) * len(leaf.shape) for leaf in found.leaves]
+        number_of_leaves = len(found.leaves)
+        return cls(where, BatchAxes(found.program, number_of_leaves, [*of_leaves, *axes], where.shape))
 
     def standing(self, value: Value, place: Place) -> Standing | None:
         """Return how the mask lies along a value; None if the value does not depend on the batch."""
@@ -84,11 +72,29 @@ class Counted:
         )
 
 
-def _shared(shape: Sequence[int], mask: Sequence[int]) -> int:
-    """Return how many leading axes an array shares with the mask."""
-    if tuple(shape[: len(mask)]) == tuple(mask):
-        return len(mask)
-    return int(tuple(shape[:1]) == tuple(mask[:1]))
+def mask_axes(
+    shapes: Sequence[Sequence[int]], origins: Sequence[str], mask: Sequence[int]
+) -> tuple[Axes, ...]:
+    """Return the axis of the mask that each dimension of each input is: the leading ones of those of the batch.
+
+    An array of the batch has the mask's shape there, or at least its number of examples.
+
+    Raises:
+        ValueError: none has.
+    """
+    of_batch = [tuple(shape) for shape, origin in zip(shapes, origins, strict=True) if origin == "batch"]
+    if len(mask) not in (1, 2) or not any(shape[: len(mask)] == tuple(mask) for shape in of_batch):
+        raise ValueError(
+            f"`where` has shape {tuple(mask)}, which must be the first one or two axes of an array of `batch`: "
+            f"examples, or examples and positions; got {', '.join(map(str, of_batch))}"
+        )
+
+    def leading(shape: Sequence[int], origin: str) -> Axes:
+        both = tuple(shape[: len(mask)]) == tuple(mask)
+        count = 0 if origin != "batch" else len(mask) if both else int(tuple(shape[:1]) == tuple(mask[:1]))
+        return (*range(count), *(None,) * (len(shape) - count))
+
+    return tuple(map(leading, shapes, origins))
 
 
 def cleared(array: jax.Array, counts: jax.Array | None) -> jax.Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxeff import graph
 from jaxeff.graph import axes
+from jaxeff.graph.batch_axes import Axes as MaskAxes
 from jaxeff.graph.batch_axes import Standing
 from jaxeff.graph.nonlinearities import BOUNDS
 from jaxeff.graph.program import Value
@@ -25,7 +26,7 @@ from jaxeff.model.roles import ParamInfo
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.precision import widened
 from jaxeff.statistics import second_moments
-from jaxeff.statistics.counted import Counted, Place, cleared, number
+from jaxeff.statistics.counted import Counted, Place, cleared, mask_axes, number
 from jaxeff.statistics.records import (
     AttentionStatistics,
     HeadlessAttention,
@@ -39,7 +40,7 @@ from jaxeff.statistics.sums import sums
 from jaxeff.statistics.units import OverAxes, fold, join, of_emissions
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="hessians")
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames=("hessians", "axes_of_where"))
 def observe(
     function: Function,
     paths: Sequence[str],
@@ -50,6 +51,7 @@ def observe(
     where: jax.Array | None = None,
     *,
     hessians: bool = False,
+    axes_of_where: tuple[MaskAxes, ...] | None = None,
 ) -> Statistics:
     """Run `function(params, inputs)` once, and sum the inputs and activations of its units.
 
@@ -59,9 +61,17 @@ def observe(
         batch_size: number of examples, for the multiply-accumulates of one.
         where: the examples, [n], or their positions, [n, length], that count; None for all.
         hessians: whether to sum the products of each pair of a layer's inputs as well.
+        axes_of_where: for each leaf of `inputs`, the axis of `where` that each dimension is, or None; by default the
+            leading axes of the batch.
     """
     found, modules = trace(function, paths, origins, params, inputs)
-    watch = _Watch(None if where is None else Counted.of(found, origins, where))
+    counted = None
+    if where is not None:
+        if axes_of_where is None:
+            shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
+            axes_of_where = mask_axes(shapes, origins, where.shape)
+        counted = Counted.of(found, where, axes_of_where)
+    watch = _Watch(counted)
     of_sites = [found.leaves[site.leaf] for site in found.sites]
     roles = [_watch_site(watch, site, leaf) for site, leaf in zip(found.sites, of_sites, strict=True)]
     refused = [second_moments.refusal(site) if hessians else None for site in found.sites]
