@@ -18,12 +18,14 @@ from jaxeff.prune._allocation import owl as owl
 from jaxeff.prune._batch_norm import recalibrate as recalibrate
 from jaxeff.prune._before_and_after import BeforeAndAfter as BeforeAndAfter
 from jaxeff.prune._before_and_after import before_and_after as before_and_after
+from jaxeff.prune._block_by_block import block_by_block as block_by_block
 from jaxeff.prune._blocks import BlockOrder as BlockOrder
 from jaxeff.prune._blocks import block_influence as block_influence
 from jaxeff.prune._blocks import order_blocks as order_blocks
 from jaxeff.prune._compact import CompactApply as CompactApply
 from jaxeff.prune._compact import compact as compact
 from jaxeff.prune._criteria import criterion as criterion
+from jaxeff.prune._distillation import distillation as distillation
 from jaxeff.prune._dynamic import rigl as rigl
 from jaxeff.prune._dynamic import sparse_evolution as sparse_evolution
 from jaxeff.prune._experts import ExpertImportance as ExpertImportance
