@@ -145,10 +145,10 @@ def flatten(closed: ClosedJaxpr, scope: str = "") -> Program:
     inputs = tuple(_value(v) for v in closed.jaxpr.invars)
     outputs = _inline(closed.jaxpr, closed.consts, inputs, steps, constants, scope)
     wanted = {output for output in outputs if isinstance(output, Value)}
-    return Program(inputs, tuple(outputs), _needed(steps, wanted), constants)
+    return Program(inputs, tuple(outputs), needed(steps, wanted), constants)
 
 
-def _needed(steps: Sequence[Step], wanted: set[Value]) -> tuple[Step, ...]:
+def needed(steps: Sequence[Step], wanted: set[Value]) -> tuple[Step, ...]:
     """Return the steps on which the wanted values depend; add all values that these take to `wanted`."""
     kept: list[Step] = []
     for step in reversed(steps):
@@ -157,7 +157,7 @@ def _needed(steps: Sequence[Step], wanted: set[Value]) -> tuple[Step, ...]:
             continue
         # A call that is run whole takes all of its operands, even if only some outputs are wanted.
         wanted.update(operand for operand in whole.inputs if isinstance(operand, Value))
-        kept.append(Call(whole, _needed(step.steps, wanted)) if isinstance(step, Call) else step)
+        kept.append(Call(whole, needed(step.steps, wanted)) if isinstance(step, Call) else step)
     return tuple(reversed(kept))
 
 
