@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.graph.program import flatten
+from jaxeff.graph.blocks import blocks_by_leaves
+from jaxeff.graph.program import Program, flatten
 from jaxeff.graph.remaining import Input, Kept
 from jaxeff.graph.resizing import Resized
+from jaxeff.graph.skipping import without
 from jaxeff.model.apply import StatefulApply, check_apply, has_array
 from jaxeff.model.functions import bound_module, content, named_misfit
-from jaxeff.prune._groups import named_variables
+from jaxeff.prune._named import GONE, in_modules, map_named, named_variables, stand_in, without_leaves
 from jaxeff.prune._plans import Plan
 from jaxeff.prune._shrinking import shrink
 
@@ -33,12 +35,14 @@ class CompactApply(StatefulApply):
         apply_fn: of the large model.
         plan: what was removed.
         keywords: passed to `apply_fn`; those of a call are passed besides.
+        large: the params and the state of the large model, as shapes and dtypes.
         state: of an NNX model, made smaller.
     """
 
     apply_fn: Callable
     plan: Plan
     keywords: Mapping[str, Any]
+    large: tuple[Any, Any]
     state: Any
 
     def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
@@ -66,13 +70,16 @@ class CompactApply(StatefulApply):
                     "for a symbolic batch size, map a function of one example, "
                     "`jax.vmap(lambda x: small_apply(small_params, x[None])[0])`"
                 )
-        large = jax.tree.unflatten(structure, list(map(_abstract, given, shapes)))
+        large = list(map(_abstract, given, shapes))
+        known = {path: leaf for (path, _), leaf in zip(leaves, large, strict=False)}
+        arguments = self._with_blocks(jax.tree.unflatten(structure, large), known)
         function = functools.partial(self._large, statics.keywords)
-        closed, outputs = jax.make_jaxpr(function, return_shape=True)(*large)
+        closed, outputs = jax.make_jaxpr(function, return_shape=True)(*arguments)
+        program = self._without_blocks(flatten(closed))
         inputs = [Input.of_weights(path, blocks) for path, blocks in leaves]
         inputs += [Input.of_data(shape) for shape in shapes[len(leaves) :]]
         wanted = self._wanted(statics.keywords, outputs)
-        resized = Resized(flatten(closed), inputs, wanted)
+        resized = Resized(program, inputs, wanted)
         return jax.tree.unflatten(jax.tree.structure(outputs), resized(given, self._root()))
 
     def _large(self, keywords: Mapping[str, Any], params: Any, state: Any, batch: tuple, arrays: Any) -> Any:
@@ -81,23 +88,73 @@ class CompactApply(StatefulApply):
             apply_fn = apply_fn.with_state(state)
         return named_misfit(functools.partial(apply_fn, **keywords, **arrays), params, batch)
 
+    def _with_blocks(self, arguments: tuple[Any, ...], known: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The arguments, with the leaves of the blocks that are left out."""
+        if not self._left_out:
+            return arguments
+        before = [
+            leaf for tree in self.large for leaf in zip(_paths(tree), jax.tree.leaves(tree), strict=True)
+        ]
+        # A model that was cast to another type is one in all of its blocks.
+        dtypes = {leaf.dtype: known[path].dtype for path, leaf in before if path in known}
+
+        def leaf_of(path: str, leaf: Any) -> Any:
+            return known[path] if path in known else leaf.update(dtype=dtypes.get(leaf.dtype, leaf.dtype))
+
+        params, state = (map_named(leaf_of, tree) if jax.tree.leaves(tree) else tree for tree in self.large)
+        return (params, state, *arguments[2:])
+
+    def _without_blocks(self, program: Program) -> Program:
+        if not self._left_out:
+            return program
+        paths = [path for tree in self.large for path in _paths(tree)]
+        found = blocks_by_leaves(program, in_modules(paths, self.plan.params))
+        numbers = {path: number for number, path in enumerate(paths)}
+        blocks = []
+        for group in self.plan.groups:
+            for element in self.plan.removed[group.name] if group.leaves else ():
+                block = found.get(frozenset(numbers[path] for path in group.leaves[element]))
+                if block is None:
+                    raise ValueError(
+                        f"`plan` leaves out {group.names[element]!r}, which is no residual block of what `apply_fn` "
+                        "computes for this batch and these keyword arguments: it returns something from within it"
+                    )
+                blocks.append(block)
+        return without(program, blocks)
+
+    @functools.cached_property
+    def _left_out(self) -> frozenset[str]:
+        return self.plan.leaves_left_out()
+
+    @functools.cached_property
+    def _renamed(self) -> dict[str, str]:
+        """The path in the large model of each leaf of the small one: where lists are shorter, others follow."""
+        if not self._left_out:
+            return {path: path for path in self.plan.shapes}
+        pairs = {}
+        for tree in filter(jax.tree.leaves, self.large):
+            left = [path for path in _paths(tree) if path not in self._left_out]
+            small = map_named(lambda path, leaf: GONE if path in self._left_out else leaf, tree)
+            pairs |= dict(zip(_paths(without_leaves(small)), left, strict=True))
+        return pairs
+
     def _leaves(self, tree: Any) -> list[tuple[str, list[Kept]]]:
         """The path of every leaf of params or state, and which indices of the large one each block holds."""
         if not jax.tree.leaves(tree):
             return []
         leaves = []
         for path, leaf in named_variables(tree).items():
-            if path not in self._kept:
+            if path not in self._renamed:
                 raise ValueError(
                     f"`params` holds {path!r}, which the model that was made smaller did not have"
                 )
-            blocks = self._kept[path]
+            blocks = self._kept[self._renamed[path]]
             if jnp.shape(leaf) != (asked := tuple(int(mask.sum()) for mask in blocks[0])):
                 raise ValueError(
                     f"{path!r} has shape {jnp.shape(leaf)}, and {asked} is what `prune.compact` left of it: "
                     "pass the smaller params that it returned"
                 )
-            leaves.append((path, blocks))
+            leaves.append((self._renamed[path], blocks))
         return leaves
 
     @functools.cached_property
@@ -141,6 +198,10 @@ class _Statics:
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> _Statics:
         return cls(keywords, content(tuple(sorted(keywords.items()))))
+
+
+def _paths(tree: Any) -> list[str]:
+    return [*named_variables(jax.tree.map(stand_in, tree))] if jax.tree.leaves(tree) else []
 
 
 def _abstract(leaf: Any, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
@@ -194,12 +255,17 @@ def compact(
     """
     check_apply(apply_fn)
     state: Any = {}
+    large_state: Any = {}
     if isinstance(apply_fn, StatefulApply) and jax.tree.leaves(apply_fn.state):
+        large_state = apply_fn.state
         state = shrink(apply_fn.state, plan)
         apply_fn = apply_fn.with_state(None)  # The large state would be kept alive, and is never used.
     small_params = shrink(params, plan)
+    large = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), (params, large_state)
+    )
     keywords = {**apply_kwargs, **({} if rngs is None else {"rngs": rngs})}
-    small_apply = CompactApply(apply_fn, plan, keywords, state)
+    small_apply = CompactApply(apply_fn, plan, keywords, large, state)
     batch = batch if isinstance(batch, tuple) else (batch,)
     # What cannot be is said here, and not at the first call.
     _ = jax.eval_shape(small_apply, small_params, *batch)

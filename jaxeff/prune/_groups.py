@@ -17,15 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff import graph
+from jaxeff.graph.blocks import Blocks, blocks_of, common_name, common_pattern
 from jaxeff.graph.coupling import UNREAD, couple
-from jaxeff.graph.coupling_labels import KINDS
+from jaxeff.graph.coupling_labels import DEPTH, KINDS
 from jaxeff.graph.coupling_work import Amount
 from jaxeff.model.apply import StatefulApply, from_apply
 from jaxeff.model.functions import TracedFunction
-from jaxeff.model.params import Params, is_variables, named_leaves
+from jaxeff.model.params import Params, named_leaves
 from jaxeff.numerics.precision import widened
 from jaxeff.output.shown import Shown
 from jaxeff.output.text import aligned
+from jaxeff.prune._named import in_modules, named_variables, stand_in
 
 Shapes = Mapping[str, tuple[int, ...]]
 WHOLE = ("head_size", "block")
@@ -68,19 +70,23 @@ class Member:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """Elements (channels, hidden units, heads) of which each is removed with all of its members.
+    """Elements (channels, hidden units, heads, blocks) of which each is removed with all that it holds.
 
     Attributes:
         name: of its first member, 'path:axis'; where several groups share that, a number follows.
         size: number of elements.
         members: in the order in which the model uses their leaves.
         locked: why none may be removed; None where they may.
-        importance: [*blocks, size], of each element; None where no member has a score.
+        importance: [*blocks, size], of each element; None where nothing that it holds has a score.
         blocks: where weights are stacked (scanned blocks, experts), how many blocks there are along each
             stacked axis. Each block loses elements of its own, equally many.
         kind: what its elements are. 'unit' or 'channel'; 'head', or 'kv_head' and 'query' where several query heads
             share a key and value; 'head_size', each element a part of every head; 'expert'; 'block', an iteration
-            of a scan over stacked weights; 'stream', what residual branches add to.
+            of a scan over stacked weights, or one of several residual blocks in a row; 'stream', what residual
+            branches add to.
+        leaves: of blocks that are not stacked: the paths of the leaves of each, which go as a whole. Such a group has
+            no members.
+        names: of such blocks, of the modules that hold these leaves: 'block0'.
     """
 
     name: str
@@ -90,12 +96,16 @@ class Group:
     importance: np.ndarray | None = None
     kind: str = "unit"
     blocks: tuple[int, ...] = ()
+    leaves: tuple[tuple[str, ...], ...] = ()
+    names: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Group({self.name!r}, kind={self.kind!r}, size={self.size}, locked={self.locked!r})"
 
     def __str__(self) -> str:
         """What it is, such as 'layers/attention: 9 heads in each of 30 blocks'."""
+        if self.leaves:
+            return f"{self.name}: {self.size} {_PLURALS[self.kind]}"
         parts = [member.path.split("/")[:-1] for member in self.members]
         place = "/".join(os.path.commonprefix(parts) or parts[0]) or self.members[0].path
         stacked = f" in each of {' x '.join(map(str, self.blocks))} blocks" if self.blocks else ""
@@ -144,6 +154,8 @@ class Groups(Shown):
 
     def weights(self, group: Group) -> int:
         """How many numbers an element of a group holds in all blocks, those of two axes counted for both."""
+        if group.leaves:
+            return sum(math.prod(self.shapes[path]) for path in group.leaves[0])
         return sum(
             member.indices.shape[1]
             * math.prod(self.shapes[member.path])
@@ -248,7 +260,7 @@ def _size(group: Group) -> str:
 def _summary(group: Group) -> tuple[str, str]:
     importance = group.importance
     ranged = "-" if importance is None else f"{importance.min():.3g} to {importance.max():.3g}"
-    return ranged, " ".join(member.name for member in group.members)
+    return ranged, " ".join(group.names or (member.name for member in group.members))
 
 
 def groups(
@@ -273,8 +285,9 @@ def groups(
         batch: the model's input, or a tuple of several; also of `jax.ShapeDtypeStruct`.
         allow: kinds of locks to leave out: 'statistics', over which data are summed, such as the residual
             stream under LayerNorm: the smaller model then differs from the masked one; 'scale', the size of
-            queries and keys: right where the module keeps its scale at that of the larger size; 'replay', all
-            that `prune.compact` can remove and a rebuilt module cannot: the size of queries and keys, and
+            queries and keys: right where the module keeps its scale at that of the larger size; 'depth', blocks
+            that zeros in place of their weights would not skip, such as those with a norm behind the addition: the
+            smaller model differs from the masked one here too; 'replay', all that `prune.compact` can remove and a rebuilt module cannot: the size of queries and keys, and
             sums over what is 0 where it is removed, such as the stream under RMSNorm.
         rngs: passed to a Linen model.
         apply_kwargs: passed to `apply_fn`. The model should run as it serves: dropout off, BatchNorm on
@@ -315,21 +328,14 @@ def groups(
     count = len(named) + len(of_state)
     coupled, amounts = couple(program, [i < count for i in range(len(program.inputs))], allowed, len(named))
     paths = [*named, *of_state]
-    found = _named([_group(one, paths) for one in coupled])
+    found = [_group(one, paths) for one in coupled]
+    in_a_row = blocks_of(program, in_modules(paths, named), DEPTH in allowed)
+    found = _named([*found, *(_group_of_blocks(one, paths, in_modules(paths, named)) for one in in_a_row)])
     _check_state(found, of_state)
     shapes, state_shapes = (
         {path: jnp.shape(leaf) for path, leaf in tree.items()} for tree in (named, of_state)
     )
     return Groups(found, shapes, state_shapes, amounts)
-
-
-def stand_in(leaf: Any) -> Any:
-    """An array of the shape and dtype asked for that takes no memory."""
-    if not isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jnp.broadcast_to(jax.random.key(0), leaf.shape)
-    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
 def _group(coupled: Any, paths: list[str]) -> Group:
@@ -340,6 +346,16 @@ def _group(coupled: Any, paths: list[str]) -> Group:
     )
     locked = "; ".join(coupled.reasons) or None
     return Group(members[0].name, coupled.size, members, locked, None, coupled.kind, coupled.blocks)
+
+
+def _group_of_blocks(found: Blocks, paths: list[str], in_modules: list[str]) -> Group:
+    leaves = tuple(tuple(paths[leaf] for leaf in block.leaves) for block in found.blocks)
+    names = [common_name([in_modules[leaf] for leaf in block.leaves]) for block in found.blocks]
+    if not all(names) or len(set(names)) < len(names):
+        names = [paths[0] for paths in leaves]
+    return Group(
+        common_pattern(names), len(leaves), (), found.reason, None, "block", (), leaves, tuple(names)
+    )
 
 
 def _named(found: list[Group]) -> tuple[Group, ...]:
@@ -353,31 +369,13 @@ def _named(found: list[Group]) -> tuple[Group, ...]:
 
 def _check_state(found: Iterable[Group], state: Mapping[str, Any]) -> None:
     for group in found:
-        path = group.members[0].path
+        path = group.members[0].path if group.members else ""
         if group.locked == UNREAD and path in state:
             raise ValueError(
                 f"the model does not read {path!r}, whose size would stay unknown: run it as "
                 "it serves (`train=False`, `use_running_average=True`, or `model.eval()` before `from_nnx`), "
                 "or leave the collection out"
             )
-
-
-def named_variables(tree: Any) -> dict[str, Any]:
-    """The leaves of params, of variables or of a state by the paths that `Groups` gives them, in order."""
-    named = named_leaves(tree)
-    if not is_variables(tree):
-        return named
-    bare = {path.removeprefix("params/"): leaf for path, leaf in named.items()}
-    if len(bare) < len(named):
-        raise ValueError("`params` and another collection have a path in common")
-    return bare
-
-
-def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """`function(path, leaf)` on every leaf."""
-    leaves, structure = jax.tree.flatten(tree)
-    paths = named_variables(jax.tree.map(stand_in, tree))
-    return jax.tree.unflatten(structure, [function(*pair) for pair in zip(paths, leaves, strict=True)])
 
 
 def _scores(importance: Any, shapes: Shapes) -> dict[str, jax.Array]:
@@ -409,6 +407,8 @@ def _of_elements(group: Group, given: Any) -> np.ndarray:
 
 def _reduced(group: Group, scores: Mapping[str, jax.Array], reduce: str) -> np.ndarray | None:
     """[*blocks, size], one number an element, over all members with scores."""
+    if group.leaves:
+        return _of_blocks(group, scores, reduce)
     reduction, parts, count = REDUCTIONS[reduce], [], 0
     for member in group.members:
         if member.path not in scores:
@@ -424,6 +424,18 @@ def _reduced(group: Group, scores: Mapping[str, jax.Array], reduce: str) -> np.n
         return None
     joined = np.max(parts, axis=0) if reduce == "max" else np.sum(parts, axis=0)
     return joined / count if reduce == "mean" else joined
+
+
+def _of_blocks(group: Group, scores: Mapping[str, jax.Array], reduce: str) -> np.ndarray | None:
+    """[size]: all scores of the leaves of each block as one number."""
+    scored = [
+        [widened(jnp.asarray(scores[path])) for path in paths if path in scores] for paths in group.leaves
+    ]
+    if not all(scored):
+        return None
+    joined = np.array([[float(REDUCTIONS[reduce](score)) for score in each] for each in scored])
+    found = joined.max(axis=1) if reduce == "max" else joined.sum(axis=1)
+    return found / sum(score.size for score in scored[0]) if reduce == "mean" else found
 
 
 def _known(name: str, value: str, known: Mapping[str, Any]) -> None:

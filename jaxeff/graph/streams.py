@@ -1,0 +1,161 @@
+"""The stream of a program: what the rest of a model knows of what came before, and what happens to it.
+
+In: a `Program`, and how many of its inputs are leaves. Out: a `Flow`, whose `chains` are `Segment`s.
+
+After each operation some arrays are live: made before, and read later. Those that depend on weights and on data
+are what the rest of the model knows of what came before. Where they are one array more than at an earlier point,
+that array is the stream, and the operations between two such points are a segment.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from jaxeff.graph.coupling_skips import ZERO, is_zero, through_zeros
+from jaxeff.graph.program import Call, Operation, Program, Value, operations_of
+
+
+class Segment(NamedTuple):
+    """What happens between two points of a chain.
+
+    Attributes:
+        start, end: the stream before and after.
+        steps: of the program, those that compute what is mixed.
+    """
+
+    start: Value
+    end: Value
+    steps: tuple[int, ...]
+
+
+class Flow:
+    """What each step of a program depends on.
+
+    Attributes:
+        sources: the leaves of each value that depends on weights alone.
+        mixed: values that depend on floating data, or on weights and on other data. Positions and masks made of whole
+            numbers are not among them.
+        readers: of each leaf, the steps that read it, or what is made of it, together with data.
+    """
+
+    def __init__(self, program: Program, leaves: int):
+        self.program = program
+        self.wholes = [step.whole if isinstance(step, Call) else step for step in program.steps]
+        self.sources: dict[Value, frozenset[int]] = {
+            value: frozenset([number]) for number, value in enumerate(program.inputs[:leaves])
+        }
+        self.data = set(program.inputs[leaves:])
+        self._given = [
+            value for value in program.inputs[leaves:] if jnp.issubdtype(value.dtype, jnp.floating)
+        ]
+        self.mixed = set(self._given)
+        self.readers: dict[int, set[int]] = {number: set() for number in range(leaves)}
+        self._maker: dict[Value, int] = {}
+        self._mixed_steps: list[int] = []
+        for number, whole in enumerate(self.wholes):
+            self._through(number, whole)
+        for output in program.outputs:
+            for leaf in self.sources.get(output, ()) if isinstance(output, Value) else ():
+                self.readers[leaf].add(len(self.wholes))
+
+    def _through(self, number: int, whole: Operation) -> None:
+        operands = [operand for operand in whole.inputs if isinstance(operand, Value)]
+        leaves = frozenset().union(*(self.sources.get(operand, ()) for operand in operands))
+        mixed = any(operand in self.mixed for operand in operands)
+        data = mixed or any(operand in self.data for operand in operands)
+        if mixed or (leaves and data):
+            self.mixed.update(whole.outputs)
+            self._mixed_steps.append(number)
+            for leaf in leaves:
+                self.readers[leaf].add(number)
+        elif data:
+            self.data.update(whole.outputs)
+        elif leaves:
+            self.sources.update(dict.fromkeys(whole.outputs, leaves))
+        self._maker.update(dict.fromkeys(whole.outputs, number))
+
+    def chains(self) -> list[list[Segment]]:
+        """Return segments in a row, by what is live beside the stream, that with the least first."""
+        points = self._points()
+        by_others: dict[frozenset[Value], list[int]] = {}
+        for place, (_, _, others) in enumerate(points):
+            by_others.setdefault(others, []).append(place)
+        chains = []
+        for others, places in sorted(by_others.items(), key=lambda pair: len(pair[0])):
+            # What the last block of a decoder reads besides the stream is dead after it.
+            after = range(places[-1] + 1, len(points))
+            last = next((place for place in after if points[place][2] < others), None)
+            taken = [points[place] for place in ([*places] if last is None else [*places, last])]
+            chain = []
+            for (before, start, _), (number, end, _) in itertools.pairwise(taken):
+                steps = tuple(step for step in self._mixed_steps if before < step <= number)
+                chain.append(Segment(start, end, steps))
+            chains.append(chain)
+        return chains
+
+    def _points(self) -> list[tuple[int, Value, frozenset[Value]]]:
+        """After each step: its number, the stream, and what else is live. Only of arrays that are mixed."""
+        last: dict[Value, float] = {}
+        for number, whole in enumerate(self.wholes):
+            last.update((operand, number) for operand in whole.inputs if isinstance(operand, Value))
+        last.update((output, math.inf) for output in self.program.outputs if isinstance(output, Value))
+        live: dict[Value, None] = {}
+        points = []
+        for number in [-1, *self._mixed_steps]:
+            made = self._given if number < 0 else self.wholes[number].outputs
+            live.update(dict.fromkeys(made))
+            for value in [value for value in live if last.get(value, -1) <= number]:
+                del live[value]
+            if live:
+                *others, stream = live
+                points.append((number, stream, frozenset(others)))
+        return points
+
+    def leaves_of(self, steps: Iterable[int]) -> tuple[int, ...]:
+        """Return the leaves that some steps read together with data, in order."""
+        read: dict[int, None] = {}
+        for number in steps:
+            for operand in self.wholes[number].inputs:
+                if isinstance(operand, Value):
+                    read.update(dict.fromkeys(sorted(self.sources.get(operand, ()))))
+        return tuple(read)
+
+    def operations(self, steps: Iterable[int]) -> list[Operation]:
+        return [*operations_of([self.program.steps[number] for number in steps])]
+
+    def passed_on(self, steps: Sequence[int], end: Value, leaves: Sequence[int]) -> Value | None:
+        """Return the array from before these steps that `end` equals if these leaves are 0."""
+        states: dict[Value, Any] = {self.program.inputs[leaf]: ZERO for leaf in leaves}
+
+        def read(operand: Value | Literal) -> Any:
+            if isinstance(operand, Literal):
+                return ZERO if is_zero(operand.val) else None
+            if operand not in states and operand in self.program.constants:
+                states[operand] = ZERO if is_zero(self.program.constants[operand]) else operand
+            return states.get(operand, operand)
+
+        for operation in self.operations([*self._of_weights(steps, frozenset(leaves)), *steps]):
+            given = [read(operand) for operand in operation.inputs]
+            states.update(zip(operation.outputs, through_zeros(operation, given), strict=True))
+        found = read(end)
+        return found if isinstance(found, Value) else None
+
+    def _of_weights(self, steps: Iterable[int], leaves: frozenset[int]) -> list[int]:
+        """Return the steps that make of these leaves, without data, what the given steps read."""
+        found: set[int] = set()
+        waiting = [operand for number in steps for operand in self.wholes[number].inputs]
+        while waiting:
+            operand = waiting.pop()
+            if not isinstance(operand, Value) or not self.sources.get(operand, frozenset()) & leaves:
+                continue
+            number = self._maker.get(operand)
+            if number is not None and number not in found:
+                found.add(number)
+                waiting += self.wholes[number].inputs
+        return sorted(found)
