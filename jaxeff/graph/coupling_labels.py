@@ -26,7 +26,8 @@ UNFIT = "reshapes that do not fit together"
 # Kinds of locks that a caller who knows better may leave out. REPLAY: those that only a rebuilt module needs,
 # because it computes numbers from its widths anew (1/n, 1/sqrt(d)), where a replayed program keeps them.
 STATISTICS, SCALE, REPLAY = "statistics", "scale", "replay"
-# Of blocks that zeros in place of their weights would not skip. `Remaining` leaves it to whoever found that they may go.
+# Of blocks that zeros in place of their weights would not skip, which `Remaining` leaves to whoever found that they
+# may go.
 DEPTH = "depth"
 KINDS = frozenset({STATISTICS, SCALE, REPLAY, DEPTH})
 

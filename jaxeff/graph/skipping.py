@@ -37,7 +37,7 @@ def _copy(whole: Operation, start: Value, end: Value) -> Operation:
     return Operation(copy_p, {}, (start,), (end,), whole.context, False, (), whole.scope, whole.source_info)
 
 
-def gated(blocks: Sequence[Block], program: Program, gates: Any) -> Mapping[Operation, Rule]:
+def gated(program: Program, blocks: Sequence[Block], gates: Any) -> Mapping[Operation, Rule]:
     """Return rules for `evaluate` that skip the blocks whose gate, an entry of [blocks], is False."""
     rules: dict[Operation, Rule] = {}
     ends = {block.end: number for number, block in enumerate(blocks)}

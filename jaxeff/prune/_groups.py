@@ -286,9 +286,10 @@ def groups(
         allow: kinds of locks to leave out: 'statistics', over which data are summed, such as the residual
             stream under LayerNorm: the smaller model then differs from the masked one; 'scale', the size of
             queries and keys: right where the module keeps its scale at that of the larger size; 'depth', blocks
-            that zeros in place of their weights would not skip, such as those with a norm behind the addition: the
-            smaller model differs from the masked one here too; 'replay', all that `prune.compact` can remove and a rebuilt module cannot: the size of queries and keys, and
-            sums over what is 0 where it is removed, such as the stream under RMSNorm.
+            that zeros in place of their weights would not skip, such as those with a norm behind the addition:
+            the smaller model then differs from the masked one; 'replay', all that `prune.compact` can remove and
+            a rebuilt module cannot: the size of queries and keys, and sums over what is 0 where it is removed,
+            such as the stream under RMSNorm.
         rngs: passed to a Linen model.
         apply_kwargs: passed to `apply_fn`. The model should run as it serves: dropout off, BatchNorm on
             running averages.
