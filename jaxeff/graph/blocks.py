@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxeff.graph.program import Program, Value
+from jaxeff.graph.program import Operation, Program, Value
 from jaxeff.graph.streams import Flow, Segment
 
 SHARED = "other parts of the model use its weights too"
@@ -33,12 +33,14 @@ class Block:
         start, end: the stream before and after it.
         leaves: numbers of the leaves that it alone reads, in the order in which it does.
         steps: numbers of the program's steps that compute `end` from `start`.
+        operations: those of these steps, and what else goes without them.
     """
 
     start: Value
     end: Value
     leaves: tuple[int, ...]
     steps: tuple[int, ...]
+    operations: tuple[Operation, ...]
 
 
 class Blocks(NamedTuple):
@@ -154,7 +156,7 @@ def _of_chain(
         start = part.segments[0].start
         name = _name(part.leaves, paths)
         if any(map(str.isdigit, name)) and _without_numbers(name) in patterns:
-            found.append((Block(start, part.segments[-1].end, part.leaves, part.steps), RESHAPED))
+            found.append((Block(start, part.segments[-1].end, part.leaves, part.steps, ()), RESHAPED))
     return found
 
 
@@ -176,7 +178,8 @@ def _block(flow: Flow, part: _Part, skip: bool) -> list[tuple[Block, str | None]
         reason = SHARED
     elif not skip and flow.passed_on(steps, end, part.leaves) is not start:
         reason = UNSKIPPED
-    return [(Block(start, end, part.leaves, steps), reason)]
+    operations = tuple(flow.operations([*flow.of_weights(steps, part.leaves), *steps]))
+    return [(Block(start, end, part.leaves, steps, operations), reason)]
 
 
 def _parts(flow: Flow, run: Sequence[_Part], paths: Sequence[str]) -> list[_Part]:

@@ -19,12 +19,13 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
+from jaxeff.graph.blocks import Block
 from jaxeff.graph.coupling_kinds import attention_of, kinds_of
 from jaxeff.graph.coupling_labels import CONSTANT, DATA, DEPTH, WEIGHT, Described, Dim, Labels
 from jaxeff.graph.coupling_rules import through
 from jaxeff.graph.coupling_skips import skipped_by_zeros
 from jaxeff.graph.coupling_stacks import GroupsIn, Seen, Stacked, stacked_over
-from jaxeff.graph.coupling_work import Amount, Counts, key_value_cache, macs, scaled, total
+from jaxeff.graph.coupling_work import Amount, Counts, gated, key_value_cache, macs, scaled, total
 from jaxeff.graph.program import Operation, Program, Value, scan_operands
 from jaxeff.graph.provenance import operands_of_bodies
 
@@ -71,7 +72,11 @@ class Coupling(NamedTuple):
 
 
 def couple(
-    program: Program, leaves: Sequence[bool], allowed: frozenset[str] = frozenset(), params: int = 0
+    program: Program,
+    leaves: Sequence[bool],
+    allowed: frozenset[str] = frozenset(),
+    params: int = 0,
+    blocks: Sequence[Block] = (),
 ) -> Coupling:
     """The groups of a program.
 
@@ -80,6 +85,8 @@ def couple(
         leaves: of each of its inputs, whether it is a leaf; all others are data.
         allowed: kinds of locks to leave out.
         params: how many of the leaves, the first of them, count as params.
+        blocks: parts of the program that may be left out. Each is a variable of the amounts, 1 or 0, after the sizes
+            of the groups.
 
     Returns:
         Groups that cover every index of every axis longer than 1 of every leaf, in the order in which
@@ -98,7 +105,7 @@ def couple(
     found = [described.dims for described, is_leaf in zip(inputs, leaves, strict=True) if is_leaf]
     values = [value for value, is_leaf in zip(program.inputs, leaves, strict=True) if is_leaf]
     order = sorted(range(len(values)), key=lambda leaf: used.get(values[leaf], math.inf))
-    return _collected(program, walk, found, order, values[:params])
+    return _collected(program, walk, found, order, values[:params], blocks)
 
 
 def _first_uses(program: Program) -> dict[Value, int]:
@@ -124,6 +131,7 @@ def _collected(
     leaves: Sequence[Sequence[Dim]],
     order: Sequence[int],
     params: Sequence[Value],
+    blocks: Sequence[Block],
 ) -> Coupling:
     """Labels alike in all that they stand in become the elements of one group."""
     labels = walk.labels
@@ -176,7 +184,7 @@ def _collected(
         dataclasses.replace(one, kind=kinds.get(i, "unit"), scan=scans.get(i), **_blocks(one, found, over[i]))
         for i, one in enumerate(found)
     ]
-    return Coupling(groups, _amounts(program, walk, groups, of_label, groups_in, params))
+    return Coupling(groups, _amounts(program, walk, groups, of_label, groups_in, params, blocks))
 
 
 def _amounts(
@@ -186,20 +194,31 @@ def _amounts(
     of_label: np.ndarray,
     groups_in: GroupsIn,
     params: Sequence[Value],
+    blocks: Sequence[Block],
 ) -> dict[str, Amount]:
     fixed = np.array([bool(one.reasons) for one in groups])
-    counts = Counts(walk.labels, np.where(fixed[of_label], -1, of_label), [one.size for one in groups])
-    held = [(value.dtype.itemsize, counts(walk.described[value].dims)) for value in params]
+    variables = [*(one.size for one in groups), *(1 for _ in blocks)]
+    counts = Counts(walk.labels, np.where(fixed[of_label], -1, of_label), variables)
+    block_of, block_of_leaf = {}, {}
+    for number, block in enumerate(blocks, len(groups)):
+        block_of |= dict.fromkeys(block.operations, number)
+        block_of_leaf |= dict.fromkeys((program.inputs[leaf] for leaf in block.leaves), number)
+    held = [
+        (value.dtype.itemsize, gated(counts(walk.described[value].dims), block_of_leaf.get(value)))
+        for value in params
+    ]
     leaves_of = [{leaf for leaf, _, _ in one.members} for one in groups]
     heads, sizes = (
         {i for i, one in enumerate(groups) if one.kind in kinds}
         for kinds in (("head", "kv_head"), ("head_size",))
     )
     found = {
-        "macs": macs(program, walk.described, counts),
+        "macs": macs(program, walk.described, counts, block_of),
         "params": total(each for _, each in held),
         "bytes": total(scaled(each, size) for size, each in held),
-        "kv_cache": key_value_cache(program, walk.described, counts, groups_in, leaves_of, heads, sizes),
+        "kv_cache": key_value_cache(
+            program, walk.described, counts, block_of, groups_in, leaves_of, heads, sizes
+        ),
     }
     return {name: Amount.of(polynomial) for name, polynomial in found.items() if polynomial}
 

@@ -140,19 +140,19 @@ class Flow:
                 states[operand] = ZERO if is_zero(self.program.constants[operand]) else operand
             return states.get(operand, operand)
 
-        for operation in self.operations([*self._of_weights(steps, frozenset(leaves)), *steps]):
+        for operation in self.operations([*self.of_weights(steps, leaves), *steps]):
             given = [read(operand) for operand in operation.inputs]
             states.update(zip(operation.outputs, through_zeros(operation, given), strict=True))
         found = read(end)
         return found if isinstance(found, Value) else None
 
-    def _of_weights(self, steps: Iterable[int], leaves: frozenset[int]) -> list[int]:
+    def of_weights(self, steps: Iterable[int], leaves: Sequence[int]) -> list[int]:
         """Return the steps that make of these leaves, without data, what the given steps read."""
         found: set[int] = set()
         waiting = [operand for number in steps for operand in self.wholes[number].inputs]
         while waiting:
             operand = waiting.pop()
-            if not isinstance(operand, Value) or not self.sources.get(operand, frozenset()) & leaves:
+            if not isinstance(operand, Value) or self.sources.get(operand, frozenset()).isdisjoint(leaves):
                 continue
             number = self._maker.get(operand)
             if number is not None and number not in found:

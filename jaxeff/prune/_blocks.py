@@ -23,7 +23,8 @@ from jaxeff.model.params import Params
 from jaxeff.output.shown import Shown
 from jaxeff.output.text import aligned
 from jaxeff.prune._compact import compact
-from jaxeff.prune._groups import Group, Groups, groups
+from jaxeff.prune._grouping import groups
+from jaxeff.prune._groups import Group, Groups
 from jaxeff.prune._named import in_modules, map_named
 from jaxeff.prune._plans import Plan
 

@@ -1,33 +1,22 @@
-"""Which axes of which leaves have to shrink together, and which may.
-
-In: `params`, `apply_fn` and `batch` as `jaxeff.analyze` takes them. Out: `Groups`, which hold importance
-once they are `scored`.
-"""
+"""Groups of what has to go together: `Group`, `Groups`, and the importance of their elements."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import graph
-from jaxeff.graph.blocks import Blocks, blocks_of, common_name, common_pattern
-from jaxeff.graph.coupling import UNREAD, couple
-from jaxeff.graph.coupling_labels import DEPTH, KINDS
 from jaxeff.graph.coupling_work import Amount
-from jaxeff.model.apply import StatefulApply, from_apply
-from jaxeff.model.functions import TracedFunction
-from jaxeff.model.params import Params, named_leaves
 from jaxeff.numerics.precision import widened
 from jaxeff.output.shown import Shown
 from jaxeff.output.text import aligned
-from jaxeff.prune._named import in_modules, named_variables, stand_in
+from jaxeff.prune._named import named_variables
 
 Shapes = Mapping[str, tuple[int, ...]]
 WHOLE = ("head_size", "block")
@@ -99,6 +88,11 @@ class Group:
     leaves: tuple[tuple[str, ...], ...] = ()
     names: tuple[str, ...] = ()
 
+    @property
+    def variables(self) -> int:
+        """How many variables of `Groups.amounts` are this group's: its size, or for each of its blocks 1 or 0."""
+        return len(self.leaves) or 1
+
     def __repr__(self) -> str:
         return f"Group({self.name!r}, kind={self.kind!r}, size={self.size}, locked={self.locked!r})"
 
@@ -120,7 +114,7 @@ class Groups(Shown):
         groups: in the order in which the model uses them.
         params: shapes of the leaves of `params`, by path.
         state: shapes of all other variables, by path: 'batch_stats/norm/mean'.
-        amounts: what `costs` evaluates.
+        amounts: what `costs` evaluates: functions of `Group.variables` variables for each group.
     """
 
     groups: tuple[Group, ...]
@@ -163,11 +157,18 @@ class Groups(Shown):
             for member in group.members
         )
 
-    def costs(self, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
+    def costs(
+        self,
+        sizes: Mapping[str, int] | None = None,
+        *,
+        removed: Mapping[str, Sequence[int]] | None = None,
+    ) -> dict[str, int]:
         """What the model costs with so many elements of each group, by `prune.compact`; nothing is traced.
 
         Args:
             sizes: elements that are left by group's name, as `Plan.sizes` gives them; the others stay whole.
+            removed: of groups of blocks in a row, which of them are left out, as `Plan.removed` has it. Without it,
+                and where the blocks left differ in their own sizes, the costs are those of blocks of the mean.
 
         Returns:
             'params' and their 'bytes', without state; 'macs' of the whole batch, as `cost.count` has them (of a `cond`
@@ -178,8 +179,9 @@ class Groups(Shown):
         Raises:
             ValueError: no such group, or more or fewer elements than it can have.
 
+        >>> from jaxeff import prune
         >>> model = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]
-        >>> found = groups({"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, model, jnp.ones((8, 3)))
+        >>> found = prune.groups({"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, model, jnp.ones((8, 3)))
         >>> found.costs(), found.costs({"a:1": 1})
         ({'macs': 160, 'params': 20, 'bytes': 80}, {'macs': 40, 'params': 5, 'bytes': 20})
         """
@@ -191,7 +193,15 @@ class Groups(Shown):
                 )
             if not 1 <= size <= unlocked[name].size or size != int(size):
                 raise ValueError(f"`sizes` must be from 1 to {unlocked[name].size} for {name!r}, got {size}")
-        left = np.array([given.get(group.name, group.size) for group in self.groups])
+        out = removed or {}
+        left = np.concatenate(
+            [
+                np.isin(np.arange(group.size), out[group.name], invert=True)
+                if group.leaves and group.name in out
+                else np.full(group.variables, given.get(group.name, group.size) / group.variables)
+                for group in self.groups
+            ]
+        )
         return {name: round(float(amount(left))) for name, amount in self.amounts.items()}
 
     def scored(self, importance: Any, *, reduce: str = "sum", normalize: str = "none") -> Groups:
@@ -261,122 +271,6 @@ def _summary(group: Group) -> tuple[str, str]:
     importance = group.importance
     ranged = "-" if importance is None else f"{importance.min():.3g} to {importance.max():.3g}"
     return ranged, " ".join(group.names or (member.name for member in group.members))
-
-
-def groups(
-    params: Any,
-    apply_fn: Callable,
-    batch: Any,
-    *,
-    allow: Iterable[str] = (),
-    rngs: Any = None,
-    **apply_kwargs: Any,
-) -> Groups:
-    """Which axes of which leaves have to shrink together.
-
-    The model is traced, and nothing is computed. Removing an element takes out its indices of all members;
-    what the smaller model computes is then what the model computes with these indices set to 0
-    (docs/structured.md has the rules). What is not known to be so is locked.
-
-    Args:
-        params: as `jaxeff.analyze` takes them: Linen variables, with all collections, or any tree of
-            arrays; also of `jax.ShapeDtypeStruct`.
-        apply_fn: `model.apply`, a function `f(params, *batch)`, or what `jaxeff.from_nnx` gives.
-        batch: the model's input, or a tuple of several; also of `jax.ShapeDtypeStruct`.
-        allow: kinds of locks to leave out: 'statistics', over which data are summed, such as the residual
-            stream under LayerNorm: the smaller model then differs from the masked one; 'scale', the size of
-            queries and keys: right where the module keeps its scale at that of the larger size; 'depth', blocks
-            that zeros in place of their weights would not skip, such as those with a norm behind the addition:
-            the smaller model then differs from the masked one; 'replay', all that `prune.compact` can remove and
-            a rebuilt module cannot: the size of queries and keys, and sums over what is 0 where it is removed,
-            such as the stream under RMSNorm.
-        rngs: passed to a Linen model.
-        apply_kwargs: passed to `apply_fn`. The model should run as it serves: dropout off, BatchNorm on
-            running averages.
-
-    Raises:
-        ValueError: the model does not take this batch, or it does not read some of its state, whose size
-            would then be unknown.
-
-    >>> def model(params, x):
-    ...     return jax.nn.relu(x @ params["a"]) @ params["b"]
-    >>> found = groups({"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, model, jnp.ones((8, 3)))
-    >>> [(group.name, group.size, group.locked) for group in found]
-    [('a:0', 3, 'input of the model'), ('a:1', 4, None), ('b:1', 2, 'output of the model')]
-    """
-    allowed = frozenset([allow] if isinstance(allow, str) else allow)
-    if unknown := allowed - KINDS:
-        raise ValueError(
-            f"`allow` may hold {', '.join(map(repr, sorted(KINDS)))}, got {sorted(unknown)[0]!r}"
-        )
-    if isinstance(apply_fn, StatefulApply):
-        apply_fn = apply_fn.with_state(jax.tree.map(stand_in, apply_fn.state))
-    params, batch = (jax.tree.map(stand_in, tree) for tree in (params, batch))
-    params = Params.of(params)
-    named = params.named
-    model = from_apply(params, apply_fn, batch, rngs, apply_kwargs)
-    function = model.function.without_capture()
-    if isinstance(function, TracedFunction):
-        (state, *_), _ = model.inputs
-        closed = function.closed
-    else:
-        state, *_ = model.inputs
-        closed = jax.make_jaxpr(function)(model.params, model.inputs)
-    of_state = named_leaves(state) if jax.tree.leaves(state) else {}
-    if shared := named.keys() & of_state.keys():
-        raise ValueError(f"`params` and another collection both have the path {sorted(shared)[0]!r}")
-    program = graph.flatten(closed)
-    count = len(named) + len(of_state)
-    coupled, amounts = couple(program, [i < count for i in range(len(program.inputs))], allowed, len(named))
-    paths = [*named, *of_state]
-    found = [_group(one, paths) for one in coupled]
-    in_a_row = blocks_of(program, in_modules(paths, named), DEPTH in allowed)
-    found = _named([*found, *(_group_of_blocks(one, paths, in_modules(paths, named)) for one in in_a_row)])
-    _check_state(found, of_state)
-    shapes, state_shapes = (
-        {path: jnp.shape(leaf) for path, leaf in tree.items()} for tree in (named, of_state)
-    )
-    return Groups(found, shapes, state_shapes, amounts)
-
-
-def _group(coupled: Any, paths: list[str]) -> Group:
-    block_axes = coupled.block_axes or [()] * len(coupled.members)
-    members = tuple(
-        Member(paths[leaf], axis, indices, axes)
-        for (leaf, axis, indices), axes in zip(coupled.members, block_axes, strict=True)
-    )
-    locked = "; ".join(coupled.reasons) or None
-    return Group(members[0].name, coupled.size, members, locked, None, coupled.kind, coupled.blocks)
-
-
-def _group_of_blocks(found: Blocks, paths: list[str], in_modules: list[str]) -> Group:
-    leaves = tuple(tuple(paths[leaf] for leaf in block.leaves) for block in found.blocks)
-    names = [common_name([in_modules[leaf] for leaf in block.leaves]) for block in found.blocks]
-    if not all(names) or len(set(names)) < len(names):
-        names = [paths[0] for paths in leaves]
-    return Group(
-        common_pattern(names), len(leaves), (), found.reason, None, "block", (), leaves, tuple(names)
-    )
-
-
-def _named(found: list[Group]) -> tuple[Group, ...]:
-    counts: dict[str, int] = {}
-    named = []
-    for group in found:
-        counts[group.name] = number = counts.get(group.name, 0) + 1
-        named.append(group if number == 1 else dataclasses.replace(group, name=f"{group.name}#{number}"))
-    return tuple(named)
-
-
-def _check_state(found: Iterable[Group], state: Mapping[str, Any]) -> None:
-    for group in found:
-        path = group.members[0].path if group.members else ""
-        if group.locked == UNREAD and path in state:
-            raise ValueError(
-                f"the model does not read {path!r}, whose size would stay unknown: run it as "
-                "it serves (`train=False`, `use_running_average=True`, or `model.eval()` before `from_nnx`), "
-                "or leave the collection out"
-            )
 
 
 def _scores(importance: Any, shapes: Shapes) -> dict[str, jax.Array]:
