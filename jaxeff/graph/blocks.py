@@ -122,7 +122,11 @@ class _Part:
 
 def _found(flow: Flow, paths: Sequence[str], skip: bool) -> list[tuple[Block, str | None]]:
     """Return the blocks of a program, also those within others, and of each why it may not go."""
-    return [block for chain in flow.chains() for block in _of_chain(flow, chain, paths, skip)]
+    found: dict[tuple[int, ...], tuple[Block, str | None]] = {}
+    for chain in flow.chains():
+        for block, reason in _of_chain(flow, chain, paths, skip):
+            _ = found.setdefault(block.steps, (block, reason))
+    return [*found.values()]
 
 
 def _joined(parts: Sequence[_Part]) -> _Part:
@@ -252,7 +256,7 @@ def _repeated(structures: Sequence[Any]) -> list[tuple[int, int]]:
 
 
 def _grouped(flow: Flow, found: Sequence[tuple[Block, str | None]], paths: Sequence[str]) -> list[Blocks]:
-    """Join blocks that are alike. Those of which a part is a block as well come first, and have it."""
+    """Join blocks that are alike. A block of which a part could be a block as well is one block."""
     together: dict[Any, list[Block]] = {}
     for block, reason in found:
         key = block.end.shape, block.end.dtype, _structure(flow, block.leaves), reason
@@ -267,7 +271,7 @@ def _grouped(flow: Flow, found: Sequence[tuple[Block, str | None]], paths: Seque
             groups.append(Blocks(tuple(blocks), reason or LONE))
     taken: set[int] = set()
     chosen = []
-    for group in sorted(groups, key=lambda group: group.reason is not None):
+    for group in sorted(groups, key=lambda group: group.reason == LONE):
         steps = {number for block in group.blocks for number in block.steps}
         if not steps & taken:
             chosen.append(group)

@@ -88,10 +88,9 @@ class Flow:
             by_others.setdefault(others, []).append(place)
         chains = []
         for others, places in sorted(by_others.items(), key=lambda pair: len(pair[0])):
-            # What the last block of a decoder reads besides the stream is dead after it.
-            after = range(places[-1] + 1, len(points))
-            last = next((place for place in after if points[place][2] < others), None)
-            taken = [points[place] for place in ([*places] if last is None else [*places, last])]
+            # What the last block of a decoder reads besides the stream is dead before its end.
+            after = (place for place in range(places[-1] + 1, len(points)) if points[place][2] < others)
+            taken = [points[place] for place in [*places, *itertools.islice(after, len(places))]]
             chain = []
             for (before, start, _), (number, end, _) in itertools.pairwise(taken):
                 steps = tuple(step for step in self._mixed_steps if before < step <= number)

@@ -142,18 +142,17 @@ class BlockOrder(Shown):
         dense: the loss of the whole model.
         importance: by group, [blocks], for `prune.plan`: the position of each block in the order. The blocks that were
             not removed follow, ordered by the loss without each of them.
+        names: of the removed blocks: 'layers/kernel:0[3]' of a scan, or 'layers/3', the module that holds the block.
     """
 
     order: tuple[tuple[str, int], ...]
     losses: tuple[float, ...]
     dense: float
     importance: Mapping[str, np.ndarray]
+    names: tuple[str, ...]
 
     def __str__(self) -> str:
-        rows = [
-            (f"{group}[{block}]", f"{loss:.4g}")
-            for (group, block), loss in zip(self.order, self.losses, strict=True)
-        ]
+        rows = [(name, f"{loss:.4g}") for name, loss in zip(self.names, self.losses, strict=True)]
         return "\n".join(aligned([("removed, in turn", "loss"), ("nothing", f"{self.dense:.4g}"), *rows]))
 
 
@@ -227,7 +226,10 @@ def order_blocks(
         order.append(chosen)
         losses.append(last[chosen])
         kept[chosen[0]] = kept[chosen[0]][kept[chosen[0]] != chosen[1]]
-    return BlockOrder(tuple(order), tuple(losses), dense, _places(found, removable, order, last))
+    names = tuple(
+        found[name].names[block] if found[name].leaves else f"{name}[{block}]" for name, block in order
+    )
+    return BlockOrder(tuple(order), tuple(losses), dense, _places(found, removable, order, last), names)
 
 
 LossOf = Callable[[Mapping[str, np.ndarray]], float]
