@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxeff.graph.coupling_skips import ADDED
 from jaxeff.graph.program import Operation, Program, Value
 from jaxeff.graph.streams import Flow, Segment
 
@@ -94,13 +95,10 @@ def common_name(paths: Sequence[str]) -> str:
 
 def common_pattern(names: Sequence[str]) -> str:
     """Return names that differ in numbers as one: 'encoder/block*'. The first of them if they differ in more."""
-    parts = [*zip(*(name.split("/") for name in names), strict=False)]
+    parts = zip(*(name.split("/") for name in names), strict=False)
     pattern = "/".join(each[0] if len(set(each)) == 1 else _without_numbers(each[0]) for each in parts)
-    return (
-        pattern
-        if all(map(re.compile(re.escape(pattern).replace(r"\*", r"\d+")).fullmatch, names))
-        else names[0]
-    )
+    numbered = re.escape(pattern).replace(r"\*", r"\d+")
+    return pattern if all(re.fullmatch(numbered, name) for name in names) else names[0]
 
 
 def _without_numbers(name: str) -> str:
@@ -145,8 +143,9 @@ def _of_chain(
     for segment in [*chain, None]:
         if segment is not None:
             leaves = flow.leaves_of(segment.steps)
-            # A single operation adds a bias.
-            branch = bool(leaves) and len(flow.operations(segment.steps)) > 1
+            names = [operation.name for operation in flow.operations(segment.steps)]
+            # A single addition is that of a bias.
+            branch = bool(leaves) and len(names) > 1 and not ADDED.isdisjoint(names)
             residual = branch and flow.passed_on(segment.steps, segment.end, leaves) is segment.start
             part = _Part((segment,), leaves, residual)
             if _alike(segment.start, segment.end):
@@ -260,7 +259,9 @@ def _grouped(flow: Flow, found: Sequence[tuple[Block, str | None]], paths: Seque
     together: dict[Any, list[Block]] = {}
     for block, reason in found:
         key = block.end.shape, block.end.dtype, _structure(flow, block.leaves), reason
-        together.setdefault(key, []).append(block)
+        alike = together.setdefault(key, [])
+        if not any(set(block.steps) & set(other.steps) for other in alike):
+            alike.append(block)
     patterns = [_without_numbers(_name(block.leaves, paths)) for block, _ in found]
     groups = []
     for (*_, reason), blocks in together.items():

@@ -16,6 +16,7 @@ from jaxeff.graph.coupling_rules import zero_where
 from jaxeff.graph.program import Operation, Value, scan_operands
 
 ZERO = "zero"
+ADDED = frozenset({"add", "add_any", "sub"})
 _SUMS = frozenset({"conv_general_dilated", "dot_general", "ragged_dot", "ragged_dot_general"})
 _KEPT = frozenset({
     "broadcast_in_dim", "concatenate", "cummax", "cumsum", "pad", "reduce_max", "reduce_min", "reduce_sum", "reshape",
@@ -67,7 +68,7 @@ def through_zeros(operation: Operation, given: list[Any]) -> list[Any]:
             state if isinstance(state, Value) and _fits(state, output) else None
             for state, output in zip(given, operation.outputs, strict=False)
         ]
-    if name in ("add", "add_any", "sub") and len(given) == 2:
+    if name in ADDED and len(given) == 2:
         one, other = given
         if other is not ZERO and name != "sub":
             one, other = other, one

@@ -9,6 +9,7 @@ that array is the stream, and the operations between two such points are a segme
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -56,6 +57,7 @@ class Flow:
         ]
         self.mixed = set(self._given)
         self.readers: dict[int, set[int]] = {number: set() for number in range(leaves)}
+        self._zeros = {value for value, array in program.constants.items() if is_zero(array)}
         self._maker: dict[Value, int] = {}
         self._mixed_steps: list[int] = []
         for number, whole in enumerate(self.wholes):
@@ -93,8 +95,8 @@ class Flow:
             taken = [points[place] for place in [*places, *itertools.islice(after, len(places))]]
             chain = []
             for (before, start, _), (number, end, _) in itertools.pairwise(taken):
-                steps = tuple(step for step in self._mixed_steps if before < step <= number)
-                chain.append(Segment(start, end, steps))
+                first, last = (bisect.bisect_right(self._mixed_steps, each) for each in (before, number))
+                chain.append(Segment(start, end, tuple(self._mixed_steps[first:last])))
             chains.append(chain)
         return chains
 
@@ -135,9 +137,7 @@ class Flow:
         def read(operand: Value | Literal) -> Any:
             if isinstance(operand, Literal):
                 return ZERO if is_zero(operand.val) else None
-            if operand not in states and operand in self.program.constants:
-                states[operand] = ZERO if is_zero(self.program.constants[operand]) else operand
-            return states.get(operand, operand)
+            return states.get(operand, ZERO if operand in self._zeros else operand)
 
         for operation in self.operations([*self.of_weights(steps, leaves), *steps]):
             given = [read(operand) for operand in operation.inputs]
