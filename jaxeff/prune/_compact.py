@@ -226,7 +226,8 @@ def compact(
     `small_apply` traces the large model and runs its program at the sizes that the plan leaves. Use it for models
     whose module cannot be built at these sizes, or only with work: those of Keras, Equinox, or a library.
 
-    It computes what `apply_fn` computes with `prune.apply(params, plan.masks(params))`. Numbers that the model
+    It computes what `apply_fn` computes with `prune.apply(params, plan.masks(params))`. Of a block that the plan leaves
+    out, the output is its input. Numbers that the model
     takes from its widths (1/n, 1/sqrt(d)) stay those of the large model, so a plan may also remove what
     `prune.groups(..., allow="replay")` opens.
 
@@ -243,7 +244,8 @@ def compact(
 
     Raises:
         ValueError: the plan is of another model, or the program cannot run without what the plan removes, for
-            example because a size is written into the code. The message names the operation and its line.
+            example because a size is written into the code. The message names the operation and its line. Or what is
+            returned was made inside a block that the plan leaves out, such as updated running averages.
 
     >>> from jaxeff import prune
     >>> model = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]

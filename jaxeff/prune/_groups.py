@@ -108,7 +108,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Groups(Shown):
-    """All axes of all leaves of a model, in groups.
+    """All axes of all leaves of a model in groups, and then the residual blocks that are not stacked.
 
     Attributes:
         groups: in the order in which the model uses them.
