@@ -92,10 +92,12 @@ class ResNet(nn.Module):
 class Trained(nn.Module):
     """Blocks whose norms have running averages."""
 
+    kept: tuple[int, ...] = (0, 1, 2)
+
     @nn.compact
     def __call__(self, x, train=False):
         x = nn.Conv(6, (3, 3), name="stem")(x)
-        for i in range(3):
+        for i in self.kept:
             z = nn.BatchNorm(use_running_average=not train, name=f"norm{i}")(x)
             x = x + nn.Conv(6, (3, 3), name=f"conv{i}")(nn.relu(z))
         return nn.Dense(3, name="head")(jnp.mean(x, (1, 2)))
@@ -400,15 +402,42 @@ def test_models_without_residual_blocks(step):
         prune.block_influence(params, model, x)
 
 
-def test_what_returns_something_from_within_a_block_cannot_leave_it_out():
-    x, apply_fn = normal(2, 8, 8, 3), Trained().apply
-    params = drawn(Trained(), x)
-    (group,) = [group for group in prune.groups(params, apply_fn, x).unlocked if group.kind == "block"]
-    plan = prune.Plan.of(prune.groups(params, apply_fn, x), {group.name: [1]})
-    small, small_apply = prune.compact(params, apply_fn, x, plan)
-    assert small_apply(small, x).shape == (2, 3)
-    with pytest.raises(ValueError, match="is no residual block of what `apply_fn` computes"):
-        small_apply(small, x, train=True, mutable=["batch_stats"])
+def test_what_is_returned_from_within_a_block_keeps_it():
+    def returning(params, x):
+        z, inside, streams = x, [], []
+        for block in params["blocks"]:
+            inside.append(jax.nn.gelu(z @ block["up"]))
+            z = z + inside[-1] @ block["down"]
+            streams.append(z)
+        return z @ params["head"], inside[1], streams
+
+    found = case("plain")
+    assert locks(returning, found.params, *found.batch) == {
+        "blocks/*": None,
+        "blocks/1": "the model returns something from within it",
+    }
+    groups = prune.groups(found.params, returning, found.batch)
+    assert groups["blocks/*"].names == ("blocks/0", "blocks/2", "blocks/3")
+    plan = prune.Plan.of(groups, {"blocks/*": [1]})
+    small, small_apply = prune.compact(found.params, returning, found.batch, plan)
+    masked = returning(prune.apply(found.params, plan.masks(found.params)), *found.batch)
+    jax.tree.map(close, small_apply(small, *found.batch), masked)
+    within = prune.Plan.of(groups_of(found), {"blocks/*": [1]})
+    with pytest.raises(ValueError, match="from within which something is returned"):
+        prune.compact(found.params, returning, found.batch, within)
+
+
+def test_a_model_trains_without_the_running_averages_of_what_is_left_out():
+    module, x = Trained(), normal(2, 8, 8, 3)
+    params = drawn(module, x)
+    groups = prune.groups(params, module.apply, x)
+    (group,) = [group for group in groups.unlocked if group.kind == "block"]
+    small, small_apply = prune.compact(params, module.apply, x, prune.Plan.of(groups, {group.name: [1]}))
+    outputs, updated = small_apply(small, x, train=True, mutable=["batch_stats"])
+    expected, averages = Trained(kept=(0, 2)).apply(small, x, train=True, mutable=["batch_stats"])
+    close(outputs, expected)
+    assert jax.tree.structure(updated) == jax.tree.structure(averages)
+    jax.tree.map(close, updated, averages)
 
 
 # --- With all else that plans do ------------------------------------------------------------------------

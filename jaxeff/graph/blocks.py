@@ -20,6 +20,7 @@ from jaxeff.graph.streams import Flow, Segment
 
 SHARED = "other parts of the model use its weights too"
 UNSKIPPED = "zeros in place of its weights would not skip it"
+RETURNED = "the model returns something from within it"
 RESHAPED = "its output has another shape than its input"
 LONE = "a single element, and a group cannot be emptied"
 _LONGEST = 24
@@ -179,6 +180,8 @@ def _block(flow: Flow, part: _Part, skip: bool) -> list[tuple[Block, str | None]
     steps = part.steps
     if any(not flow.readers[leaf] <= set(steps) for leaf in part.leaves):
         reason = SHARED
+    elif any(flow.returned & {*flow.wholes[number].outputs} - {end} for number in steps):
+        reason = RETURNED
     elif not skip and flow.passed_on(steps, end, part.leaves) is not start:
         reason = UNSKIPPED
     operations = tuple(flow.operations([*flow.of_weights(steps, part.leaves), *steps]))

@@ -28,7 +28,9 @@ def without(program: Program, blocks: Sequence[Block]) -> Program:
     steps = [*needed(steps, wanted)]
     gone = {program.inputs[leaf] for block in blocks for leaf in block.leaves}
     if not gone.isdisjoint(wanted):
-        raise ValueError("`plan` leaves blocks out of whose weights something else is made")
+        raise ValueError(
+            "`plan` leaves out blocks from within which something is returned, or whose weights others read too"
+        )
     inputs = tuple(value for value in program.inputs if value not in gone)
     return Program(inputs, program.outputs, tuple(steps), program.constants)
 

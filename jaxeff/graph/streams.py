@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,6 +41,7 @@ class Flow:
         sources: the leaves of each value that depends on weights alone.
         mixed: values that depend on floating data, or on weights and on other data. Positions and masks made of whole
             numbers are not among them.
+        returned: the outputs of the program.
         readers: of each leaf, the steps that read it, or what is made of it, together with data.
     """
 
@@ -52,6 +52,7 @@ class Flow:
             value: frozenset([number]) for number, value in enumerate(program.inputs[:leaves])
         }
         self.data = set(program.inputs[leaves:])
+        self.returned = {output for output in program.outputs if isinstance(output, Value)}
         self._given = [
             value for value in program.inputs[leaves:] if jnp.issubdtype(value.dtype, jnp.floating)
         ]
@@ -102,10 +103,9 @@ class Flow:
 
     def _points(self) -> list[tuple[int, Value, frozenset[Value]]]:
         """After each step: its number, the stream, and what else is live. Only of arrays that are mixed."""
-        last: dict[Value, float] = {}
+        last: dict[Value, int] = {}
         for number, whole in enumerate(self.wholes):
             last.update((operand, number) for operand in whole.inputs if isinstance(operand, Value))
-        last.update((output, math.inf) for output in self.program.outputs if isinstance(output, Value))
         live: dict[Value, None] = {}
         points = []
         for number in [-1, *self._mixed_steps]:
@@ -113,8 +113,10 @@ class Flow:
             live.update(dict.fromkeys(made))
             for value in [value for value in live if last.get(value, -1) <= number]:
                 del live[value]
-            if live:
-                *others, stream = live
+            # What is returned and read by nothing is the stream where it is made, and nowhere else.
+            streams = [*live, *(value for value in made if value in self.returned and value not in live)]
+            if streams:
+                *others, stream = streams
                 points.append((number, stream, frozenset(others)))
         return points
 

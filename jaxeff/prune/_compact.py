@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ class CompactApply(StatefulApply):
         arguments = self._with_blocks(jax.tree.unflatten(structure, large), known)
         function = functools.partial(self._large, statics.keywords)
         closed, outputs = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        program = self._without_blocks(flatten(closed))
+        program, outputs = self._without_blocks(flatten(closed), statics.keywords, outputs)
         inputs = [Input.of_weights(path, blocks) for path, blocks in leaves]
         inputs += [Input.of_data(shape) for shape in shapes[len(leaves) :]]
         wanted = self._wanted(statics.keywords, outputs)
@@ -104,9 +105,18 @@ class CompactApply(StatefulApply):
         params, state = (map_named(leaf_of, tree) if jax.tree.leaves(tree) else tree for tree in self.large)
         return (params, state, *arguments[2:])
 
-    def _without_blocks(self, program: Program) -> Program:
+    def _without_blocks(
+        self, program: Program, keywords: Mapping[str, Any], outputs: Any
+    ) -> tuple[Program, Any]:
+        """The program without the blocks that are left out, and what it returns."""
         if not self._left_out:
-            return program
+            return program, outputs
+        if self._updates(keywords) and jax.tree.leaves(outputs[1]):
+            results, collections = outputs
+            marked = map_named(lambda path, leaf: GONE if path in self._left_out else leaf, collections)
+            stays = [leaf is not GONE for leaf in jax.tree.leaves((results, marked))]
+            program = dataclasses.replace(program, outputs=tuple(itertools.compress(program.outputs, stays)))
+            outputs = results, without_leaves(marked)
         paths = [path for tree in self.large for path in _paths(tree)]
         found = blocks_by_leaves(program, in_modules(paths, self.plan.params))
         numbers = {path: number for number, path in enumerate(paths)}
@@ -117,10 +127,10 @@ class CompactApply(StatefulApply):
                 if block is None:
                     raise ValueError(
                         f"`plan` leaves out {group.names[element]!r}, which is no residual block of what `apply_fn` "
-                        "computes for this batch and these keyword arguments: it returns something from within it"
+                        "computes for this batch and these keyword arguments"
                     )
                 blocks.append(block)
-        return without(program, blocks)
+        return without(program, blocks), outputs
 
     @functools.cached_property
     def _left_out(self) -> frozenset[str]:
@@ -177,11 +187,15 @@ class CompactApply(StatefulApply):
         module, _ = bound_module(self.apply_fn)
         return "" if module is None else module.name or type(module).__name__
 
+    def _updates(self, keywords: Mapping[str, Any]) -> bool:
+        """Whether a Linen module returns updated collections beside its results."""
+        module, bound = bound_module(self.apply_fn)
+        return module is not None and {**bound, **keywords}.get("mutable", False) is not False
+
     def _wanted(self, keywords: Mapping[str, Any], outputs: Any) -> list[Input | None]:
         """What is left of each output: all of it, but a Linen model's updated collections shrink."""
         wanted: list[Input | None] = [Input.of_data(output.shape) for output in jax.tree.leaves(outputs)]
-        module, bound = bound_module(self.apply_fn)
-        if module is not None and {**bound, **keywords}.get("mutable", False) is not False:
+        if self._updates(keywords):
             results, _ = outputs
             start = len(jax.tree.leaves(results))
             wanted[start:] = [None] * (len(wanted) - start)
@@ -244,8 +258,8 @@ def compact(
 
     Raises:
         ValueError: the plan is of another model, or the program cannot run without what the plan removes, for
-            example because a size is written into the code. The message names the operation and its line. Or what is
-            returned was made inside a block that the plan leaves out, such as updated running averages.
+            example because a size is written into the code. The message names the operation and its line. Or
+            something is returned that was made inside a block that the plan leaves out.
 
     >>> from jaxeff import prune
     >>> model = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]
