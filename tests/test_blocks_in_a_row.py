@@ -118,6 +118,20 @@ def damped(params, x, kept=range(DEPTH)):
     return x @ params["head"]
 
 
+def conditioned(params, words, mask, positions, times, kept=range(DEPTH)):
+    """All blocks read a mask, an embedding of times, and angles that the first of them computes."""
+    h, angles = params["embed"][words], None
+    condition = jax.nn.silu(times @ params["times"])[:, None]
+    for i in kept:
+        block = params["layers"][i]
+        angles = jnp.cos(positions[..., None] * jnp.linspace(0.1, 1, WIDTH)) if angles is None else angles
+        z = h / jnp.sqrt(jnp.mean(h**2, -1, keepdims=True) + 1e-5) * block["scale"]
+        weights = jax.nn.softmax((z * angles) @ z.swapaxes(-1, -2) + mask[:, None], -1)
+        h = h + weights @ z @ block["out"] * condition
+        h = h + jax.nn.gelu(h * (1 + block["scale"]) @ block["up"]) @ block["down"]
+    return h @ params["embed"].T
+
+
 def unnamed(params, x, kept=range(DEPTH)):
     """What Keras gives: a list of arrays, without the names of layers."""
     *weights, head = params
@@ -186,6 +200,20 @@ def case(name):
             },
             numbered("blocks/*"),
         ),
+        "conditioned": lambda: Case(
+            conditioned,
+            lambda kept: functools.partial(conditioned, kept=kept),
+            {
+                "embed": w(11, WIDTH),
+                "times": w(3, WIDTH),
+                "layers": [
+                    {"scale": w(WIDTH), "out": w(WIDTH, WIDTH), "up": w(WIDTH, 12), "down": w(12, WIDTH)}
+                    for _ in range(DEPTH)
+                ],
+            },
+            (words, normal(2, 5), np.tile(np.arange(5), (2, 1)), normal(2, 3)),
+            numbered("layers/*"),
+        ),
         "unnamed": lambda: of_function(
             unnamed,
             [
@@ -197,7 +225,7 @@ def case(name):
     }[name]()
 
 
-CASES = ("GPT", "remat", "decoder", "ResNet", "plain", "unnamed", "damped")
+CASES = ("GPT", "remat", "decoder", "ResNet", "plain", "unnamed", "damped", "conditioned")
 
 
 def groups_of(found):
@@ -237,7 +265,7 @@ def test_a_model_without_blocks_computes_what_it_does_with_zeros_in_their_place(
     close(found.of_blocks(kept)(found.params, *found.batch), expected)
     if name in ("plain", "unnamed"):
         close(found.of_blocks(range(len(kept)))(small, *found.batch), expected)
-    elif name != "damped":
+    elif name not in ("damped", "conditioned"):
         close(found.of_blocks(kept)(small, *found.batch), expected)
 
 

@@ -258,7 +258,7 @@ def _repeated(structures: Sequence[Any]) -> list[tuple[int, int]]:
 
 
 def _grouped(flow: Flow, found: Sequence[tuple[Block, str | None]], paths: Sequence[str]) -> list[Blocks]:
-    """Join blocks that are alike. A block of which a part could be a block as well is one block."""
+    """Join blocks that are alike. Where blocks overlap, the larger ones are taken."""
     together: dict[Any, list[Block]] = {}
     for block, reason in found:
         key = block.end.shape, block.end.dtype, _structure(flow, block.leaves), reason
@@ -270,12 +270,12 @@ def _grouped(flow: Flow, found: Sequence[tuple[Block, str | None]], paths: Seque
     for (*_, reason), blocks in together.items():
         name = _name(blocks[0].leaves, paths)
         if len(blocks) > 1:
-            groups.append(Blocks(tuple(blocks), reason))
+            groups.append(Blocks(tuple(sorted(blocks, key=lambda block: block.steps)), reason))
         elif re.search(r"\d", name) and patterns.count(_without_numbers(name)) > 1:
             groups.append(Blocks(tuple(blocks), reason or LONE))
     taken: set[int] = set()
     chosen = []
-    for group in sorted(groups, key=lambda group: group.reason == LONE):
+    for group in sorted(groups, key=lambda group: (len(group.blocks) == 1, -len(group.blocks[0].steps))):
         steps = {number for block in group.blocks for number in block.steps}
         if not steps & taken:
             chosen.append(group)

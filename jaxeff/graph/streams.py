@@ -20,6 +20,9 @@ from jax.extend.core import Literal
 from jaxeff.graph.coupling_skips import ZERO, is_zero, through_zeros
 from jaxeff.graph.program import Call, Operation, Program, Value, operations_of
 
+Point = tuple[int, Value, frozenset[Value]]
+"""The number of a step, the stream after it, and what else is live there."""
+
 
 class Segment(NamedTuple):
     """What happens between two points of a chain.
@@ -94,6 +97,7 @@ class Flow:
             # What the last block of a decoder reads besides the stream is dead before its end.
             after = (place for place in range(places[-1] + 1, len(points)) if points[place][2] < others)
             taken = [points[place] for place in [*places, *itertools.islice(after, len(places))]]
+            taken = [*_before(points[: places[0]], others), *taken]
             chain = []
             for (before, start, _), (number, end, _) in itertools.pairwise(taken):
                 first, last = (bisect.bisect_right(self._mixed_steps, each) for each in (before, number))
@@ -101,7 +105,7 @@ class Flow:
             chains.append(chain)
         return chains
 
-    def _points(self) -> list[tuple[int, Value, frozenset[Value]]]:
+    def _points(self) -> list[Point]:
         """After each step: its number, the stream, and what else is live. Only of arrays that are mixed."""
         last: dict[Value, int] = {}
         for number, whole in enumerate(self.wholes):
@@ -160,3 +164,15 @@ class Flow:
                 found.add(number)
                 waiting += self.wholes[number].inputs
         return sorted(found)
+
+
+def _before(points: Sequence[Point], others: frozenset[Value]) -> list[Point]:
+    """Return the point at which the stream of a chain begins, if some of the others were made after it."""
+    for number, newest, older in reversed(points):
+        live = older | {newest}
+        if not others <= live:
+            break
+        if len(live) == len(others) + 1:
+            (stream,) = live - others
+            return [(number, stream, others)]
+    return []
