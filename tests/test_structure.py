@@ -248,7 +248,9 @@ def test_locks_that_may_be_left_out():
         "attention/qkv/kernel:1",
     }
     assert find(allow="scale")["embed/embedding:1"].locked is not None
-    with pytest.raises(ValueError, match="`allow` may hold 'replay', 'scale', 'statistics', got 'all'"):
+    with pytest.raises(
+        ValueError, match="`allow` may hold 'depth', 'replay', 'scale', 'statistics', got 'all'"
+    ):
         _ = find(allow="all")
 
 

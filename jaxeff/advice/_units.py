@@ -23,12 +23,13 @@ _BLOCK, _LEFT_WHOLE = "block", ("head_size",)
 def may_go(groups: Groups) -> tuple[Group, ...]:
     """Return the groups whose elements the search removes.
 
-    No module can be built with heads of other sizes, and weights of 0 do not keep a router from choosing an expert.
+    No module can be built with heads of other sizes, weights of 0 do not keep a router from choosing an expert, and
+    blocks in a row have no members to mask.
     """
     return tuple(
         group
         for group in groups.unlocked
-        if group.kind not in _LEFT_WHOLE and not group.routed and group.size > 1
+        if group.kind not in _LEFT_WHOLE and not group.routed and group.size > 1 and group.members
     )
 
 

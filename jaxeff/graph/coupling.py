@@ -16,21 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend.core import Literal
 
+from jaxeff.graph.blocks import Block
 from jaxeff.graph.coupling_experts import Gated, gated_sum
 from jaxeff.graph.coupling_kinds import attention_of, kinds_of
-from jaxeff.graph.coupling_labels import (
-    DATA,
-    MASKED,
-    ROUTED,
-    WEIGHT,
-    Described,
-    Dim,
-    Labels,
-)
+from jaxeff.graph.coupling_labels import DATA, MASKED, ROUTED, WEIGHT, Described, Dim, Labels
 from jaxeff.graph.coupling_routing import positions_in
 from jaxeff.graph.coupling_stacks import GroupsIn, Stacked, stacked_over
 from jaxeff.graph.coupling_walk import Walk
-from jaxeff.graph.coupling_work import Amount, Counts, key_value_cache, macs, scaled, total
+from jaxeff.graph.coupling_work import Amount, Counts, gated, key_value_cache, macs, scaled, total
 from jaxeff.graph.program import Operation, Program, Value
 from jaxeff.graph.provenance import operands_of_bodies
 
@@ -81,7 +74,11 @@ class Coupling(NamedTuple):
 
 
 def couple(
-    program: Program, leaves: Sequence[bool], allowed: frozenset[str] = frozenset(), params: int = 0
+    program: Program,
+    leaves: Sequence[bool],
+    allowed: frozenset[str] = frozenset(),
+    params: int = 0,
+    blocks: Sequence[Block] = (),
 ) -> Coupling:
     """The groups of a program.
 
@@ -90,6 +87,8 @@ def couple(
         leaves: of each of its inputs, whether it is a leaf; all others are data.
         allowed: kinds of locks to leave out.
         params: how many of the leaves, the first of them, count as params.
+        blocks: parts of the program that may be left out. Each is a variable of the amounts, 1 or 0, after the sizes
+            of the groups.
 
     Returns:
         Groups that cover every index of every axis longer than 1 of every leaf, in the order in which
@@ -108,7 +107,7 @@ def couple(
     found = [described.dims for described, is_leaf in zip(inputs, leaves, strict=True) if is_leaf]
     values = [value for value, is_leaf in zip(program.inputs, leaves, strict=True) if is_leaf]
     order = sorted(range(len(values)), key=lambda leaf: used.get(values[leaf], math.inf))
-    return _collected(program, walk, found, order, values, params)
+    return _collected(program, walk, found, order, values, params, blocks)
 
 
 def _first_uses(program: Program) -> dict[Value, int]:
@@ -135,6 +134,7 @@ def _collected(
     order: Sequence[int],
     values: Sequence[Value],
     params: int,
+    blocks: Sequence[Block],
 ) -> Coupling:
     """Labels alike in all that they stand in become the elements of one group."""
     labels = walk.labels
@@ -200,9 +200,9 @@ def _collected(
         if one.routed:
             stacked = [found[other].members for other, each in enumerate(over) if i in each.stacks]
             weights = [values[leaf] for leaf in {leaf for members in stacked for leaf, _, _ in members}]
-            gated = gated_sum(program, walk.described, labels, groups_in, i, weights)
-            groups[i] = dataclasses.replace(one, gated=gated)
-    return Coupling(groups, _amounts(program, walk, groups, of_label, groups_in, values[:params]))
+            summed = gated_sum(program, walk.described, labels, groups_in, i, weights)
+            groups[i] = dataclasses.replace(one, gated=summed)
+    return Coupling(groups, _amounts(program, walk, groups, of_label, groups_in, values[:params], blocks))
 
 
 def _amounts(
@@ -212,20 +212,31 @@ def _amounts(
     of_label: np.ndarray,
     groups_in: GroupsIn,
     params: Sequence[Value],
+    blocks: Sequence[Block],
 ) -> dict[str, Amount]:
     fixed = np.array([bool(one.reasons) for one in groups])
-    counts = Counts(walk.labels, np.where(fixed[of_label], -1, of_label), [one.size for one in groups])
-    held = [(value.dtype.itemsize, counts(walk.described[value].dims)) for value in params]
+    variables = [*(one.size for one in groups), *(1 for _ in blocks)]
+    counts = Counts(walk.labels, np.where(fixed[of_label], -1, of_label), variables)
+    block_of, block_of_leaf = {}, {}
+    for number, block in enumerate(blocks, len(groups)):
+        block_of |= dict.fromkeys(block.operations, number)
+        block_of_leaf |= dict.fromkeys((program.inputs[leaf] for leaf in block.leaves), number)
+    held = [
+        (value.dtype.itemsize, gated(counts(walk.described[value].dims), block_of_leaf.get(value)))
+        for value in params
+    ]
     leaves_of = [{leaf for leaf, _, _ in one.members} for one in groups]
     heads, sizes = (
         {i for i, one in enumerate(groups) if one.kind in kinds}
         for kinds in (("head", "kv_head"), ("head_size",))
     )
     found = {
-        "macs": macs(program, walk.described, counts),
+        "macs": macs(program, walk.described, counts, block_of),
         "params": total(each for _, each in held),
         "bytes": total(scaled(each, size) for size, each in held),
-        "kv_cache": key_value_cache(program, walk.described, counts, groups_in, leaves_of, heads, sizes),
+        "kv_cache": key_value_cache(
+            program, walk.described, counts, block_of, groups_in, leaves_of, heads, sizes
+        ),
     }
     return {name: Amount.of(polynomial) for name, polynomial in found.items() if polynomial}
 

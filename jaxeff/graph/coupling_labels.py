@@ -26,11 +26,12 @@ UNFIT = "reshapes that do not fit together"
 # Kinds of locks that a caller who knows better may leave out. REPLAY: those that only a rebuilt module needs,
 # because it computes numbers from its widths anew (1/n, 1/sqrt(d)), where a replayed program keeps them.
 STATISTICS, SCALE, REPLAY = "statistics", "scale", "replay"
-# Of the blocks of a scan, which `Remaining` leaves to whoever found that they may go.
+# Of blocks that zeros in place of their weights would not skip, which `Remaining` leaves to whoever found that they
+# may go.
 DEPTH = "depth"
 # Of sums in a derivative, to which what a function left out adds nothing.
 DERIVATIVE = "derivative"
-KINDS = frozenset({STATISTICS, SCALE, REPLAY})
+KINDS = frozenset({STATISTICS, SCALE, REPLAY, DEPTH})
 # What it means that an element is gone. MASKED: its weights are 0. ROUTED: it is an expert that its router never
 # chooses, as if the expert's logit were -inf. A lock may hold for one of these only.
 MASKED, ROUTED = "masked", "routed"

@@ -30,10 +30,10 @@ from jaxeff.prune._dynamic import rigl as rigl
 from jaxeff.prune._dynamic import sparse_evolution as sparse_evolution
 from jaxeff.prune._experts import ExpertImportance as ExpertImportance
 from jaxeff.prune._experts import expert_importance as expert_importance
+from jaxeff.prune._grouping import groups as groups
 from jaxeff.prune._groups import Group as Group
 from jaxeff.prune._groups import Groups as Groups
 from jaxeff.prune._groups import Member as Member
-from jaxeff.prune._groups import groups as groups
 from jaxeff.prune._layouts import Axes as Axes
 from jaxeff.prune._layouts import Layout as Layout
 from jaxeff.prune._layouts import Scores as Scores

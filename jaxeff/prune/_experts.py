@@ -17,7 +17,7 @@ from jaxeff.model.apply import from_apply
 from jaxeff.model.params import Params
 from jaxeff.output.shown import Shown
 from jaxeff.output.text import aligned
-from jaxeff.prune._groups import groups
+from jaxeff.prune._grouping import groups
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -145,17 +145,23 @@ def _plans_for(
     if candidates < 1:
         raise ValueError(f"`candidates` must be at least 1, got {candidates}")
     _check_target(groups, target)
-    whole = np.array([group.size for group in groups])
+    whole = np.concatenate([np.full(group.variables, group.size / group.variables, int) for group in groups])
+    first = np.cumsum([0, *(group.variables for group in groups)])
     amounts = [groups.amounts[key] for key in target]
     full = np.array([float(amount(whole)) for amount in amounts])
-    budget = Budget(whole, amounts, full * np.array([*target.values()]))
     choices = Choices.of(
         [
-            (number, group.kind, *_sizes(ranked[name], group.size - limits[name], steps[name]))
+            (int(first[number]), group.kind, *_sizes(ranked[name], group.size - limits[name], steps[name]))
             for number, group in enumerate(groups)
             if (name := group.name) in ranked
         ]
     )
+    blocks = {
+        place: (int(choices.groups[place]), np.argsort(np.argsort(ranked[name], kind="stable")))
+        for place, name in enumerate(ranked)
+        if groups[name].leaves
+    }
+    budget = Budget(whole, amounts, full * np.array([*target.values()]), blocks)
     for key, share in zip(target, budget.shares(choices, np.zeros_like(choices.tops)), strict=True):
         if share > FITS:
             raise ValueError(
