@@ -34,8 +34,8 @@ def main() -> None:
             compared = compare_criteria(
                 state.params,
                 state.apply_fn,
-                training.images[: demo.ANALYSED],
-                targets=training.labels[: demo.ANALYSED],
+                training.images[: demo.ANALYZED],
+                targets=training.labels[: demo.ANALYZED],
                 loss_fn=optax.softmax_cross_entropy_with_integer_labels,
                 criteria=CHOSEN,
                 scope=scope,

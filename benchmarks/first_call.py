@@ -122,7 +122,7 @@ def analyze(network: Callable[[], Network]) -> Call:
 
 
 def analyze_second(network: Callable[[], Network]) -> Call:
-    """After LeNet-300-100 was analysed, and the network's own forward pass traced and compiled."""
+    """After LeNet-300-100 was analyzed, and the network's own forward pass traced and compiled."""
     _ = jax.block_until_ready((analyze(lenet)(), collect(network)()))
     return analyze(network)
 

@@ -1,10 +1,10 @@
-"""What `jaxeff.monitor` adds to a training step of AdamW, analysing the training batch, in CPU seconds.
+"""What `jaxeff.monitor` adds to a training step of AdamW, analyzing the training batch, in CPU seconds.
 
 python benchmarks/monitor.py [--network lenet-300-100] [--every 100] [--repeats 15]
 python benchmarks/monitor.py --network transformer --every 20 --repeats 5
 
 LeNet-300-100 on 512 images; a transformer of 4 layers of width 256 on 16 x 128 tokens. What is added is
-measured by analysing in each of a few steps: at `every`, it is less than what runs differ by.
+measured by analyzing in each of a few steps: at `every`, it is less than what runs differ by.
 """
 
 from __future__ import annotations
@@ -85,15 +85,15 @@ def prepare(network: str, every: int) -> Prepared:
 
 def share(prepared: Prepared, repeats: int) -> float:
     """What a report every `every` steps adds to a step, as a fraction of it."""
-    found = analysed(prepared, repeats)
-    return (statistics.median(timing.ratios(found, "analysed", "plain")) - 1) / prepared.every
+    found = analyzed(prepared, repeats)
+    return (statistics.median(timing.ratios(found, "analyzed", "plain")) - 1) / prepared.every
 
 
-def analysed(prepared: Prepared, repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of ten steps, of ten each of which analyses, and of one report outside of any."""
+def analyzed(prepared: Prepared, repeats: int) -> dict[str, list[float]]:
+    """CPU seconds of ten steps, of ten each of which analyzes, and of one report outside of any."""
     functions = {
         "plain": prepared.steps(False, 1, 10),
-        "analysed": prepared.steps(True, 1, 10),
+        "analyzed": prepared.steps(True, 1, 10),
         "report": prepared.analysis,
     }
     return timing.interleaved(functions, repeats, timing.seconds)
@@ -107,12 +107,12 @@ def main() -> None:
     chosen = parser.parse_args()
     prepared = prepare(chosen.network, chosen.every)
     print(timing.machine())
-    found = analysed(prepared, chosen.repeats)
-    for name in ("plain", "analysed"):
+    found = analyzed(prepared, chosen.repeats)
+    for name in ("plain", "analyzed"):
         print(f"{name}: {timing.spread([100 * seconds for seconds in found[name]], ' ms')} a step")
     alone = [1e3 * seconds for seconds in found["report"]]
     print(f"one report, outside a step: {timing.spread(alone, ' ms')}")
-    added = [100 * (ratio - 1) / chosen.every for ratio in timing.ratios(found, "analysed", "plain")]
+    added = [100 * (ratio - 1) / chosen.every for ratio in timing.ratios(found, "analyzed", "plain")]
     print(f"a report every {chosen.every} steps adds {timing.spread(added, ' %')}")
     directly = {
         "plain": prepared.steps(False, chosen.every, chosen.every),

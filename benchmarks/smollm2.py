@@ -6,7 +6,8 @@
 
 The weights are those of the 4-bit file, dequantized. The text is cut into windows of 512 tokens: even ones
 calibrate, odd ones test. Half of each layer's weights (`scope="layer"`) or of each output's (`scope="unit"`)
-go, but none of the embedding, and nothing is retrained. All blocks are calibrated on the dense model.
+go, but none of the embedding, and nothing is retrained. All blocks are calibrated on the dense model, and then again
+one after the other, by `prune.block_by_block`.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def main() -> None:
             found = _perplexity(prune.apply(params, masks), test)
             print(f"50 % by {criterion}, scope={scope!r}: {found:.1f}")
     _second_order(params, statistics, test)
+    _block_by_block(params, calibration, test)
     _smaller(params, statistics, calibration[:2], test)
 
 
@@ -105,6 +107,34 @@ def _second_order(params: dict[str, Any], statistics: Any, test: jax.Array) -> N
         pruned = jax.block_until_ready(way())
         seconds = time.process_time() - began
         print(f"{name}: {_perplexity(pruned, test):.1f}, made in {seconds:.1f} CPU s", flush=True)
+
+
+def _block_by_block(params: dict[str, Any], calibration: jax.Array, test: jax.Array) -> None:
+    """Half of each output's weights, each block calibrated on what the pruned blocks before it emit."""
+
+    def by_criterion(criterion: str, params: Any, statistics: Any) -> tuple[Any, Any]:
+        masks = prune.masks(prune.scored(params, statistics, criterion), 0.5, scope="unit")
+        return prune.apply(params, masks), masks
+
+    def reconstructed(params: Any, statistics: Any) -> tuple[Any, Any]:
+        _, masks = by_criterion("wanda", params, statistics)
+        return prune.reconstruct(params, masks, statistics, iterations=20), masks
+
+    ways = {
+        "wanda": functools.partial(by_criterion, "wanda"),
+        "ria": functools.partial(by_criterion, "ria"),
+        "sparsegpt": functools.partial(prune.sparsegpt, sparsity=0.5),
+        "wanda, reconstructed, 20 iterations": reconstructed,
+    }
+    for name, way in ways.items():
+        began = time.process_time()
+        hessians = way not in (ways["wanda"], ways["ria"])
+        pruned, _ = prune.block_by_block(params, logits, [calibration], way, hessians=hessians)
+        seconds = time.process_time() - began
+        print(
+            f"50 % block by block, {name}: {_perplexity(pruned, test):.1f}, made in {seconds:.1f} CPU s",
+            flush=True,
+        )
 
 
 def _smaller(params: dict[str, Any], statistics: Any, calibration: jax.Array, test: jax.Array) -> None:

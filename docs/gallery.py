@@ -1,8 +1,8 @@
-"""Draws the pictures of plots.md, of the network that `jaxeff demo` trains.
+"""Draws the pictures of plots.md, of the network that `jaxeff demo` trains, and of a deeper one.
 
     python docs/gallery.py
 
-A minute or two on two cores. The files are docs/images/*.png.
+Two or three minutes on two cores. The files are docs/images/*.png.
 """
 
 from __future__ import annotations
@@ -13,21 +13,43 @@ import matplotlib
 
 matplotlib.use("agg")
 
+import flax.linen as nn
+import jax
 import optax
 from flax.training.train_state import TrainState
 from matplotlib import pyplot
+from PIL import Image
 
 import jaxeff
 from jaxeff import demo, importance, plot, prune
 
 IMAGES = Path(__file__).parent / "images"
 EPOCHS = (1, 2, 4, 8, 12, 16, 20)
-ANALYSED = 512
+ANALYZED = 512
+BLOCKS = 12
+
+
+class Transformer(nn.Module):
+    """The eight rows of a digit as tokens, through twelve blocks of attention and a perceptron."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = nn.Dense(64, name="embedding")(images[..., 0])
+        for index in range(BLOCKS):
+            x = Block(name=f"block_{index}")(x)
+        return nn.Dense(10, name="head")(nn.LayerNorm()(x).mean(axis=1))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + nn.MultiHeadDotProductAttention(4, name="attention")(nn.LayerNorm()(x))
+        return x + nn.Dense(64, name="down")(nn.gelu(nn.Dense(256, name="up")(nn.LayerNorm()(x))))
 
 
 def main() -> None:
     training, _ = demo.split(demo.digits())
-    images, labels = training.images[:ANALYSED], training.labels[:ANALYSED]
+    images, labels = training.images[:ANALYZED], training.labels[:ANALYZED]
     states = [demo.train(epochs=epochs)[0] for epochs in EPOCHS]
     reports = [_report(state, images) for state in states]
     report, model = reports[-1], ({"params": states[-1].params}, states[-1].apply_fn)
@@ -57,13 +79,14 @@ def main() -> None:
         tolerance=0.1,
     )
     smaller = {removed: _smaller(model, images, removed) for removed in (0.25, 0.5, 0.75)}
+    deep = _report(_deep(images), images)
     dense = "Dense_0/kernel"
     pictures = {
         "layers": lambda: plot.layers(report),
+        "depth": lambda: plot.depth(deep),
         "importances": lambda: plot.importances(report),
         "lorenz": lambda: plot.lorenz(report, dense),
         "cumulative": lambda: plot.cumulative(report),
-        "radar": lambda: plot.radar(report),
         "units": lambda: plot.units(report, dense),
         "pathways": lambda: plot.pathways(routes),
         "history": lambda: plot.history(reports, "gini", steps=EPOCHS),
@@ -73,11 +96,20 @@ def main() -> None:
         "speedups": lambda: plot.speedups(smaller),
     }
     IMAGES.mkdir(exist_ok=True)
+    pyplot.rcParams["figure.figsize"] = 6.4, 3.8
     for name, draw in pictures.items():
+        file = IMAGES / f"{name}.png"
         axes = draw()
-        axes.figure.set_size_inches(6.4, 3.8)
-        axes.figure.savefig(IMAGES / f"{name}.png", dpi=72, pil_kwargs={"optimize": True})
+        axes.figure.savefig(file)
         pyplot.close(axes.figure)
+        Image.open(file).convert("RGB").quantize(256, kmeans=1).save(file, optimize=True)
+
+
+def _deep(images) -> TrainState:
+    model = Transformer()
+    params = model.init(jax.random.key(0), images[:1])["params"]
+    untrained = TrainState.create(apply_fn=model.apply, params=params, tx=optax.identity())
+    return demo.train_further(untrained, epochs=10)[0]
 
 
 def _report(state: TrainState, images) -> jaxeff.Report:

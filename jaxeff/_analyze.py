@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxeff import importance, layers
-from jaxeff._collect import collect
+from jaxeff._collect import Where, collect
 from jaxeff.importance import Criterion, Score
 from jaxeff.layers import non_weights as others
 from jaxeff.model.params import Params
@@ -30,6 +30,7 @@ def analyze(
     loss_fn: Callable | None = None,
     targets: Any = None,
     statistics: Statistics | None = None,
+    where: Where = None,
     rngs: Any = None,
     curves: bool = False,
     **apply_kwargs: Any,
@@ -52,6 +53,7 @@ def analyze(
             them in `site.derivatives`.
         targets: any tree of arrays, passed to `loss_fn`.
         statistics: from `jaxeff.collect` or `jaxeff.calibrate`, instead of `apply_fn` and `batch`.
+        where: which examples or positions of the batch count, as in `jaxeff.collect`.
         rngs, **apply_kwargs: passed to `apply_fn`.
         curves: also record how the importance of each layer is distributed, for histograms and Lorenz
             curves (`LayerReport.distribution`). The first call takes longer.
@@ -76,9 +78,13 @@ def analyze(
     collected = statistics is None
     if not collected and (apply_fn is not None or batch is not None):
         raise ValueError("pass `statistics`, or `apply_fn` and `batch`, not both")
+    if where is not None and batch is None:
+        raise ValueError(
+            "`where` says which parts of `batch` count: pass both, or collect `statistics` with it"
+        )
     if apply_fn is not None and batch is not None:
         loss = {"criterion": chosen, "loss_fn": loss_fn, "targets": targets}
-        statistics = collect(params, apply_fn, batch, **loss, rngs=rngs, **apply_kwargs)
+        statistics = collect(params, apply_fn, batch, **loss, where=where, rngs=rngs, **apply_kwargs)
     elif apply_fn is not None or batch is not None:
         missing = "batch" if batch is None else "apply_fn"
         raise ValueError(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxeff import importance
-from jaxeff._collect import Criteria, Run, named, prepare
+from jaxeff._collect import Criteria, Run, check_makes_masks, counted, named, prepare
 from jaxeff.importance import Criterion
 from jaxeff.model.params import Params
 from jaxeff.numerics.meshes import by_compiler
@@ -38,6 +38,7 @@ def calibrate(
     criterion: Criteria = "activation",
     loss_fn: Callable | None = None,
     seed: int | jax.Array = 0,
+    where: Callable | None = None,
     progress: bool = True,
     rngs: Any = None,
     **apply_kwargs: Any,
@@ -58,6 +59,7 @@ def calibrate(
         criterion: one or several criteria that will read the statistics.
         loss_fn: as in `jaxeff.analyze`.
         seed: of the random signs that estimate a Hessian; each batch draws its own.
+        where: a function of a batch that returns which of its examples or positions count, as in `jaxeff.collect`.
         progress: show a progress bar if stderr is a terminal.
         rngs, **apply_kwargs: passed to `apply_fn`, the same for each batch.
 
@@ -75,6 +77,7 @@ def calibrate(
     >>> statistics.sites[0].input.mean_absolute
     Array([[2.]], dtype=float32)
     """
+    check_makes_masks(where)
     criteria = named(criterion, with_loss=loss_fn is not None)
     params = Params.of(params)
     bind = functools.partial(
@@ -87,7 +90,7 @@ def calibrate(
     count = 0
     with progress_bar("Calibrating", total, progress) as step:
         for run, batch, targets in _bound(_items(batches, loss_fn), bind):
-            found = run.statistics(batch, targets, jax.random.fold_in(key, count))
+            found = run.statistics(batch, targets, jax.random.fold_in(key, count), counted(where, batch))
             sums = (
                 _CompensatedSums(found, jax.tree.map(jnp.zeros_like, found))
                 if sums is None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxeff import importance
 from jaxeff.importance import Criterion, Score
@@ -15,13 +16,15 @@ from jaxeff.model import objective as objectives
 from jaxeff.model.apply import Model
 from jaxeff.model.functions import first_line
 from jaxeff.model.objective import Arrays, Objective
-from jaxeff.model.params import Params
+from jaxeff.model.params import Params, is_array
 from jaxeff.statistics import Conservation, Statistics
 from jaxeff.statistics.derivatives import QUANTITIES, Need, derive
 from jaxeff.statistics.observe import observe
 from jaxeff.statistics.relevance import PROPAGATIONS, weight_relevance
 from jaxeff.statistics.unit_gradients import gate_moments
 
+Where = Any
+"""A mask, a function of the batch that makes it, or None."""
 Criteria = str | Score | Criterion | Iterable[str | Score | Criterion]
 
 
@@ -35,6 +38,7 @@ def collect(
     targets: Any = None,
     seed: int | jax.Array = 0,
     hessians: bool = False,
+    where: Where = None,
     rngs: Any = None,
     **apply_kwargs: Any,
 ) -> Statistics:
@@ -53,12 +57,18 @@ def collect(
             `prune.reconstruct` read. It takes 4 inputs^2 bytes for each use of each weight: 9 MiB of 1,536 inputs,
             in each block of a stack. What is not a plain product, such as a convolution, has none, and
             `site.without_moments` says why. Add batches with `jaxeff.merge`.
+        where: which examples, [n], or positions, [n, length], of the batch count, such as those that are not padding:
+            a mask, True = counts, or a function of the batch that makes it. All sums are then those of the batch
+            without the others, if the model itself keeps them apart, as attention under a mask does. Values without
+            positions, such as a pooled output, count for examples in which any position does. Derivatives are not
+            covered: leave padding out of the loss. None if all count.
         rngs: passed to `apply_fn` as `rngs`, for dropout.
         **apply_kwargs: passed to `apply_fn`. Arrays among them may change without recompiling.
 
     Raises:
         TypeError: an argument has the wrong type, or `apply_fn` does not accept the arguments.
-        ValueError: an argument is invalid.
+        ValueError: an argument is invalid; or the program does not show which values of a layer belong to which example
+            and position of `where`, such as after a loop over positions.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> model = nn.Dense(2, use_bias=False)
@@ -66,10 +76,41 @@ def collect(
     >>> (site,) = collect(params, model.apply, jnp.array([[2.0], [4.0]])).sites
     >>> site.post.mean_absolute
     Array([[3., 3.]], dtype=float32)
+    >>> (site,) = collect(params, model.apply, jnp.array([[2.0], [4.0]]), where=jnp.array([True, False])).sites
+    >>> site.post.mean_absolute
+    Array([[2., 2.]], dtype=float32)
     """
     criteria = named(criterion, with_loss=loss_fn is not None)
     run = prepare(params, apply_fn, batch, criteria, loss_fn, targets, rngs, apply_kwargs)
-    return dataclasses.replace(run, hessians=hessians).statistics(batch, targets, jax.random.key(seed))
+    run = dataclasses.replace(run, hessians=hessians)
+    return run.statistics(batch, targets, jax.random.key(seed), counted(where, batch))
+
+
+def counted(where: Where, batch: Any) -> jax.Array | None:
+    """Return which examples or positions of a batch count, as booleans; None for all.
+
+    Raises:
+        TypeError: `where` is neither a mask nor a function that makes one.
+    """
+    if callable(where):
+        where = where(*batch) if isinstance(batch, tuple) else where(batch)
+    if where is None:
+        return None
+    if not is_array(where) or jnp.issubdtype(jnp.result_type(where), jnp.inexact):
+        kind = jnp.result_type(where) if is_array(where) else type(where).__name__
+        raise TypeError(
+            f"`where` must be a mask of booleans, or a function of the batch that makes it, got {kind}"
+        )
+    return jnp.asarray(where, bool)
+
+
+def check_makes_masks(where: Callable | None) -> None:
+    """Check that `where` is a function, where there are several batches."""
+    if where is not None and not callable(where):
+        raise TypeError(
+            "`where` must be a function of a batch, such as `lambda tokens: tokens != padding`, since each batch has "
+            f"a mask of its own, got {type(where).__name__}"
+        )
 
 
 def named(criterion: Criteria, *, with_loss: bool) -> tuple[Criterion, ...]:
@@ -96,13 +137,21 @@ class Run:
     objective: tuple[Objective, Arrays] | None
     hessians: bool = False
 
-    def statistics(self, batch: Any, targets: Any, key: jax.Array) -> Statistics:
+    def statistics(
+        self, batch: Any, targets: Any, key: jax.Array, where: jax.Array | None = None
+    ) -> Statistics:
         """Collect the statistics of one batch; `key` seeds the random signs."""
+        if where is not None and self.objective is not None:
+            names = ", ".join(repr(criterion.name) for criterion in self.criteria if criterion.needs)
+            raise ValueError(
+                f"`where` does not apply to criterion {names}, whose derivatives are those of the loss: leave the "
+                "padding out of `loss_fn` instead, and `where` out of this call"
+            )
         model = self.model
         batch = jax.tree.leaves(batch)
         inputs = objectives.with_batch(model.origins, model.inputs, batch)
         arguments = model.function, model.paths, model.origins, model.batch_size, model.params, inputs
-        observed = observe(*arguments, hessians=self.hessians)
+        observed = observe(*arguments, where, hessians=self.hessians)
         if self.objective is None:
             return observed
         objective, arrays = self.objective

@@ -52,21 +52,21 @@ class MonitorState(Shown):
 
     Attributes:
         step: int32 [], number of updates so far.
-        analysed: int32 [], update at which `report` was made; 0 is the start.
+        analyzed: int32 [], update at which `report` was made; 0 is the start.
         report: the latest report.
         first: vitals at the start.
         previous: vitals of the report before the latest.
     """
 
     step: jax.Array
-    analysed: jax.Array
+    analyzed: jax.Array
     report: Report
     first: Vitals
     previous: Vitals
 
     def __str__(self) -> str:
-        step, analysed = (described(each) for each in (self.step, self.analysed))
-        return f"Step {step}; this is the report of step {analysed}.\n\n{self.report}"
+        step, analyzed = (described(each) for each in (self.step, self.analyzed))
+        return f"Step {step}; this is the report of step {analyzed}.\n\n{self.report}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Monitor:
             raise TypeError(f"`state` must be a MonitorState from `init`, got {type(state).__name__}")
         report, now = state.report.single(), Vitals.of(state.report)
         first, previous, now = jax.device_get((state.first, state.previous, now))
-        step, found = int(state.analysed), []
+        step, found = int(state.analyzed), []
         for at, row in enumerate(report.rows):
             if bad := int(row.nonfinite_weights):
                 found.append(Event(row.path, "not finite", step, None, None, bad, row.size))
@@ -217,7 +217,7 @@ def monitor(
     >>> train = jax.jit(lambda state, params: watch.update(state, params, model.apply, batch))
     >>> for _ in range(25):
     ...     state = train(state, params)
-    >>> int(state.step), int(state.analysed), watch.events(state)
+    >>> int(state.step), int(state.analyzed), watch.events(state)
     (25, 20, ())
     """
     if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1:

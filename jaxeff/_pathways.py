@@ -15,7 +15,7 @@ import numpy as np
 from jaxeff.graph.coupling import INPUT, OUTPUT
 from jaxeff.output.shown import Shown
 from jaxeff.prune import Group, Groups, Member
-from jaxeff.prune._groups import named_variables
+from jaxeff.prune._named import named_variables
 from jaxeff.report import Report
 
 

@@ -19,19 +19,24 @@ from typing import Any, NoReturn
 import jaxeff
 
 _DEMO = """\
-  jaxeff demo                         train on the digits, analyse, print the report
+  jaxeff demo                         train on the digits, analyze, print the report
   jaxeff demo --seed 3 --epochs 10    another network, half the training
   jaxeff demo > report.txt            the report alone: progress goes to standard error
 """
 _ANALYZE = """\
   jaxeff analyze model.safetensors    the weights of a checkpoint, by magnitude
   jaxeff analyze checkpoint --sort gini --top 20 --json report.json
+  jaxeff analyze model.safetensors --filter '*attention*' --by block
   jaxeff analyze model.safetensors --html report.html
   jaxeff analyze model.safetensors --json - | jq .model.utilization
 """
 _COMPARE = """\
   jaxeff compare before after         what changed between two checkpoints
-  jaxeff compare before after --sort change --top 10
+  jaxeff compare before after --sort path --top 10
+"""
+_PRUNE = """\
+  jaxeff prune model --sparsity 0.5 --output pruned
+  jaxeff prune model.safetensors --sparsity 0.5 --output pruned.safetensors --exclude 'layers.0.*'
 """
 _PATH = (
     "a .safetensors file, a directory of shards and their index, an Orbax checkpoint or a Flax .msgpack file"
@@ -150,8 +155,24 @@ def _analyze(arguments: argparse.Namespace) -> None:
     _print(
         arguments.json,
         lambda: report.to_json(indent=1),
-        lambda: output.render(report, checkpoint, arguments.sort, arguments.top, _width()),
+        lambda: _table(output, report, checkpoint, arguments),
     )
+
+
+def _table(output: Any, report: Any, checkpoint: Any, arguments: argparse.Namespace) -> str:
+    try:
+        return output.render(
+            report,
+            checkpoint,
+            arguments.sort,
+            arguments.top,
+            _width(),
+            pattern=arguments.filter,
+            blocks=arguments.by == "block",
+        )
+    except ValueError as error:
+        print(f"jaxeff: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -167,6 +188,18 @@ def _compare(arguments: argparse.Namespace) -> None:
         lambda: comparison.to_json(indent=1),
         lambda: comparing.render(comparison, arguments.sort, arguments.top, _width()),
     )
+
+
+def _prune(arguments: argparse.Namespace) -> None:
+    from jaxeff.checkpoints import _writing as writing
+
+    exclude = writing.EXCLUDED if arguments.exclude is None else tuple(arguments.exclude)
+    with _refused():
+        print(
+            writing.prune_checkpoint(
+                arguments.path, arguments.output, sparsity=arguments.sparsity, exclude=exclude
+            )
+        )
 
 
 def _width() -> int:
@@ -237,11 +270,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="jaxeff",
         description="Find out which weights of a JAX network earn their keep, and what can be removed.",
-        **_examples(_DEMO + _ANALYZE + _COMPARE),
+        **_examples(_DEMO + _ANALYZE + _COMPARE + _PRUNE),
     )
     _ = parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    help_ = "train a small network on scanned digits, analyse and prune it"
+    help_ = "train a small network on scanned digits, analyze and prune it"
     demo = commands.add_parser("demo", help=help_, **_examples(_DEMO))
     seed, epochs = _integer(0, 2**32 - 1), _integer(1, 10_000)
     _ = demo.add_argument("--seed", type=seed, metavar="N", help="initial weights and order of batches")
@@ -254,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_checkpoints(commands: Any) -> None:
     analyze = commands.add_parser(
         "analyze",
-        help="analyse the weights of a checkpoint by magnitude, without its model",
+        help="analyze the weights of a checkpoint by magnitude, without its model",
         **_examples(_ANALYZE),
     )
     _ = analyze.add_argument("path", metavar="PATH", help=_PATH)
@@ -271,6 +304,10 @@ def _add_checkpoints(commands: Any) -> None:
         "those with most to spare first"
     )
     _ = analyze.add_argument("--sort", metavar="ORDER", default="path", type=_order(_metrics), help=help_)
+    help_ = "show only layers whose names match, such as '*attention*'; ? stands for one character"
+    _ = analyze.add_argument("--filter", metavar="PATTERN", default="*", help=help_)
+    help_ = "a row for each block, or (the default) for each stack of at least three in a table of more than 20 rows"
+    _ = analyze.add_argument("--by", choices=("stack", "block"), default="stack", help=help_)
     help_ = "show what changed from one checkpoint to another"
     compare = commands.add_parser("compare", help=help_, **_examples(_COMPARE))
     _ = compare.add_argument("a", metavar="A", help=_PATH)
@@ -278,12 +315,36 @@ def _add_checkpoints(commands: Any) -> None:
     _ = compare.add_argument(
         "--json", metavar="FILE", help="also write the changes; - prints them instead of the table"
     )
-    help_ = "path, change or size: the largest first"
-    _ = compare.add_argument("--sort", metavar="ORDER", default="path", type=_order(_changes), help=help_)
+    help_ = "change (the default) or size, the largest first; or path"
+    _ = compare.add_argument("--sort", metavar="ORDER", default="change", type=_order(_changes), help=help_)
     for command, run in ((analyze, _analyze), (compare, _compare)):
         help_ = "show only the first N rows, and the first N items of each list after them"
         _ = command.add_argument("--top", metavar="N", type=_integer(0, 10**9), help=help_)
         command.set_defaults(command=run, module="jaxeff.checkpoints")
+
+    help_ = "copy a safetensors checkpoint with the smallest weights of each array set to 0"
+    prune = commands.add_parser("prune", help=help_, **_examples(_PRUNE))
+    help_ = "a .safetensors file, or a directory with one, or with shards and their index"
+    _ = prune.add_argument("path", metavar="PATH", help=help_)
+    help_ = "fraction of each weight to remove, in [0, 1)"
+    _ = prune.add_argument("--sparsity", metavar="FRACTION", type=_fraction, required=True, help=help_)
+    help_ = "the new file or directory, which must not exist"
+    _ = prune.add_argument("--output", metavar="PATH", required=True, help=help_)
+    help_ = (
+        "leave arrays of this name whole, such as 'layers.0.*', instead of embeddings and heads; repeatable"
+    )
+    _ = prune.add_argument("--exclude", metavar="PATTERN", action="append", help=help_)
+    prune.set_defaults(command=_prune, module="jaxeff.checkpoints")
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction in [0, 1)")
+    return value
 
 
 def _file(text: str) -> str:

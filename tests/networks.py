@@ -52,7 +52,7 @@ def mlp() -> Network:
 
 
 class Square(nn.Module):
-    """Equal layers, which share one compiled kernel: the network to analyse where any will do."""
+    """Equal layers, which share one compiled kernel: the network to analyze where any will do."""
 
     @nn.compact
     def __call__(self, x):

@@ -390,7 +390,9 @@ def mixture() -> Shrinkable:
     def build(width: Width) -> nn.Module:
         return Mixture(width("up", 2), width("up", 1))
 
-    return Shrinkable(Mixture(8, 6), build, (normal(7, 5),), {"embed/kernel:1": 6, "up:2": 8})
+    return Shrinkable(
+        Mixture(8, 6), build, (normal(7, 5),), {"embed/kernel:1": 6, "router/kernel:1": 3, "up:2": 8}
+    )
 
 
 class Shuffled(nn.Module):

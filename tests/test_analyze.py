@@ -103,7 +103,7 @@ def test_model_numbers_are_sums_over_layers_and_the_pooled_distribution(square, 
 
 def test_rows_describe_the_layers(report):
     assert list(report.layers) == LAYERS
-    assert report.unpaired == {} and report.analysed_params == 192
+    assert report.unpaired == {} and report.analyzed_params == 192
     for layer in report.layers.values():
         assert (layer.kind, layer.shape, layer.nonlinearity) == ("dense", (8, 8), "relu")
         assert (layer.side, layer.note, layer.uses, layer.macs) == ("post", "", 1, 64)

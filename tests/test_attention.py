@@ -243,7 +243,7 @@ def test_flax_attention_with_dropout():
     report = jaxeff.analyze(variables, module.apply, x, rngs=rngs)
     (found,) = report.attentions
     assert (found.heads, found.units, found.entropy.shape) == (4, 4, (4,))
-    assert "4 heads, entropy" in str(report) and "attentions/query/kernel/entropy" not in report.scalars()
+    assert "4 heads, entropy" in str(report) and "attentions/query/kernel/entropy" not in report.scalars("*")
 
 
 class Block(nn.Module):
@@ -319,4 +319,4 @@ def test_saturated_units_are_counted():
             {"w": w}, lambda p, x, f=nonlinearity: f(x @ p["w"]), x, criterion="magnitude"
         )
         assert int(report["w"].activity.saturated) == saturated
-        assert report.scalars()["layers/w/saturated_units"] == saturated
+        assert report.scalars("*/saturated_units")["layers/w/saturated_units"] == saturated

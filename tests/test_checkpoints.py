@@ -902,6 +902,27 @@ def test_rows_are_sorted_and_limited(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "3 of 4 layers left out" in printed and "1 of 4 layers are not finite" in printed
 
 
+def test_blocks_share_a_row_unless_each_is_wanted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = [f"layers.{index}.{name}.weight" for index in range(12) for name in ("attn.q", "mlp.up")]
+    path = str(save(tmp_path / "m.safetensors", {name: normal(5, 4) for name in names}))
+
+    def rows(*arguments: str) -> list[str]:
+        assert cli.main(["analyze", path, *arguments]) == 0
+        lines = capsys.readouterr().out.split("\n\n")[0].split("\n")[2:]
+        return [line.split()[0] for line in lines if line.startswith("layers.")]
+
+    assert rows() == rows("--by", "stack") == ["layers.0–11.attn.q.weight", "layers.0–11.mlp.up.weight"]
+    assert rows("--by", "block") == names
+    assert rows("--filter", "*attn*") == rows("--filter", "*attn*", "--by", "block") == names[::2]
+    assert rows("--top", "1") == ["layers.0–11.attn.q.weight"]
+    with pytest.raises(SystemExit) as exited:
+        _ = cli.main(["analyze", path, "--filter", "attn"])
+    printed = capsys.readouterr()
+    assert (
+        exited.value.code == 2 and printed.err.count("\n") == 1 and "no layer matches 'attn'" in printed.err
+    )
+
+
 def test_top_shortens_the_recommendations(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = save(tmp_path / "m.safetensors", {"a": normal(30, 3) ** 9, "b": normal(30, 3) ** 9})
     advice = analyze_checkpoint(path).recommendations()
@@ -1140,10 +1161,15 @@ def test_what_changed_between_two(tmp_path: Path, capsys: pytest.CaptureFixture)
     # Whole words: what a line ends with goes on after a space.
     _, said = printed.split("\n\n")[:2]
     assert narrow.split("\n\n")[1].split() == said.split()
-    assert comparing.render(found, top=0).startswith("... 2 of 2 weights left out.\n\nChange is")
-    assert cli.main(["compare", *map(str, paths), "--sort", "change", "--top", "1"]) == 0
+    assert comparing.render(found, top=0).startswith("... 2 of 2 weights left out.\n\nSorted by change")
+    assert printed.index("moved") < printed.index("kept")
+    assert cli.main(["compare", *map(str, paths), "--top", "1"]) == 0
     printed = capsys.readouterr().out
     assert "moved" in printed and "kept" not in printed and "1 of 2 weights left out" in printed
+    for order, said in (("path", "In the order of A."), ("size", "Sorted by size, the largest first.")):
+        assert cli.main(["compare", *map(str, paths), "--sort", order]) == 0
+        printed = capsys.readouterr().out
+        assert (printed.index("kept") < printed.index("moved")) == (order == "path") and said in printed
     file = tmp_path / "changes.json"
     assert cli.main(["compare", *map(str, paths), "--json", str(file)]) == 0
     written = json.loads(file.read_text())

@@ -332,7 +332,7 @@ def test_export_of_a_symbolic_batch_is_a_map_over_examples():
     close(jax.export.export(each)(small, shape).call(small, x), small_apply(small, x))
 
 
-def test_it_is_counted_and_analysed_as_a_rebuilt_module():
+def test_it_is_counted_and_analyzed_as_a_rebuilt_module():
     network = large("scanned transformer")[0]
     plan, _, small, small_apply = compacted("scanned transformer")
     rebuilt = network.build(width_of(plan)).apply

@@ -110,6 +110,18 @@ def test_blocks_that_zeros_do_not_skip_stay(name):
     assert blocks_of(LOCKED[name]).locked == "the iterations of a scan"
 
 
+@pytest.mark.parametrize("name", ["norm behind", "half of it", "a counter", "not 0 at 0", "bias of ones"])
+def test_blocks_that_zeros_do_not_skip_go_where_that_is_allowed(name):
+    model = LOCKED[name]
+    groups = prune.groups(PARAMS, model, X, allow="depth")
+    (group,) = [group for group in groups.unlocked if group.kind == "block"]
+    plan = prune.Plan.of(groups, {group.name: [0, 2]})
+    small, small_apply = prune.compact(PARAMS, model, X, plan)
+    kept = {leaf: PARAMS[leaf] if leaf == "head" else PARAMS[leaf][jnp.array([1, 3])] for leaf in PARAMS}
+    np.testing.assert_allclose(model(small, X), model(kept, X), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(small_apply(small, X), model(kept, X), rtol=1e-5, atol=1e-5)
+
+
 def test_blocks_stay_where_something_else_goes_through_them():
     def with_data(params, x):
         def step(h, each):

@@ -264,7 +264,7 @@ def test_a_monitored_step_may_donate_its_state_again_and_again():
     step = jax.jit(lambda state, params: watch.update(state, params, NET.apply, X), donate_argnums=0)
     for _ in range(5):
         state = step(state, variables)
-    assert (int(state.step), int(state.analysed)) == (5, 4)
+    assert (int(state.step), int(state.analyzed)) == (5, 4)
     # The weights are the same at every step.
     jax.tree.map(np.testing.assert_array_equal, state.first, first)
     # Metrics of a traced report are computed in float32, those of the first on the host.

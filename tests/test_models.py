@@ -214,7 +214,7 @@ def _of_sizes():
 
 
 @pytest.mark.parametrize("make", CONFIGS.values(), ids=CONFIGS)
-def test_a_module_without_a_hash_is_analysed_as_the_same_with_one(make):
+def test_a_module_without_a_hash_is_analyzed_as_the_same_with_one(make):
     model, variables, x = _of_sizes()
     with pytest.raises(TypeError, match="unhashable"):
         _ = hash(make(*SIZES))

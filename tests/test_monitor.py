@@ -51,7 +51,7 @@ def test_reports_are_of_every_third_step_and_of_the_start():
     for step in range(1, 8):
         state = _update(state, _scaled(1 + step))
         seen = step // 3 * 3
-        assert (int(state.step), int(state.analysed)) == (step, seen)
+        assert (int(state.step), int(state.analyzed)) == (step, seen)
         _same(state.report, jaxeff.analyze(_scaled(1 + seen) if seen else PARAMS, MODEL.apply, BATCH))
     # Of step 3, whose weights are 4 times the first; effective parameters do not scale.
     _same(state.previous, state.first)
@@ -73,7 +73,7 @@ def test_the_state_goes_through_scan():
         return state, state.report.model.utilization
 
     state, utilizations = jax.lax.scan(step, _start(), steps)
-    assert (int(state.step), int(state.analysed), utilizations.shape) == (7, 6, (7,))
+    assert (int(state.step), int(state.analyzed), utilizations.shape) == (7, 6, (7,))
     _same(state.report, jaxeff.analyze(_scaled(7), MODEL.apply, BATCH))
 
 

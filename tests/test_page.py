@@ -237,7 +237,9 @@ def test_nothing_that_a_name_says_is_run(open_page):
 @in_chromium
 @pytest.mark.parametrize("width", [400, 800, 1200, 1400])
 def test_nothing_lies_beside_the_window(open_page, width):
-    browser = open_page(report_of(layer("a" * 300), layer("encoder/" * 30 + "kernel")), width)
+    blocks = [layer(f"{'encoder/' * 9}block{i}/kernel", utilization=0.4 + i / 99) for i in range(25)]
+    browser = open_page(report_of(layer("a" * 300), layer("encoder/" * 30 + "kernel"), *blocks), width)
+    browser.find_element(By.CSS_SELECTOR, "button.unfold").click()
     browser.execute_script("document.querySelectorAll('button.open').forEach(button => button.click())")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     for selector in ("#filter", "button[data-key=used]", "button.open", "svg.bar"):
@@ -330,8 +332,45 @@ def _contrast(one, other):
 @in_chromium
 def test_a_thousand_layers_sort_and_filter(open_page):
     browser = open_page(_report(1000))
+    browser.find_element(By.ID, "blocks").click()
     browser.find_element(By.CSS_SELECTOR, "button[data-key=used]").click()
     used = [float(text.split("%")[0]) for text in _shown(browser, 7)]
     assert len(used) == 1000 and used == sorted(used, reverse=True)
     browser.find_element(By.ID, "filter").send_keys("block_99")
     assert len(_shown(browser, 0)) == 11
+
+
+@in_chromium
+def test_blocks_that_are_alike_open_by_a_click(open_page):
+    rows = [
+        layer(f"block{i}/{name}", gini=0.2 + i / 20) for i in range(8) for name in ("key", "query", "value")
+    ]
+    browser = open_page(report_of(*rows, layer("head", gini=0.3)))
+    stacks = browser.find_elements(By.CSS_SELECTOR, "tr.stack")
+    assert [stack.find_element(By.TAG_NAME, "button").text for stack in stacks] == [
+        f"block0–7/{name}" for name in ("key", "query", "value")
+    ]
+    assert "0.200–0.550" in stacks[1].text and "8 layers" in stacks[1].text
+    paths = lambda: [text.split("\n")[0] for text in _shown(browser, 1)]  # noqa: E731
+    assert paths() == ["head"]
+    stacks[1].find_element(By.TAG_NAME, "button").click()
+    assert paths() == [*(f"block{i}/query" for i in range(8)), "head"]
+    # Stacks sort by their mean, here 0.375, and their members beneath them.
+    browser.find_element(By.CSS_SELECTOR, "button[data-key=gini]").click()
+    assert paths() == [*(f"block{i}/query" for i in reversed(range(8))), "head"]
+    browser.find_element(By.ID, "filter").send_keys("block3/")
+    assert paths() == [f"block3/{name}" for name in ("key", "query", "value")]
+    assert browser.find_element(By.ID, "count").text == "3 of 25 layers"
+    browser.find_element(By.ID, "filter").clear()
+    browser.find_element(By.ID, "filter").send_keys("e")
+    browser.find_element(By.ID, "blocks").click()
+    assert len(paths()) == 25 and not any(stack.is_displayed() for stack in stacks)
+
+
+@in_chromium
+def test_a_link_to_a_folded_layer_opens_its_stack(open_page):
+    rows = [layer(f"block{i}/kernel", utilization=0.1 if i == 11 else 0.7) for i in range(25)]
+    browser = open_page(report_of(*rows))
+    assert _shown(browser, 1) == []
+    browser.find_element(By.CSS_SELECTOR, "a[data-open='11']").click()
+    assert len(_shown(browser, 1)) == 25 and browser.find_element(By.ID, "detail-11").is_displayed()

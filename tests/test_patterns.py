@@ -18,7 +18,7 @@ from flax import nnx
 from network import normal
 
 import jaxeff
-from jaxeff import prune
+from jaxeff import importance, prune
 
 
 def linen(module, *inputs, **keywords):
@@ -92,6 +92,40 @@ PATTERNS = {
     "units": (lambda axes: prune.Units(axes=axes), 0.5, halves),
     "inputs": (lambda axes: prune.Units("input", axes=axes), 0.5, lambda scores: halves(scores.T).T),
 }
+
+
+PARAMS = {
+    "blocks": {"up": normal(2, 8, 16, seed=1), "down": normal(2, 8, 16, seed=2)},
+    "head": normal(3, 8, seed=3),
+}
+
+
+def blocks_and_head(params, x):
+    """Kernels whose units are their last axis, ones whose inputs are, and a head with its units first."""
+
+    def step(x, own):
+        return x + jnp.einsum("nh,dh->nd", jnp.tanh(x @ own["up"]), own["down"]), None
+
+    return jax.lax.scan(step, x, params["blocks"])[0] @ params["head"].T
+
+
+@pytest.fixture(scope="module")
+def of_all_criteria():
+    loss = {"loss_fn": optax.softmax_cross_entropy_with_integer_labels, "targets": np.arange(6) % 3}
+    criteria = [*importance.CRITERIA]
+    return jaxeff.collect(PARAMS, blocks_and_head, normal(6, 8), criterion=criteria, **loss)
+
+
+@pytest.mark.parametrize("criterion", importance.CRITERIA)
+def test_n_of_m_inputs_stay_by_the_scores_of_every_criterion(of_all_criteria, criterion):
+    scores = prune.scored(PARAMS, of_all_criteria, criterion)
+    masks = prune.masks(scores, pattern=prune.NByM(2, 4))
+    given, found = jax.tree.map(np.asarray, (nn.unbox(scores), masks))
+    for block in range(2):
+        up, down = given["blocks"]["up"][block], given["blocks"]["down"][block]
+        np.testing.assert_array_equal(found["blocks"]["up"][block], n_of_m(up))
+        np.testing.assert_array_equal(found["blocks"]["down"][block], n_of_m(down.T).T)
+    np.testing.assert_array_equal(found["head"], n_of_m(given["head"].T).T)
 
 
 # A channel of a convolution is a row for each position of its window: see the next test.

@@ -1,9 +1,12 @@
 """What is drawn, read back from the axes: the numbers of the report, and nothing shown."""
 
+import dataclasses
+import functools
 import inspect
 import itertools
 import math
 import re
+import types
 from pathlib import Path
 
 import flax.linen as nn
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from test_report import layer, report_of
 
@@ -19,7 +23,9 @@ import jaxeff
 from jaxeff import importance, plot, prune
 from jaxeff._compare_criteria import Comparison
 from jaxeff._pathways import Pathways, Route, pathways
+from jaxeff.advice import Tried
 from jaxeff.metrics._curve import CELLS, EDGES, Distribution
+from jaxeff.prune._before_and_after import MeasuredNetwork
 
 matplotlib.use("agg")
 
@@ -49,15 +55,33 @@ def _labels(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-def test_bars_are_the_metric_and_marks_its_null(axes):
+def test_dots_are_the_metric_and_marks_its_null(axes):
     assert plot.layers(_report(), "utilization", axes) is axes
-    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.6, 0.4])
-    assert axes.lines[0].get_xdata() == pytest.approx([0.73, 0.73])
+    marks, dots = axes.lines
+    assert dots.get_xdata() == pytest.approx([0.6, 0.4]) and list(dots.get_ydata()) == [0, 1]
+    assert marks.get_xdata() == pytest.approx([0.73, 0.73])
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a/kernel", "b/kernel"]
     low, high = axes.get_ylim()
     assert low > high
+    # The axis is limited to the numbers from 0.4 to 0.73, and does not begin at 0.
+    assert 0.35 < axes.get_xlim()[0] < 0.4 and 0.73 < axes.get_xlim()[1] < 0.78
     plot.layers(_report(), "mean", other := Figure().subplots())
-    assert not other.lines
+    assert len(other.lines) == 1 and other.get_legend() is None
+
+
+def test_depth_is_a_line_for_each_kind_of_layer(axes):
+    rows = [
+        layer(f"block{block}/{name}", gini=gini + block / 100)
+        for block in (0, 1, 2, 3)
+        for name, gini in (("query", 0.2), ("up", 0.5))
+    ]
+    assert plot.depth(report_of(layer("embedding"), *rows), "gini", axes) is axes
+    drawn = {line.get_label(): np.array(line.get_data()) for line in axes.lines}
+    assert drawn.keys() == {"block*/query", "block*/up"}
+    assert drawn["block*/up"].T == pytest.approx(np.array([(block, 0.5 + block / 100) for block in range(4)]))
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    with pytest.raises(ValueError, match="must be one of"):
+        plot.depth(_report(), "beauty")
 
 
 def test_histograms_have_the_area_of_the_weights_in_their_cells(axes):
@@ -93,15 +117,6 @@ def test_cumulative_is_lorenz_from_the_other_end(axes):
     x, y = line.get_data()
     assert (x[0], y[0]) == (0, 0) and (np.diff(x) >= 0).all() and (y >= x - 1e-6).all()
     assert _labels(axes) == ["b/kernel"]
-
-
-def test_the_radar_has_six_numbers_of_each_layer():
-    axes = plot.radar(_report(), ax=Figure().subplots(subplot_kw={"projection": "polar"}))
-    values = axes.lines[0].get_ydata()
-    assert values == pytest.approx([0.6, 0.96, 0.7, 0.9, 0.5, 0.9, 0.6])
-    assert len(axes.get_xticklabels()) == 6
-    with pytest.raises(ValueError, match="polar"):
-        plot.radar(_report(), ax=Figure().subplots())
 
 
 def test_unit_maps_are_over_the_mean_and_leave_no_unit_out(axes):
@@ -145,15 +160,6 @@ def test_criteria_are_lines_before_random_ones(axes):
     assert len(axes.lines) == 7 and _labels(axes) == ["random", "wanda", "magnitude"]
 
 
-def test_axes_are_made_and_nothing_is_shown(monkeypatch):
-    from matplotlib import pyplot
-
-    monkeypatch.setattr(pyplot, "show", lambda: pytest.fail("shown"))
-    made = plot.radar(_report())
-    assert made.name == "polar" and plot.layers(_report()) is not made
-    pyplot.close("all")
-
-
 FUNCTIONS = sorted(name for name in vars(plot) if callable(getattr(plot, name)))
 WRONG = (None, {"dense": {"kernel": np.ones((2, 2))}}, np.ones(3), [np.ones(3)])
 
@@ -176,6 +182,12 @@ def test_what_is_not_of_its_kind_is_refused_by_name(name, axes):
             draw(_report(), "a/kernel")
 
 
+def _advised(tried):
+    return jaxeff.Advice(
+        None, None, (), None, {}, tried, 1.0, 0.01, False, 3, 1, 4, 1.0, "by the keyboard", (), None, None, report_of
+    )  # fmt: skip
+
+
 def _without_numbers():
     """For each function, what it may be given that has nothing to draw: without layers, and all nan."""
     nan = dict.fromkeys(("utilization", "gini", "coverage_50", "coverage_80", "coverage_90"), math.nan)
@@ -186,27 +198,8 @@ def _without_numbers():
         ("a",), (8,), (0.5, 0.9), "magnitude", prune.Unstructured(), losses, losses[0, 0]
     )
     compared = Comparison(("wanda",), "layer", np.array([0, 0.5]), losses, losses, None, None, None)
-    advised = jaxeff.Advice(
-        None,
-        None,
-        (),
-        None,
-        {},
-        (),
-        1.0,
-        0.01,
-        False,
-        3,
-        1,
-        4,
-        1.0,
-        "by the keyboard",
-        (),
-        None,
-        None,
-        report_of,
-    )
-    every = {name: [(report_of(),), (lost,)] for name in ("layers", "importances", "cumulative", "radar")}
+    advised = _advised(())
+    every = {name: [(report_of(),), (lost,)] for name in ("layers", "depth", "importances", "cumulative")}
     one = {name: [(lost, "a")] for name in ("lorenz", "units")}
     return every | one | {
         "history": [([report_of()] * 2,), ([lost] * 2,)],
@@ -220,12 +213,244 @@ def _without_numbers():
 # `speedups` refuses what is empty, and measured times are finite.
 @pytest.mark.parametrize("name", sorted({*FUNCTIONS} - {"speedups"}))
 def test_what_has_nothing_to_draw_says_why(name):
-    polar = {"projection": "polar"} if name == "radar" else {}
     for given in _without_numbers()[name]:
-        axes = getattr(plot, name)(*given, ax=Figure().subplots(subplot_kw=polar))
+        axes = getattr(plot, name)(*given, ax=Figure().subplots())
         (sentence,) = axes.texts
-        assert re.fullmatch("(No|There is no) .+[.]", sentence.get_text())
+        assert re.fullmatch("(No|There is no) .+[.]", sentence.get_text().replace("\n", " "))
         assert not axes.lines and not axes.patches and not axes.images and axes.get_legend() is None
+
+
+# What every picture has, at the widths that a journal prints: a column and a page.
+
+
+KINDS = (
+    "attention/query",
+    "attention/key",
+    "attention/value",
+    "attention/out",
+    "mlp/gate",
+    "mlp/up",
+    "mlp/down",
+)
+BLOCKS = 30
+
+
+@functools.cache
+def _deep():
+    """A transformer of many blocks with long names, whose numbers differ."""
+    draws = np.random.default_rng(0)
+    rows = [
+        layer(
+            f"transformer/decoder/layers_{block}/{kind}_projection/kernel",
+            utilization=draws.uniform(0.4, 0.7),
+            units=draws.random(96).astype(np.float32),
+            shape=(32, 96),
+            distribution=_even(0.25 * draws.random()),
+        )
+        for block in range(BLOCKS)
+        for kind in KINDS
+    ]
+    return report_of(*rows)
+
+
+def _long_paths():
+    return tuple(_deep())
+
+
+def _sensitivity():
+    sparsities = (0.5, 0.7, 0.9)
+    losses = 2 + np.exp(np.random.default_rng(0).uniform(-4, 3, (len(_long_paths()), 3))).cumsum(axis=1)
+    sizes = (1000,) * len(_long_paths())
+    return prune.Sensitivity(
+        _long_paths(), sizes, sparsities, "magnitude", prune.Unstructured(), losses, np.float32(2)
+    )
+
+
+def _criteria():
+    names = ("magnitude", "wanda", "taylor", "fisher", "activation")
+    fractions = np.linspace(0, 0.9, 10)
+    losses = 1 + fractions**2 * np.arange(1, 6)[:, None]
+    return Comparison(names, "layer", fractions, losses, 1 + np.ones((5, 1)) * fractions, None, None, None)
+
+
+def _routes():
+    groups = (*(f"layers_{block}/mlp/up_projection/kernel:1" for block in range(12)), "head/kernel:1")
+    draws = np.random.default_rng(0)
+    routes = [
+        Route(tuple((group, int(draws.integers(64))) for group in range(13)), 1 / n) for n in range(1, 21)
+    ]
+    return Pathways(groups, (64,) * 13, tuple(routes), ())
+
+
+def _speedups():
+    def measured(seconds, macs):
+        latency = types.SimpleNamespace(
+            seconds=np.array([1.0, 1.1, 1.2]) * seconds, cost=types.SimpleNamespace(macs=macs)
+        )
+        return MeasuredNetwork(10, 40, {}, (latency, latency))
+
+    return {
+        removed: prune.BeforeAndAfter(measured(1.0, 1000), measured(1 - removed, 900), (1, 64), "a device")
+        for removed in (0.25, 0.5, 0.75)
+    }
+
+
+def _advice():
+    tried = [
+        Tried("weights", start, "wanda", fraction, 1 + fraction**2 * rate, 0.0, False)
+        for rate, start in enumerate(("uniform", "global", "erk", "lamp", "sensitivity"))
+        for fraction in (0.25, 0.5, 0.75, 0.9)
+    ]
+    return _advised(tuple(tried))
+
+
+def _history():
+    return [jax.tree.map(lambda leaf, t=t: leaf * (1 - t / 10), _deep()) for t in range(3)]
+
+
+PICTURES = {
+    "layers": lambda ax: plot.layers(_deep(), ax=ax),
+    "layers of a small network": lambda ax: plot.layers(_report(), ax=ax),
+    "depth": lambda ax: plot.depth(_deep(), ax=ax),
+    "importances": lambda ax: plot.importances(_deep(), ax=ax),
+    "importances of some layers": lambda ax: plot.importances(_deep(), _long_paths()[:5], ax=ax),
+    "cumulative": lambda ax: plot.cumulative(_deep(), ax=ax),
+    "cumulative of some layers": lambda ax: plot.cumulative(_deep(), _long_paths()[:5], ax=ax),
+    "lorenz": lambda ax: plot.lorenz(_deep(), _long_paths()[100], ax=ax),
+    "units": lambda ax: plot.units(_deep(), _long_paths()[100], ax=ax),
+    "units of heads": lambda ax: plot.units(report_of(HEADS), "q", ax=ax),
+    "history": lambda ax: plot.history(_history(), "gini", ax=ax),
+    "history of a small network": lambda ax: plot.history([_report()] * 2, "gini", ax=ax),
+    "sensitivity": lambda ax: plot.sensitivity(_sensitivity(), ax=ax),
+    "criteria": lambda ax: plot.criteria(_criteria(), ax=ax),
+    "pathways": lambda ax: plot.pathways(_routes(), ax=ax),
+    "speedups": lambda ax: plot.speedups(_speedups(), ax=ax),
+    "advice": lambda ax: plot.advice(_advice(), ax=ax),
+}  # fmt: skip
+COUNTS = {  # axes that count
+    "layers": "y", "depth": "x", "units": "xy", "units of heads": "xy", "history": "x",
+    "history of a small network": "x",
+}  # fmt: skip
+HEADS = layer("q", (8, 2, 4), unit_axes=(1, 2), units=np.ones((2, 4), np.float32))
+SIZES = {"a column": (3.3, 2.6), "a page": (6.8, 3.8)}
+
+
+@functools.cache
+def _laid_out(name, size):
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    axes = PICTURES[name](figure.subplots())
+    FigureCanvasAgg(figure).draw()
+    return figure, axes
+
+
+@pytest.fixture(params=SIZES.values(), ids=SIZES)
+def picture(request):
+    """Draws on the axes of a figure of one of the sizes, and lays it out."""
+    return functools.partial(_laid_out, size=request.param)
+
+
+def test_every_plot_has_a_picture():
+    assert {name.split(" ")[0] for name in PICTURES} == {*FUNCTIONS}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_given_axes_are_drawn_on_and_no_figure_is_made(name, monkeypatch):
+    from matplotlib import pyplot
+
+    monkeypatch.setattr(pyplot, "show", lambda: pytest.fail("shown"))
+    before, axes = pyplot.get_fignums(), Figure().subplots()
+    assert PICTURES[name](axes) is axes and axes.has_data()
+    assert pyplot.get_fignums() == before and axes.figure.axes == [axes]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_new_figure_is_sharp_and_saved_as_it_is(name, tmp_path):
+    from matplotlib import pyplot
+
+    axes = PICTURES[name](None)
+    assert pyplot.get_fignums()[-1:] == [axes.figure.number] and axes.figure.dpi >= 150
+    axes.figure.savefig(tmp_path / "picture.png")
+    height, width, _ = pyplot.imread(tmp_path / "picture.png").shape
+    assert (width, height) >= tuple(150 * axes.figure.get_size_inches())
+    pyplot.close(axes.figure)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_axis_has_a_label_and_colour_bars_are_as_tall_as_their_map(name, picture):
+    _, axes = picture(name)
+    assert axes.get_xlabel() and axes.get_ylabel()
+    for bar in axes.child_axes:
+        assert bar.get_ylabel() or bar.get_xlabel()
+        assert bar.get_window_extent().height == pytest.approx(axes.get_window_extent().height, abs=1)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_ticks_are_at_what_can_be_counted(name, picture):
+    _, axes = picture(name)
+    for which in COUNTS[name]:
+        ticks = getattr(axes, f"get_{which}ticks")()
+        assert len(ticks) and all(float(tick).is_integer() for tick in ticks)
+
+
+def _boxes(texts):
+    return [text.get_window_extent() for text in texts if text.get_visible() and text.get_text()]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_no_text_is_cut_or_covers_another(name, picture):
+    figure, axes = picture(name)
+    width, height = figure.bbox.size
+    legend = axes.get_legend()
+    texts = [axes.xaxis.label, axes.yaxis.label, axes.title, *(legend.get_texts() if legend else ())]
+    for one in (axes, *axes.child_axes):
+        texts += [one.yaxis.label, *_inside(one.yaxis), *_inside(one.xaxis)]
+    for box in _boxes(texts):
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+    for axis in (axes.xaxis, axes.yaxis):
+        labels = _inside(axis)
+        # Boxes of what is turned overlap where letters do not.
+        if not any(label.get_rotation() for label in labels):
+            boxes = _boxes(labels)
+            assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+
+
+def _inside(axis):
+    low, high = sorted(axis.get_view_interval())
+    ticks = zip(axis.get_majorticklocs(), axis.get_ticklabels(), strict=True)
+    return [label for tick, label in ticks if low <= tick <= high]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_lines_have_names_or_colours_in_order(name, picture):
+    """More than ten names would cover a picture, and nobody can tell as many colours apart."""
+    _, axes = picture(name)
+    legend = axes.get_legend()
+    assert legend is None or len(legend.get_texts()) <= 12
+    if len(axes.lines) > 20 and not name.startswith("pathways"):
+        assert len(axes.child_axes) == 1
+
+
+def test_losses_that_are_far_off_do_not_flatten_those_that_are_near(axes):
+    losses = np.array([[2.1, 2.2, 1e6], [2.1, 2.3, 9e3], [2.05, 2.1, 2.2]], np.float32)
+    measured = prune.Sensitivity(
+        tuple("abc"), (8,) * 3, (0.5, 0.7, 0.9), "magnitude", prune.Unstructured(), losses, np.float32(2)
+    )
+    low, high = plot.sensitivity(measured, axes).get_ylim()
+    assert 1.8 < low < 2 and 2.3 < high < 5
+    # A logarithmic axis, which cannot begin below 0, shows as much.
+    tiny = dataclasses.replace(measured, losses=losses - np.float32(1.99), dense=np.float32(0.01))
+    assert plot.sensitivity(tiny, Figure().subplots()).get_ylim()[0] > 0
+    near = dataclasses.replace(measured, losses=losses.clip(max=2.5))
+    assert plot.sensitivity(near, Figure().subplots()).get_ylim()[1] == pytest.approx(2.525)
+
+
+def test_advice_ends_where_the_losses_leave_the_picture(axes):
+    tried = tuple(
+        Tried("weights", "uniform", "wanda", fraction, loss, 0.0, False)
+        for fraction, loss in ((0.25, 1.001), (0.5, 1.02), (0.75, 3.0), (0.9, 9.0))
+    )
+    plot.advice(_advised(tried), axes)
+    assert axes.get_xlim() == pytest.approx((0, 0.55)) and axes.get_ylim()[1] < 1.1
 
 
 def test_the_gallery_shows_every_plot():
@@ -304,12 +529,14 @@ def test_pathways_refuse_what_they_cannot_follow():
         pathways(report, groups, thinner)
 
 
-def test_routes_are_drawn_from_left_to_right(axes):
-    routes = (Route(((0, 1), (1, 0)), 0.6), Route(((0, 0), (1, 1)), 0.3))
-    plot.pathways(Pathways(("a:0", "a:1"), (2, 4), routes, ()), axes)
-    weakest, strongest = axes.lines
-    assert list(strongest.get_xdata()) == [0, 1] and list(strongest.get_ydata()) == pytest.approx(
-        [0.25, 0.875]
+def test_steps_are_as_wide_as_the_share_of_the_routes_that_take_them(axes):
+    routes = (
+        Route(((0, 1), (1, 0)), 0.5),
+        Route(((0, 1), (1, 0), (2, 0)), 0.1),
+        Route(((0, 0), (1, 1)), 0.3),
     )
-    assert strongest.get_linewidth() > weakest.get_linewidth()
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["a:0\n2 units", "a:1\n4 units"]
+    plot.pathways(Pathways(("a:0", "a:1", "b:1"), (2, 4, 1), routes, ()), axes)
+    *_, middle, widest = axes.lines
+    assert list(widest.get_xdata()) == [0, 1] and list(widest.get_ydata()) == pytest.approx([0.25, 0.875])
+    assert middle.get_linewidth() / widest.get_linewidth() == pytest.approx(0.3 / 0.6)
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["a:0 (2)", "a:1 (4)", "b:1 (1)"]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from jaxeff.report import _table as table
 from jaxeff.report import _totals as totals
 from jaxeff.report._limits import LIMITS, interpret_gini, interpret_redundancy, interpret_utilization
 from jaxeff.report._recommendations import grouped, recommend
+from jaxeff.report._scalars import USUAL
+from jaxeff.report._stacks import stacks
 from jaxeff.statistics import UnitStatistics
 
 
@@ -120,12 +123,12 @@ def test_a_table_says_which_columns_it_left_out():
     header = printed.split("---")[0].split()
     assert "columns left out for want of width" in printed
     left_out = printed.split("width: ")[1].split(")")[0].split(", ")
-    assert sorted([*header, *left_out]) == sorted(table.HEADER)
+    assert sorted([*header, *left_out]) == sorted({*table.HEADER} - {"depth"})
 
 
 def test_columns_that_are_empty_throughout_are_not_there_and_not_counted_as_left_out():
     row = layer("encoder/attention/query/kernel", macs=None, activity=None)
-    shown = [name for name in table.HEADER if name not in ("MACs", "dead")]
+    shown = [name for name in table.HEADER if name not in ("MACs", "depth", "dead")]
     header, rule, *_ = printed = table.render(report_of(row).snapshot(), width=150).splitlines()
     assert header.split() == shown and "left out" not in " ".join(printed)
     assert table.render(report_of(row).snapshot(), width=len(rule)).splitlines()[:3] == printed[:3]
@@ -181,14 +184,14 @@ def test_long_paths_stay_apart_by_both_their_ends():
     assert len(set(shown)) == 4
 
 
-def test_the_headline_states_the_share_of_parameters_analysed():
+def test_the_headline_states_the_share_of_parameters_analyzed():
     unread = layer("cell/kernel", reason="inside scan", activity=None, scored="magnitude", nonlinearity=None)
     report = report_of(layer(shape=(96, 32)), dataclasses.replace(unread, shape=(32, 31)))
     printed = " ".join(str(report).split())
     # 3072, 992 and the 32 of the bias.
-    shares = "75.0% analysed with activations, 24.2% by magnitude only, 0.8% not weights"
+    shares = "75.0% analyzed with activations, 24.2% by magnitude only, 0.8% not weights"
     assert f"4,096 in all; {shares}" in printed
-    assert report.unpaired == {"cell/kernel": "inside scan"} and report.analysed_params == 3072
+    assert report.unpaired == {"cell/kernel": "inside scan"} and report.analyzed_params == 3072
 
 
 def test_notes_are_printed_with_their_layer_and_marked_in_the_table():
@@ -207,6 +210,86 @@ def test_a_report_of_several_models_says_how_to_take_one():
     many = _stacked(report_of(layer()), report_of(layer()), report_of(layer()))
     assert "3 models" in str(many) and "jax.tree.map" in str(many)
     assert str(jax.tree.map(lambda leaf: leaf[1], many)) == str(report_of(layer()))
+
+
+# Stacks of blocks
+
+
+def _blocks(count, *names):
+    return [layer(f"block_{index}/{name}") for index in range(count) for name in names]
+
+
+def _paths(found):
+    return [(stack.path, list(stack.members)) for stack in found]
+
+
+def test_layers_that_differ_in_one_number_are_a_stack():
+    rows = _blocks(3, "Dense_0/kernel", "Dense_1/kernel")
+    assert _paths(stacks(rows)) == [
+        ("block_*/Dense_0/kernel", [0, 2, 4]),
+        ("block_*/Dense_1/kernel", [1, 3, 5]),
+    ]
+    scanned = [layer(f"blocks/q[{index}]") for index in (10, 9, 2)]
+    (stack,) = stacks(scanned)
+    assert (stack.label, stack.members, stack.numbers) == ("blocks/q[2–10]", (2, 1, 0), (2, 9, 10))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        _blocks(2, *"abcdefghijkl"),
+        [layer(f"a{index}", (index + 1, 4)) for index in range(5)],
+        [layer(f"a{index}", nonlinearity=("relu", "tanh")[index % 2]) for index in range(4)],
+        [layer(name) for name in "abc"],
+        [],
+    ],
+    ids=["two blocks", "shapes", "nonlinearities", "no numbers", "nothing"],
+)
+def test_what_is_not_alike_three_times_is_no_stack(rows):
+    assert stacks(rows) == []
+
+
+def test_blocks_share_a_row_with_what_they_range_over():
+    rows = [
+        layer(f"block_{index}/kernel", (64, 32), utilization=0.4 + index / 100, gini=0.5, dead=index % 2)
+        for index in range(30)
+    ]
+    report = report_of(layer("embedding", (10, 64)), *rows)
+    header, _, _, line = report.table().splitlines()[:4]
+    shown = dict(zip(header.split(), line.split(), strict=True))
+    assert shown["layer"] == "block_0–29/kernel" and shown["utilization"] == "40.0–69.0%"
+    assert (shown["gini"], shown["dead"], shown["MACs"]) == ("0.500", "15", "61.4k")
+    assert shown["depth"] == "▁▂▃▄▅▆▇█"
+    assert "1 row holds 30 layers" in report.table() and str(report) == report.table()
+    lines = report.table(blocks=True).splitlines()
+    assert [each.split()[0] for each in lines[2:33]] == list(report) and "row holds" not in "".join(lines)
+    # The notes and sums below are the same.
+    assert report.table().split("\n\n", 1)[1] == report.table(blocks=True).split("\n\n", 1)[1]
+
+
+def test_a_table_that_fits_a_screen_is_not_folded():
+    report = report_of(*_blocks(20, "kernel"))
+    assert report.table() == report.table(blocks=True)
+    assert report.table() != report_of(*_blocks(21, "kernel")).table()
+
+
+def test_a_note_on_one_block_marks_the_row_of_all():
+    rows = _blocks(30, "kernel")
+    rows[7] = dataclasses.replace(rows[7], nonfinite_weights=_scalar(3))
+    printed = str(report_of(*rows))
+    assert "\nblock_0–29/kernel* " in printed and "- block_7/kernel: 3 weights" in printed
+
+
+def test_a_table_of_some_layers():
+    report = report_of(*_blocks(30, "key", "query"), layer("head"))
+    printed = report.table("*/query", blocks=True)
+    assert printed.count("/query ") == 30 and "/key " not in printed
+    assert "31 of 61 layers left out" in printed and "Parameters:" in printed
+    assert report.table("block_?/key").splitlines()[2].startswith("block_0/key")
+    with pytest.raises(ValueError, match=r"no layer matches 'query'.*block_0/key"):
+        report.table("query")
+    with pytest.raises(TypeError, match="string"):
+        report.table(["head"])
 
 
 # Reading
@@ -233,13 +316,46 @@ def test_order_survives_the_transformations_of_a_pytree():
 
 def test_scalars_are_floats_under_flat_names():
     report = report_of(layer("a/kernel", dead=2), layer("b/kernel", activity=None))
-    scalars = report.scalars()
+    scalars = report.scalars("*")
     assert all(type(value) is float for value in scalars.values())
     assert scalars["layers/a/kernel/gini"] == 0.5 and scalars["layers/a/kernel/dead_units"] == 2
     assert scalars["layers/a/kernel/null_utilization"] == pytest.approx(0.73)
     assert scalars["model/total_params"] == 2 * 2048 + 32
     assert "layers/b/kernel/dead_units" not in scalars and "layers/b/kernel/gini" in scalars
-    assert "layers/a/kernel/null_utilization" not in report_of(layer("a/kernel", null=None)).scalars()
+    assert "layers/a/kernel/null_utilization" not in report_of(layer("a/kernel", null=None)).scalars("*")
+
+
+def test_the_usual_scalars_are_a_dozen_however_many_layers_there_are():
+    rows = [layer("a", dead=2, gini=0.2, utilization=0.6), layer("b", (64, 96), gini=0.6, zeros=5, dead=1)]
+    usual = report_of(*rows).scalars()
+    assert 10 <= len(usual) <= 14 and all(name.startswith("model/") for name in usual)
+    assert usual["model/dead_units"] == 3 and usual["model/zeros"] == 5
+    assert usual["model/mean_gini"] == pytest.approx((0.2 + 3 * 0.6) / 4)
+    assert usual["model/lowest_utilization"] == pytest.approx(0.6)
+    assert usual.keys() == report_of(*rows * 9).scalars().keys()
+    assert usual.items() <= report_of(*rows).scalars("*").items()
+    assert "model/dead_units" not in report_of(layer("a", activity=None)).scalars()
+
+
+def test_the_usual_scalars_are_documented():
+    text = (Path(__file__).parents[1] / "docs" / "monitor.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(model/\w+)`", text)
+    assert sorted(named) == sorted(USUAL)
+
+
+def test_scalars_are_chosen_by_patterns():
+    report = report_of(layer("a/q[0]"), layer("a/q[1]"))
+    assert list(report.scalars("*/utilization")) == [
+        "model/utilization", "layers/a/q[0]/utilization", "layers/a/q[1]/utilization",
+    ]  # fmt: skip
+    assert list(report.scalars("layers/a/q[1]/gini", "model/weights")) == [
+        "model/weights",
+        "layers/a/q[1]/gini",
+    ]
+    with pytest.raises(ValueError, match=r"no scalar matches '\*/beauty'.*model/total_params"):
+        report.scalars("model/*", "*/beauty")
+    with pytest.raises(TypeError, match="string"):
+        report.scalars(("*/gini",))
 
 
 # In notebooks and tables
@@ -261,7 +377,7 @@ def test_a_notebook_shows_the_table_without_scripts_or_colours():
     assert {style.split(":")[0].strip() for style in styles.split(";")} == {
         "max-height", "overflow", "text-align", "font-weight",
     }  # fmt: skip
-    assert shown.count("<tr>") == 61 and "21 more layers:" in shown
+    assert shown.count("<tr>") == 61 and "21 more rows:" in shown
     for part in ("&lt;script&gt;alert(1)&lt;/script&gt;", "73.0%", '<th scope="col">gini</th>'):
         assert part in shown
     assert "<summary>Recommendations (" in shown and "more layers." in shown
@@ -503,7 +619,7 @@ def test_what_fell_back_on_magnitudes_counts_as_that_everywhere():
     for x, fallen in ((batch, 0), (batch.at[0, 0].set(jnp.nan), 2)):
         report = jaxeff.analyze(params, model, x)
         assert len(report.unpaired) == fallen == report.scalars()["model/unpaired_layers"]
-        assert report.analysed_params == (20 if not fallen else 0)
+        assert report.analyzed_params == (20 if not fallen else 0)
         assert f"{100 if fallen else 0:.1f}% by magnitude only" in " ".join(str(report).split())
     assert all("not finite" in reason or "nan" in reason for reason in report.unpaired.values())
 

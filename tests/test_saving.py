@@ -24,14 +24,14 @@ def _loss(outputs, targets):
     return jnp.mean(jnp.square(outputs - targets), axis=1)
 
 
-def _analysed(params, **options):
+def _analyzed(params, **options):
     return jaxeff.analyze(params, _apply, X, loss_fn=_loss, targets=TARGETS, **options)
 
 
 # What jaxeff makes of params: saved of some, and restored where there is one of others.
 KINDS = {
     "monitor": lambda params: jaxeff.monitor(every=2).init(params, _apply, X),
-    "report": lambda params: _analysed(params, criterion="taylor", curves=True),
+    "report": lambda params: _analyzed(params, criterion="taylor", curves=True),
     "statistics": lambda params: jaxeff.collect(
         params, _apply, X, criterion=("fisher", "lrp"), loss_fn=_loss, targets=TARGETS
     ),

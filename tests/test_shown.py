@@ -91,21 +91,28 @@ def test_a_result_shows_itself_in_few_lines_and_compiles_nothing(name, compilati
     assert page.strip().startswith("<")
 
 
-def test_str_has_all_lines():
+def test_a_report_folds_its_blocks_unless_it_is_told_not_to():
     report = deep()[2]
-    assert len(str(report).splitlines()) > DEPTH and "lines left out" in repr(report)
+    assert len(str(report).splitlines()) < 30 and f"Dense_0–{DEPTH - 1}/kernel" in str(report)
+    assert len(report.table(blocks=True).splitlines()) > DEPTH
+
+
+def test_a_text_of_many_lines_loses_its_middle():
+    lines = shown.shortened("\n".join(map(str, range(1000)))).splitlines()
+    assert len(lines) == shown.MOST_LINES and "lines left out" in " ".join(lines)
+    assert (lines[0], lines[-1]) == ("0", "999")
 
 
 def test_a_traced_result_says_so():
     texts = []
 
-    def analysed(params, x):
+    def analyzed(params, x):
         report = jaxeff.analyze(params, small()[1], x)
         texts.extend([repr(report), repr(report.rows[0].metrics)])
         return report.numbers
 
     params, _, x = small()
-    _ = jax.jit(analysed)(params, x)
+    _ = jax.jit(analyzed)(params, x)
     assert all("Tracer" in text and len(text) < 100 for text in texts)
 
 

@@ -37,10 +37,12 @@ def large(name):
 
 
 def random_plan(groups, seed):
-    """Of each block other elements, where there are blocks."""
+    """Of each block other elements, where there are blocks. Experts stay that a router chooses among."""
     draw = np.random.default_rng(seed)
     removed = {}
     for group in groups.unlocked:
+        if group.routed:
+            continue
         count = draw.integers(1, group.size)
         blocks = np.broadcast_to(np.arange(group.size), (*group.blocks, group.size))
         removed[group.name] = draw.permuted(blocks, axis=-1)[..., :count].tolist()
@@ -91,7 +93,7 @@ WHY = {
     "swiglu": {"gate/kernel:0": "input of the model", "down/kernel:1": "output of the model"},
     "scanned": {"stack/dense/kernel:0": "the iterations of a scan"},
     "dropout": {"second/kernel:1": "random numbers"},
-    "experts": {"up:0": "reduce_max over it"},
+    "experts": {"up:0": "output of the model"},
     "normalised": {"layer/kernel:1": "reduce_sum over it"},
     "fused": {"stacked/kernel:1": "one element is taken by its position"},
     "mixed": {"forgotten:1": "not read by the model"},
@@ -246,7 +248,9 @@ def test_locks_that_may_be_left_out():
         "attention/qkv/kernel:1",
     }
     assert find(allow="scale")["embed/embedding:1"].locked is not None
-    with pytest.raises(ValueError, match="`allow` may hold 'replay', 'scale', 'statistics', got 'all'"):
+    with pytest.raises(
+        ValueError, match="`allow` may hold 'depth', 'replay', 'scale', 'statistics', got 'all'"
+    ):
         _ = find(allow="all")
 
 

@@ -21,17 +21,17 @@ class Advice(Findings):
     Attributes:
         masks: for `prune.apply`, True = kept; None if no weights can be zeroed.
         plan: for `prune.compact` and `prune.shrink`; None if no units can be removed.
-        analyse: makes `report`.
+        analyze: makes `report`.
     """
 
     masks: Any
     plan: Plan | None
-    analyse: Callable[[], Report]
+    analyze: Callable[[], Report]
 
     @functools.cached_property
     def report(self) -> Report:
         """The report of the same model and statistics, made when first asked for."""
-        return self.analyse()
+        return self.analyze()
 
     def headline(self) -> str:
         """Return what can go at once, and what it costs, in two sentences."""

@@ -21,8 +21,16 @@ _BLOCK, _LEFT_WHOLE = "block", ("head_size",)
 
 
 def may_go(groups: Groups) -> tuple[Group, ...]:
-    """Return the groups whose elements the search removes: no module can be built with heads of other sizes."""
-    return tuple(group for group in groups.unlocked if group.kind not in _LEFT_WHOLE and group.size > 1)
+    """Return the groups whose elements the search removes.
+
+    No module can be built with heads of other sizes, weights of 0 do not keep a router from choosing an expert, and
+    blocks in a row have no members to mask.
+    """
+    return tuple(
+        group
+        for group in groups.unlocked
+        if group.kind not in _LEFT_WHOLE and not group.routed and group.size > 1 and group.members
+    )
 
 
 class UnitSearch:

@@ -21,7 +21,12 @@ from jaxeff.output import text
 from jaxeff.output.shown import Shown
 from jaxeff.report._serialization import encoded
 
-ORDERS = ("path", "change", "size")
+_SORTED = {
+    "change": "Sorted by change, the largest first.",
+    "size": "Sorted by size, the largest first.",
+    "path": "In the order of A.",
+}
+ORDERS = tuple(_SORTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,7 @@ class OtherChange:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class CheckpointComparison(Shown):
-    """Changes from checkpoint A to B. `str(comparison)` is a table of 100 columns.
+    """Changes from checkpoint A to B. `str(comparison)` is a table of 100 columns, the largest change first.
 
     Attributes:
         weights: weights in both, of equal shape.
@@ -207,16 +212,21 @@ def _relative(apart: float, all_: float) -> float:
 
 
 def render(
-    comparison: CheckpointComparison, order: str = "path", top: int | None = None, width: int = text.WIDTH
+    comparison: CheckpointComparison, order: str = "change", top: int | None = None, width: int = text.WIDTH
 ) -> str:
-    """Render the table in an order of ORDERS; lists show their first `top` entries, and how many were left out."""
+    """Render the table in an order of ORDERS, and say in which.
+
+    Lists show their first `top` entries, and how many were left out.
+    """
     weights = in_order(comparison.weights, order)
     reshaped = [f"{name} {list(one)} -> {list(two)}" for name, one, two in comparison.reshaped]
     return "\n".join(
         [
             *_table(weights, top, width),
             "",
-            *text.wrapped(_summary(comparison), width),
+            *text.wrapped(
+                f"{_SORTED[order]} {_summary(comparison)}" if weights else _summary(comparison), width
+            ),
             *_listed("Only in A:", comparison.only_a, top, width),
             *_listed("Only in B:", comparison.only_b, top, width),
             *_listed("Of another shape:", reshaped, top, width),

@@ -29,13 +29,21 @@ def render(
     order: str = "path",
     top: int | None = None,
     width: int = text.WIDTH,
+    *,
+    pattern: str = "*",
+    blocks: bool = False,
 ) -> str:
     """Render the report's table in an order of ORDERS, and what was left out of the report.
 
-    `top` limits the rows and the recommendations. The text on the model and the notes always cover all rows.
+    `top` limits the rows and the recommendations, `pattern` the layers. The text on the model and the notes always
+    cover all rows.
+
+    Raises:
+        ValueError: no layer matches the pattern.
     """
-    shown = in_order(report, order)[:top]
-    table = _table.render(report.snapshot(), shown, width, advised=top)
+    found = set(_table.matching(report.snapshot(), pattern))
+    shown = [index for index in in_order(report, order) if index in found]
+    table = _table.render(report.snapshot(), shown, width, top, blocks=blocks)
     return "\n".join([table, *_left_out(checkpoint, width)])
 
 
@@ -80,5 +88,5 @@ def _left_out(checkpoint: Checkpoint, width: int) -> list[str]:
         f"{name} ({len(arrays):,} arrays, {sum(array.size for array in arrays):,} elements)"
         for name, arrays in checkpoint.left_out.items()
     ]
-    said = f"Beside `params`, and not analysed: {', '.join(parts)}."
+    said = f"Beside `params`, and not analyzed: {', '.join(parts)}."
     return ["", *text.wrapped(said, width)] if parts else []

@@ -8,10 +8,11 @@ References:
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -139,7 +140,30 @@ def _stored(name: str, entry: dict[str, Any], begin: int, length: int, path: str
     if size > 8 * length:
         raise CheckpointError(f"{where} has {size:,} elements of {kind} in {length:,} bytes")
     spans = [Span(begin, size)]
-    return Stored(name, shape, dtype, kind, in_file(path, spans, dtype or np.dtype(np.uint8)))
+    opened = in_file(path, spans, dtype or np.dtype(np.uint8))
+    return Stored(name, shape, dtype, kind, opened, (os.fspath(path), begin))
+
+
+def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write arrays in the order of their names.
+
+    Raises:
+        TypeError: an array is of a dtype that the format does not have.
+    """
+    kinds = {name: kind for kind, name in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, array in arrays.items():
+        if array.dtype.name not in kinds:
+            raise TypeError(f"`arrays` has {name!r} of {array.dtype}, which safetensors cannot hold")
+        offsets = [at, at := at + array.nbytes]
+        header[name] = {"dtype": kinds[array.dtype.name], "shape": list(array.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    # Aligned, as the format's own writer does it.
+    text += b" " * (-len(text) % 8)
+    _ = file.write(len(text).to_bytes(8, "little") + text)
+    for array in arrays.values():
+        _ = file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def is_flax(arrays: Iterable[Stored]) -> bool:

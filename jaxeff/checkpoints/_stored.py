@@ -49,6 +49,7 @@ class Stored:
         kind: the checkpoint's name for its dtype.
         open: context manager that yields `read(start, stop)`, which returns elements in C order. Data read in
             sequence is read only once.
+        place: the file that holds it and the byte where it begins, if it lies in one piece as it is in memory.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Stored:
     dtype: np.dtype | None
     kind: str
     open: Callable[[], AbstractContextManager[Read]]
+    place: tuple[str, int] | None = None
 
     @property
     def size(self) -> int:

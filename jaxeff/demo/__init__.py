@@ -1,6 +1,6 @@
 """The network that `jaxeff demo` trains, on scanned digits that come with the package."""
 
-from jaxeff.demo._demo import ANALYSED as ANALYSED
+from jaxeff.demo._demo import ANALYZED as ANALYZED
 from jaxeff.demo._demo import BATCH_SIZE as BATCH_SIZE
 from jaxeff.demo._demo import EPOCHS as EPOCHS
 from jaxeff.demo._demo import SEED as SEED

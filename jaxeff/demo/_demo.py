@@ -1,4 +1,4 @@
-"""Train a small convolutional network on scanned digits, analyse it, prune it, and ask for advice.
+"""Train a small convolutional network on scanned digits, analyze it, prune it, and ask for advice.
 
 The digits come with the package, so nothing is downloaded. The hidden Dense layer is deliberately wider than
 the task needs, and the report should say so. The demo takes about 55 CPU seconds, half a minute to a minute on
@@ -29,7 +29,7 @@ SEED = 0
 EPOCHS = 20
 BATCH_SIZE = 64
 TEST_SIZE = 360
-ANALYSED = 512
+ANALYZED = 512
 SPARSITY = 0.9
 TOLERANCE = 0.05
 
@@ -194,14 +194,14 @@ def _train_step(state: TrainState, batch: Examples) -> tuple[TrainState, tuple[j
 
 
 def run(seed: int = SEED, epochs: int = EPOCHS) -> None:
-    """Train, analyse, prune and print: progress to standard error, results to standard output."""
+    """Train, analyze, prune and print: progress to standard error, results to standard output."""
     training, test = split(digits())
     with _shown_progress("Training", epochs) as progress:
         state, _ = train(seed, epochs, progress)
     share = float(accuracy(state, test))
     correct = f"{round(share * TEST_SIZE)} of {TEST_SIZE}"
     print(f"Test accuracy: {100 * share:.1f} % ({correct} digits)\n", flush=True)
-    print(analyze(state.params, state.apply_fn, training.images[:ANALYSED]), flush=True)
+    print(analyze(state.params, state.apply_fn, training.images[:ANALYZED]), flush=True)
     with _shown_progress("Pruning", epochs) as progress:
         pruned, _ = train_pruned(state, seed, epochs, progress)
     with _shown_progress("Without pruning", epochs) as progress:

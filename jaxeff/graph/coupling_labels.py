@@ -9,7 +9,7 @@ and concatenations are then slices and concatenations of label arrays.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,9 +26,20 @@ UNFIT = "reshapes that do not fit together"
 # Kinds of locks that a caller who knows better may leave out. REPLAY: those that only a rebuilt module needs,
 # because it computes numbers from its widths anew (1/n, 1/sqrt(d)), where a replayed program keeps them.
 STATISTICS, SCALE, REPLAY = "statistics", "scale", "replay"
-# Of the blocks of a scan, which `Remaining` leaves to whoever found that they may go.
+# Of blocks that zeros in place of their weights would not skip, which `Remaining` leaves to whoever found that they
+# may go.
 DEPTH = "depth"
-KINDS = frozenset({STATISTICS, SCALE, REPLAY})
+# Of sums in a derivative, to which what a function left out adds nothing.
+DERIVATIVE = "derivative"
+KINDS = frozenset({STATISTICS, SCALE, REPLAY, DEPTH})
+# What it means that an element is gone. MASKED: its weights are 0. ROUTED: it is an expert that its router never
+# chooses, as if the expert's logit were -inf. A lock may hold for one of these only.
+MASKED, ROUTED = "masked", "routed"
+# What an array holds where elements are gone in the sense of ROUTED: unknown; the same as beside them; what a router
+# chooses by, which may be taken as -inf; or 0.
+UNKNOWN, UNIFORM, LOGIT, NOTHING = range(4)
+# What is known of all numbers in an array: nothing; that none is negative, but for -inf; that all are from 0 to 1.
+ANY, NONNEGATIVE, FRACTION = range(3)
 
 
 class Dim(NamedTuple):
@@ -38,10 +49,13 @@ class Dim(NamedTuple):
         factors: arrays of labels, major first, whose product the dimension is; none where its size is 1.
         zero: whether the array is 0 wherever a label of this dimension is removed and all leaves that
             hold it are set to 0 there.
+        unrouted: what the array holds where a label of this dimension is an expert that its router never chooses:
+            UNKNOWN, UNIFORM, LOGIT or NOTHING.
     """
 
     factors: tuple[IntArray, ...]
     zero: bool
+    unrouted: int = UNKNOWN
 
     @property
     def size(self) -> int:
@@ -53,11 +67,13 @@ class Lock(NamedTuple):
 
     Attributes:
         during: what was being described when the lock was set: an operation, or None.
+        only: MASKED or ROUTED, where the labels stay in that sense only.
     """
 
     reason: str
     labels: IntArray
     during: Any
+    only: str | None = None
 
 
 class Labels:
@@ -68,6 +84,9 @@ class Labels:
         locks: what was locked, in the order of the program.
         during: what is being described; each lock notes it.
         heads: of each product of data with data, the dimensions it runs over in parallel, and the others.
+        choices: operations by which a router chooses so many of a dimension for each token: (operation, dim, count).
+        summed: sums to which what no router chooses adds nothing: (operation, dim, its axis in each operand).
+            An operation in a loop may stand in both more than once.
     """
 
     def __init__(self, allowed: frozenset[str] = frozenset()):
@@ -75,6 +94,8 @@ class Labels:
         self.locks: list[Lock] = []
         self.during: Any = None
         self.heads: list[tuple[Sequence[Dim], Sequence[Dim]]] = []
+        self.choices: list[tuple[Operation, Dim, int]] = []
+        self.summed: list[tuple[Operation, Dim, tuple[int, ...]]] = []
         self.colors = 0
         self._count = 0
         # Of each label: its parent, the parts of its product, the number of minor parts, its color, scratch.
@@ -116,15 +137,22 @@ class Labels:
                 return found
             found = above
 
-    def lock(self, labels: IntArray, reason: str, *kinds: str) -> None:
+    def lock(self, labels: IntArray, reason: str, *kinds: str, only: str | None = None) -> None:
         """Let labels stay, unless one of the lock's kinds is allowed to go."""
         if self.allowed.isdisjoint(kinds):
-            self.locks.append(Lock(reason, labels, self.during))
+            self.locks.append(Lock(reason, labels, self.during, only))
 
-    def lock_dims(self, dims: Sequence[Dim], reason: str, *kinds: str) -> None:
+    def lock_dims(self, dims: Sequence[Dim], reason: str, *kinds: str, only: str | None = None) -> None:
         for dim in dims:
             for factor in dim.factors:
-                self.lock(factor, reason, *kinds)
+                self.lock(factor, reason, *kinds, only=only)
+
+    def same(self, one: Dim, other: Dim) -> bool:
+        """Whether two dimensions have the same labels."""
+        return len(one.factors) == len(other.factors) and all(
+            np.array_equal(self.find(a), self.find(b))
+            for a, b in zip(one.factors, other.factors, strict=True)
+        )
 
     def color(self) -> IntArray:
         """Of every label: equal colors came into being together, and were never cut apart."""
@@ -291,7 +319,7 @@ class Labels:
             self.lock(dim.factors[0], BY_POSITION)
         for factor in factors:
             self._colored(factor)
-        return Dim(tuple(factors), dim.zero)
+        return dim._replace(factors=tuple(factors))
 
     def _colored(self, labels: IntArray) -> None:
         """Cut some labels off from those that they came into being with."""
@@ -308,7 +336,9 @@ class Labels:
         tied = dims[0]
         for other in dims[1:]:
             tied = self.match(tied, other)
-        return tied._replace(zero=all(dim.zero for dim in dims))
+        return tied._replace(
+            zero=all(dim.zero for dim in dims), unrouted=shared(dim.unrouted for dim in dims)
+        )
 
     def match(self, one: Dim, other: Dim) -> Dim:
         """Let two dimensions of equal size stand and fall together; the first, cut as both need it."""
@@ -325,12 +355,12 @@ class Labels:
                 return one
             self.join(a, b)
             matched.append(a)
-        return Dim(tuple(matched), one.zero)
+        return one._replace(factors=tuple(matched))
 
     def regrouped(self, dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim] | None:
         """Dimensions reshaped to others; None where their factors do not allow it."""
         left = [factor for dim in dims for factor in dim.factors]
-        zeros = [dim.zero for dim in dims for _ in dim.factors]
+        sources = [dim for dim in dims for _ in dim.factors]
         # Which old dimensions a new one is made of: by their position among all elements, major first.
         ends = np.cumprod([len(factor) for factor in left], dtype=int)
         starts = np.concatenate([[1], ends])[: len(ends)]
@@ -348,12 +378,13 @@ class Labels:
                 factors.append(part)
                 needed //= len(part)
             touched = [
-                zero
-                for zero, start, end in zip(zeros, starts, ends, strict=True)
+                dim
+                for dim, start, end in zip(sources, starts, ends, strict=True)
                 if start < passed * size and end > passed
             ]
             passed *= size
-            regrouped.append(Dim(tuple(factors), all(touched) and bool(touched)))
+            zero = all(dim.zero for dim in touched) and bool(touched)
+            regrouped.append(Dim(tuple(factors), zero, shared(dim.unrouted for dim in touched)))
         return None if left else regrouped
 
     def _first(self, factors: list[IntArray]) -> IntArray:
@@ -373,7 +404,26 @@ class Labels:
         return pieces[0]
 
 
+def shared(states: Iterable[int]) -> int:
+    """What arrays hold in common where an expert is not chosen."""
+    found = set(states)
+    return found.pop() if len(found) == 1 else UNKNOWN
+
+
 CONSTANT, WEIGHT, DATA = range(3)
+
+
+class Positions(NamedTuple):
+    """What an array of whole numbers counts: positions along a dimension, none of them one that a router leaves out.
+
+    Attributes:
+        operation: which counted them.
+        shifted: whether something was added to them, as for positions from the end.
+    """
+
+    dim: Dim
+    operation: Any
+    shifted: bool = False
 
 
 class Described(NamedTuple):
@@ -383,11 +433,15 @@ class Described(NamedTuple):
         dims: one for each dimension.
         made_of: CONSTANT; WEIGHT, of leaves and constants; or DATA.
         zero: whether it is 0 everywhere.
+        sign: ANY, NONNEGATIVE or FRACTION.
+        positions: what it counts; of index vectors along the last dimension, what each of their numbers does.
     """
 
     dims: tuple[Dim, ...]
     made_of: int
     zero: bool = False
+    sign: int = ANY
+    positions: tuple[Positions | None, ...] = ()
 
 
 Rule = Callable[[Labels, Operation, Sequence[Described]], list[tuple[Dim, ...]] | None]

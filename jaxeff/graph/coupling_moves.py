@@ -7,7 +7,19 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxeff.graph.coupling_labels import Described, Dim, Labels, Rule
+from jaxeff.graph.coupling_labels import (
+    MASKED,
+    NOTHING,
+    ROUTED,
+    UNIFORM,
+    UNKNOWN,
+    Described,
+    Dim,
+    Labels,
+    Rule,
+    shared,
+)
+from jaxeff.graph.coupling_routing import looks_up, positions_in
 from jaxeff.graph.program import Operation
 from jaxeff.graph.provenance import value_shape
 
@@ -24,7 +36,9 @@ def _broadcast(labels: Labels, operation: Operation, inputs: Sequence[Described]
     }
     return [
         tuple(
-            stands[axis] if axis in stands and stands[axis].factors else labels.dim(size, inputs[0].zero)
+            stands[axis]
+            if axis in stands and stands[axis].factors
+            else labels.dim(size, inputs[0].zero)._replace(unrouted=NOTHING if inputs[0].zero else UNIFORM)
             for axis, size in enumerate(shape)
         )
     ]
@@ -138,7 +152,15 @@ def _pad(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> l
             before, after = ([labels.dim(n, True, "padding")] if n else [] for n in (low, high))
             parts = [*before, dim, *after]
             dims.append(labels.concatenated(parts))
-    return [tuple(dim._replace(zero=dim.zero and inputs[1].zero) for dim in dims)]
+    zero = inputs[1].zero
+    return [
+        tuple(
+            dim._replace(
+                zero=dim.zero and zero, unrouted=NOTHING if zero and dim.unrouted == NOTHING else UNKNOWN
+            )
+            for dim in dims
+        )
+    ]
 
 
 def _gather(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:
@@ -146,7 +168,7 @@ def _gather(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
     numbers, sizes = operation.params["dimension_numbers"], operation.params["slice_sizes"]
     operand, indices = inputs
     shape = operation.outputs[0].shape
-    labels.lock_dims([operand.dims[i] for i in numbers.start_index_map], "looked up by a gather")
+    _lock_looked_up(labels, operand, indices, numbers.start_index_map, "looked up by a gather")
     labels.lock_dims(indices.dims[-1:], "looked up by a gather")
     dims = [Dim((), False)] * len(shape)
     dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
@@ -157,10 +179,22 @@ def _gather(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
         )
     others = [target for target in range(len(shape)) if target not in numbers.offset_dims]
     for target, source in zip(others, range(len(indices.dims) - 1), strict=True):
-        dims[target] = indices.dims[source]._replace(zero=False)
+        dims[target] = indices.dims[source]._replace(zero=False, unrouted=UNKNOWN)
     for i, j in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
         _ = labels.match(operand.dims[i], indices.dims[j])
     return [tuple(dims)]
+
+
+def _lock_looked_up(
+    labels: Labels, operand: Described, indices: Described, axes: Sequence[int], reason: str
+) -> None:
+    """Lock these axes of the operand, from which index vectors choose, unless a router chose the indices."""
+    for place, axis in enumerate(axes):
+        dim = operand.dims[axis]
+        labels.lock_dims([dim], reason, only=MASKED)
+        if not looks_up(labels, dim, indices, place, len(axes)):
+            labels.lock_dims([dim], reason, only=ROUTED)
+            labels.lock_dims(positions_in(indices), reason)
 
 
 def _whole(labels: Labels, dim: Dim, taken: int, size: int, reason: str) -> Dim:
@@ -198,7 +232,7 @@ def _replaced(labels: Labels, whole: Dim, part: Dim, reason: str) -> Dim:
     else:
         labels.lock_dims([whole, part], reason)
         tied = whole
-    return tied._replace(zero=whole.zero and part.zero)
+    return tied._replace(zero=whole.zero and part.zero, unrouted=shared([whole.unrouted, part.unrouted]))
 
 
 def _scatter(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:
@@ -206,7 +240,7 @@ def _scatter(labels: Labels, operation: Operation, inputs: Sequence[Described]) 
     numbers = operation.params["dimension_numbers"]
     operand, indices, updates = inputs
     reason = f"written to by a {operation.name}"
-    labels.lock_dims([operand.dims[i] for i in numbers.scatter_dims_to_operand_dims], reason)
+    _lock_looked_up(labels, operand, indices, numbers.scatter_dims_to_operand_dims, reason)
     labels.lock_dims(indices.dims[-1:], reason)
     dims = list(operand.dims)
     dropped = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
@@ -215,9 +249,16 @@ def _scatter(labels: Labels, operation: Operation, inputs: Sequence[Described]) 
         dims[target] = _replaced(labels, dims[target], updates.dims[source], reason)
     others = [i for i in range(len(updates.dims)) if i not in numbers.update_window_dims]
     for source, index in zip(others, indices.dims[:-1], strict=True):
-        _ = labels.match(updates.dims[source], index)
+        dim = updates.dims[source]
+        _ = labels.match(dim, index)
+        # What is removed must not have been written: only a sum may leave it out, where it is 0.
+        adds = operation.name in ("scatter-add", "scatter_add")
+        if not (adds and dim.zero):
+            labels.lock_dims([dim], reason, only=MASKED)
+        if not (adds and dim.unrouted == NOTHING):
+            labels.lock_dims([dim], reason, only=ROUTED)
     for i, j in zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True):
-        dims[i] = labels.match(dims[i], indices.dims[j])._replace(zero=False)
+        dims[i] = labels.match(dims[i], indices.dims[j])._replace(zero=False, unrouted=UNKNOWN)
     return [tuple(dims)]
 
 

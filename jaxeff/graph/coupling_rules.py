@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from jaxeff.graph.coupling_labels import CONSTANT, Described, Dim, Labels, Rule
+from jaxeff.graph.coupling_labels import CONSTANT, NOTHING, Described, Dim, Labels, Rule
 from jaxeff.graph.coupling_moves import MOVES, unknown
+from jaxeff.graph.coupling_routing import counted, sign_of, unrouted, unrouted_at
 from jaxeff.graph.coupling_sums import SUMS
 from jaxeff.graph.nonlinearities import POINTWISE, UNEVALUATED, unchanged
 from jaxeff.graph.primitives import LOCKED, RANDOM
@@ -24,7 +25,9 @@ def through(labels: Labels, operation: Operation, inputs: Sequence[Described]) -
     dims_of_each = _without_rule(labels, operation, inputs) if found is None else found
     made_of = max((operand.made_of for operand in inputs), default=CONSTANT)
     zero = (operation.name in _MOVES or unchanged(operation)) and all(x.zero for x in inputs)
-    return [Described(dims, made_of, zero) for dims in dims_of_each]
+    sign = sign_of(operation, inputs)
+    results = [Described(dims, made_of, zero, sign) for dims in dims_of_each]
+    return counted(labels, operation, inputs, results)
 
 
 _POINTWISE = frozenset(POINTWISE) | UNEVALUATED
@@ -66,21 +69,23 @@ def _pointwise(labels: Labels, operation: Operation, inputs: Sequence[Described]
     if len(operation.outputs) != 1:
         return [operand.dims for operand in inputs]
     (shape,) = (output.shape for output in operation.outputs)
-    counted = list(inputs)[1 if operation.name == "select_n" else 0 :]
+    chosen = list(inputs)[1 if operation.name == "select_n" else 0 :]
     dims = []
     for axis, size in enumerate(shape):
+        states = [unrouted_at(x, axis, len(shape)) for x in inputs]
+        unchosen = unrouted(operation, inputs, states, zero_where(operation, [s == NOTHING for s in states]))
         spanning = [x for x in inputs if len(x.dims) == len(shape) and x.dims[axis].factors]
         if size < 2 or not spanning:
-            dims.append(labels.dim(size))
+            dims.append(labels.dim(size)._replace(unrouted=unchosen))
             continue
         dim = spanning[0].dims[axis]
         for other in spanning[1:]:
             dim = labels.match(dim, other.dims[axis])
         zeros = [
             x.dims[axis].zero if len(x.dims) == len(shape) and x.dims[axis].factors else x.zero
-            for x in counted
+            for x in chosen
         ]
-        dims.append(dim._replace(zero=zero_where(operation, zeros)))
+        dims.append(dim._replace(zero=zero_where(operation, zeros), unrouted=unchosen))
     return [tuple(dims)]
 
 
@@ -94,13 +99,8 @@ def zero_where(operation: Operation, zeros: Sequence[bool]) -> bool:
 
 
 def _iota(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:
-    along = operation.params["dimension"]
-    return [
-        tuple(
-            labels.dim(size, False, "numbered by its position" if axis == along else None)
-            for axis, size in enumerate(operation.outputs[0].shape)
-        )
-    ]
+    """Positions, which `counted` follows."""
+    return [tuple(labels.dim(size) for size in operation.outputs[0].shape)]
 
 
 def _empty(labels: Labels, operation: Operation, inputs: Sequence[Described]) -> list[tuple[Dim, ...]]:

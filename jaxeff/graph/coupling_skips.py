@@ -1,4 +1,4 @@
-"""Whether a scanned block passes on what it is given when all of its weights are 0, as a residual block does.
+"""Whether a block passes on what it is given when all of its weights are 0, as a residual block does.
 
 Then leaving the block out is the same as setting its weights to 0.
 """
@@ -15,7 +15,8 @@ from jax.extend.core import Literal
 from jaxeff.graph.coupling_rules import zero_where
 from jaxeff.graph.program import Operation, Value, scan_operands
 
-_ZERO = "zero"
+ZERO = "zero"
+ADDED = frozenset({"add", "add_any", "sub"})
 _SUMS = frozenset({"conv_general_dilated", "dot_general", "ragged_dot", "ragged_dot_general"})
 _KEPT = frozenset({
     "broadcast_in_dim", "concatenate", "cummax", "cumsum", "pad", "reduce_max", "reduce_min", "reduce_sum", "reshape",
@@ -32,25 +33,25 @@ def skipped_by_zeros(operation: Operation) -> bool:
     """Whether every iteration of a scan carries on what it was given where all that it scans over is 0."""
     (body,) = operation.bodies
     constants, carried = scan_operands(operation)
-    states: dict[Value, Any] = dict.fromkeys(body.inputs[constants + carried :], _ZERO)
+    states: dict[Value, Any] = dict.fromkeys(body.inputs[constants + carried :], ZERO)
     carry = body.inputs[constants : constants + carried]
     states |= {value: value for value in carry}
-    states |= {value: _ZERO for value, array in body.constants.items() if _is_zero(array)}
+    states |= {value: ZERO for value, array in body.constants.items() if is_zero(array)}
 
     def read(operand: Value | Literal) -> Any:
         if isinstance(operand, Literal):
-            return _ZERO if _is_zero(operand.val) else None
+            return ZERO if is_zero(operand.val) else None
         return states.get(operand)
 
     for each in body.operations:
         given = [read(operand) for operand in each.inputs]
-        states.update(zip(each.outputs, _through(each, given), strict=True))
+        states.update(zip(each.outputs, through_zeros(each, given), strict=True))
     return bool(carry) and all(read(end) is start for start, end in zip(carry, body.outputs, strict=False))
 
 
-def _through(operation: Operation, given: list[Any]) -> list[Any]:
+def through_zeros(operation: Operation, given: list[Any]) -> list[Any]:
     """Return the state of each result: zero, the carried value that it equals, or None for anything else."""
-    zeros = [state is _ZERO for state in given]
+    zeros = [state is ZERO for state in given]
     name = operation.name
     if name in _SUMS:
         zero = any(zeros[:2])
@@ -61,17 +62,17 @@ def _through(operation: Operation, given: list[Any]) -> list[Any]:
     else:
         zero = zero_where(operation, zeros[1:] if name == "select_n" else zeros)
     if zero:
-        return [_ZERO] * len(operation.outputs)
+        return [ZERO] * len(operation.outputs)
     if name in _SAME:
         return [
             state if isinstance(state, Value) and _fits(state, output) else None
             for state, output in zip(given, operation.outputs, strict=False)
         ]
-    if name in ("add", "add_any", "sub") and len(given) == 2:
+    if name in ADDED and len(given) == 2:
         one, other = given
-        if other is not _ZERO and name != "sub":
+        if other is not ZERO and name != "sub":
             one, other = other, one
-        if other is _ZERO and isinstance(one, Value) and _fits(one, operation.outputs[0]):
+        if other is ZERO and isinstance(one, Value) and _fits(one, operation.outputs[0]):
             return [one]
     return [None] * len(operation.outputs)
 
@@ -82,6 +83,6 @@ def _fits(carried: Value, output: Value) -> bool:
     return wide and carried.shape == output.shape
 
 
-def _is_zero(array: Any) -> bool:
+def is_zero(array: Any) -> bool:
     numeric = isinstance(array, (int, float, np.ndarray, np.generic)) or hasattr(array, "__array__")
     return numeric and not isinstance(array, Tracer) and not np.any(np.asarray(array))

@@ -123,7 +123,12 @@ class Counts:
         return np.sort(table, axis=1)
 
 
-def macs(program: Program, described: Mapping[Value, Described], counts: Counts) -> Polynomial:
+def macs(
+    program: Program,
+    described: Mapping[Value, Described],
+    counts: Counts,
+    block_of: Mapping[Operation, int],
+) -> Polynomial:
     """The multiply-accumulates: of one iteration of each `while`, and of the branch of each `cond` that has most."""
 
     def of(operation: Operation) -> Polynomial:
@@ -133,7 +138,7 @@ def macs(program: Program, described: Mapping[Value, Described], counts: Counts)
         product = counts(_multiplied(operation, described))
         return scaled(product, found.macs / counts.largest(product))
 
-    return _over(program, described, counts, of)
+    return _over(program, described, counts, block_of, of)
 
 
 def _multiplied(operation: Operation, described: Mapping[Value, Described]) -> list[Dim]:
@@ -156,6 +161,7 @@ def key_value_cache(
     program: Program,
     described: Mapping[Value, Described],
     counts: Counts,
+    block_of: Mapping[Operation, int],
     groups_in: GroupsIn,
     leaves_of: Sequence[Set[int]],
     heads: Set[int],
@@ -164,6 +170,7 @@ def key_value_cache(
     """How many numbers a cache of keys and values holds for each position.
 
     Args:
+        block_of: the variable of each operation that is part of a block.
         leaves_of: the leaves that hold each group.
         heads, head_sizes: groups whose elements are heads, and the numbers within one.
     """
@@ -184,7 +191,7 @@ def key_value_cache(
         parallel = (labels for dim in output[: len(batch)] for labels in dim.factors)
         return counts([*sizes, *(Dim((labels,), False) for labels in parallel if groups_in.of(labels) & own)])
 
-    return _over(program, described, counts, of)
+    return _over(program, described, counts, block_of, of)
 
 
 def _in_all(leaves: Set[int], leaves_of: Sequence[Set[int]], heads: Set[int]) -> set[int]:
@@ -197,17 +204,18 @@ def _over(
     program: Program,
     described: Mapping[Value, Described],
     counts: Counts,
+    block_of: Mapping[Operation, int],
     of: Callable[[Operation], Polynomial],
 ) -> Polynomial:
     """The sum over all operations of a program, as often as they run."""
     found = []
     for operation in program.operations:
-        bodies = [_over(body, described, counts, of) for body in operation.bodies]
+        bodies = [_over(body, described, counts, {}, of) for body in operation.bodies]
         if operation.name == "scan":
             bodies = [_times(_length(operation, described, counts), bodies[0])]
         elif operation.name == "cond":
             bodies = [max(bodies, key=counts.largest)]
-        found += [of(operation), *bodies]
+        found += [gated(each, block_of.get(operation)) for each in (of(operation), *bodies)]
     return total(found)
 
 
@@ -228,6 +236,11 @@ def total(polynomials: Iterable[Polynomial]) -> Polynomial:
         for term, value in polynomial.items():
             result[term] += value
     return result
+
+
+def gated(polynomial: Polynomial, variable: int | None) -> Polynomial:
+    """The polynomial times a variable."""
+    return polynomial if variable is None else _times(polynomial, {((variable, 0),): 1.0})
 
 
 def scaled(polynomial: Polynomial, scale: float) -> Polynomial:

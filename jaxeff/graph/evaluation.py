@@ -33,12 +33,15 @@ class Hooks:
         rules: what to run in place of an operation: `rule(operands, read) -> results`.
         gates: for each value a function of its array and of the gate passed to `evaluate` for it, which returns the
             array that the rest of the program sees.
+        readings: for each operation a function of its operands and of what reads earlier arrays, which returns a tree
+            of arrays to keep, observed as that of its first output.
     """
 
     reductions: Mapping[Value, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
     add: Callable[[Any, Any], Any] = lambda first, second: jax.tree.map(jnp.add, first, second)
     rules: Mapping[Operation, Rule] = dataclasses.field(default_factory=dict)
     gates: Mapping[Value, Callable[[Any, Any], Any]] = dataclasses.field(default_factory=dict)
+    readings: Mapping[Operation, Callable[[list[Any], Read], Any]] = dataclasses.field(default_factory=dict)
 
     def touch(self, program: Program) -> bool:
         """Return whether anything is to be done inside the program or the bodies of its loops."""
@@ -56,7 +59,8 @@ class Hooks:
         )
 
     def _change(self, operation: Operation) -> bool:
-        return operation in self.rules or any(map(self.touch, operation.bodies))
+        own = operation in self.rules or operation in self.readings
+        return own or any(map(self.touch, operation.bodies))
 
     def _concerns(self, value: Value) -> bool:
         return value in self.reductions or value in self.gates
@@ -105,6 +109,8 @@ def evaluate(
         write(value, array)
     for operation in _chosen(program.steps, hooks):
         operands = [read(operand) for operand in operation.inputs]
+        if operation in hooks.readings:
+            observed[operation.outputs[0]] = hooks.readings[operation](operands, read)
         if operation in hooks.rules:
             with operation.context.manager:
                 results = hooks.rules[operation](operands, read)

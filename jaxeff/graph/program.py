@@ -35,6 +35,8 @@ _CUSTOM = {
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 _BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
+REMAT = frozenset(_REMAT)
+"""Primitives whose derivative alone differs from that of the program they run."""
 ENTERED = frozenset({*_INLINED, *_REMAT, *_CUSTOM, *_BODIES})
 """Primitives that run a program, which is inlined or kept as a body."""
 
@@ -151,10 +153,10 @@ def _flat(closed: ClosedJaxpr, scope: str) -> Program:
     inputs = tuple(_value(v) for v in closed.jaxpr.invars)
     outputs = _inline(closed.jaxpr, closed.consts, inputs, steps, constants, scope)
     wanted = {output for output in outputs if isinstance(output, Value)}
-    return Program(inputs, tuple(outputs), _needed(steps, wanted), constants)
+    return Program(inputs, tuple(outputs), needed(steps, wanted), constants)
 
 
-def _needed(steps: Sequence[Step], wanted: set[Value]) -> tuple[Step, ...]:
+def needed(steps: Sequence[Step], wanted: set[Value]) -> tuple[Step, ...]:
     """Return the steps on which the wanted values depend; add all values that these take to `wanted`."""
     kept: list[Step] = []
     for step in reversed(steps):
@@ -163,7 +165,7 @@ def _needed(steps: Sequence[Step], wanted: set[Value]) -> tuple[Step, ...]:
             continue
         # A call that is run whole takes all of its operands, even if only some outputs are wanted.
         wanted.update(operand for operand in whole.inputs if isinstance(operand, Value))
-        kept.append(Call(whole, _needed(step.steps, wanted)) if isinstance(step, Call) else step)
+        kept.append(Call(whole, needed(step.steps, wanted)) if isinstance(step, Call) else step)
     return tuple(reversed(kept))
 
 

@@ -17,8 +17,23 @@ from jax.core import Tracer
 from jax.extend import source_info_util
 from jax.extend.core import Literal
 
-from jaxeff.graph.coupling import INPUT, OUTPUT, Walk
-from jaxeff.graph.coupling_labels import DATA, DEPTH, REPLAY, SCALE, STATISTICS, WEIGHT, Described, Labels
+from jaxeff.graph.coupling import INPUT, OUTPUT
+from jaxeff.graph.coupling_labels import (
+    DATA,
+    DEPTH,
+    DERIVATIVE,
+    LOGIT,
+    REPLAY,
+    ROUTED,
+    SCALE,
+    STATISTICS,
+    UNKNOWN,
+    WEIGHT,
+    Described,
+    Labels,
+)
+from jaxeff.graph.coupling_routing import settle
+from jaxeff.graph.coupling_walk import Walk
 from jaxeff.graph.program import Operation, Program, Value
 
 Kept = tuple[np.ndarray, ...]
@@ -54,6 +69,7 @@ class Input(NamedTuple):
         lock: why all of them have to; None where they need not.
         name: in messages.
         blocks: where other indices stay in each block of a stack, as many in all, those of each.
+        routed: axes along which experts are removed that a router may no longer choose.
     """
 
     kept: Kept
@@ -61,14 +77,15 @@ class Input(NamedTuple):
     lock: str | None = None
     name: str = "an input"
     blocks: tuple[Kept, ...] = ()
+    routed: frozenset[int] = frozenset()
 
     @classmethod
     def of_data(cls, shape: Sequence[int]) -> Input:
         return cls(whole(shape), DATA, INPUT)
 
     @classmethod
-    def of_weights(cls, path: str, blocks: Sequence[Kept]) -> Input:
-        return cls(blocks[0], WEIGHT, None, repr(path), tuple(blocks) if len(blocks) > 1 else ())
+    def of_weights(cls, path: str, blocks: Sequence[Kept], routed: frozenset[int] = frozenset()) -> Input:
+        return cls(blocks[0], WEIGHT, None, repr(path), tuple(blocks) if len(blocks) > 1 else (), routed)
 
     def in_block(self, block: int) -> Kept:
         return self.blocks[block] if self.blocks else self.kept
@@ -99,8 +116,9 @@ class Remaining:
         outputs: Sequence[Input | None],
         derivative: bool = False,
     ):
-        allowed = frozenset({DEPTH, SCALE, REPLAY, STATISTICS} if derivative else {DEPTH, SCALE, REPLAY})
-        labelled = _Labelled(Labels(allowed), inputs)
+        allowed = frozenset({DEPTH, SCALE, REPLAY, *((STATISTICS, DERIVATIVE) if derivative else ())})
+        # A derivative reads what its function made: what that left out of a maximum it leaves out as well.
+        labelled = _Labelled(Labels(allowed), inputs, LOGIT if derivative else UNKNOWN)
         walk = Walk(labelled.labels)
         labelled.tie(walk.run(program, labelled.inputs), outputs)
         self._described, self._gone = walk.described, labelled.gone()
@@ -108,8 +126,12 @@ class Remaining:
         count = max((len(one.blocks) for one in inputs), default=0)
         self._gone_in_blocks = [labelled.gone(block) for block in range(count)]
         self._known: dict[Value, Kept] = {}
+        self._labels, self._routed = labelled.labels, labelled.routed()
         for lock in labelled.labels.locks:
-            if self._gone[lock.labels].any():
+            held = self._gone[lock.labels]
+            if lock.only is not None:
+                held &= self._routed[lock.labels] == (lock.only == ROUTED)
+            if held.any():
                 raise MisfitError(lock.reason, lock.during)
         if found := labelled.tied_to_what_stays(self._gone):
             why = f"axis {found[1]} of {found[0]} is tied to indices that stay"
@@ -128,6 +150,15 @@ class Remaining:
         if isinstance(operand, Literal):
             return ()
         return tuple(self._left(operand, gone) for gone in self._gone_in_blocks)
+
+    def routed(self, operand: Value | Literal) -> frozenset[int]:
+        """The axes of a value along which experts are removed that a router may no longer choose."""
+        dims = self._described[operand].dims if isinstance(operand, Value) else ()
+        return frozenset(
+            axis
+            for axis, dim in enumerate(dims)
+            if any(self._routed[self._labels.atoms(factor)].any() for factor in dim.factors)
+        )
 
     def _left(self, value: Value, gone: np.ndarray) -> Kept:
         masks = []
@@ -165,10 +196,13 @@ class Remaining:
 class _Labelled:
     """Labels for the inputs of a program, and of which of them it is known whether they stay."""
 
-    def __init__(self, labels: Labels, inputs: Sequence[Input]):
+    def __init__(self, labels: Labels, inputs: Sequence[Input], unrouted: int = UNKNOWN):
         self.labels, self._named = labels, inputs
         self.inputs = [
-            Described(tuple(labels.dim(len(mask), True, one.lock) for mask in one.kept), one.made_of)
+            Described(
+                tuple(labels.dim(len(mask), True, one.lock)._replace(unrouted=unrouted) for mask in one.kept),
+                one.made_of,
+            )
             for one in inputs
         ]
         self._known = [
@@ -180,6 +214,7 @@ class _Labelled:
     def tie(self, results: Sequence[Described], outputs: Sequence[Input | None]) -> None:
         """Let results have the indices that are expected of them."""
         for result, expected in zip(results, outputs, strict=True):
+            _ = settle(self.labels, result)
             if expected is None:
                 continue
             for axis, (dim, mask) in enumerate(zip(result.dims, expected.kept, strict=True)):
@@ -217,6 +252,22 @@ class _Labelled:
         while before != (before := int(gone.sum())):
             gone[products] |= gone[major] | gone[minor]
         return gone[root]
+
+    def routed(self) -> np.ndarray:
+        """Of every label whether it stands where experts are removed that a router may no longer choose."""
+        labels = self.labels
+        routed = np.zeros(len(labels), bool)
+        for dim, one, axis in self._known:
+            if axis in one.routed:
+                for factor in dim.factors:
+                    routed[labels.atoms(factor)] = True
+        root, every = labels.of_all(), np.arange(len(labels))
+        products = every[(root == every) & labels.is_product(every)]
+        major, minor = (labels.find(part) for part in labels.parts(products))
+        before = -1
+        while before != (before := int(routed.sum())):
+            routed[products] |= routed[major] | routed[minor]
+        return routed[root]
 
     def tied_to_what_stays(self, gone: np.ndarray) -> tuple[str, int] | None:
         """The name and axis of an input that is not left with the indices that it should be."""

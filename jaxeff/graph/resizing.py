@@ -195,7 +195,10 @@ class Resized:
 
     def _inputs(self, operands: Sequence[Value | Literal]) -> list[Input]:
         found = self.remaining
-        return [Input(found.kept(one), DATA, blocks=found.in_blocks(one)) for one in operands]
+        return [
+            Input(found.kept(one), DATA, blocks=found.in_blocks(one), routed=found.routed(one))
+            for one in operands
+        ]
 
     def _custom_jvp(self, call: Call, operands: Arrays, values: dict[Value, Any]) -> Arrays:
         inputs, outputs = call.whole.inputs, self.remaining.made(call.whole)

@@ -103,7 +103,7 @@ def from_nnx(model: nnx.Module) -> tuple[Any, NNXApply]:
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"`model` must be an NNX module, got {type(model).__name__}: a Linen module is analysed by its "
+            f"`model` must be an NNX module, got {type(model).__name__}: a Linen module is analyzed by its "
             "variables and `model.apply`, any other model by `f(params, *batch)`"
         )
     structure, params, state = nnx.split(model, nnx.Param, ...)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import os
 import shutil
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 WIDTH = 100
 UNKNOWN = "–"
@@ -131,6 +132,17 @@ def section(width: int, title: str, items: Sequence[str]) -> list[str]:
     return ["", title, *lines] if lines else []
 
 
+def matches(name: str, pattern: str) -> bool:
+    """Return whether a name matches a pattern, in which * stands for any text and ? for one character.
+
+    Brackets stand for themselves, since paths have them.
+
+    >>> matches("blocks/query[3]", "*/query[*]"), matches("blocks/query[3]", "query")
+    (True, False)
+    """
+    return fnmatch.fnmatchcase(name, pattern.replace("[", "[[]"))
+
+
 def left_out(count: int, shown: int | None, what: str) -> list[str]:
     """Return a line that says how many were not shown; nothing if all were."""
     return [] if shown is None or count <= shown else [f"... {count - shown:,} of {count:,} {what} left out."]
@@ -172,6 +184,48 @@ def percent(value: float) -> str:
 
 def decimal(value: float) -> str:
     return "?" if math.isnan(value) else f"{value:.3f}"
+
+
+def ranged(values: Sequence[float], formatted: Callable[[float], str], between: str = "–") -> str:
+    """Format the lowest and the highest of several numbers; one number if they look the same.
+
+    >>> ranged([0.3, 0.25, 0.4], percent), ranged([2.0, 2.0], number)
+    ('25.0–40.0%', '2')
+    """
+    finite = [value for value in values if not math.isnan(value)] or [math.nan]
+    low, high = formatted(min(finite)), formatted(max(finite))
+    return low if low == high else f"{low.removesuffix('%')}{between}{high}"
+
+
+_LEVELS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int = 8) -> str:
+    """Draw numbers as bars of a line of text, from the lowest to the highest of them.
+
+    More numbers than `width` are averaged with their neighbours; what is nan is a dot.
+
+    >>> sparkline([1, 2, 3, 2, 8]), sparkline([1, 1, math.nan]), len(sparkline(range(100)))
+    ('▁▂▃▂█', '▄▄·', 8)
+    """
+    count = min(len(values), width)
+    edges = [round(part * len(values) / max(count, 1)) for part in range(count + 1)]
+    means = [_mean(values[low:high]) for low, high in zip(edges, edges[1:], strict=False)]
+    finite = [mean for mean in means if not math.isnan(mean)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    return "".join("·" if math.isnan(mean) else _level(mean, low, high) for mean in means)
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if not math.isnan(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def _level(value: float, low: float, high: float) -> str:
+    # What differs by less than the table prints is flat.
+    if high - low <= 1e-3 * abs(high):
+        return _LEVELS[3]
+    return _LEVELS[round((value - low) / (high - low) * (len(_LEVELS) - 1))]
 
 
 def duration(seconds: float) -> str:

@@ -6,9 +6,9 @@ Every function takes what to draw and optional axes, and returns the axes; nothi
 from jaxeff.plot._distributions import cumulative as cumulative
 from jaxeff.plot._distributions import importances as importances
 from jaxeff.plot._distributions import lorenz as lorenz
+from jaxeff.plot._layers import depth as depth
 from jaxeff.plot._layers import history as history
 from jaxeff.plot._layers import layers as layers
-from jaxeff.plot._layers import radar as radar
 from jaxeff.plot._layers import units as units
 from jaxeff.plot._measurements import advice as advice
 from jaxeff.plot._measurements import criteria as criteria

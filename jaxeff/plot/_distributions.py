@@ -14,10 +14,14 @@ from jaxeff.plot._canvas import (
     COLOURS,
     NO_IMPORTANCE,
     NO_LAYER,
+    SMALL,
     any_finite,
     axes_or_new,
     chosen,
+    finish,
     line_style,
+    name_lines,
+    plain_logarithms,
     say,
     single,
 )
@@ -27,11 +31,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+_VISIBLE = 0.01  # of the highest bar; lower ones are not seen above the axis
+
+
 def importances(report: Report, paths: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
     """Draw a histogram per layer of the importance of its weights, relative to their mean.
 
-    Heights are fractions of the weights per octave. Weights below 2^-10 of the mean, zeros included, are left of
-    the axis; the legend gives their fraction.
+    Heights are fractions of the weights per octave. The axis is limited to the importances there are, from 2^-10 of
+    the mean on; the legend gives the fraction of the weights that lie below, zeros included.
 
     Args:
         report: of one model, from `jaxeff.analyze(..., curves=True)`.
@@ -48,14 +55,20 @@ def importances(report: Report, paths: Sequence[str] | None = None, ax: Axes | N
     if why := _nothing(rows):
         return say(drawn, why)
     widths = np.diff(np.log2(EDGES))
-    for index, row in enumerate(rows):
-        weights = np.asarray(_spread(row).weights)
-        below = f" ({weights[0]:.0%} below)" if weights[0] >= 0.005 else ""
-        _ = drawn.stairs(weights[1:-1] / widths, EDGES, label=row.path + below, **line_style(index))
+    weights = [np.asarray(_spread(row).weights) for row in rows]
+    lines = [
+        drawn.stairs(each[1:-1] / widths, EDGES, **line_style(index)) for index, each in enumerate(weights)
+    ]
     drawn.set_xscale("log")
-    _ = drawn.set_xlabel("importance over the layer's mean")
-    _ = drawn.set_ylabel("fraction of the weights per octave")
-    _ = drawn.legend(fontsize="small")
+    heights = np.nan_to_num(np.stack(weights)[:, 1:-1] / widths).max(axis=0)
+    seen = np.flatnonzero(heights > _VISIBLE * heights.max())
+    if seen.size:
+        _ = drawn.set_xlim(float(EDGES[seen[0]]), float(EDGES[seen[-1] + 1]))
+    _ = drawn.set_ylim(bottom=0)
+    plain_logarithms(drawn.xaxis)
+    _ = finish(drawn, "importance over the layer's mean", "fraction of weights per octave")
+    below = [f" ({each[0]:.0%} below)" if each[0] >= 0.005 else "" for each in weights]
+    name_lines(drawn, lines, [row.path + said for row, said in zip(rows, below, strict=True)])
     return drawn
 
 
@@ -77,7 +90,6 @@ def lorenz(report: Report, path: str, ax: Axes | None = None) -> Axes:
         ValueError: the report holds several models.
     """
     row, drawn = single(report)[path], axes_or_new(ax)
-    _ = drawn.set_title(path)
     units = np.sort(np.asarray(row.units, np.float64).ravel())
     if not 0 < units.sum() < math.inf:
         return say(drawn, NO_IMPORTANCE)
@@ -90,9 +102,10 @@ def lorenz(report: Report, path: str, ax: Axes | None = None) -> Axes:
     _ = drawn.plot(np.linspace(0, 1, shares.size), shares / shares[-1], "--", color=COLOURS[2], label="units")
     if row.null is not None:
         _ = drawn.plot(*_covered(row.null), "D", color=COLOURS[3], fillstyle="none", label="noise")
-    _ = drawn.set_xlabel("fraction of the weights, the faintest first")
-    _ = drawn.set_ylabel("share of the importance")
-    _ = drawn.legend()
+    _ = drawn.set(xlim=(0, 1), ylim=(0, 1))
+    _ = finish(drawn, "fraction of weights, faintest first", "share of the importance", path)
+    # All curves lie below the diagonal.
+    _ = drawn.legend(loc="upper left", fontsize=SMALL, frameon=False)
     return drawn
 
 
@@ -112,12 +125,14 @@ def cumulative(report: Report, paths: Sequence[str] | None = None, ax: Axes | No
     rows, drawn = chosen(report, paths), axes_or_new(ax)
     if why := _nothing(rows):
         return say(drawn, why)
-    for index, row in enumerate(rows):
-        weights, shares = _curve.lorenz(_spread(row))
-        _ = drawn.plot(1 - weights[::-1], 1 - shares[::-1], label=row.path, **line_style(index))
-    _ = drawn.set_xlabel("fraction of the weights, the most important first")
-    _ = drawn.set_ylabel("share of the importance")
-    _ = drawn.legend(fontsize="small")
+    curves = [_curve.lorenz(_spread(row)) for row in rows]
+    lines = [
+        drawn.plot(1 - weights[::-1], 1 - shares[::-1], **line_style(index))[0]
+        for index, (weights, shares) in enumerate(curves)
+    ]
+    _ = drawn.set(xlim=(0, 1), ylim=(0, 1))
+    _ = finish(drawn, "fraction of weights, most important first", "share of the importance")
+    name_lines(drawn, lines, [row.path for row in rows])
     return drawn
 
 

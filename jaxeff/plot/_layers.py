@@ -1,4 +1,4 @@
-"""Plots that compare layers, follow them over training, and map their units."""
+"""Plots that compare layers, follow them over depth and training, and map their units."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ import numpy as np
 from jaxeff.metrics import Metrics
 from jaxeff.plot._canvas import (
     COLOURS,
-    NO_IMPORTANCE,
     NO_LAYER,
+    SMALL,
     any_finite,
     axes_or_new,
     check_kind,
-    chosen,
+    colour_bar,
+    finish,
+    legend_above,
     line_style,
-    outlined,
+    name_lines,
+    points_high,
     say,
+    shortened,
     single,
+    tick_names,
+    whole_numbers,
 )
 from jaxeff.report import LayerReport, Report
+from jaxeff.report._stacks import stacks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +40,52 @@ _METRICS = tuple(field.name for field in dataclasses.fields(Metrics))
 
 
 def layers(report: Report, metric: str = "utilization", ax: Axes | None = None) -> Axes:
-    """Draw a bar per layer in forward order, first layer on top, with a line across it at its null.
+    """Draw a dot per layer in forward order, first layer on top, with a line to a mark at its null.
+
+    The horizontal axis is limited to the numbers. Where layers are too many to be named, every second, third, ...
+    has its name.
+
+    Args:
+        report: of one model.
+        metric: a field of `jaxeff.metrics.Metrics`.
+        ax: axes to draw on; those of a new pyplot figure by default, which is taller for more layers.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        TypeError: an argument has the wrong type.
+        ValueError: there is no such metric, or the report holds several models.
+    """
+    name, rows = _known(metric), single(report).rows
+    drawn = axes_or_new(ax, height=min(1.0 + 0.2 * max(len(rows), 5), 9.0))
+    values = [float(getattr(row.metrics, name)) for row in rows]
+    if not any_finite(values):
+        return say(drawn, _no_finite(metric) if rows else NO_LAYER)
+    room = points_high(drawn) / len(rows)
+    nulls = [
+        (index, float(value)) for index, row in enumerate(rows) if (value := _null(row, metric)) is not None
+    ]
+    size = min(5.0, max(room * 0.7, 1.5))
+    if nulls:
+        at, marks = zip(*nulls, strict=True)
+        between = {"color": "0.75", "linewidth": min(1.0, room / 3), "zorder": 0}
+        _ = drawn.hlines(at, [values[index] for index in at], marks, **between)
+        mark = {"color": COLOURS[3], "markersize": 1.6 * size, "markeredgewidth": 1.5}
+        _ = drawn.plot(marks, at, "|", label="noise", **mark)
+    _ = drawn.plot(values, range(len(rows)), "o", color=COLOURS[0], label="layer", markersize=size)
+    if nulls:
+        legend_above(drawn)
+    _ = finish(drawn, metric, "layer")
+    named = range(0, len(rows), math.ceil(1.2 * SMALL / room))
+    tick_names(drawn.yaxis, named, shortened(drawn, [rows[index].path for index in named]))
+    _ = drawn.set_ylim(len(rows) - 0.5, -0.5)
+    return drawn
+
+
+def depth(report: Report, metric: str = "utilization", ax: Axes | None = None) -> Axes:
+    """Draw a metric over depth, a line per kind of layer, from the first block to the last.
+
+    A kind are at least three layers that differ only in the number of their block, whether a scan stacks them or
+    each block has parameters of its own.
 
     Args:
         report: of one model.
@@ -46,21 +98,19 @@ def layers(report: Report, metric: str = "utilization", ax: Axes | None = None) 
         ValueError: there is no such metric, or the report holds several models.
     """
     name, rows, drawn = _known(metric), single(report).rows, axes_or_new(ax)
-    values = [float(getattr(row.metrics, name)) for row in rows]
-    if not any_finite(values):
-        return say(drawn, _no_finite(metric) if rows else NO_LAYER)
-    _ = drawn.barh(range(len(rows)), values, color=COLOURS[0])
-    nulls = [
-        (index, float(value)) for index, row in enumerate(rows) if (value := _null(row, metric)) is not None
+    kinds = stacks(rows)
+    values = [[float(getattr(rows[index].metrics, name)) for index in kind.members] for kind in kinds]
+    if not kinds:
+        return say(drawn, "No three layers differ only in the number of their block." if rows else NO_LAYER)
+    if not any(map(any_finite, values)):
+        return say(drawn, _no_finite(metric))
+    lines = [
+        drawn.plot(kind.numbers, line, marker=".", markersize=3, linewidth=1, **line_style(index))[0]
+        for index, (kind, line) in enumerate(zip(kinds, values, strict=True))
     ]
-    if nulls:
-        at, marks = zip(*nulls, strict=True)
-        edged = {"markersize": 12, "markeredgewidth": 2, "path_effects": outlined()}
-        _ = drawn.plot(marks, at, "|", color=COLOURS[3], label="noise", **edged)
-        _ = drawn.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
-    _ = drawn.set_yticks(range(len(rows)), [row.path for row in rows])
-    drawn.invert_yaxis()
-    _ = drawn.set_xlabel(metric)
+    whole_numbers(drawn.xaxis)
+    _ = finish(drawn, "block", metric)
+    name_lines(drawn, lines, [kind.path for kind in kinds], "kind of layer")
     return drawn
 
 
@@ -78,66 +128,15 @@ def _null(row: LayerReport, metric: str) -> Any:
     return None if row.null is None else getattr(row.null, metric, None)
 
 
-SPOKES = ("utilization", "entropy", "equality", "units", "coverage of 80 %", "not faint")
-
-
-def radar(report: Report, paths: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
-    """Draw six numbers of each layer around a circle, from 0 at its centre to 1; larger is more even.
-
-    utilization; normalized entropy; 1 - Gini; effective units over units; coverage_80; and the fraction of
-    weights with at least 1 % of the mean importance. The area has no meaning, as it depends on their order.
-
-    Args:
-        report: of one model.
-        paths: of the layers to draw; all by default.
-        ax: polar axes to draw on; those of a new pyplot figure by default.
-
-    Raises:
-        ImportError: Matplotlib is not installed.
-        KeyError: the report has no such path.
-        TypeError: an argument has the wrong type.
-        ValueError: the axes are not polar, or the report holds several models.
-    """
-    rows, drawn = chosen(report, paths), axes_or_new(ax, projection="polar")
-    if drawn.name != "polar":
-        raise ValueError("`ax` must be polar: pyplot.subplots(subplot_kw={'projection': 'polar'})")
-    spokes = [_spokes(row) for row in rows]
-    if not any(np.isfinite(values).all() for values in spokes):
-        return say(drawn, NO_IMPORTANCE if rows else NO_LAYER)
-    angles = np.linspace(0, 2 * math.pi, len(SPOKES) + 1)
-    for index, (row, values) in enumerate(zip(rows, spokes, strict=True)):
-        _ = drawn.plot(angles, [*values, values[0]], label=row.path, **line_style(index))
-    _ = drawn.set_xticks(angles[:-1], SPOKES)
-    for label, angle in zip(drawn.get_xticklabels(), angles[:-1], strict=True):
-        # Away from the circle, which a centred label would cover.
-        label.set_horizontalalignment("left" if math.cos(angle) > 0 else "right")
-    _ = drawn.set_ylim(0, 1)
-    _ = drawn.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.05, 1.05))
-    return drawn
-
-
-def _spokes(row: LayerReport) -> list[float]:
-    metrics = row.metrics
-    found = (
-        metrics.utilization,
-        metrics.normalized_entropy,
-        1 - metrics.gini,
-        row.effective_units / row.unit_count,
-        metrics.coverage_80,
-        1 - metrics.relative_sparsity_1e2,
-    )
-    return [float(value) for value in found]
-
-
-def units(report: Report, path: str, ax: Axes | None = None, *, columns: int = 32) -> Axes:
+def units(report: Report, path: str, ax: Axes | None = None, *, columns: int | None = None) -> Axes:
     """Draw a map of the units of a layer, by their importance over the units' mean.
 
     Args:
         report: of one model.
         path: of the layer.
         ax: axes to draw on; those of a new pyplot figure by default.
-        columns: units per row. If the units have two axes (heads and their features), a row is one index of the
-            first.
+        columns: units per row; by default about one and a half times as many as there are rows. If the units have
+            two axes (heads and their features), a row is one index of the first.
 
     Raises:
         ImportError: Matplotlib is not installed.
@@ -146,21 +145,29 @@ def units(report: Report, path: str, ax: Axes | None = None, *, columns: int = 3
         ValueError: the report holds several models.
     """
     row, drawn = single(report)[path], axes_or_new(ax)
-    _ = drawn.set_title(path)
     found = np.asarray(row.units, np.float64)
     if not any_finite(found):
         return say(drawn, "No unit has a finite importance.")
     found = found / found.mean() if found.sum() > 0 else found
+    names = "row of the unit axes", "unit"
     if found.ndim != 2:
-        width = min(columns, found.size)
+        width = min(columns or _columns(found.size), found.size)
         empty = np.full(-found.size % width, np.nan)
         found = np.concatenate([found.ravel(), empty]).reshape(-1, width)
-    image = drawn.imshow(found, cmap="cividis", vmin=0, aspect="equal", interpolation="nearest")
-    bar = drawn.figure.colorbar(image, ax=drawn, shrink=0.7)
-    bar.set_label("importance over the mean of units")
-    _ = drawn.set_xticks([])
-    _ = drawn.set_yticks([])
+        names = f"row of {width} units", "unit of the row"
+    image = drawn.imshow(found, cmap="cividis", vmin=0, aspect="auto", interpolation="nearest")
+    whole_numbers(drawn.xaxis)
+    whole_numbers(drawn.yaxis)
+    _ = finish(drawn, x=names[1], y=names[0], title=path)
+    _ = colour_bar(drawn, image, "importance over the mean")
     return drawn
+
+
+def _columns(units: int) -> int:
+    """Return how many units a row has: a divisor of their number, if one is near."""
+    wanted = math.sqrt(1.5 * units)
+    divisors = [width for width in range(1, units + 1) if units % width == 0 and 0.6 < width / wanted < 1.7]
+    return min(divisors, key=lambda width: abs(math.log(width / wanted)), default=math.ceil(wanted))
 
 
 def history(
@@ -191,11 +198,14 @@ def history(
     drawn = axes_or_new(ax)
     if not any_finite(values):
         return say(drawn, _no_finite(metric) if paths else NO_LAYER)
-    for index, path in enumerate(paths):
-        _ = drawn.plot(at, values[:, index], label=path, **line_style(index))
-    _ = drawn.set_xlabel("report" if steps is None else "step")
-    _ = drawn.set_ylabel(metric)
-    _ = drawn.legend(fontsize="small")
+    lines = [
+        drawn.plot(at, values[:, index], marker=".", markersize=3, **line_style(index))[0]
+        for index in range(len(paths))
+    ]
+    if all(float(step).is_integer() for step in at):
+        whole_numbers(drawn.xaxis)
+    _ = finish(drawn, "report" if steps is None else "step", metric)
+    name_lines(drawn, lines, paths)
     return drawn
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,22 @@ import numpy as np
 from jaxeff._compare_criteria import Comparison
 from jaxeff._pathways import Pathways
 from jaxeff.advice import Advice
-from jaxeff.plot._canvas import COLOURS, NO_LAYER, any_finite, axes_or_new, check_kind, line_style, say
+from jaxeff.plot._canvas import (
+    COLOURS,
+    NO_LAYER,
+    any_finite,
+    axes_or_new,
+    check_kind,
+    finish,
+    legend_above,
+    line_style,
+    name_lines,
+    plain_logarithms,
+    say,
+    shortened,
+    tick_names,
+    zoom_to_losses,
+)
 from jaxeff.prune import BeforeAndAfter, Sensitivity
 
 if TYPE_CHECKING:
@@ -38,13 +55,14 @@ def sensitivity(sensitivity: Sensitivity, ax: Axes | None = None) -> Axes:
         return say(drawn, "No loss is finite." if sensitivity.paths else NO_LAYER)
     sparsities = (0.0, *sensitivity.sparsities)
     dense = float(sensitivity.dense)
-    curves = zip(sensitivity.paths, np.asarray(sensitivity.losses).tolist(), strict=True)
-    for index, (path, losses) in enumerate(curves):
-        _ = drawn.plot(sparsities, (dense, *losses), marker=".", label=path, **line_style(index))
+    lines = [
+        drawn.plot(sparsities, (dense, *losses), marker=".", **line_style(index))[0]
+        for index, losses in enumerate(np.asarray(sensitivity.losses).tolist())
+    ]
     _ = drawn.axhline(dense, color="black", linestyle="--", linewidth=1, label="dense")
-    _ = drawn.set_xlabel("sparsity of the layer, the others whole")
-    _ = drawn.set_ylabel("loss")
-    _ = drawn.legend(fontsize="small")
+    zoom_to_losses(drawn, dense, sensitivity.losses)
+    _ = finish(drawn, "sparsity of the layer alone", "loss")
+    name_lines(drawn, lines, sensitivity.paths)
     return drawn
 
 
@@ -83,8 +101,10 @@ def speedups(found: Mapping[float | str, BeforeAndAfter], ax: Axes | None = None
     _ = drawn.plot(places, macs, color="black", linestyle="--", linewidth=1, label="multiply-accumulates")
     _ = drawn.axhline(1, color="grey", linewidth=1)
     _ = drawn.set_yscale("log")
-    _ = drawn.set_ylabel("before / after")
-    _ = drawn.legend(fontsize="small")
+    plain_logarithms(drawn.yaxis, "×")
+    named = any(isinstance(place, str) for place in places)
+    _ = finish(drawn, "smaller network" if named else "fraction removed", "before / after")
+    legend_above(drawn)
     return drawn
 
 
@@ -111,16 +131,21 @@ def criteria(comparison: Comparison, ax: Axes | None = None) -> Axes:
         zip(comparison.criteria, np.asarray(comparison.loss), strict=True)
     ):
         _ = drawn.plot(fractions, losses, label=name, **line_style(index))
-    _ = drawn.set_xlabel(f"fraction of the weights removed{' of each layer' * (comparison.scope == 'layer')}")
-    _ = drawn.set_ylabel("loss")
-    _ = drawn.legend(fontsize="small")
+    _ = finish(
+        drawn, f"fraction of the weights removed{' of each layer' * (comparison.scope == 'layer')}", "loss"
+    )
+    legend_above(drawn)
     return drawn
 
 
-def pathways(pathways: Pathways, ax: Axes | None = None) -> Axes:
-    """Draw the strongest routes as lines from the first units, left, to the last, right; thicker is stronger.
+_WIDEST, _THINNEST = 6.0, 0.4  # points
 
-    Each group of units is a column, with its first unit on top.
+
+def pathways(pathways: Pathways, ax: Axes | None = None) -> Axes:
+    """Draw the strongest routes as lines from the first units, left, to the last, right.
+
+    Each group of units is a column, with its first unit on top. The width of a step is the strength of all drawn
+    routes that take it, as a share of that of the widest.
 
     Args:
         pathways: from `jaxeff.pathways`.
@@ -134,22 +159,32 @@ def pathways(pathways: Pathways, ax: Axes | None = None) -> Axes:
     drawn = axes_or_new(ax)
     if not pathways.routes:
         return say(drawn, "No route has a strength above 0.")
-    strongest = max(route.strength for route in pathways.routes)
-    for route in reversed(pathways.routes):
-        columns = [group for group, _ in route.units]
-        heights = [1 - (unit + 0.5) / pathways.sizes[group] for group, unit in route.units]
-        part = route.strength / strongest
+    shares: dict[tuple[tuple[int, int], tuple[int, int]], float] = defaultdict(float)
+    for route in pathways.routes:
+        for step in itertools.pairwise(route.units):
+            shares[step] += route.strength
+    most = max(shares.values(), default=1.0)
+    height = {
+        (group, unit): 1 - (unit + 0.5) / pathways.sizes[group]
+        for route in pathways.routes
+        for group, unit in route.units
+    }
+    # The strongest are drawn last, on top.
+    for (start, end), share in sorted(shares.items(), key=lambda pair: pair[1]):
         _ = drawn.plot(
-            columns,
-            heights,
+            (start[0], end[0]),
+            (height[start], height[end]),
             color=COLOURS[0],
-            marker="o",
-            markersize=3,
-            alpha=0.25 + 0.75 * part,
-            linewidth=0.5 + 3 * part,
+            alpha=0.7,
+            linewidth=max(_WIDEST * share / most, _THINNEST),
+            solid_capstyle="round",
         )
-    labels = [f"{name}\n{size} units" for name, size in zip(pathways.groups, pathways.sizes, strict=True)]
-    _ = drawn.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize="small")
+    columns, heights = zip(*((group, at) for (group, _), at in height.items()), strict=True)
+    _ = drawn.scatter(columns, heights, s=8, color="black", zorder=3, linewidths=0)
+    _ = finish(drawn, "group of units (their number)", "unit, the first on top")
+    names = shortened(drawn, pathways.groups, 0.4)
+    labels = [f"{name} ({size})" for name, size in zip(names, pathways.sizes, strict=True)]
+    tick_names(drawn.xaxis, range(len(labels)), labels, rotation=30, ha="right", rotation_mode="anchor")
     _ = drawn.set_yticks([])
     _ = drawn.set_ylim(0, 1)
     return drawn
@@ -204,8 +239,8 @@ def advice(advice: Advice, ax: Axes | None = None) -> Axes:
     _ = drawn.axhline(sign * allowed, color="black", linestyle="--", linewidth=1, label="tolerance")
     room = 8 * max(allowed - advice.dense, 0.002 * max(abs(advice.dense), 1e-12))
     _ = drawn.set_ylim(*sorted((sign * (advice.dense - room / 4), sign * (advice.dense + room))))
-    _ = drawn.set_xlim(0, 1)
-    _ = drawn.set_xlabel("fraction of the weights at 0")
-    _ = drawn.set_ylabel("score" if advice.by_score else "loss")
-    _ = drawn.legend(fontsize="small")
+    shown = [point.fraction for point in tried if abs(point.loss - advice.dense) <= room]
+    _ = drawn.set_xlim(0, min(1.1 * max(shown, default=1.0), 1.0) or 1.0)
+    _ = finish(drawn, "fraction of the weights at 0", "score" if advice.by_score else "loss")
+    legend_above(drawn)
     return drawn

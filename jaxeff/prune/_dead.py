@@ -25,7 +25,9 @@ def dead_elements(groups: Groups, report: Report) -> dict[str, Any]:
     if unknown := sorted(rows.keys() - groups.params.keys()):
         raise ValueError(f"`report` is of another model: {unknown[0]!r} is no leaf of the groups'")
     found = {
-        group.name: _removable(_dead(group, rows)).reshape(*group.blocks, -1) for group in groups.unlocked
+        group.name: _removable(_dead(group, rows)).reshape(*group.blocks, -1)
+        for group in groups.unlocked
+        if not group.routed
     }
     return {name: elements for name, elements in found.items() if np.size(elements)}
 

@@ -1,31 +1,22 @@
-"""Which axes of which leaves have to shrink together, and which may.
-
-In: `params`, `apply_fn` and `batch` as `jaxeff.analyze` takes them. Out: `Groups`, which hold importance
-once they are `scored`.
-"""
+"""Groups of what has to go together: `Group`, `Groups`, and the importance of their elements."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import graph
-from jaxeff.graph.coupling import UNREAD, couple
-from jaxeff.graph.coupling_labels import KINDS
 from jaxeff.graph.coupling_work import Amount
-from jaxeff.model.apply import StatefulApply, from_apply
-from jaxeff.model.functions import TracedFunction
-from jaxeff.model.params import Params, is_variables, named_leaves
 from jaxeff.numerics.precision import widened
 from jaxeff.output.shown import Shown
 from jaxeff.output.text import aligned
+from jaxeff.prune._named import named_variables
 
 Shapes = Mapping[str, tuple[int, ...]]
 WHOLE = ("head_size", "block")
@@ -68,19 +59,25 @@ class Member:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """Elements (channels, hidden units, heads) of which each is removed with all of its members.
+    """Elements (channels, hidden units, heads, blocks) of which each is removed with all that it holds.
 
     Attributes:
         name: of its first member, 'path:axis'; where several groups share that, a number follows.
         size: number of elements.
         members: in the order in which the model uses their leaves.
         locked: why none may be removed; None where they may.
-        importance: [*blocks, size], of each element; None where no member has a score.
+        importance: [*blocks, size], of each element; None where nothing that it holds has a score.
         blocks: where weights are stacked (scanned blocks, experts), how many blocks there are along each
             stacked axis. Each block loses elements of its own, equally many.
         kind: what its elements are. 'unit' or 'channel'; 'head', or 'kv_head' and 'query' where several query heads
             share a key and value; 'head_size', each element a part of every head; 'expert'; 'block', an iteration
-            of a scan over stacked weights; 'stream', what residual branches add to.
+            of a scan over stacked weights, or one of several residual blocks in a row; 'stream', what residual
+            branches add to.
+        routed: of experts that a router chooses among, how many have to stay, such as the k of its top_k; else 0.
+            Without such an expert the model computes what it does if the router never chooses it.
+        leaves: of blocks that are not stacked: the paths of the leaves of each, which go as a whole. Such a group has
+            no members.
+        names: of such blocks, of the modules that hold these leaves: 'block0'.
     """
 
     name: str
@@ -90,12 +87,27 @@ class Group:
     importance: np.ndarray | None = None
     kind: str = "unit"
     blocks: tuple[int, ...] = ()
+    routed: int = 0
+    leaves: tuple[tuple[str, ...], ...] = ()
+    names: tuple[str, ...] = ()
+
+    @property
+    def left_whole(self) -> bool:
+        """Whether a plan removes nothing of it unless it is asked to."""
+        return self.kind in WHOLE or self.routed > 0
+
+    @property
+    def variables(self) -> int:
+        """How many variables of `Groups.amounts` are this group's: its size, or for each of its blocks 1 or 0."""
+        return len(self.leaves) or 1
 
     def __repr__(self) -> str:
         return f"Group({self.name!r}, kind={self.kind!r}, size={self.size}, locked={self.locked!r})"
 
     def __str__(self) -> str:
         """What it is, such as 'layers/attention: 9 heads in each of 30 blocks'."""
+        if self.leaves:
+            return f"{self.name}: {self.size} {_PLURALS[self.kind]}"
         parts = [member.path.split("/")[:-1] for member in self.members]
         place = "/".join(os.path.commonprefix(parts) or parts[0]) or self.members[0].path
         stacked = f" in each of {' x '.join(map(str, self.blocks))} blocks" if self.blocks else ""
@@ -104,13 +116,13 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Groups(Shown):
-    """All axes of all leaves of a model, in groups.
+    """All axes of all leaves of a model in groups, and then the residual blocks that are not stacked.
 
     Attributes:
         groups: in the order in which the model uses them.
         params: shapes of the leaves of `params`, by path.
         state: shapes of all other variables, by path: 'batch_stats/norm/mean'.
-        amounts: what `costs` evaluates.
+        amounts: what `costs` evaluates: functions of `Group.variables` variables for each group.
     """
 
     groups: tuple[Group, ...]
@@ -144,6 +156,8 @@ class Groups(Shown):
 
     def weights(self, group: Group) -> int:
         """How many numbers an element of a group holds in all blocks, those of two axes counted for both."""
+        if group.leaves:
+            return sum(math.prod(self.shapes[path]) for path in group.leaves[0])
         return sum(
             member.indices.shape[1]
             * math.prod(self.shapes[member.path])
@@ -151,11 +165,18 @@ class Groups(Shown):
             for member in group.members
         )
 
-    def costs(self, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
+    def costs(
+        self,
+        sizes: Mapping[str, int] | None = None,
+        *,
+        removed: Mapping[str, Sequence[int]] | None = None,
+    ) -> dict[str, int]:
         """What the model costs with so many elements of each group, by `prune.compact`; nothing is traced.
 
         Args:
             sizes: elements that are left by group's name, as `Plan.sizes` gives them; the others stay whole.
+            removed: of groups of blocks in a row, which of them are left out, as `Plan.removed` has it. Without it,
+                and where the blocks left differ in their own sizes, the costs are those of blocks of the mean.
 
         Returns:
             'params' and their 'bytes', without state; 'macs' of the whole batch, as `cost.count` has them (of a `cond`
@@ -166,8 +187,9 @@ class Groups(Shown):
         Raises:
             ValueError: no such group, or more or fewer elements than it can have.
 
+        >>> from jaxeff import prune
         >>> model = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]
-        >>> found = groups({"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, model, jnp.ones((8, 3)))
+        >>> found = prune.groups({"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, model, jnp.ones((8, 3)))
         >>> found.costs(), found.costs({"a:1": 1})
         ({'macs': 160, 'params': 20, 'bytes': 80}, {'macs': 40, 'params': 5, 'bytes': 20})
         """
@@ -179,7 +201,15 @@ class Groups(Shown):
                 )
             if not 1 <= size <= unlocked[name].size or size != int(size):
                 raise ValueError(f"`sizes` must be from 1 to {unlocked[name].size} for {name!r}, got {size}")
-        left = np.array([given.get(group.name, group.size) for group in self.groups])
+        out = removed or {}
+        left = np.concatenate(
+            [
+                np.isin(np.arange(group.size), out[group.name], invert=True)
+                if group.leaves and group.name in out
+                else np.full(group.variables, given.get(group.name, group.size) / group.variables)
+                for group in self.groups
+            ]
+        )
         return {name: round(float(amount(left))) for name, amount in self.amounts.items()}
 
     def scored(self, importance: Any, *, reduce: str = "sum", normalize: str = "none") -> Groups:
@@ -225,7 +255,7 @@ class Groups(Shown):
             for group in self.unlocked
         ]
         locked = [(group.name, str(group.size), group.locked or "") for group in self.groups if group.locked]
-        within = [group.name for group in self.unlocked if group.kind in WHOLE]
+        within = [group.name for group in self.unlocked if group.left_whole]
         whole = [f"Whole in a plan unless named or their kind is: {', '.join(within)}", ""] if within else []
         return "\n".join(
             [
@@ -248,136 +278,7 @@ def _size(group: Group) -> str:
 def _summary(group: Group) -> tuple[str, str]:
     importance = group.importance
     ranged = "-" if importance is None else f"{importance.min():.3g} to {importance.max():.3g}"
-    return ranged, " ".join(member.name for member in group.members)
-
-
-def groups(
-    params: Any,
-    apply_fn: Callable,
-    batch: Any,
-    *,
-    allow: Iterable[str] = (),
-    rngs: Any = None,
-    **apply_kwargs: Any,
-) -> Groups:
-    """Which axes of which leaves have to shrink together.
-
-    The model is traced, and nothing is computed. Removing an element takes out its indices of all members;
-    what the smaller model computes is then what the model computes with these indices set to 0
-    (docs/structured.md has the rules). What is not known to be so is locked.
-
-    Args:
-        params: as `jaxeff.analyze` takes them: Linen variables, with all collections, or any tree of
-            arrays; also of `jax.ShapeDtypeStruct`.
-        apply_fn: `model.apply`, a function `f(params, *batch)`, or what `jaxeff.from_nnx` gives.
-        batch: the model's input, or a tuple of several; also of `jax.ShapeDtypeStruct`.
-        allow: kinds of locks to leave out: 'statistics', over which data are summed, such as the residual
-            stream under LayerNorm: the smaller model then differs from the masked one; 'scale', the size of
-            queries and keys: right where the module keeps its scale at that of the larger size; 'replay', all
-            that `prune.compact` can remove and a rebuilt module cannot: the size of queries and keys, and
-            sums over what is 0 where it is removed, such as the stream under RMSNorm.
-        rngs: passed to a Linen model.
-        apply_kwargs: passed to `apply_fn`. The model should run as it serves: dropout off, BatchNorm on
-            running averages.
-
-    Raises:
-        ValueError: the model does not take this batch, or it does not read some of its state, whose size
-            would then be unknown.
-
-    >>> def model(params, x):
-    ...     return jax.nn.relu(x @ params["a"]) @ params["b"]
-    >>> found = groups({"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, model, jnp.ones((8, 3)))
-    >>> [(group.name, group.size, group.locked) for group in found]
-    [('a:0', 3, 'input of the model'), ('a:1', 4, None), ('b:1', 2, 'output of the model')]
-    """
-    allowed = frozenset([allow] if isinstance(allow, str) else allow)
-    if unknown := allowed - KINDS:
-        raise ValueError(
-            f"`allow` may hold {', '.join(map(repr, sorted(KINDS)))}, got {sorted(unknown)[0]!r}"
-        )
-    if isinstance(apply_fn, StatefulApply):
-        apply_fn = apply_fn.with_state(jax.tree.map(stand_in, apply_fn.state))
-    params, batch = (jax.tree.map(stand_in, tree) for tree in (params, batch))
-    params = Params.of(params)
-    named = params.named
-    model = from_apply(params, apply_fn, batch, rngs, apply_kwargs)
-    function = model.function.without_capture()
-    if isinstance(function, TracedFunction):
-        (state, *_), _ = model.inputs
-        closed = function.closed
-    else:
-        state, *_ = model.inputs
-        closed = jax.make_jaxpr(function)(model.params, model.inputs)
-    of_state = named_leaves(state) if jax.tree.leaves(state) else {}
-    if shared := named.keys() & of_state.keys():
-        raise ValueError(f"`params` and another collection both have the path {sorted(shared)[0]!r}")
-    program = graph.flatten(closed)
-    count = len(named) + len(of_state)
-    coupled, amounts = couple(program, [i < count for i in range(len(program.inputs))], allowed, len(named))
-    paths = [*named, *of_state]
-    found = _named([_group(one, paths) for one in coupled])
-    _check_state(found, of_state)
-    shapes, state_shapes = (
-        {path: jnp.shape(leaf) for path, leaf in tree.items()} for tree in (named, of_state)
-    )
-    return Groups(found, shapes, state_shapes, amounts)
-
-
-def stand_in(leaf: Any) -> Any:
-    """An array of the shape and dtype asked for that takes no memory."""
-    if not isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jnp.broadcast_to(jax.random.key(0), leaf.shape)
-    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-
-
-def _group(coupled: Any, paths: list[str]) -> Group:
-    block_axes = coupled.block_axes or [()] * len(coupled.members)
-    members = tuple(
-        Member(paths[leaf], axis, indices, axes)
-        for (leaf, axis, indices), axes in zip(coupled.members, block_axes, strict=True)
-    )
-    locked = "; ".join(coupled.reasons) or None
-    return Group(members[0].name, coupled.size, members, locked, None, coupled.kind, coupled.blocks)
-
-
-def _named(found: list[Group]) -> tuple[Group, ...]:
-    counts: dict[str, int] = {}
-    named = []
-    for group in found:
-        counts[group.name] = number = counts.get(group.name, 0) + 1
-        named.append(group if number == 1 else dataclasses.replace(group, name=f"{group.name}#{number}"))
-    return tuple(named)
-
-
-def _check_state(found: Iterable[Group], state: Mapping[str, Any]) -> None:
-    for group in found:
-        path = group.members[0].path
-        if group.locked == UNREAD and path in state:
-            raise ValueError(
-                f"the model does not read {path!r}, whose size would stay unknown: run it as "
-                "it serves (`train=False`, `use_running_average=True`, or `model.eval()` before `from_nnx`), "
-                "or leave the collection out"
-            )
-
-
-def named_variables(tree: Any) -> dict[str, Any]:
-    """The leaves of params, of variables or of a state by the paths that `Groups` gives them, in order."""
-    named = named_leaves(tree)
-    if not is_variables(tree):
-        return named
-    bare = {path.removeprefix("params/"): leaf for path, leaf in named.items()}
-    if len(bare) < len(named):
-        raise ValueError("`params` and another collection have a path in common")
-    return bare
-
-
-def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """`function(path, leaf)` on every leaf."""
-    leaves, structure = jax.tree.flatten(tree)
-    paths = named_variables(jax.tree.map(stand_in, tree))
-    return jax.tree.unflatten(structure, [function(*pair) for pair in zip(paths, leaves, strict=True)])
+    return ranged, " ".join(group.names or (member.name for member in group.members))
 
 
 def _scores(importance: Any, shapes: Shapes) -> dict[str, jax.Array]:
@@ -409,6 +310,8 @@ def _of_elements(group: Group, given: Any) -> np.ndarray:
 
 def _reduced(group: Group, scores: Mapping[str, jax.Array], reduce: str) -> np.ndarray | None:
     """[*blocks, size], one number an element, over all members with scores."""
+    if group.leaves:
+        return _of_blocks(group, scores, reduce)
     reduction, parts, count = REDUCTIONS[reduce], [], 0
     for member in group.members:
         if member.path not in scores:
@@ -424,6 +327,18 @@ def _reduced(group: Group, scores: Mapping[str, jax.Array], reduce: str) -> np.n
         return None
     joined = np.max(parts, axis=0) if reduce == "max" else np.sum(parts, axis=0)
     return joined / count if reduce == "mean" else joined
+
+
+def _of_blocks(group: Group, scores: Mapping[str, jax.Array], reduce: str) -> np.ndarray | None:
+    """[size]: all scores of the leaves of each block as one number."""
+    scored = [
+        [widened(jnp.asarray(scores[path])) for path in paths if path in scores] for paths in group.leaves
+    ]
+    if not all(scored):
+        return None
+    joined = np.array([[float(REDUCTIONS[reduce](score)) for score in each] for each in scored])
+    found = joined.max(axis=1) if reduce == "max" else joined.sum(axis=1)
+    return found / sum(score.size for score in scored[0]) if reduce == "mean" else found
 
 
 def _known(name: str, value: str, known: Mapping[str, Any]) -> None:

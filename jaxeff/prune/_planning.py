@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxeff.graph.coupling_kinds import GROUP_KINDS
-from jaxeff.prune._groups import WHOLE, Group, Groups
+from jaxeff.prune._groups import Group, Groups
 from jaxeff.prune._plans import Plan
 from jaxeff.prune._targets import FITS, Budget, Choices, best_places
 
@@ -51,15 +51,17 @@ def plan(
         target: fractions of the whole model, in (0, 1), that the smaller one has at most: of its 'params', their
             'bytes', its 'macs' or its 'kv_cache', as `Groups.costs` has them. All of several are met.
         kinds: of the groups to remove from (`Group.kind`). By default all but 'head_size', since no attention
-            module can be built with heads of fewer queries and keys than values, and 'block', whose importance
-            the scores of weights do not tell: see `prune.block_influence`.
+            module can be built with heads of fewer queries and keys than values, and 'block' and 'expert' behind a
+            router, whose importance the scores of weights do not tell: see `prune.block_influence` and
+            `prune.expert_importance`.
         reduce, normalize: how the scores of an element's weights make its importance; see `Groups.scored`.
             Where groups compare, `normalize` counts: with scope 'global', and with a target. 'sum' lets
             groups of few elements, such as blocks, count as much as those of many.
         scope: of `sparsity`. 'layer' removes so much of each group, 'global' of all groups together in one order.
         round_to: what stays is rounded up to a multiple of this (8, 128), or to the whole group. By kind, such as
             `{"unit": 128}`, groups of other kinds are not rounded.
-        minimum: elements that a group keeps at least; all that it has, if that is fewer.
+        minimum: elements that a group keeps at least; all that it has, if that is fewer. Experts keep as many as
+            their router chooses for each token, whatever is asked.
         max_sparsity: at most so much of a group goes; with scope 'global' others make up for it.
             `minimum` and `max_sparsity` may be by group's name, for those named.
         evaluate: with a target, gives a number for a plan, the lower the better, such as the loss of what
@@ -143,17 +145,23 @@ def _plans_for(
     if candidates < 1:
         raise ValueError(f"`candidates` must be at least 1, got {candidates}")
     _check_target(groups, target)
-    whole = np.array([group.size for group in groups])
+    whole = np.concatenate([np.full(group.variables, group.size / group.variables, int) for group in groups])
+    first = np.cumsum([0, *(group.variables for group in groups)])
     amounts = [groups.amounts[key] for key in target]
     full = np.array([float(amount(whole)) for amount in amounts])
-    budget = Budget(whole, amounts, full * np.array([*target.values()]))
     choices = Choices.of(
         [
-            (number, group.kind, *_sizes(ranked[name], group.size - limits[name], steps[name]))
+            (int(first[number]), group.kind, *_sizes(ranked[name], group.size - limits[name], steps[name]))
             for number, group in enumerate(groups)
             if (name := group.name) in ranked
         ]
     )
+    blocks = {
+        place: (int(choices.groups[place]), np.argsort(np.argsort(ranked[name], kind="stable")))
+        for place, name in enumerate(ranked)
+        if groups[name].leaves
+    }
+    budget = Budget(whole, amounts, full * np.array([*target.values()]), blocks)
     for key, share in zip(target, budget.shares(choices, np.zeros_like(choices.tops)), strict=True):
         if share > FITS:
             raise ValueError(
@@ -210,9 +218,9 @@ def _chosen(unlocked: Mapping[str, Group], sparsity: Shares | None, kinds: Itera
         if kinds is not None:
             raise ValueError("`kinds` is for one `sparsity` of all groups; by name pass those that you mean")
         return set(sparsity)
-    wanted = (
-        set(GROUP_KINDS) - set(WHOLE) if kinds is None else {kinds} if isinstance(kinds, str) else set(kinds)
-    )
+    if kinds is None:
+        return {name for name, group in unlocked.items() if not group.left_whole}
+    wanted = {kinds} if isinstance(kinds, str) else set(kinds)
     if unknown := wanted - set(GROUP_KINDS):
         raise ValueError(f"`kinds` may hold {', '.join(map(repr, GROUP_KINDS))}, got {sorted(unknown)[0]!r}")
     return {name for name, group in unlocked.items() if group.kind in wanted}
@@ -254,7 +262,7 @@ def _limits(unlocked: Mapping[str, Group], minimum: Widths, max_sparsity: Shares
         if not 0 <= value <= 1:
             raise ValueError(f"`max_sparsity` must be in [0, 1], got {value} for {name!r}")
     return {
-        name: max(0, min(group.size - int(least[name]), round(most[name] * group.size)))
+        name: max(0, min(group.size - max(int(least[name]), group.routed), round(most[name] * group.size)))
         for name, group in unlocked.items()
     }
 

@@ -17,10 +17,11 @@ import numpy as np
 from jaxeff.output.shown import Shown
 from jaxeff.output.text import aligned
 from jaxeff.prune._dead import dead_elements
-from jaxeff.prune._groups import Group, Groups, Member, Shapes, map_named, named_variables, stand_in
+from jaxeff.prune._groups import Group, Groups, Member, Shapes
+from jaxeff.prune._named import map_named, named_variables, stand_in
 from jaxeff.report import Report
 
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -53,7 +54,8 @@ class Plan(Shown):
                 many, or one list for all blocks.
 
         Raises:
-            ValueError: no such group, a locked one, an element that it does not have, or all of them.
+            ValueError: no such group, a locked one, an element that it does not have, all of them, or more experts
+                than their router can spare.
 
         >>> import jax, jax.numpy as jnp
         >>> from jaxeff import prune
@@ -73,7 +75,7 @@ class Plan(Shown):
         chosen = {
             name: elements
             for name, group in known.items()
-            if (elements := _elements(name, group.size, group.blocks, removed.get(name, ())))
+            if (elements := _elements(name, group.size, group.blocks, group.routed, removed.get(name, ())))
         }
         kept = tuple(dataclasses.replace(known[name], importance=None) for name in chosen)
         return cls(kept, chosen, groups.params, groups.state)
@@ -101,6 +103,25 @@ class Plan(Shown):
         {'a:1': (1,)}
         """
         return cls.of(groups, dead_elements(groups, report))
+
+    def left_out(self) -> tuple[str, ...]:
+        """The names of the blocks that go as a whole: the modules that a rebuilt model is to leave out."""
+        return tuple(
+            group.names[element]
+            for group in self.groups
+            if group.leaves
+            for element in self.removed[group.name]
+        )
+
+    def leaves_left_out(self) -> frozenset[str]:
+        """The paths of the leaves of these blocks."""
+        return frozenset(
+            path
+            for group in self.groups
+            if group.leaves
+            for element in self.removed[group.name]
+            for path in group.leaves[element]
+        )
 
     def widths(self) -> dict[str, dict[int, int]]:
         """The new size of every axis that changes, by path and axis: to build the smaller module with."""
@@ -144,8 +165,11 @@ class Plan(Shown):
         }
 
     def _gone(self) -> dict[str, dict[int, np.ndarray]]:
-        """By path and axis, [...] that broadcasts against the leaf: True where an index goes."""
-        shapes = self.shapes
+        """By path and axis, [...] that broadcasts against the leaf: True where an index goes.
+
+        Without the leaves of blocks that are left out.
+        """
+        shapes, left_out = self.shapes, self.leaves_left_out()
         gone: dict[str, dict[int, np.ndarray]] = {}
         for group in self.groups:
             removed = np.asarray(self.removed[group.name])
@@ -156,7 +180,9 @@ class Plan(Shown):
                 np.put_along_axis(along, held, True, axis=-1)
                 along = laid_out(along, (*member.block_axes, member.axis), len(shape))
                 axes[member.axis] = axes.get(member.axis, np.False_) | along
-        return {path: dict(sorted(axes.items())) for path, axes in sorted(gone.items())}
+        return {
+            path: dict(sorted(axes.items())) for path, axes in sorted(gone.items()) if path not in left_out
+        }
 
     def __str__(self) -> str:
         """A row for each group that loses elements: what a smaller module has to be given."""
@@ -174,18 +200,34 @@ class Plan(Shown):
             return "Nothing is removed."
         header = ("group", "kind", "size")
         lines = aligned([header, *rows], left=header, gap=2)
-        return "\n".join(
-            [*lines, "", *aligned([("leaf:axis", "", "size"), *leaves], left=("", "size"), gap=2)]
-        )
+        if left_out := self.left_out():
+            lines += ["", f"Without {', '.join(left_out)}"]
+        if leaves:
+            lines += ["", *aligned([("leaf:axis", "", "size"), *leaves], left=("", "size"), gap=2)]
+        return "\n".join(lines)
 
     def masks(self, params: Any) -> Any:
         """The plan as masks for `prune.apply`, True = kept; a single True for a leaf that stays whole.
 
         The large model with these masks computes what the small one does.
+
+        Raises:
+            ValueError: the plan removes experts that a router chooses among: with a logit of 0 they would still be
+                chosen. Or it is of another model.
         """
         self.check(params)
-        gone = self._gone()
-        return map_named(lambda path, leaf: _mask(jnp.shape(leaf), gone.get(path, {})), params)
+        if routed := [group.name for group in self.groups if group.routed]:
+            raise ValueError(
+                f"the plan removes experts of {routed[0]!r}, and no mask keeps a router from choosing them: compare "
+                "with the model whose logits for them are -inf, or run what `prune.compact` makes"
+            )
+        gone, left_out = self._gone(), self.leaves_left_out()
+
+        def mask(path: str, leaf: Any) -> jax.Array:
+            shape = jnp.shape(leaf)
+            return jnp.zeros(shape, bool) if path in left_out else _mask(shape, gone.get(path, {}))
+
+        return map_named(mask, params)
 
     def check(self, params: Any) -> None:
         """Raise unless these are the params of the plan's model, its state, or both."""
@@ -218,11 +260,14 @@ class Plan(Shown):
                 group.name: {
                     "size": group.size,
                     "kind": group.kind,
+                    "routed": group.routed,
                     "blocks": list(group.blocks),
                     "members": [
                         [m.path, m.axis, [_encoded(column) for column in m.indices.T], list(m.block_axes)]
                         for m in group.members
                     ],
+                    "leaves": [list(paths) for paths in group.leaves],
+                    "names": list(group.names),
                 }
                 for group in self.groups
             },
@@ -256,7 +301,11 @@ class Plan(Shown):
         chosen = {
             name: elements
             for name, group in model["groups"].items()
-            if (elements := _elements(name, group["size"], tuple(group["blocks"]), removed.get(name, ())))
+            if (
+                elements := _elements(
+                    name, group["size"], tuple(group["blocks"]), group["routed"], removed.get(name, ())
+                )
+            )
         }
         groups = tuple(_decoded_group(name, model["groups"][name]) for name in chosen)
         shapes = ({path: tuple(shape) for path, shape in model[name].items()} for name in ("params", "state"))
@@ -328,10 +377,13 @@ def _decoded_group(name: str, found: Mapping[str, Any]) -> Group:
         Member(path, axis, np.stack([_decoded(column, size) for column in columns], axis=1), tuple(axes))
         for path, axis, columns, axes in found["members"]
     )
-    return Group(name, size, members, None, kind=found["kind"], blocks=tuple(found["blocks"]))
+    return Group(
+        name, size, members, None, kind=found["kind"], blocks=tuple(found["blocks"]), routed=found["routed"],
+        leaves=tuple(map(tuple, found["leaves"])), names=tuple(found["names"]),
+    )  # fmt: skip
 
 
-def _elements(name: str, size: int, blocks: tuple[int, ...], elements: Any) -> tuple[Any, ...]:
+def _elements(name: str, size: int, blocks: tuple[int, ...], routed: int, elements: Any) -> tuple[Any, ...]:
     """Check and sort the elements to remove from a group, by block if it has blocks; () for nothing."""
     rows = _rows(elements, len(blocks))
     if rows is None:
@@ -351,6 +403,11 @@ def _elements(name: str, size: int, blocks: tuple[int, ...], elements: Any) -> t
         raise ValueError(f"an element of {name!r} is to be removed twice")
     if rows.shape[-1] == size:
         raise ValueError(f"all {size} elements of {name!r} are to be removed: a group cannot be emptied")
+    if (left := size - rows.shape[-1]) < routed:
+        raise ValueError(
+            f"{left} experts of {name!r} would be left, and the router chooses {routed} for each token: remove at "
+            f"most {size - routed} of {size}"
+        )
     return _nested(rows.tolist())
 
 

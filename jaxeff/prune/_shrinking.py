@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jaxeff.model.params import leaves_by_path, own_arrays
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.summation import namespace
-from jaxeff.prune._groups import map_named
+from jaxeff.prune._named import GONE, map_named, without_leaves
 from jaxeff.prune._plans import Plan
 
 _MISSING = object()
@@ -33,7 +33,8 @@ def shrink(params: Any, plan: Plan, opt_state: Any = _MISSING) -> Any:
 
     Returns:
         The smaller params; with `opt_state`, a pair of them and the smaller state. What the plan leaves whole
-        is copied, so that a step may donate the small model and the large one stays.
+        is copied, so that a step may donate the small model and the large one stays. Blocks that go as a whole are
+        missing: their entries in dicts are dropped, and lists of blocks are shorter.
 
     Raises:
         ValueError: the plan is of another model, or the optimizer keeps something of another shape.
@@ -47,11 +48,13 @@ def shrink(params: Any, plan: Plan, opt_state: Any = _MISSING) -> Any:
     {'a': (3, 2), 'b': (2, 2)}
     """
     plan.check(params)
-    kept = plan.kept()
-    small = map_named(lambda path, leaf: _taken(leaf, kept.get(path, {})), params)
+    kept, left_out = plan.kept(), plan.leaves_left_out()
+    small = without_leaves(
+        map_named(lambda path, leaf: GONE if path in left_out else _taken(leaf, kept.get(path, {})), params)
+    )
     if opt_state is _MISSING:
         return small
-    return small, _shrunk_state(opt_state, plan, kept)
+    return small, without_leaves(_shrunk_state(opt_state, plan, kept))
 
 
 def _taken(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
@@ -90,13 +93,15 @@ def _along(indices: np.ndarray, axis: int, leaf: Any) -> Any:
 
 
 def _shrunk_state(opt_state: Any, plan: Plan, kept: Mapping[str, Mapping[int, np.ndarray]]) -> Any:
-    shapes = plan.shapes
+    shapes, left_out = plan.shapes, plan.leaves_left_out()
 
     def smaller(where: str, leaf: Any) -> Any:
         parts = where.split("/")
         ends = ("/".join(parts[start:]) for start in range(len(parts)))
         path = next((end for end in ends if end in shapes), None)
         shape = jnp.shape(leaf)
+        if path in left_out:
+            return GONE
         if path is not None and shape == tuple(shapes[path]):
             return _taken(leaf, kept.get(path, {}))
         floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)

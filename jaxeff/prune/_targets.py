@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ class Choices(NamedTuple):
     """The sizes that groups may have.
 
     Attributes:
-        groups: [n], their numbers among all groups.
+        groups: [n], the first variable of each among those of all groups.
         kinds: of each.
         sizes: [n, most]: ascending, up to the whole group, which is repeated at the end of shorter rows.
         losses: [n, most]: the importance of what is removed at each.
@@ -71,20 +71,27 @@ class Budget:
     """What a model may cost.
 
     Attributes:
-        whole: [groups], sizes while nothing is removed.
-        amounts: functions of the sizes of all groups.
+        whole: [variables]: sizes of groups while nothing is removed, and 1 for each block in a row.
+        amounts: functions of these variables.
         limits: [amounts], the most that each may be.
+        blocks: of choices that are how many blocks in a row stay, by their place: the first of the blocks' variables,
+            and the place of each block in the order in which they go.
     """
 
     whole: np.ndarray
     amounts: Sequence[Amount]
     limits: np.ndarray
+    blocks: Mapping[int, tuple[int, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def shares(self, choices: Choices, places: np.ndarray) -> np.ndarray:
         """[amounts, ...]: how much of its limit each takes, at places of [n, ...]."""
         flat = places.reshape(len(places), -1)
         sizes = np.repeat(self.whole[:, None], flat.shape[1], axis=1)
-        sizes[choices.groups] = choices.sizes_at(flat)
+        chosen = choices.sizes_at(flat)
+        of_sizes = [place for place in range(len(chosen)) if place not in self.blocks]
+        sizes[choices.groups[of_sizes]] = chosen[of_sizes]
+        for place, (first, ranks) in self.blocks.items():
+            sizes[first : first + len(ranks)] = ranks[:, None] >= len(ranks) - chosen[place]
         found = np.stack([amount(sizes) for amount in self.amounts]) / self.limits[:, None]
         return found.reshape(len(self.amounts), *places.shape[1:])
 

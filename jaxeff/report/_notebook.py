@@ -22,14 +22,16 @@ _BOX = '<div tabindex="0" style="max-height: 32em; overflow: auto">'
 def render(report: Snapshot) -> str:
     """Return HTML in which every name is escaped."""
     rows = report.rows
-    lines = [table.HEADER, *map(table.cells, rows[:SHOWN])]
+    folded = table.fold(rows, range(len(rows)))
+    lines = [table.HEADER, *(table.line(rows, each) for each in folded[:SHOWN])]
     unknown = empty(lines)
     kept = [index for index, header in enumerate(table.HEADER) if header not in unknown]
-    more = "{:,} more layers: print(report) and the page of report.to_html have all."
+    more = "{:,} more rows: print(report) and the page of report.to_html have all."
     parts = [
         table_of([[line[index] for index in kept] for line in lines]),
         paragraphs([] if rows else [table.no_weights(report)]),
-        paragraphs([more.format(len(rows) - SHOWN)] if len(rows) > SHOWN else []),
+        paragraphs([more.format(len(folded) - SHOWN)] if len(folded) > SHOWN else []),
+        paragraphs(table.legend(folded[:SHOWN])),
         paragraphs(table.model(report)),
         listed("Notes", [f"{path}: {note}." for path, note in table.notes(report)]),
         listed("Recommendations", [str(advice) for advice in grouped(recommend(report), report)]),

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from jax.core import Tracer
 from jaxeff.output import files
 from jaxeff.output.shown import Shown
 from jaxeff.report import _notebook as notebook
+from jaxeff.report import _scalars as scalars
 from jaxeff.report import _serialization as serialization
 from jaxeff.report import _table as table
 from jaxeff.report._recommendations import MeasuredLosses, Recommendation, recommend
@@ -136,7 +137,7 @@ class Report(Shown):
         return {layer.path: reasons[layer.path] for layer in self.structure if layer.path in reasons}
 
     @property
-    def analysed_params(self) -> int:
+    def analyzed_params(self) -> int:
         """Elements of the weights whose activations were read and, if scores rest on them, are finite."""
         seen = zip(self.structure, self.activities, strict=True)
         read = sum(layer.size for layer, activity in seen if activity is not None)
@@ -180,7 +181,7 @@ class Report(Shown):
             one.attentions,
             one.model,
             one.headless,
-            one.analysed_params,
+            one.analyzed_params,
         )
 
     def __contains__(self, path: object) -> bool:
@@ -221,24 +222,41 @@ class Report(Shown):
         """
         return recommend(self.snapshot(), sensitivity=sensitivity)
 
-    def scalars(self) -> dict[str, float]:
-        """Return a flat dict of numbers for any tracker: 'model/utilization', 'layers/Dense_0/kernel/gini', ..."""
-        concrete = self.single()
-        flat = {f"model/{name}": float(value) for name, value in _numbers(concrete.model).items()}
-        flat["model/unpaired_layers"] = float(len(concrete.unpaired))
-        for row in concrete.rows:
-            values = {**_numbers(row.metrics), **_numbers(row)}
-            if row.null is not None:
-                values["null_utilization"] = row.null.utilization
-            if row.activity is not None:
-                values["dead_units"] = row.activity.dead
-                values["saturated_units"] = row.activity.saturated
-            flat.update({f"layers/{row.path}/{name}": float(value) for name, value in values.items()})
-        for attention in concrete.attentions:
-            name = f"attentions/{attention.path}"
-            flat[f"{name}/entropy"] = float(jnp.mean(attention.entropy))
-            flat[f"{name}/lowest_entropy"] = float(jnp.min(attention.entropy))
-        return flat
+    def table(self, pattern: str = "*", *, blocks: bool = False) -> str:
+        """Return the table, as `print(report)` shows it, or the part of it that is of interest.
+
+        In a table of more than 20 layers, at least three that differ only in the number of their block share a row:
+        the lowest and the highest number, sums of weights, bytes, MACs and dead units, and utilization over depth.
+
+        Args:
+            pattern: of the paths of the layers to show, such as "*/attention/*"; * stands for any text, ? for one
+                character. The text below the rows covers all layers.
+            blocks: whether each block has a row of its own.
+
+        Raises:
+            TypeError: the pattern is not a string.
+            ValueError: no layer matches the pattern, or the report holds several models or steps.
+        """
+        snapshot = self.snapshot()
+        return table.render(snapshot, table.matching(snapshot, pattern), blocks=blocks)
+
+    def scalars(self, *patterns: str) -> dict[str, float]:
+        """Return about a dozen numbers of the model under flat names, for any tracker; more by pattern.
+
+        By default: utilization, its null, its lowest in any layer, and that of all weights pooled; effective
+        parameters; the Gini coefficient, a mean over the weights; the fraction of faint weights; weights of
+        importance 0; dead and saturated units; the largest weight; weights that are not finite; layers scored
+        without their activations; the entropy of attention, a mean over the heads. Names begin with 'model/'.
+
+        Args:
+            *patterns: of names, in which * stands for any text and ? for one character: "*/utilization" is the
+                model's and each layer's, "layers/Dense_0/kernel/*" all of one layer, "*" everything.
+
+        Raises:
+            TypeError: a pattern is not a string.
+            ValueError: nothing matches a pattern, or the report holds several models or steps.
+        """
+        return scalars.scalars(self.snapshot(), patterns)
 
     def to_records(self) -> list[dict[str, str | int | float | None]]:
         """Return a flat dict per layer, all with the same keys, for a pandas or polars DataFrame.
@@ -285,10 +303,6 @@ class Report(Shown):
         return serialization.from_json(text, Report.assemble)
 
 
-def _fields(node: Any) -> dict[str, Any]:
-    return {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
-
-
 def _part(kind: Any, view: Any) -> Any:
     return kind(**{field.name: getattr(view, field.name) for field in dataclasses.fields(kind)})
 
@@ -312,14 +326,3 @@ def _row(
     structure: LayerStructure, numbers: LayerNumbers, units: jax.Array, activity: Activity | None
 ) -> LayerReport:
     return LayerReport(**vars(structure), **vars(numbers), units=units, activity=activity)
-
-
-def _numbers(node: Any) -> Mapping[str, Any]:
-    """Return the scalar numbers that are fields of a report's node."""
-    return {
-        name: value
-        for name, value in _fields(node).items()
-        if isinstance(value, (int, float, jax.Array, np.ndarray))
-        and np.ndim(value) == 0
-        and name != "evidence_finite"
-    }

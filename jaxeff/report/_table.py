@@ -8,39 +8,145 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxeff.model.roles import whole_numbers
-from jaxeff.output.text import UNKNOWN, WIDTH, aligned, decimal, left_out, number, percent, section, wrapped
+from jaxeff.output.text import (
+    UNKNOWN,
+    WIDTH,
+    aligned,
+    decimal,
+    left_out,
+    matches,
+    number,
+    percent,
+    ranged,
+    section,
+    sparkline,
+    wrapped,
+)
 from jaxeff.report._limits import LIMITS
 from jaxeff.report._recommendations import grouped, recommend
 from jaxeff.report._records import AttentionReport, LayerReport, Snapshot
+from jaxeff.report._stacks import Stack, stacks
 
 HEADER = (
     "layer", "shape", "emits", "weights", "bytes", "MACs",
-    "utilization", "null", "gini", "units", "fan-in", "dead",
+    "utilization", "depth", "null", "gini", "units", "fan-in", "dead",
 )  # fmt: skip
-_DISPENSABLE = ("fan-in", "bytes", "shape", "emits", "weights", "dead", "units", "MACs", "gini")
-_LEFT = ("shape", "emits")
+_DISPENSABLE = ("fan-in", "bytes", "shape", "emits", "weights", "dead", "units", "MACs", "gini", "depth")
+_LEFT = ("shape", "emits", "depth")
 _MARK = "*"
+_PLAIN = 20  # rows of a table that fits a screen, and is not folded
 
 
 def render(
-    report: Snapshot, shown: Sequence[int] | None = None, width: int = WIDTH, advised: int | None = None
+    report: Snapshot,
+    shown: Sequence[int] | None = None,
+    width: int = WIDTH,
+    top: int | None = None,
+    *,
+    blocks: bool = False,
 ) -> str:
-    """Render a row per layer in forward order, the model, the share that was analysed, and recommendations.
+    """Render a row per layer in forward order, the model, the share that was analyzed, and recommendations.
+
+    In a table of more than 20 layers, those that differ only in the number of their block share a row.
 
     Args:
-        shown: indices of the rows to show, in that order; all rows by default. The text below the rows
+        shown: indices of the layers to show, in that order; all layers by default. The text below the rows
             always covers all of them.
         width: of the lines, in columns.
-        advised: number of recommendations to show; all by default.
+        top: number of rows and of recommendations to show; all by default.
+        blocks: whether each block has a row of its own.
     """
-    rows = report.rows
-    chosen = rows if shown is None else [rows[index] for index in shown]
-    table = [HEADER, *map(cells, chosen)]
-    lines = aligned(table, width, dispensable=_DISPENSABLE, left=_LEFT) if chosen else []
-    lines += left_out(len(rows), len(chosen), "layers") if rows else wrapped(no_weights(report), width)
+    folded = fold(report.rows, range(len(report.rows)) if shown is None else shown, blocks)
+    kept = folded[:top]
+    table = [HEADER, *(line(report.rows, each) for each in kept)]
+    lines = aligned(table, width, dispensable=_DISPENSABLE, left=_LEFT) if kept else []
+    layers = sum(len(each.members) for each in kept)
+    lines += (
+        left_out(len(report.rows), layers, "layers") if report.rows else wrapped(no_weights(report), width)
+    )
+    lines += [each for text in legend(kept) for each in wrapped(text, width)]
     lines += ["", *(line for text in model(report) for line in wrapped(text, width))]
-    lines += [*_attentions(report, width), *_notes(report, width), *_recommendations(report, width, advised)]
+    lines += [*_attentions(report, width), *_notes(report, width), *_recommendations(report, width, top)]
     return "\n".join(lines)
+
+
+def matching(report: Snapshot, pattern: str) -> list[int]:
+    """Return the indices of the layers whose paths match a glob pattern, in forward order.
+
+    Raises:
+        TypeError: the pattern is not a string.
+        ValueError: no layer matches, though there are layers.
+    """
+    if not isinstance(pattern, str):
+        raise TypeError(f"`pattern` must be a string, such as '*/attention/*', got {pattern!r}")
+    paths = [row.path for row in report.rows]
+    found = [index for index, path in enumerate(paths) if matches(path, pattern)]
+    if paths and not found:
+        shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
+        raise ValueError(f"no layer matches {pattern!r}, where * stands for anything; there are {shown}")
+    return found
+
+
+def fold(rows: Sequence[LayerReport], shown: Sequence[int], blocks: bool = False) -> list[Stack]:
+    """Return what each row of the table holds: a stack of layers at the place of its first, or a single layer.
+
+    Args:
+        shown: indices of the layers to show, in that order.
+        blocks: whether each layer has a row of its own, however many there are.
+    """
+    found = [] if blocks or len(shown) <= _PLAIN else stacks([rows[index] for index in shown])
+    first = {min(stack.members): stack for stack in found}
+    inside = {place for stack in found for place in stack.members}
+    # `stacks` saw only what is shown, so the members are places among them.
+    return [
+        first[place]._replace(members=tuple(shown[each] for each in first[place].members))
+        if place in first
+        else Stack(rows[index].path, "", (index,), ())
+        for place, index in enumerate(shown)
+        if place in first or place not in inside
+    ]
+
+
+def legend(folded: Sequence[Stack]) -> list[str]:
+    """Return the sentence that explains rows of several layers; nothing if there are none."""
+    several = [stack for stack in folded if len(stack.members) > 1]
+    if not several:
+        return []
+    rows = "1 row holds" if len(several) == 1 else f"{len(several)} rows hold"
+    return [
+        f"({rows} {sum(len(stack.members) for stack in several):,} layers of stacked blocks: the lowest and the "
+        "highest number, sums of weights, bytes, MACs and dead units, and utilization over depth. "
+        "`report.table(blocks=True)`, or `--by block`, has a row for each.)"
+    ]
+
+
+def line(rows: Sequence[LayerReport], stack: Stack) -> tuple[str, ...]:
+    """Return the cells of a row of one or several layers, one per word of HEADER."""
+    members = [rows[index] for index in stack.members]
+    return cells(members[0]) if len(members) == 1 else _cells_of(stack, members)
+
+
+def _cells_of(stack: Stack, rows: Sequence[LayerReport]) -> tuple[str, ...]:
+    first = rows[0]
+    macs = [row.macs for row in rows if row.macs is not None]
+    dead = [float(row.activity.dead) for row in rows if row.activity is not None]
+    nulls = [float(row.null.utilization) for row in rows if row.null is not None]
+    used = [float(row.metrics.utilization) for row in rows]
+    return (
+        stack.label + (_MARK if any(row.note for row in rows) else ""),
+        "x".join(map(str, first.shape)),
+        first.nonlinearity or UNKNOWN,
+        number(sum(row.size for row in rows)),
+        number(sum(row.bytes for row in rows)),
+        number(sum(macs)) if len(macs) == len(rows) else UNKNOWN,
+        ranged(used, percent),
+        sparkline(used),
+        ranged(nulls, percent) if nulls else UNKNOWN,
+        ranged([float(row.metrics.gini) for row in rows], decimal),
+        f"{ranged([float(row.effective_units) for row in rows], number)}/{number(first.unit_count)}",
+        ranged([float(row.effective_fan_in) for row in rows], number),
+        number(sum(dead)) if dead else UNKNOWN,
+    )
 
 
 def lead(report: Snapshot) -> str:
@@ -71,7 +177,7 @@ def no_weights(report: Snapshot) -> str:
 
 
 def cells(row: LayerReport) -> tuple[str, ...]:
-    """Return the cells of a row, one per word of HEADER."""
+    """Return the cells of the row of one layer, one per word of HEADER."""
     dead = "" if row.activity is None else number(float(row.activity.dead))
     return (
         row.path + (_MARK if row.note else ""),
@@ -81,6 +187,7 @@ def cells(row: LayerReport) -> tuple[str, ...]:
         number(row.bytes),
         UNKNOWN if row.macs is None else number(row.macs),
         percent(float(row.metrics.utilization)),
+        UNKNOWN,
         percent(float(row.null.utilization)) if row.null is not None else UNKNOWN,
         decimal(float(row.metrics.gini)),
         f"{number(float(row.effective_units))}/{number(row.unit_count)}",
@@ -119,15 +226,15 @@ def model(report: Snapshot) -> list[str]:
 
 
 def shares(report: Snapshot) -> str:
-    """Return which part of all parameters was analysed, and how."""
+    """Return which part of all parameters was analyzed, and how."""
     total = max(report.model.total_params, 1)
-    analysed = report.analysed_params
+    analyzed = report.analyzed_params
     others = sum(other.size for other in report.others)
-    magnitude = report.model.weights - analysed
+    magnitude = report.model.weights - analyzed
     roles = sorted({other.role for other in report.others})
     named = f" ({', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''})" if roles else ""
     weights = [
-        f"{analysed / total:.1%} analysed with activations",
+        f"{analyzed / total:.1%} analyzed with activations",
         f"{magnitude / total:.1%} by magnitude only",
     ]
     if not ran(report):
@@ -180,7 +287,7 @@ def notes(report: Snapshot) -> list[tuple[str, str]]:
     return [*noted, *damaged]
 
 
-def _recommendations(report: Snapshot, width: int, advised: int | None) -> list[str]:
+def _recommendations(report: Snapshot, width: int, top: int | None) -> list[str]:
     advice = [str(each) for each in grouped(recommend(report), report)]
-    shown, rest = advice[:advised], left_out(len(advice), advised, "recommendations")
+    shown, rest = advice[:top], left_out(len(advice), top, "recommendations")
     return [*(section(width, "Recommendations:", shown) or [""] * len(rest)), *rest]

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 
 from jaxeff import graph
 from jaxeff.graph import axes
+from jaxeff.graph.batch_axes import Axes as MaskAxes
+from jaxeff.graph.batch_axes import Standing
 from jaxeff.graph.nonlinearities import BOUNDS
 from jaxeff.graph.program import Value
 from jaxeff.model.functions import Function
@@ -24,6 +26,7 @@ from jaxeff.model.roles import ParamInfo
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.precision import widened
 from jaxeff.statistics import second_moments
+from jaxeff.statistics.counted import Counted, Place, cleared, mask_axes, number
 from jaxeff.statistics.records import (
     AttentionStatistics,
     HeadlessAttention,
@@ -37,7 +40,7 @@ from jaxeff.statistics.sums import sums
 from jaxeff.statistics.units import OverAxes, fold, join, of_emissions
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="hessians")
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames=("hessians", "axes_of_where"))
 def observe(
     function: Function,
     paths: Sequence[str],
@@ -45,8 +48,10 @@ def observe(
     batch_size: int | None,
     params: Any,
     inputs: Any,
+    where: jax.Array | None = None,
     *,
     hessians: bool = False,
+    axes_of_where: tuple[MaskAxes, ...] | None = None,
 ) -> Statistics:
     """Run `function(params, inputs)` once, and sum the inputs and activations of its units.
 
@@ -54,22 +59,32 @@ def observe(
         paths: of the leaves of `params`.
         origins: of the leaves of `inputs`, as in `Model`.
         batch_size: number of examples, for the multiply-accumulates of one.
+        where: the examples, [n], or their positions, [n, length], that count; None for all.
         hessians: whether to sum the products of each pair of a layer's inputs as well.
+        axes_of_where: for each leaf of `inputs`, the axis of `where` that each dimension is, or None; by default the
+            leading axes of the batch.
     """
     found, modules = trace(function, paths, origins, params, inputs)
-    watch = _Watch()
-    roles = [_watch_site(watch, site, found.leaves[site.leaf].shape) for site in found.sites]
+    counted = None
+    if where is not None:
+        if axes_of_where is None:
+            shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
+            axes_of_where = mask_axes(shapes, origins, where.shape)
+        counted = Counted.of(found, where, axes_of_where)
+    watch = _Watch(counted)
+    of_sites = [found.leaves[site.leaf] for site in found.sites]
+    roles = [_watch_site(watch, site, leaf) for site, leaf in zip(found.sites, of_sites, strict=True)]
     refused = [second_moments.refusal(site) if hessians else None for site in found.sites]
     products = [
-        watch.add(site.input, second_moments.Products.of(site, found.leaves[site.leaf].shape))
+        watch.add(site.input, second_moments.Products.of(site, leaf.shape), _input_place(site, leaf))
         if hessians and refusal is None
         else None
-        for site, refusal in zip(found.sites, refused, strict=True)
+        for site, leaf, refusal in zip(found.sites, of_sites, refused, strict=True)
     ]
-    outputs = [(path, watch.add(value, _last_axis(value))) for path, value in modules]
+    outputs = [(path, _watch_module(watch, path, value)) for path, value in modules]
     shapes = [leaf.shape for leaf in found.leaves]
     attentions, headless = graph.attentions(found.program, found.sites, shapes, found.provenance)
-    heads = [watch.add(a.probabilities, _HeadEntropy(a.over, a.head_dims)) for a in attentions]
+    heads = [_watch_heads(watch, attention) for attention in attentions]
     _, observed = graph.evaluate(found.program, jax.tree.leaves((params, inputs)), watch.hooks())
 
     def seen(watched: _Watched) -> Any:
@@ -126,32 +141,45 @@ def trace(
     return found, sorted(modules, key=lambda module: made.get(module[1], -1))
 
 
-_Reduction = Callable[[jax.Array], Any]
+_Reduction = Callable[[jax.Array, jax.Array | None], Any]
+"""`reduction(array, counts)`; counts has the array's size, or 1, in each dimension; None where all counts."""
 _Watched = tuple[Value, int]
 
 
 class _Watch:
-    """Which values to reduce while the program runs, and how; a value may be requested several times."""
+    """Which values to reduce while the program runs, and how; a value may be requested several times.
 
-    def __init__(self) -> None:
-        self._reductions: dict[Value, list[_Reduction]] = {}
+    Args:
+        counted: which examples and positions count; None for all.
+    """
 
-    def add(self, value: Value, reduction: _Reduction) -> _Watched:
+    def __init__(self, counted: Counted | None) -> None:
+        self._counted = counted
+        self._reductions: dict[Value, list[tuple[_Reduction, Standing | None]]] = {}
+
+    def add(self, value: Value, reduction: _Reduction, place: Place) -> _Watched:
         """Request a reduction, which will be `observed[value][i]`. Equal reductions are made once."""
+        standing = None if self._counted is None else self._counted.standing(value, place)
         asked = self._reductions.setdefault(value, [])
-        if reduction not in asked:
-            asked.append(reduction)
-        return value, asked.index(reduction)
+        if (reduction, standing) not in asked:
+            asked.append((reduction, standing))
+        return value, asked.index((reduction, standing))
 
     def hooks(self) -> graph.Hooks:
+        where = None if self._counted is None else self._counted.where
         reductions = {
-            value: functools.partial(_reduce_all, asked) for value, asked in self._reductions.items()
+            value: functools.partial(_reduce_all, asked, where) for value, asked in self._reductions.items()
         }
         return graph.Hooks(reductions, _add_all)
 
 
-def _reduce_all(reductions: Sequence[_Reduction], array: jax.Array) -> list[Any]:
-    return [reduction(array) for reduction in reductions]
+def _reduce_all(
+    requests: Sequence[tuple[_Reduction, Standing | None]], where: jax.Array | None, array: jax.Array
+) -> list[Any]:
+    return [
+        reduction(array, None if where is None or standing is None else standing.lay(where))
+        for reduction, standing in requests
+    ]
 
 
 def _add_all(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
@@ -159,17 +187,41 @@ def _add_all(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
 
 
 def _watch_site(
-    watch: _Watch, site: graph.Site, shape: tuple[int, ...]
+    watch: _Watch, site: graph.Site, leaf: graph.Leaf
 ) -> tuple[_Watched, _Watched, list[_Watched]]:
     activation = site.activation
-    pre = _UnitSums(OverAxes(activation.pre_dims, site.unit_axes, shape))
+    emitted = Place(f"the outputs of {leaf.path!r}", activation.pre_dims, site.unit_axes, site.loops)
+    pre = _UnitSums(OverAxes(activation.pre_dims, site.unit_axes, leaf.shape))
     # The parts of a fused layer are joined, so either all count their saturated values or none does.
     bounded = any(emission.nonlinearity in BOUNDS for emission in activation.post)
     post = [
-        watch.add(emission.value, _UnitSums(over, _edges(emission.nonlinearity) if bounded else None))
+        watch.add(
+            emission.value,
+            _UnitSums(over, _edges(emission.nonlinearity) if bounded else None),
+            emitted._replace(dims=emission.dims),
+        )
         for emission, over in zip(activation.post, of_emissions(site), strict=True)
     ]
-    return watch.add(site.input, _over_input(site, shape)), watch.add(activation.pre, pre), post
+    input = watch.add(site.input, _over_input(site, leaf.shape), _input_place(site, leaf))
+    return input, watch.add(activation.pre, pre, emitted), post
+
+
+def _input_place(site: graph.Site, leaf: graph.Leaf) -> Place:
+    return Place(f"the inputs of {leaf.path!r}", site.input_dims, site.input_axes, site.loops)
+
+
+def _watch_module(watch: _Watch, path: str, value: Value) -> _Watched:
+    units = len(value.shape) - 1
+    dims = (*axes.of_data(value.shape[:-1]), (axes.Factor(0, value.shape[units]),))
+    over = OverAxes(dims, frozenset({0}), value.shape[-1:])
+    return watch.add(value, _UnitSums(over), Place(f"the outputs of module {path!r}", dims, over.kept))
+
+
+def _watch_heads(watch: _Watch, attention: graph.Attention) -> _Watched:
+    entropy = _HeadEntropy(attention.over, attention.head_dims)
+    dims = axes.of_data(attention.probabilities.shape)
+    place = Place("an attention", dims, loops=attention.loops, ignored=(attention.over,))
+    return watch.add(attention.probabilities, entropy, place)
 
 
 def _edges(nonlinearity: str) -> tuple[float, float]:
@@ -194,36 +246,42 @@ class _UnitSums:
     over: OverAxes
     edges: tuple[float, float] | None = None
 
-    def __call__(self, array: jax.Array) -> UnitStatistics:
-        found = self.over.reduce(array, functools.partial(sums, edges=self.edges))
-        count = jnp.asarray(self.over.count, found.maximum.dtype)
-        return UnitStatistics(
-            found.absolute, found.square, found.maximum, found.zeros, count, found.saturated
-        )
+    def __call__(self, array: jax.Array, counts: jax.Array | None) -> UnitStatistics:
+        found = self.over.reduce(cleared(array, counts), functools.partial(sums, edges=self.edges))
+        count = jnp.asarray(number(self.over.count, counts), found.maximum.dtype)
+        zeros, saturated = found.zeros, found.saturated
+        if counts is not None:
+            # What does not count was cleared, and counted as zeros.
+            zeros = zeros - (self.over.count - count)
+            if saturated is not None and self.edges and not self.edges[0] < 0 < self.edges[1]:
+                saturated = saturated - (self.over.count - count)
+        return UnitStatistics(found.absolute, found.square, found.maximum, zeros, count, saturated)
 
 
-def _last_axis(value: Value) -> _Reduction:
-    units = len(value.shape) - 1
-    dims = (*axes.of_data(value.shape[:-1]), (axes.Factor(0, value.shape[units]),))
-    return _UnitSums(OverAxes(dims, frozenset({0}), value.shape[-1:]))
-
-
-def _count_rows(axis: int, shape: tuple[int, ...], indices: jax.Array) -> UnitStatistics:
+def _count_rows(
+    axis: int, shape: tuple[int, ...], indices: jax.Array, counts: jax.Array | None
+) -> UnitStatistics:
     """Count how often each row of an embedding was looked up, which is the sum of its one-hot inputs."""
-    rows = by_compiler(
-        lambda indices: jnp.zeros(shape[axis], jnp.int32).at[indices.ravel()].add(1), indices
-    ).astype(jnp.float32)
+    once = jnp.ones((), bool) if counts is None else counts
+
+    def looked_up(indices: jax.Array, once: jax.Array) -> jax.Array:
+        each = jnp.broadcast_to(once, indices.shape).astype(jnp.int32)
+        return jnp.zeros(shape[axis], jnp.int32).at[indices.ravel()].add(each.ravel())
+
+    rows = by_compiler(looked_up, indices, once).astype(jnp.float32)
     rows = rows.reshape([size if i == axis else 1 for i, size in enumerate(shape)])
-    count = jnp.asarray(indices.size, jnp.float32)
+    count = jnp.asarray(number(indices.size, counts), jnp.float32)
     return UnitStatistics(rows, rows, (rows > 0).astype(jnp.float32), count - rows, count)
 
 
-def _grouped_input(site: graph.Site, shape: tuple[int, ...], array: jax.Array) -> UnitStatistics:
+def _grouped_input(
+    site: graph.Site, shape: tuple[int, ...], array: jax.Array, counts: jax.Array | None
+) -> UnitStatistics:
     """Reduce a grouped convolution's input; which channel a kernel element meets depends on its output's group."""
     (inputs,), (outputs,) = site.input_axes, site.unit_axes
     channels = (site.groups, shape[inputs])
     dims = tuple(_numbered(dim) for dim in site.input_dims)
-    per_channel = _UnitSums(OverAxes(dims, frozenset({0, 1}), channels))(array)
+    per_channel = _UnitSums(OverAxes(dims, frozenset({0, 1}), channels))(array, counts)
     laid = [size if axis in (inputs, outputs) else 1 for axis, size in enumerate(shape)]
 
     def lay(sums: jax.Array) -> jax.Array:
@@ -247,14 +305,15 @@ class _HeadEntropy:
     over: int
     head_dims: tuple[int, ...]
 
-    def __call__(self, array: jax.Array) -> jax.Array:
-        return by_compiler(self._summed, array)
+    def __call__(self, array: jax.Array, counts: jax.Array | None) -> jax.Array:
+        return by_compiler(self._summed, array, *(() if counts is None else (counts,)))
 
-    def _summed(self, array: jax.Array) -> jax.Array:
+    def _summed(self, array: jax.Array, counts: jax.Array | None = None) -> jax.Array:
         entropies = jnp.sum(jax.scipy.special.entr(widened(array)), self.over, keepdims=True)
+        entropies = entropies if counts is None else jnp.where(counts, entropies, 0)
         others = tuple(i for i in range(array.ndim) if i not in self.head_dims)
         sums = jnp.ravel(jnp.sum(entropies, others))
-        return jnp.append(sums, entropies.size // sums.size)
+        return jnp.append(sums, number(entropies.size // sums.size, counts))
 
 
 def _attention_statistics(

@@ -17,6 +17,7 @@ from jaxeff import graph
 from jaxeff.graph.axes import Dims
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.precision import widened
+from jaxeff.statistics.counted import cleared
 from jaxeff.statistics.records import SecondMoments, UnitStatistics
 
 
@@ -53,8 +54,8 @@ class Products:
         inputs = tuple(sorted(site.input_axes))
         return cls(site.input_dims, inputs, tuple(shape[axis] for axis in inputs))
 
-    def __call__(self, array: jax.Array) -> jax.Array:
-        return by_compiler(self._summed, array)
+    def __call__(self, array: jax.Array, counts: jax.Array | None) -> jax.Array:
+        return by_compiler(self._summed, cleared(array, counts))
 
     def _summed(self, array: jax.Array) -> jax.Array:
         factors = [factor for dim in self.dims for factor in dim]

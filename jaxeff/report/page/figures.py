@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxeff.output import text
 from jaxeff.report import _table as table
 from jaxeff.report._records import LayerReport, Snapshot
+from jaxeff.report._stacks import Stack
 
 _RANKED = 10
 _NOISE = 0.02  # noise itself may seem to have this much to spare
@@ -17,7 +18,7 @@ _LABELLED = 4
 
 
 def summary(report: Snapshot) -> dict[str, Any]:
-    """Return the tiles at the top of the page, and the sentence on what was analysed."""
+    """Return the tiles at the top of the page, and the sentence on what was analyzed."""
     model = report.model
     tiles = [
         ("Utilization", text.percent(float(model.utilization)), f"null: {_noise(report)}"),
@@ -62,7 +63,14 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One layer, with utilization and its null as positions from 0 to 100 on a bar."""
+    """A layer, or a stack of layers with its members, with utilization and its null as positions on a bar.
+
+    Attributes:
+        index: of the layer, or of the first of a stack.
+        bar, null: from 0 to 100; None where unknown, and for a stack.
+        depth: utilization from block to block, as a line of bars; empty for a single layer.
+        members: of a stack; none for a single layer.
+    """
 
     index: int
     path: str
@@ -80,10 +88,50 @@ class Row:
     redundancy: Cell
     units: Cell
     dead: Cell
+    depth: str = ""
+    members: Sequence[Row] = ()
 
 
 def rows(layers: Sequence[LayerReport]) -> list[Row]:
-    return [_row(index, row) for index, row in enumerate(layers)]
+    """Return the rows of the table, folded as those of `Report.table`."""
+    folded = table.fold(layers, range(len(layers)))
+    return [_folded(stack, [_row(index, layers[index]) for index in stack.members]) for stack in folded]
+
+
+def _folded(stack: Stack, members: Sequence[Row]) -> Row:
+    """Return one row for all members: sums of what adds up, and otherwise what they range over."""
+    first = members[0]
+    if len(members) == 1:
+        return first
+
+    def summed(cells: Sequence[Cell]) -> Cell:
+        known = [cell.value for cell in cells if cell.value is not None]
+        return Cell(text.number(sum(known)), sum(known)) if known else cells[0]
+
+    def spanned(cells: Sequence[Cell], formatted: Callable[[float], str], between: str = "–") -> Cell:
+        known = [cell.value for cell in cells if cell.value is not None]
+        return Cell(text.ranged(known, formatted, between), sum(known) / len(known)) if known else cells[0]
+
+    return Row(
+        index=min(row.index for row in members),
+        path=stack.label,
+        note="; ".join(sorted({row.note for row in members if row.note})),
+        emits=first.emits,
+        shape=first.shape,
+        weights=summed([row.weights for row in members]),
+        bytes=summed([row.bytes for row in members]),
+        macs=summed([row.macs for row in members]),
+        used=spanned([row.used for row in members], text.percent),
+        bar=None,
+        null=None,
+        below=spanned([row.below for row in members], lambda below: f"{100 * below:+.1f}", " to "),
+        gini=spanned([row.gini for row in members], text.decimal),
+        redundancy=spanned([row.redundancy for row in members], text.percent),
+        units=spanned([row.units for row in members], text.percent),
+        dead=summed([row.dead for row in members]),
+        depth=text.sparkline([math.nan if row.used.value is None else row.used.value for row in members]),
+        members=members,
+    )
 
 
 def _row(index: int, row: LayerReport) -> Row:

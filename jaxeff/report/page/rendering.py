@@ -62,6 +62,7 @@ def render(report: Snapshot, title: str = "jaxeff report") -> str:
         script_hash=_hash(script),
         data=jinja.utils.htmlsafe_json_dumps(details.of(layers), separators=(",", ":")),
         summary=figures.summary(report),
+        layers=len(layers),
         rows=figures.rows(layers),
         ran=table.ran(report),
         utilization=figures.utilization(layers),

@@ -1,5 +1,5 @@
 "use strict";
-// The order of sections is that of use: printing, sorting, filtering, opening a layer, its charts.
+// The order of sections is that of use: printing, folding, sorting, filtering, opening a layer, its charts.
 (() => {
 // Paper opens nothing: what is folded is unfolded for it, and folded again.
 let unfolded = [];
@@ -16,9 +16,34 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const table = document.getElementById("table");
 if (!table) return;
 const body = table.tBodies[0];
-const rows = [...body.rows].map((row, index) => ({
-  row, index, text: row.textContent.toLowerCase(), path: data.layers[index].path, detail: null,
-}));
+const rows = [...body.querySelectorAll("tr[data-index]")].map((row) => {
+  const index = Number(row.dataset.index);
+  return { row, index, text: row.textContent.toLowerCase(), path: data.layers[index].path, detail: null, stack: null };
+}).sort((one, other) => one.index - other.index);
+
+// Blocks that are alike. A stack is a row above its members, which are hidden until it is opened.
+
+const stacks = [...body.querySelectorAll("tr.stack")].map((row) => {
+  const index = Number(row.dataset.stack);
+  const members = rows.filter((item) => item.row.dataset.stack === row.dataset.stack);
+  const stack = { row, index, members, path: row.querySelector("button").textContent, opener: row.querySelector("button.unfold") };
+  for (const item of members) item.stack = stack;
+  return stack;
+});
+const eachBlock = document.getElementById("blocks");
+const isFolded = () => stacks.length > 0 && !eachBlock.checked;
+const isUnfolded = (stack) => stack.opener.getAttribute("aria-expanded") === "true";
+
+function setUnfolded(stack, open) {
+  stack.opener.setAttribute("aria-expanded", String(open));
+  show();
+}
+
+for (const stack of stacks) stack.opener.addEventListener("click", () => setUnfolded(stack, !isUnfolded(stack)));
+if (eachBlock) {
+  eachBlock.checked = false;
+  eachBlock.addEventListener("change", () => { arrange(); show(); });
+}
 
 // Sorting. What is unknown comes last, whichever way.
 
@@ -35,48 +60,69 @@ function compare(a, b) {
   return a.localeCompare(b, "en", { numeric: true });
 }
 
+let order = { column: 0, ascending: true };
+
+function ordered(items) {
+  const keyed = items.map((item) => [keyOf(item, order.column), item]);
+  keyed.sort(([a, one], [b, two]) => {
+    if (a === null || b === null) return (a === null) - (b === null) || one.index - two.index;
+    return (order.ascending ? compare(a, b) : compare(b, a)) || one.index - two.index;
+  });
+  return keyed.map(([, item]) => item);
+}
+
+function arrange() {
+  const arranged = document.createDocumentFragment();
+  const place = (item) => {
+    arranged.append(item.row);
+    if (item.detail) arranged.append(item.detail);
+  };
+  if (isFolded()) {
+    for (const item of ordered([...stacks, ...rows.filter((row) => !row.stack)])) {
+      place(item);
+      if (item.members) ordered(item.members).forEach(place);
+    }
+  } else {
+    for (const stack of stacks) arranged.append(stack.row);
+    ordered(rows).forEach(place);
+  }
+  body.append(arranged);
+}
+
 function sortBy(column) {
   const header = headers[column];
   const isText = header.classList.contains("text") || column === 0;
   const before = header.getAttribute("aria-sort");
-  const ascending = before === "none" ? isText : before === "descending";
+  order = { column, ascending: before === "none" ? isText : before === "descending" };
   for (const other of headers) other.setAttribute("aria-sort", "none");
-  header.setAttribute("aria-sort", ascending ? "ascending" : "descending");
-  const keyed = rows.map((item) => [keyOf(item, column), item]);
-  keyed.sort(([a, one], [b, two]) => {
-    if (a === null || b === null) return (a === null) - (b === null) || one.index - two.index;
-    return (ascending ? compare(a, b) : compare(b, a)) || one.index - two.index;
-  });
-  const sorted = document.createDocumentFragment();
-  for (const [, item] of keyed) {
-    sorted.append(item.row);
-    if (item.detail) sorted.append(item.detail);
-  }
-  body.append(sorted);
+  header.setAttribute("aria-sort", order.ascending ? "ascending" : "descending");
+  arrange();
 }
 
 headers.forEach((header, column) => {
   header.querySelector("button").addEventListener("click", () => sortBy(column));
 });
 
-// Filtering. Every word has to be there.
+// Filtering. Every word has to be there. What is found in a stack is shown with it, folded or not.
 
 const filter = document.getElementById("filter");
 const count = document.getElementById("count");
 
-function applyFilter() {
+function show() {
   const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
   let shown = 0;
   for (const item of rows) {
-    const fits = words.every((word) => item.text.includes(word));
-    item.row.hidden = !fits;
-    if (item.detail) item.detail.hidden = !fits || !isOpen(item);
-    shown += fits;
+    item.fits = words.every((word) => item.text.includes(word));
+    const unfolded = !item.stack || !isFolded() || words.length > 0 || isUnfolded(item.stack);
+    item.row.hidden = !item.fits || !unfolded;
+    if (item.detail) item.detail.hidden = item.row.hidden || !isOpen(item);
+    shown += item.fits;
   }
+  for (const stack of stacks) stack.row.hidden = !isFolded() || !stack.members.some((item) => item.fits);
   count.textContent = `${shown} of ${rows.length} layers`;
 }
 
-filter.addEventListener("input", applyFilter);
+filter.addEventListener("input", show);
 
 // Opening a layer. Its charts are drawn when it is opened for the first time.
 
@@ -99,7 +145,8 @@ function reveal(index) {
   const item = rows[index];
   if (item.row.hidden) {
     filter.value = "";
-    applyFilter();
+    if (item.stack) item.stack.opener.setAttribute("aria-expanded", "true");
+    show();
   }
   setOpen(item, true);
 }
@@ -108,6 +155,7 @@ for (const link of document.querySelectorAll("a[data-open]")) {
   link.addEventListener("click", () => reveal(Number(link.dataset.open)));
 }
 const linked = /^#layer-(\d+)$/.exec(location.hash);
+show();
 if (linked && rows[Number(linked[1])]) reveal(Number(linked[1]));
 
 function element(name, attributes, ...children) {

@@ -1,0 +1,149 @@
+"""Which axes of which leaves have to shrink together, which blocks may be left out, and what may not.
+
+In: `params`, `apply_fn` and `batch` as `jaxeff.analyze` takes them. Out: `Groups`, which hold importance
+once they are `scored`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxeff import graph
+from jaxeff.graph.blocks import Blocks, blocks_of, common_name, common_pattern
+from jaxeff.graph.coupling import UNREAD, couple
+from jaxeff.graph.coupling_labels import DEPTH, KINDS
+from jaxeff.model.apply import StatefulApply, from_apply
+from jaxeff.model.functions import TracedFunction
+from jaxeff.model.params import Params, named_leaves
+from jaxeff.prune._groups import Group, Groups, Member
+from jaxeff.prune._named import in_modules, stand_in
+
+
+def groups(
+    params: Any,
+    apply_fn: Callable,
+    batch: Any,
+    *,
+    allow: Iterable[str] = (),
+    rngs: Any = None,
+    **apply_kwargs: Any,
+) -> Groups:
+    """Which axes of which leaves have to shrink together.
+
+    The model is traced, and nothing is computed. Removing an element takes out its indices of all members;
+    what the smaller model computes is then what the model computes with these indices set to 0, or, for an expert
+    behind a router, with the expert's logit at -inf (docs/structured.md has the rules). What is not known to be so is
+    locked.
+
+    Args:
+        params: as `jaxeff.analyze` takes them: Linen variables, with all collections, or any tree of
+            arrays; also of `jax.ShapeDtypeStruct`.
+        apply_fn: `model.apply`, a function `f(params, *batch)`, or what `jaxeff.from_nnx` gives.
+        batch: the model's input, or a tuple of several; also of `jax.ShapeDtypeStruct`.
+        allow: kinds of locks to leave out: 'statistics', over which data are summed, such as the residual
+            stream under LayerNorm: the smaller model then differs from the masked one; 'scale', the size of
+            queries and keys: right where the module keeps its scale at that of the larger size; 'depth', blocks
+            that zeros in place of their weights would not skip, such as those with a norm behind the addition:
+            the smaller model then differs from the masked one; 'replay', all that `prune.compact` can remove and
+            a rebuilt module cannot: the size of queries and keys, and sums over what is 0 where it is removed,
+            such as the stream under RMSNorm.
+        rngs: passed to a Linen model.
+        apply_kwargs: passed to `apply_fn`. The model should run as it serves: dropout off, BatchNorm on
+            running averages.
+
+    Raises:
+        ValueError: the model does not take this batch, or it does not read some of its state, whose size
+            would then be unknown.
+
+    >>> def model(params, x):
+    ...     return jax.nn.relu(x @ params["a"]) @ params["b"]
+    >>> found = groups({"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, model, jnp.ones((8, 3)))
+    >>> [(group.name, group.size, group.locked) for group in found]
+    [('a:0', 3, 'input of the model'), ('a:1', 4, None), ('b:1', 2, 'output of the model')]
+    """
+    allowed = frozenset([allow] if isinstance(allow, str) else allow)
+    if unknown := allowed - KINDS:
+        raise ValueError(
+            f"`allow` may hold {', '.join(map(repr, sorted(KINDS)))}, got {sorted(unknown)[0]!r}"
+        )
+    if isinstance(apply_fn, StatefulApply):
+        apply_fn = apply_fn.with_state(jax.tree.map(stand_in, apply_fn.state))
+    params, batch = (jax.tree.map(stand_in, tree) for tree in (params, batch))
+    params = Params.of(params)
+    named = params.named
+    model = from_apply(params, apply_fn, batch, rngs, apply_kwargs)
+    function = model.function.without_capture()
+    if isinstance(function, TracedFunction):
+        (state, *_), _ = model.inputs
+        closed = function.closed
+    else:
+        state, *_ = model.inputs
+        closed = jax.make_jaxpr(function)(model.params, model.inputs)
+    of_state = named_leaves(state) if jax.tree.leaves(state) else {}
+    if shared := named.keys() & of_state.keys():
+        raise ValueError(f"`params` and another collection both have the path {sorted(shared)[0]!r}")
+    program = graph.flatten(closed)
+    paths = [*named, *of_state]
+    modules = in_modules(paths, named)
+    in_a_row = blocks_of(program, modules, DEPTH in allowed)
+    coupled, amounts = couple(
+        program,
+        [i < len(paths) for i in range(len(program.inputs))],
+        allowed,
+        len(named),
+        [block for one in in_a_row for block in one.blocks],
+    )
+    found = [_group(one, paths) for one in coupled]
+    found = _named([*found, *(_group_of_blocks(one, paths, modules) for one in in_a_row)])
+    _check_state(found, of_state)
+    shapes, state_shapes = (
+        {path: jnp.shape(leaf) for path, leaf in tree.items()} for tree in (named, of_state)
+    )
+    return Groups(found, shapes, state_shapes, amounts)
+
+
+def _group(coupled: Any, paths: list[str]) -> Group:
+    block_axes = coupled.block_axes or [()] * len(coupled.members)
+    members = tuple(
+        Member(paths[leaf], axis, indices, axes)
+        for (leaf, axis, indices), axes in zip(coupled.members, block_axes, strict=True)
+    )
+    locked = "; ".join(coupled.reasons) or None
+    return Group(
+        members[0].name, coupled.size, members, locked, None, coupled.kind, coupled.blocks, coupled.routed
+    )
+
+
+def _group_of_blocks(found: Blocks, paths: list[str], in_modules: list[str]) -> Group:
+    leaves = tuple(tuple(paths[leaf] for leaf in block.leaves) for block in found.blocks)
+    names = [common_name([in_modules[leaf] for leaf in block.leaves]) for block in found.blocks]
+    if not all(names) or len(set(names)) < len(names):
+        names = [paths[0] for paths in leaves]
+    return Group(
+        common_pattern(names), len(leaves), (), found.reason, kind="block", leaves=leaves, names=tuple(names)
+    )
+
+
+def _named(found: list[Group]) -> tuple[Group, ...]:
+    counts: dict[str, int] = {}
+    named = []
+    for group in found:
+        counts[group.name] = number = counts.get(group.name, 0) + 1
+        named.append(group if number == 1 else dataclasses.replace(group, name=f"{group.name}#{number}"))
+    return tuple(named)
+
+
+def _check_state(found: Iterable[Group], state: Mapping[str, Any]) -> None:
+    for group in found:
+        path = group.members[0].path if group.members else ""
+        if group.locked == UNREAD and path in state:
+            raise ValueError(
+                f"the model does not read {path!r}, whose size would stay unknown: run it as "
+                "it serves (`train=False`, `use_running_average=True`, or `model.eval()` before `from_nnx`), "
+                "or leave the collection out"
+            )

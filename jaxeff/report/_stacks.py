@@ -1,0 +1,73 @@
+"""Layers that differ only in a number of their path: the blocks of a deep model, stacked by a scan or unrolled."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
+
+from jaxeff.report._records import LayerReport
+
+FEWEST = 3
+"""Layers that form a stack; two blocks are shorter than what would say that they were folded."""
+_NUMBER = re.compile(r"\d+")
+
+
+class Stack(NamedTuple):
+    """Layers that are alike but for one number in their path.
+
+    Attributes:
+        before, after: what their paths have before and after the number.
+        members: index of each layer among the rows, in the order of their numbers.
+        numbers: the number in the path of each; none for a single layer.
+    """
+
+    before: str
+    after: str
+    members: tuple[int, ...]
+    numbers: tuple[int, ...]
+
+    @property
+    def path(self) -> str:
+        """The path with '*' for the number, such as 'block*/attention/query/kernel'."""
+        return f"{self.before}*{self.after}" if self.numbers else self.before
+
+    @property
+    def label(self) -> str:
+        """The path with the first and the last number, such as 'block0–11/attention/query/kernel'."""
+        ends = f"{self.numbers[0]}–{self.numbers[-1]}" if self.numbers else ""
+        return f"{self.before}{ends}{self.after}"
+
+
+def stacks(rows: Sequence[LayerReport]) -> list[Stack]:
+    """Return the stacks of at least three layers, in the order of their first layers.
+
+    Layers of a stack agree in shape, dtype, kind and nonlinearity. Where a path has several numbers, the first that
+    gives a stack counts: 'block3/Dense_1/kernel' belongs to 'block*/Dense_1/kernel'.
+    """
+    candidates = [list(_candidates(row)) for row in rows]
+    counts = Counter(key for keys in candidates for key, _ in keys)
+    found: dict[_Key, list[tuple[int, int]]] = {}
+    for index, keys in enumerate(candidates):
+        for key, number in keys:
+            if counts[key] >= FEWEST:
+                found.setdefault(key, []).append((number, index))
+                break
+    # Fewer are left where layers went to another stack, by a number further left.
+    return [_stack(key, sorted(pairs)) for key, pairs in found.items() if len(pairs) >= FEWEST]
+
+
+_Key = tuple[str, str, Hashable]
+
+
+def _candidates(row: LayerReport) -> Iterator[tuple[_Key, int]]:
+    """Return for each number of a path what is around it, with the facts in which a stack agrees."""
+    alike = (row.shape, row.dtype, row.kind, row.nonlinearity)
+    for number in _NUMBER.finditer(row.path):
+        yield (row.path[: number.start()], row.path[number.end() :], alike), int(number[0])
+
+
+def _stack(key: _Key, pairs: Sequence[tuple[int, int]]) -> Stack:
+    numbers, members = zip(*pairs, strict=True)
+    return Stack(key[0], key[1], members, numbers)
