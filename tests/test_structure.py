@@ -532,10 +532,10 @@ def edited(change):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("no json", "`text` is no JSON"),
-        ("[]", "`text` is no plan: 'version' is missing"),
-        ("{}", "`text` is no plan: 'version' is missing"),
-        (edited(lambda plan: plan.pop("removed")), "`text` is no plan: 'removed' is missing"),
+        ("no json", "`text` is not JSON"),
+        ("[]", "`text` is not a plan: 'version' is missing"),
+        ("{}", "`text` is not a plan: 'version' is missing"),
+        (edited(lambda plan: plan.pop("removed")), "`text` is not a plan: 'removed' is missing"),
         (edited(lambda plan: plan.update(version=1)), "version 1"),
         (edited(lambda plan: plan["params"].update(w0=[2, 5])), "signature no longer fits"),
         (edited(lambda plan: plan["groups"]["w0:1"]["members"].pop()), "signature no longer fits"),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +15,11 @@ import numpy as np
 
 from jaxeff.output.shown import Shown
 from jaxeff.output.text import aligned
+from jaxeff.prune import _plan_text as plan_text
 from jaxeff.prune._dead import dead_elements
-from jaxeff.prune._groups import Group, Groups, Member, Shapes
+from jaxeff.prune._groups import Group, Groups, Shapes
 from jaxeff.prune._named import map_named, named_variables, stand_in
 from jaxeff.report import Report
-
-_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -248,30 +246,7 @@ class Plan(Shown):
 
     def to_json(self) -> str:
         """The plan as text that `Plan.from_json` reads in any process."""
-        model = self._model()
-        removed = {name: np.asarray(elements).tolist() for name, elements in self.removed.items()}
-        return json.dumps({"version": _VERSION, "signature": _signature(model), "removed": removed, **model})
-
-    def _model(self) -> dict[str, Any]:
-        return {
-            "params": {path: list(shape) for path, shape in self.params.items()},
-            "state": {path: list(shape) for path, shape in self.state.items()},
-            "groups": {
-                group.name: {
-                    "size": group.size,
-                    "kind": group.kind,
-                    "routed": group.routed,
-                    "blocks": list(group.blocks),
-                    "members": [
-                        [m.path, m.axis, [_encoded(column) for column in m.indices.T], list(m.block_axes)]
-                        for m in group.members
-                    ],
-                    "leaves": [list(paths) for paths in group.leaves],
-                    "names": list(group.names),
-                }
-                for group in self.groups
-            },
-        }
+        return plan_text.write(self.groups, self.removed, self.params, self.state)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -280,36 +255,20 @@ class Plan(Shown):
         What is removed may have been edited; the description of the model may not.
 
         Raises:
-            ValueError: it is no plan, is of another version, was damaged, or removes what a group does not
+            ValueError: it is not a plan, is of another version, was damaged, or removes what a group does not
                 have or all that it has.
         """
-        found = _parsed(text)
-        model = {name: found[name] for name in ("params", "state", "groups")}
-        if found["signature"] != _signature(model):
-            raise ValueError(
-                "the plan's description of the model was changed, and its signature no longer fits: edit "
-                "'removed' alone, or make a new plan"
-            )
-        removed = found["removed"]
-        if not isinstance(removed, dict) or removed.keys() - model["groups"].keys():
-            unknown = (
-                sorted(removed.keys() - model["groups"].keys())[0] if isinstance(removed, dict) else removed
-            )
-            raise ValueError(
-                f"the plan removes of {unknown!r}, which is none of its groups: {[*model['groups']]}"
-            )
+        found = plan_text.read(text)
         chosen = {
             name: elements
-            for name, group in model["groups"].items()
+            for name, group in found.groups.items()
             if (
                 elements := _elements(
-                    name, group["size"], tuple(group["blocks"]), group["routed"], removed.get(name, ())
+                    name, group.size, group.blocks, group.routed, found.removed.get(name, ())
                 )
             )
         }
-        groups = tuple(_decoded_group(name, model["groups"][name]) for name in chosen)
-        shapes = ({path: tuple(shape) for path, shape in model[name].items()} for name in ("params", "state"))
-        return cls(groups, chosen, *shapes)
+        return cls(tuple(found.groups[name] for name in chosen), chosen, found.params, found.state)
 
 
 def _each(group: Group) -> str:
@@ -339,57 +298,14 @@ def _mask(shape: tuple[int, ...], gone: Mapping[int, np.ndarray]) -> jax.Array:
     return jnp.asarray(np.broadcast_to(~functools.reduce(np.logical_or, gone.values()), shape))
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`text` is no JSON: {error}") from error
-    names = ("version", "signature", "removed", "params", "state", "groups")
-    missing = [name for name in names if not isinstance(found, dict) or name not in found]
-    if missing:
-        raise ValueError(f"`text` is no plan: {missing[0]!r} is missing")
-    if found["version"] != _VERSION:
-        raise ValueError(f"the plan is of version {found['version']!r}, and this jaxeff reads {_VERSION}")
-    return found
-
-
-def _signature(model: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
-
-
-def _encoded(column: np.ndarray) -> list[int]:
-    """[start, step] where indices are evenly spaced, else ['at', ...] all of them."""
-    steps = np.diff(column)
-    step = int(steps[0]) if len(steps) else 1
-    if (steps == step).all():
-        return [int(column[0]), step]
-    return [int(column[0]), 0, *column.tolist()]
-
-
-def _decoded(encoded: Sequence[int], size: int) -> np.ndarray:
-    start, step, *every = encoded
-    return np.array(every) if every else start + step * np.arange(size)
-
-
-def _decoded_group(name: str, found: Mapping[str, Any]) -> Group:
-    size = found["size"]
-    members = tuple(
-        Member(path, axis, np.stack([_decoded(column, size) for column in columns], axis=1), tuple(axes))
-        for path, axis, columns, axes in found["members"]
-    )
-    return Group(
-        name, size, members, None, kind=found["kind"], blocks=tuple(found["blocks"]), routed=found["routed"],
-        leaves=tuple(map(tuple, found["leaves"])), names=tuple(found["names"]),
-    )  # fmt: skip
-
-
 def _elements(name: str, size: int, blocks: tuple[int, ...], routed: int, elements: Any) -> tuple[Any, ...]:
     """Check and sort the elements to remove from a group, by block if it has blocks; () for nothing."""
     rows = _rows(elements, len(blocks))
     if rows is None:
         per_block = f", or {blocks} such lists, equally long" if blocks else ""
         raise ValueError(
-            f"the elements to remove of {name!r} must be a list of whole numbers{per_block}, got {elements!r}"
+            f"the elements to remove of {name!r} must be a list of whole numbers{per_block}, got "
+            f"{reprlib.repr(elements)}"
         )
     if not rows.size:
         return ()
