@@ -236,7 +236,8 @@ def _to_zero(found: Findings) -> list[Recommendation]:
         f"{removal.criterion}.{gain} Nothing was retrained: training under masks goes further "
         "(`prune.sparsify`)."
     )
-    return [Recommendation("zero weights", None, message, {"fraction": removal.fraction, "uniform": even})]
+    evidence = {"fraction": removal.fraction, **({} if even is None else {"uniform": even})}
+    return [Recommendation("zero weights", None, message, evidence)]
 
 
 def _about_order(found: Findings) -> list[Recommendation]:

@@ -65,10 +65,10 @@ def read(text: str) -> Read:
     if sum(math.prod(group.blocks) * group.size + _indices(group) for group in groups.values()) > _MOST:
         raise _damaged("more indices than any model has")
     removed = found["removed"]
-    if not isinstance(removed, dict) or (unknown := [name for name in removed if name not in groups]):
-        what = unknown[0] if isinstance(removed, dict) else removed
+    unknown = [name for name in removed if name not in groups] if isinstance(removed, dict) else [removed]
+    if unknown:
         raise ValueError(
-            f"the plan removes of {reprlib.repr(what)}, which is none of its groups: {reprlib.repr([*groups])}"
+            f"the plan removes of {reprlib.repr(unknown[0])}, which is none of its groups: {reprlib.repr([*groups])}"
         )
     return Read(groups, removed, params, state)
 
