@@ -39,6 +39,7 @@ def calibrate(
     loss_fn: Callable | None = None,
     seed: int | jax.Array = 0,
     where: Callable | None = None,
+    hessians: bool = False,
     progress: bool = True,
     rngs: Any = None,
     **apply_kwargs: Any,
@@ -60,6 +61,7 @@ def calibrate(
         loss_fn: as in `jaxeff.analyze`.
         seed: of the random signs that estimate a Hessian; each batch draws its own.
         where: a function of a batch that returns which of its examples or positions count, as in `jaxeff.collect`.
+        hessians: also sum X^T X of the inputs of each dense layer, as in `jaxeff.collect`.
         progress: show a progress bar if stderr is a terminal.
         rngs, **apply_kwargs: passed to `apply_fn`, the same for each batch.
 
@@ -80,9 +82,11 @@ def calibrate(
     check_makes_masks(where)
     criteria = named(criterion, with_loss=loss_fn is not None)
     params = Params.of(params)
-    bind = functools.partial(
-        prepare, params, apply_fn, criteria=criteria, loss_fn=loss_fn, rngs=rngs, apply_kwargs=apply_kwargs
-    )
+
+    def bind(batch: Any, targets: Any) -> Run:
+        run = prepare(params, apply_fn, batch, criteria, loss_fn, targets, rngs, apply_kwargs)
+        return dataclasses.replace(run, hessians=hessians)
+
     key = jax.random.key(seed)
     sums: _CompensatedSums | None = None
     ranks: list[tuple[int, list[jax.Array]]] = []

@@ -148,3 +148,12 @@ def test_batches_add():
     _assert_products(site, x)
     with pytest.raises(ValueError, match="`criterion` and `hessians`"):
         check_alike(parts[0], collected(x[6:]))
+
+
+def test_calibration_adds_them_over_batches_of_any_size():
+    params, x = {"w": normal(4, 3, seed=1)}, normal(64, 4)
+    batches = [x[:16], x[16:32], x[32:48], x[48:56], x[56:]]
+    found = jaxeff.calibrate(
+        params, lambda p, x: x @ p["w"], batches, criterion="wanda", hessians=True, progress=False
+    )
+    _assert_products(found.sites[0], x)
