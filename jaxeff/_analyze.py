@@ -14,6 +14,7 @@ from jaxeff import importance, layers
 from jaxeff._collect import collect
 from jaxeff.importance import Criterion, Score
 from jaxeff.layers import non_weights as others
+from jaxeff.model.adapters import resolve
 from jaxeff.model.params import Params
 from jaxeff.numerics import placement
 from jaxeff.report import Activity, AttentionReport, ModuleReport, Report
@@ -23,7 +24,7 @@ from jaxeff.statistics import Derivatives, Statistics
 
 def analyze(
     params: Any,
-    apply_fn: Callable | None = None,
+    apply_fn: Callable | Any = None,
     batch: Any = None,
     *,
     criterion: str | Score | Criterion = "activation",
@@ -41,8 +42,8 @@ def analyze(
 
     Args:
         params: the variables dict, its `params` collection, a TrainState's `params`, or the params from
-            `jaxeff.from_nnx`.
-        apply_fn: a Linen `apply`, `TrainState.apply_fn`, the function from `jaxeff.from_nnx`, or
+            `jaxeff.functional`. Or a model that `jaxeff.functional` takes, followed by the batch.
+        apply_fn: a Linen `apply`, `TrainState.apply_fn`, the function from `jaxeff.functional`, or
             `f(params, *batch)`.
         batch: the model's input; a tuple holds several positional inputs. Without `apply_fn` and
             `batch`, weights are scored by magnitude alone.
@@ -72,6 +73,7 @@ def analyze(
     1.0
     """
     chosen = importance.named(criterion, with_loss=loss_fn is not None)
+    params, apply_fn, batch = resolve(params, apply_fn, batch)
     params = Params.of(params)
     collected = statistics is None
     if not collected and (apply_fn is not None or batch is not None):

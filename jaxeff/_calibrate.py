@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxeff import importance
 from jaxeff._collect import Criteria, Run, named, prepare
 from jaxeff.importance import Criterion
+from jaxeff.model.adapters import resolve_both
 from jaxeff.model.params import Params
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.summation import two_sum
@@ -32,8 +33,8 @@ STABLE = 0.95
 
 def calibrate(
     params: Any,
-    apply_fn: Callable,
-    batches: Iterable[Any],
+    apply_fn: Callable | Any = None,
+    batches: Iterable[Any] | None = None,
     *,
     criterion: Criteria = "activation",
     loss_fn: Callable | None = None,
@@ -53,7 +54,7 @@ def calibrate(
     correlation of each weight's scores after n batches with those after 2 n.
 
     Args:
-        params, apply_fn: as in `jaxeff.collect`.
+        params, apply_fn: as in `jaxeff.collect`; a model is followed by the batches.
         batches: an iterable of batches, or of `(batch, targets)` pairs if `loss_fn` is given; read once.
         criterion: one or several criteria that will read the statistics.
         loss_fn: as in `jaxeff.analyze`.
@@ -76,6 +77,7 @@ def calibrate(
     Array([[2.]], dtype=float32)
     """
     criteria = named(criterion, with_loss=loss_fn is not None)
+    params, apply_fn, batches = resolve_both(params, apply_fn, batches)
     params = Params.of(params)
     bind = functools.partial(
         prepare, params, apply_fn, criteria=criteria, loss_fn=loss_fn, rngs=rngs, apply_kwargs=apply_kwargs

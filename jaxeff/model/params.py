@@ -104,11 +104,11 @@ def named_leaves(params: Any, *, abstract: bool = False) -> dict[Path, Any]:
         ValueError: there are no leaves, or two have the same path.
     """
     if hasattr(params, "apply_fn") and hasattr(params, "params"):
-        raise TypeError(f"`params` is a {type(params).__name__}: pass its `.params`")
+        raise TypeError(f"`params` is a {type(params).__name__}: pass it alone, (state, batch), or its `.params`")
     if isinstance(params, nnx.Module):
         raise TypeError(
             f"`params` is the module {type(params).__name__} itself: pass what "
-            "`params, apply_fn = jaxeff.from_nnx(model)` gives"
+            "`params, apply_fn = jaxeff.functional(model)` gives"
         )
     named: dict[Path, Any] = {}
     for path, leaf in leaves_by_path(params):
