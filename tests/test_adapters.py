@@ -226,3 +226,295 @@ def test_the_smaller_network_computes_what_the_masked_one_does(net):
 def smaller(params, apply_fn, batch):
     plan = prune.plan(prune.groups(params, apply_fn, batch), prune.scored(params), 0.5)
     return prune.compact(params, apply_fn, batch, plan)
+
+
+# What comes in
+
+
+def test_a_model_is_taken_by_every_verb_that_takes_a_batch():
+    model = NNXNet(nnx.Rngs(0))
+    params, apply_fn = jaxeff.functional(model)
+    given = {"loss_fn": loss, "targets": TARGETS}
+    for verb, options in (
+        (jaxeff.collect, {}),
+        (jaxeff.calibrate, {"progress": False}),
+        (jaxeff.compare_criteria, {"criteria": ("magnitude",), **given}),
+        (jaxeff.cost.count, {}),
+        (jaxeff.cost.memory, {"compile": False}),
+        (prune.groups, {}),
+        (prune.layout, {}),
+        (prune.sensitivity, {"sparsities": (0.5,), **given}),
+    ):
+        batch = [X, X, X, X] if verb is jaxeff.calibrate else X
+        ours, theirs = verb(model, batch, **options), verb(params, apply_fn, batch, **options)
+        if verb in (jaxeff.collect, jaxeff.calibrate):
+            jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+        else:
+            assert str(ours) == str(theirs)
+
+
+def test_a_model_is_advised_on():
+    found = jaxeff.advise(
+        NNXNet(nnx.Rngs(0)), X, loss_fn=loss, targets=TARGETS, criteria=("magnitude",), max_runs=100, progress=False
+    )
+    assert found.report["first/kernel"].shape == (FEATURES, HIDDEN)
+
+
+def test_a_model_without_a_batch_is_scored_by_magnitude():
+    model = NNXNet(nnx.Rngs(0))
+    assert jaxeff.analyze(model).criterion == "magnitude"
+    by_name = jaxeff.analyze(model, batch=X)
+    assert by_name.criterion == "activation"
+
+
+@pytest.mark.parametrize("value", [nn.Dense(3), object(), [1.0], lambda x: x], ids=["linen", "object", "list", "function"])
+def test_what_is_no_model_is_named_with_the_ways_in(value):
+    for call in (lambda: jaxeff.functional(value), lambda: jaxeff.analyze(value, X), lambda: prune.groups(value, X)):
+        with pytest.raises(TypeError) as raised:
+            _ = call()
+        assert type(value).__name__ in str(raised.value)
+        assert "(variables, model.apply, batch)" in str(raised.value) or all(
+            way in str(raised.value) for way in ("nnx", "equinox", "keras", "Penzai", "Haliax", "TrainState", "f(params")
+        )
+
+
+def test_verbs_say_what_is_missing():
+    with pytest.raises(TypeError, match="`batch` is missing: pass .model, batch. or .params, apply_fn, batch."):
+        jaxeff.collect(NNXNet(nnx.Rngs(0)))
+    with pytest.raises(TypeError, match="`batch` is missing"):
+        jaxeff.cost.count(WEIGHTS, plain)
+
+
+def test_restore_keeps_names_and_shapes():
+    model = NNXNet(nnx.Rngs(0))
+    params, apply_fn = jaxeff.functional(model)
+    small, _ = smaller(params, apply_fn, X)
+    with pytest.raises(ValueError, match=r"'first/bias' has shape \(4,\), and \(8,\) in the model.*compact"):
+        jaxeff.restore(model, small)
+    with pytest.raises(ValueError, match="`params` has no 'first/bias'"):
+        jaxeff.restore(model, {"first": {"kernel": params["first"]["kernel"]}})
+    with pytest.raises(ValueError, match="`params` has a leaf 'third'"):
+        jaxeff.restore(model, {**nnx.to_pure_dict(params), "third": X})
+
+
+def test_importing_jaxeff_imports_none_of_them():
+    script = """
+import jax, flax.linen, flax.nnx, sys
+import jaxeff
+jaxeff.analyze, jaxeff.functional
+params = {"w": jax.numpy.ones((3, 2))}
+jaxeff.analyze(params, lambda params, x: x @ params["w"], jax.numpy.ones((4, 3)))
+found = {"equinox", "keras", "penzai", "haliax", "levanter", "qwix", "torch", "tensorflow"} & sys.modules.keys()
+assert not found, found
+"""
+    _ = subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_train_state_brings_its_running_averages():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = nn.BatchNorm(use_running_average=not train)(nn.Dense(HIDDEN)(x))
+            return nn.Dense(CLASSES)(nn.relu(x))
+
+    class State(TrainState):
+        batch_stats: dict
+
+    variables = Net().init(jax.random.key(0), X)
+    averages = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
+    state = State.create(
+        apply_fn=Net().apply, params=variables["params"], tx=optax.sgd(0.1), batch_stats=averages
+    )
+    whole = {"params": state.params, "batch_stats": averages}
+    assert str(jaxeff.analyze(state, X)) == str(jaxeff.analyze(whole, Net().apply, X))
+    params, apply_fn = jaxeff.functional(state)
+    restored = jaxeff.restore(state, jax.tree.map(jnp.zeros_like, params))
+    assert float(jnp.abs(restored.apply_fn({"params": restored.params, "batch_stats": averages}, X)).max()) == 0
+    assert apply_fn(params, X).shape == (32, CLASSES)
+
+
+# State and modes
+
+
+def test_keras_variables_that_are_not_trained():
+    keras = pytest.importorskip("keras")
+    model = keras.Sequential([
+        keras.Input((FEATURES,)),
+        keras.layers.Dense(HIDDEN, name="first"),
+        keras.layers.BatchNormalization(name="norm"),
+        keras.layers.Activation("relu"),
+        keras.layers.Dropout(0.5),
+        keras.layers.Dense(CLASSES, name="second"),
+    ], name="net")  # fmt: skip
+    _ = model(X, training=True)
+    model.get_layer("first").trainable = False
+    params, apply_fn = jaxeff.functional(model)
+    # A frozen matrix is a weight; averages are not. Streams of random numbers are neither.
+    assert {"net/first/kernel", "net/norm/gamma", "net/second/kernel"} <= params.keys()
+    assert apply_fn.state.keys() == {"net/first/bias", "net/norm/moving_mean", "net/norm/moving_variance"}
+    np.testing.assert_allclose(apply_fn(params, X), model(X), rtol=1e-5, atol=1e-6)
+    plan = prune.plan(prune.groups(model, X), prune.scored(params), 0.5)
+    small, small_apply = prune.compact(params, apply_fn, X, plan)
+    assert small_apply.state["net/norm/moving_mean"].shape == (4,)
+    masked = apply_fn(prune.apply(params, plan.masks(params)), X)
+    np.testing.assert_allclose(small_apply(small, X), masked, rtol=1e-5, atol=1e-5)
+    _, training = jaxeff.functional(model, training=True)
+    assert not np.allclose(training(params, X), training(params, X[:, ::-1]))
+    assert not np.allclose(training(params, X), apply_fn(params, X))
+
+
+def test_a_keras_model_is_built_first():
+    keras = pytest.importorskip("keras")
+    with pytest.raises(ValueError, match="not built: call it on a batch first"):
+        jaxeff.functional(keras.Sequential([keras.layers.Dense(3)]))
+
+
+def test_keras_models_of_several_inputs():
+    keras = pytest.importorskip("keras")
+    inputs = [keras.Input((FEATURES,)), keras.Input((CLASSES,))]
+    joined = keras.layers.Concatenate()(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(2)(joined))
+    report = jaxeff.analyze(model, [X, TARGETS])
+    assert [row.shape for row in report.rows] == [(FEATURES + CLASSES, 2)]
+
+
+def test_equinox_models_with_a_state_come_as_a_pair():
+    eqx = pytest.importorskip("equinox")
+
+    class Net(eqx.Module):
+        first: eqx.nn.Linear
+        norm: eqx.nn.BatchNorm
+        second: eqx.nn.Linear
+
+        def __init__(self, key):
+            self.first = eqx.nn.Linear(FEATURES, HIDDEN, key=key)
+            self.norm = eqx.nn.BatchNorm(HIDDEN, "batch", mode="batch")
+            self.second = eqx.nn.Linear(HIDDEN, CLASSES, key=key)
+
+        def __call__(self, x, state):
+            x, state = self.norm(self.first(x), state)
+            return self.second(jax.nn.relu(x)), state
+
+    model, state = eqx.nn.make_with_state(Net)(jax.random.key(0))
+    batched = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+    _, state = batched(X, state)
+    params, apply_fn = jaxeff.functional((model, state))
+    served = jax.vmap(eqx.nn.inference_mode(model), axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+    np.testing.assert_allclose(apply_fn(params, X), served(X, state)[0], rtol=1e-5, atol=1e-6)
+    report = jaxeff.analyze((model, state), X)
+    assert [row.nonlinearity for row in report.rows] == ["relu", "identity"]
+    small, small_apply = smaller(params, apply_fn, X)
+    plan = prune.plan(prune.groups((model, state), X), prune.scored(params), 0.5)
+    masked = apply_fn(prune.apply(params, plan.masks(params)), X)
+    np.testing.assert_allclose(small_apply(small, X), masked, rtol=1e-5, atol=1e-5)
+    restored, same = jaxeff.restore((model, state), jax.tree.map(jnp.zeros_like, params))
+    assert same is state and float(jnp.abs(restored.second.weight).max()) == 0
+
+
+def test_an_equinox_model_in_training_takes_a_key():
+    eqx = pytest.importorskip("equinox")
+    first, second = jax.random.split(jax.random.key(0))
+    model = eqx.nn.Sequential([eqx.nn.Linear(FEATURES, 64, key=first), eqx.nn.Dropout(0.5)])
+    params, apply_fn = jaxeff.functional(model, training=True)
+    dropped = apply_fn(params, X, key=second) == 0
+    assert 0.4 < float(dropped.mean()) < 0.6
+    # Each example has its own.
+    assert not bool((dropped == dropped[:1]).all())
+
+
+# Quantized weights
+
+
+QUANTIZATIONS = {
+    "int8": {"weight_qtype": jnp.int8},
+    "int8, activations too": {"weight_qtype": jnp.int8, "act_qtype": jnp.int8},
+    "int8 in tiles": {"weight_qtype": jnp.int8, "tile_size": 2},
+    "int4": {"weight_qtype": jnp.int4},
+    "fp8": {"weight_qtype": jnp.float8_e4m3fn},
+}
+# The largest difference in utilization that rounding to this many bits makes here, several times over.
+ROUNDING = {"int4": 0.05, "fp8": 0.02}
+
+
+def quantized(name):
+    qwix = pytest.importorskip("qwix")
+    provider = qwix.PtqProvider([qwix.QuantizationRule(module_path=".*", **QUANTIZATIONS[name])])
+    return qwix.quantize_model(whole_net(), provider, X)
+
+
+def whole_net():
+    model = NNXNet(nnx.Rngs(0))
+    names = ["first/kernel", "first/bias", "second/kernel", "second/bias"]
+    model = jaxeff.restore(
+        model, filled(jaxeff.functional(model)[0], dict(zip(names, WEIGHTS.values(), strict=True)))
+    )
+    model.eval()
+    return model
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_a_quantized_model_has_the_report_of_its_float_form(name):
+    report, expected = jaxeff.analyze(quantized(name), X), jaxeff.analyze(whole_net(), X)
+    assert list(report.layers) == list(expected.layers) == ["first/kernel", "second/kernel"]
+    for ours, theirs in zip(report.rows, expected.rows, strict=True):
+        assert (ours.nonlinearity, ours.macs, ours.shape) == (theirs.nonlinearity, theirs.macs, theirs.shape)
+        np.testing.assert_allclose(
+            ours.metrics.utilization, theirs.metrics.utilization, atol=ROUNDING.get(name, 0.005)
+        )
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_what_is_masked_of_a_quantized_model_goes_back_exactly(name):
+    model = quantized(name)
+    params, apply_fn = jaxeff.functional(model)
+    np.testing.assert_array_equal(apply_fn(params, X), model(X))
+    masked = prune.apply(params, prune.masks(prune.scored(params), 0.5))
+    expected = apply_fn(masked, X)
+    np.testing.assert_array_equal(jaxeff.restore(model, masked)(X), expected)
+    assert model.first.kernel.array.qvalue.dtype == QUANTIZATIONS[name]["weight_qtype"]
+    with pytest.raises(ValueError, match="'first/kernel' is quantized.*between the steps"):
+        jaxeff.restore(model, jax.tree.map(lambda leaf: leaf * 1.01, params))
+
+
+def test_units_of_a_quantized_model_go_with_their_scales():
+    params, apply_fn = jaxeff.functional(quantized("int8"))
+    plan = prune.plan(prune.groups(params, apply_fn, X), prune.scored(params), 0.5)
+    small, small_apply = prune.compact(params, apply_fn, X, plan)
+    assert small_apply.state["scales"]["first/kernel"].shape == (1, 4)
+    masked = apply_fn(prune.apply(params, plan.masks(params)), X)
+    np.testing.assert_allclose(small_apply(small, X), masked, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_quantized_weights_are_refused():
+    with pytest.raises(ValueError, match="quantized weights pass no gradient"):
+        jaxeff.analyze(quantized("int8"), X, criterion="fisher", loss_fn=loss, targets=TARGETS)
+
+
+def test_quantized_linen_variables_are_read_in_place():
+    qwix = pytest.importorskip("qwix")
+    module = nn.Sequential([nn.Dense(HIDDEN), nn.relu, nn.Dense(CLASSES)])
+    provider = qwix.PtqProvider([qwix.QuantizationRule(module_path=".*", weight_qtype=jnp.int8)])
+    module = qwix.quantize_model(module, provider)
+    variables = module.init(jax.random.key(0), X)
+    for given in (variables, variables["params"]):
+        report = jaxeff.analyze(given, module.apply, X)
+        assert list(report.layers) == ["layers_0/kernel", "layers_2/kernel"]
+    params, apply_fn = jaxeff.functional((variables, module.apply))
+    np.testing.assert_array_equal(apply_fn(params, X), module.apply(variables, X))
+    restored, apply = jaxeff.restore((variables, module.apply), jax.tree.map(jnp.zeros_like, params))
+    np.testing.assert_array_equal(apply(restored, X), jnp.zeros((32, CLASSES)))
+
+
+def test_a_zero_point_is_taken_off():
+    pair = {"w": {"qvalue": jnp.array([[3, 1], [5, 9]], jnp.uint8), "scale": jnp.array([[0.5, 2.0]])}}
+    pair["w"]["zero_point"] = jnp.array([[1, 1]], jnp.uint8)
+
+    def apply(params, x):
+        parts = {name: leaf.astype(jnp.float32) for name, leaf in params["w"].items()}
+        return x @ ((parts["qvalue"] - parts["zero_point"]) * parts["scale"])
+
+    params, apply_fn = jaxeff.functional((pair, apply))
+    np.testing.assert_array_equal(params["w"], [[1.0, 0.0], [2.0, 16.0]])
+    np.testing.assert_array_equal(apply_fn(params, jnp.eye(2)), params["w"])
+    np.testing.assert_array_equal(jaxeff.restore((pair, apply), params)[0]["w"]["qvalue"], pair["w"]["qvalue"])
+    assert list(jaxeff.analyze(pair, apply, jnp.eye(2)).layers) == ["w"]

@@ -148,16 +148,16 @@ def _weight(parts: Mapping[str, Any]) -> jax.Array:
 
 
 def _steps(weight: Any, scale: Any, zero_point: Any, dtype: Any) -> jax.Array:
-    steps = weight / _tiled(scale, weight.shape)
+    steps = _without_gradient(weight) / _tiled(scale, weight.shape)
     if zero_point is not None:
         steps = steps + _tiled(zero_point.astype(steps.dtype), weight.shape)
-    integer = jnp.issubdtype(dtype, jnp.integer)
-    return _without_gradient(jnp.round(steps) if integer else steps).astype(dtype)
+    return (jnp.round(steps) if jnp.issubdtype(dtype, jnp.integer) else steps).astype(dtype)
 
 
 @jax.custom_jvp
-def _without_gradient(steps: jax.Array) -> jax.Array:
-    return steps
+def _without_gradient(weight: jax.Array) -> jax.Array:
+    """Refuse to be differentiated: rounding would pass a gradient of 0, and every score would be 0."""
+    return weight
 
 
 @_without_gradient.defjvp
