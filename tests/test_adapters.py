@@ -458,9 +458,9 @@ def test_a_quantized_model_has_the_report_of_its_float_form(name):
     assert list(report.layers) == list(expected.layers) == ["first/kernel", "second/kernel"]
     for ours, theirs in zip(report.rows, expected.rows, strict=True):
         assert (ours.nonlinearity, ours.macs, ours.shape) == (theirs.nonlinearity, theirs.macs, theirs.shape)
-        np.testing.assert_allclose(
-            ours.metrics.utilization, theirs.metrics.utilization, atol=ROUNDING.get(name, 0.005)
-        )
+        rounding = ROUNDING.get(name, 0.005)
+        np.testing.assert_allclose(ours.metrics.utilization, theirs.metrics.utilization, atol=rounding)
+        np.testing.assert_allclose(ours.units, theirs.units, atol=10 * rounding * theirs.units.max())
 
 
 @pytest.mark.parametrize("name", QUANTIZATIONS)
@@ -518,3 +518,37 @@ def test_a_zero_point_is_taken_off():
     np.testing.assert_array_equal(apply_fn(params, jnp.eye(2)), params["w"])
     np.testing.assert_array_equal(jaxeff.restore((pair, apply), params)[0]["w"]["qvalue"], pair["w"]["qvalue"])
     assert list(jaxeff.analyze(pair, apply, jnp.eye(2)).layers) == ["w"]
+
+
+def keras_net():
+    keras = pytest.importorskip("keras")
+    model = keras.Sequential([
+        keras.Input((FEATURES,)),
+        keras.layers.Dense(HIDDEN, activation="relu", name="first"),
+        keras.layers.Dense(CLASSES, name="second"),
+    ], name="net")  # fmt: skip
+    given = dict(zip(jaxeff.functional(model)[0], WEIGHTS.values(), strict=True))
+    return jaxeff.restore(model, given)
+
+
+def test_a_quantized_keras_model_is_scored_in_units_of_its_weights():
+    model = keras_net()
+    expected = jaxeff.analyze(model, X)
+    model.quantize("int8")
+    report = jaxeff.analyze(model, X)
+    assert list(report.layers) == list(expected.layers)
+    for ours, theirs in zip(report.rows, expected.rows, strict=True):
+        np.testing.assert_allclose(ours.metrics.utilization, theirs.metrics.utilization, atol=0.005)
+        np.testing.assert_allclose(ours.units, theirs.units, rtol=0.05, atol=0.05 * theirs.units.max())
+    params, apply_fn = jaxeff.functional(model)
+    np.testing.assert_array_equal(apply_fn(params, X), model(X))
+    masked = prune.apply(params, prune.masks(prune.scored(params), 0.5))
+    expected = apply_fn(masked, X)
+    np.testing.assert_allclose(jaxeff.restore(model, masked)(X), expected, rtol=1e-6)
+
+
+def test_a_keras_model_quantized_otherwise_is_refused():
+    model = keras_net()
+    model.quantize("int4")
+    with pytest.raises(ValueError, match="'first' is quantized to int4, and jaxeff reads int8"):
+        jaxeff.functional(model)

@@ -6,7 +6,7 @@ A library is imported only where one of its models came, which has imported it a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -421,18 +421,50 @@ def _split_keras(model: Any, training: bool) -> tuple[Any, StatefulApply]:
     fixed = {path: array for path, array in arrays.items() if path not in {**params, **state}}
 
     def call(params: Any, state: Any, *batch: Any, **keywords: Any) -> Any:
+        params = {path: leaf["qvalue"] if isinstance(leaf, Mapping) else leaf for path, leaf in params.items()}
         values = {**fixed, **params, **(state or {})}
         lists = [[values[path] for path in paths] for paths in (trainable, other)]
         return model.stateless_call(*lists, *batch, **{"training": training, **keywords})[0]
 
-    return params, ModelApply(call, state or None)
+    quantized = _keras_quantized(model, arrays)
+    params, apply_fn = {**params, **quantized}, ModelApply(call, state or None)
+    return dequantized(params, apply_fn) if quantized else (params, apply_fn)
 
 
 def _restore_keras(model: Any, params: Any) -> Any:
     variables = _keras_variables(model)
-    for path, array in params.items():
-        variables[path].assign(array)
+    arrays = {path: variable.value for path, variable in variables.items()}
+    written = requantized({**params, **_keras_quantized(model, arrays)}, params)
+    for path, leaf in written.items():
+        variables[path].assign(leaf["qvalue"] if isinstance(leaf, Mapping) else leaf)
     return model
+
+
+def _keras_quantized(model: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the int8 weights by path, each with its scale: weight = q x scale, which Keras keeps as 1 / scale."""
+    for layer in _keras_layers(model):
+        mode = getattr(layer, "quantization_mode", None)
+        if mode not in (None, "int8"):
+            raise ValueError(f"the Keras layer {layer.name!r} is quantized to {mode}, and jaxeff reads int8")
+    found = {}
+    for path, array in arrays.items():
+        if (scale := arrays.get(f"{path}_scale")) is None or array.dtype != jnp.int8:
+            continue
+        axis = 0 if path.rpartition("/")[2] == "embeddings" else array.ndim - 1
+        if scale.shape != array.shape[axis : axis + 1]:
+            raise ValueError(
+                f"{path!r} is quantized with a scale of shape {scale.shape}, and jaxeff reads one scale for each unit"
+            )
+        shape = [1] * array.ndim
+        shape[axis] = scale.size
+        found[path] = {"qvalue": array, "scale": 1 / jnp.reshape(scale, shape)}
+    return found
+
+
+def _keras_layers(model: Any) -> Iterator[Any]:
+    yield model
+    for layer in getattr(model, "layers", ()):
+        yield from _keras_layers(layer)
 
 
 def _keras_variables(model: Any) -> dict[str, Any]:
