@@ -1,11 +1,8 @@
 """One network, written in each library, is one network to jaxeff; each library's tests are skipped where it is not
 installed."""
 
-import os
 import subprocess
 import sys
-
-os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import flax.linen as nn
 import jax
