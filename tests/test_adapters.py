@@ -217,7 +217,9 @@ def test_the_smaller_network_computes_what_the_masked_one_does(net):
     assert sorted(leaf.size for leaf in jax.tree.leaves(small)) == sorted(
         leaf.size for leaf in jax.tree.leaves(expected[0])
     )
-    np.testing.assert_allclose(array(small_apply(small, batch)), expected[1](expected[0], X), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        array(small_apply(small, batch)), expected[1](expected[0], X), rtol=1e-5, atol=1e-5
+    )
 
 
 def smaller(params, apply_fn, batch):
@@ -252,7 +254,13 @@ def test_a_model_is_taken_by_every_verb_that_takes_a_batch():
 
 def test_a_model_is_advised_on():
     found = jaxeff.advise(
-        NNXNet(nnx.Rngs(0)), X, loss_fn=loss, targets=TARGETS, criteria=("magnitude",), max_runs=100, progress=False
+        NNXNet(nnx.Rngs(0)),
+        X,
+        loss_fn=loss,
+        targets=TARGETS,
+        criteria=("magnitude",),
+        max_runs=100,
+        progress=False,
     )
     assert found.report["first/kernel"].shape == (FEATURES, HIDDEN)
 
@@ -264,19 +272,28 @@ def test_a_model_without_a_batch_is_scored_by_magnitude():
     assert by_name.criterion == "activation"
 
 
-@pytest.mark.parametrize("value", [nn.Dense(3), object(), [1.0], lambda x: x], ids=["linen", "object", "list", "function"])
+@pytest.mark.parametrize(
+    "value", [nn.Dense(3), object(), [1.0], lambda x: x], ids=["linen", "object", "list", "function"]
+)
 def test_what_is_no_model_is_named_with_the_ways_in(value):
-    for call in (lambda: jaxeff.functional(value), lambda: jaxeff.analyze(value, X), lambda: prune.groups(value, X)):
+    for call in (
+        lambda: jaxeff.functional(value),
+        lambda: jaxeff.analyze(value, X),
+        lambda: prune.groups(value, X),
+    ):
         with pytest.raises(TypeError) as raised:
             _ = call()
         assert type(value).__name__ in str(raised.value)
         assert "(variables, model.apply, batch)" in str(raised.value) or all(
-            way in str(raised.value) for way in ("nnx", "equinox", "keras", "Penzai", "Haliax", "TrainState", "f(params")
+            way in str(raised.value)
+            for way in ("nnx", "equinox", "keras", "Penzai", "Haliax", "TrainState", "f(params")
         )
 
 
 def test_verbs_say_what_is_missing():
-    with pytest.raises(TypeError, match="`batch` is missing: pass .model, batch. or .params, apply_fn, batch."):
+    with pytest.raises(
+        TypeError, match="`batch` is missing: pass .model, batch. or .params, apply_fn, batch."
+    ):
         jaxeff.collect(NNXNet(nnx.Rngs(0)))
     with pytest.raises(TypeError, match="`batch` is missing"):
         jaxeff.cost.count(WEIGHTS, plain)
@@ -326,7 +343,9 @@ def test_a_train_state_brings_its_running_averages():
     assert str(jaxeff.analyze(state, X)) == str(jaxeff.analyze(whole, Net().apply, X))
     params, apply_fn = jaxeff.functional(state)
     restored = jaxeff.restore(state, jax.tree.map(jnp.zeros_like, params))
-    assert float(jnp.abs(restored.apply_fn({"params": restored.params, "batch_stats": averages}, X)).max()) == 0
+    assert (
+        float(jnp.abs(restored.apply_fn({"params": restored.params, "batch_stats": averages}, X)).max()) == 0
+    )
     assert apply_fn(params, X).shape == (32, CLASSES)
 
 
@@ -513,7 +532,9 @@ def test_a_zero_point_is_taken_off():
     params, apply_fn = jaxeff.functional((pair, apply))
     np.testing.assert_array_equal(params["w"], [[1.0, 0.0], [2.0, 16.0]])
     np.testing.assert_array_equal(apply_fn(params, jnp.eye(2)), params["w"])
-    np.testing.assert_array_equal(jaxeff.restore((pair, apply), params)[0]["w"]["qvalue"], pair["w"]["qvalue"])
+    np.testing.assert_array_equal(
+        jaxeff.restore((pair, apply), params)[0]["w"]["qvalue"], pair["w"]["qvalue"]
+    )
     assert list(jaxeff.analyze(pair, apply, jnp.eye(2)).layers) == ["w"]
 
 
@@ -549,3 +570,65 @@ def test_a_keras_model_quantized_otherwise_is_refused():
     model.quantize("int4")
     with pytest.raises(ValueError, match="'first' is quantized to int4, and jaxeff reads int8"):
         jaxeff.functional(model)
+
+
+# Low-rank updates
+
+
+def of_qwix_lora():
+    qwix = pytest.importorskip("qwix")
+    provider = qwix.LoraProvider(module_path="first", rank=2, alpha=3.0)
+    model = qwix.apply_lora_to_model(whole_net(), provider, X, rngs=nnx.Rngs(1))
+    model.first.kernel_lora_b[...] = drawn(2, HIDDEN)
+    a, b = (getattr(model.first, name)[...] for name in ("kernel_lora_a", "kernel_lora_b"))
+    return model, "first/kernel", WEIGHTS["first"] + 1.5 * a @ b
+
+
+def of_nnx_lora():
+    first = nnx.LoRALinear(FEATURES, HIDDEN, lora_rank=2, rngs=nnx.Rngs(0))
+    first.lora.lora_b[...] = drawn(2, HIDDEN)
+    model = nnx.Sequential(first, nnx.relu, nnx.Linear(HIDDEN, CLASSES, rngs=nnx.Rngs(1)))
+    return model, "layers/0/kernel", first.kernel[...] + first.lora.lora_a[...] @ first.lora.lora_b[...]
+
+
+def of_keras_lora():
+    model = keras_net()
+    first = model.get_layer("first")
+    first.enable_lora(2, lora_alpha=3)
+    first.lora_kernel_b.assign(drawn(2, HIDDEN))
+    return model, "net/first/kernel", first.kernel.value if hasattr(first.kernel, "value") else first.kernel
+
+
+@pytest.mark.parametrize("make", [of_qwix_lora, of_nnx_lora, of_keras_lora])
+def test_a_weight_with_a_low_rank_update_has_one_more_row_of_their_sum(make):
+    model, path, summed = make()
+    report = jaxeff.analyze(model, X)
+    row, weight = report[f"{path} + lora"], report[path]
+    # By the same activations as the weight alone.
+    scores = jnp.abs(summed) * jnp.asarray(weight.activity.mean_absolute)
+    np.testing.assert_allclose(row.units, scores.sum(0), rtol=1e-4)
+    expected = jaxeff.metrics.utilization(scores)
+    np.testing.assert_allclose(row.metrics.utilization, expected, rtol=1e-4)
+    assert (row.shape, row.nonlinearity, row.macs) == (weight.shape, "relu", weight.macs)
+    assert abs(float(row.metrics.utilization) - float(weight.metrics.utilization)) > 1e-3
+
+
+def test_no_total_counts_the_sum():
+    model, path, _ = of_nnx_lora()
+    report = jaxeff.analyze(model, X)
+    sizes = sum(row.size for row in report.rows if not row.path.endswith("lora"))
+    assert report.model.weights == sizes == FEATURES * HIDDEN + 2 * (FEATURES + HIDDEN) + HIDDEN * CLASSES
+    parts = [row for row in report.rows if row.path != f"{path} + lora"]
+    effective = sum(float(row.metrics.effective_params) for row in parts)
+    np.testing.assert_allclose(report.model.effective_params, effective, rtol=1e-6)
+    assert f"{sum(row.bytes for row in parts):,} bytes of weights" in str(report)
+    assert jaxeff.Report.from_json(report.to_json())[f"{path} + lora"].is_sum
+    assert "+ lora" in report.to_html()
+
+
+def test_factors_that_are_not_of_a_sum_make_no_row():
+    def apply(params, x):
+        return jnp.tanh(x @ params["w"]) + jnp.sin(x @ params["w_lora_a"] @ params["w_lora_b"])
+
+    params = {"w": WEIGHTS["first"], "w_lora_a": drawn(FEATURES, 2), "w_lora_b": drawn(2, HIDDEN)}
+    assert list(jaxeff.analyze(params, apply, X).layers) == ["w", "w_lora_a", "w_lora_b"]

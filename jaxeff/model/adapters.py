@@ -6,7 +6,7 @@ A library is imported only where one of its models came, which has imported it a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,26 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxeff.model.apply import NNXApply, StatefulApply
+from jaxeff.model.apply import ModelApply, NNXApply, StatefulApply
 from jaxeff.model.functions import bound_module
-from jaxeff.model.params import is_variables, key_name, named_leaves
+from jaxeff.model.keras_models import restore_keras, split_keras
+from jaxeff.model.named_arrays import is_haliax, restore_haliax, restore_penzai, split_haliax, split_penzai
+from jaxeff.model.params import is_a, is_variables, named_leaves
 from jaxeff.model.quantized import dequantized, holds_quantized, requantized
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ModelApply(StatefulApply):
-    """`apply_fn(params, *batch)` of a model.
-
-    Attributes:
-        call: `call(params, state, *batch, **keywords)`.
-        state: variables that are not parameters, such as running averages; None if there are none.
-    """
-
-    call: Callable[..., Any]
-    state: Any = None
-
-    def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
-        return self.call(params, self.state, *batch, **keywords)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +46,7 @@ def functional(model: Any, *, training: bool = False) -> tuple[Any, Callable[...
     | model | names of the parameters | `apply_fn(params, *batch)` calls |
     |---|---|---|
     | `flax.nnx.Module` | attributes | the model |
-    | `equinox.Module`, or `(model, state)` | attributes | the model on each example, by `jax.vmap` over the leading axis |
+    | `equinox.Module`, or `(model, state)` | attributes | the model on each example, by `jax.vmap` |
     | `keras.Model` on the JAX backend | Keras paths | the model |
     | Penzai layer | labels | the model on named arrays |
     | Haliax or Levanter module | attributes | the model on named arrays |
@@ -108,14 +94,16 @@ def restore(model: Any, params: Any) -> Any:
 
     >>> model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
     >>> params, _ = functional(model)
-    >>> restore(model, jax.tree.map(jnp.zeros_like, params)).kernel.value.sum()
+    >>> restore(model, jax.tree.map(jnp.zeros_like, params)).kernel[...].sum()
     Array(0., dtype=float32)
     """
     adapter = _adapter(model)
     own, given = (named_leaves(tree) for tree in (adapter.split(model, False)[0], params))
     for path in [*own, *given]:
         if path not in given or path not in own:
-            raise ValueError(f"`params` {'has no' if path in own else 'has a leaf'} {path!r}, unlike the model")
+            raise ValueError(
+                f"`params` {'has no' if path in own else 'has a leaf'} {path!r}, unlike the model"
+            )
         if jnp.shape(own[path]) != jnp.shape(given[path]):
             raise ValueError(
                 f"{path!r} has shape {jnp.shape(given[path])}, and {jnp.shape(own[path])} in the model: `restore` "
@@ -169,13 +157,6 @@ def _unknown(model: Any) -> TypeError:
         f"{kind} is not a model that jaxeff knows. Pass (model, batch) with an nnx.Module, equinox.Module, keras.Model "
         "on the JAX backend, Penzai layer, Haliax or Levanter module, or Flax TrainState; or (params, apply_fn, batch) "
         "with any tree of arrays and any function f(params, *batch), such as a Linen module's `apply`"
-    )
-
-
-def _is_a(value: Any, package: str, *names: str) -> bool:
-    """Return whether a class of these names in a package, which is not imported, is among the value's."""
-    return any(
-        base.__name__ in names and base.__module__.partition(".")[0] == package for base in type(value).__mro__
     )
 
 
@@ -245,11 +226,11 @@ def _restore_pair(pair: tuple[Any, Callable], params: Any) -> tuple[Any, Callabl
 
 
 def _is_equinox(value: Any) -> bool:
-    return _is_a(value, "equinox", "Module") or (
+    return is_a(value, "equinox", "Module") or (
         isinstance(value, tuple)
         and len(value) == 2
-        and _is_a(value[0], "equinox", "Module")
-        and _is_a(value[1], "equinox", "State")
+        and is_a(value[0], "equinox", "Module")
+        and is_a(value[1], "equinox", "State")
     )
 
 
@@ -283,212 +264,12 @@ def _restore_equinox(model: Any, params: Any) -> Any:
     return (restored, *state) if state else restored
 
 
-# Haliax
-
-
-def _is_named(value: Any) -> bool:
-    return _is_a(value, "haliax", "NamedArray")
-
-
-def _is_haliax(value: Any) -> bool:
-    return _is_a(value, "equinox", "Module") and any(map(_is_named, jax.tree.leaves(value, is_leaf=_is_named)))
-
-
-def _split_haliax(model: Any, training: bool) -> tuple[Any, StatefulApply]:
-    import equinox as eqx
-
-    leaves, structure = _haliax_leaves(eqx.nn.inference_mode(model, value=not training))
-
-    def call(params: Any, state: Any, *batch: Any, **keywords: Any) -> Any:
-        model = jax.tree.unflatten(structure, [_haliax_leaf(leaf, params.get(path)) for path, leaf in leaves])
-        return model(*jax.tree.map(_sized, batch, is_leaf=_is_named), **keywords)
-
-    arrays = {path: leaf.array if _is_named(leaf) else leaf for path, leaf in leaves}
-    return {path: leaf for path, leaf in arrays.items() if eqx.is_inexact_array(leaf)}, ModelApply(call)
-
-
-def _restore_haliax(model: Any, params: Any) -> Any:
-    leaves, structure = _haliax_leaves(model)
-    return jax.tree.unflatten(structure, [_haliax_leaf(leaf, params.get(path)) for path, leaf in leaves])
-
-
-def _haliax_leaves(model: Any) -> tuple[list[tuple[str, Any]], Any]:
-    leaves, structure = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_named)
-    return [("/".join(map(key_name, keys)), leaf) for keys, leaf in leaves], structure
-
-
-def _haliax_leaf(leaf: Any, array: Any) -> Any:
-    if array is None:
-        return leaf
-    return dataclasses.replace(leaf, array=array) if _is_named(leaf) else array
-
-
-def _sized(value: Any) -> Any:
-    """Give the axes of an input the sizes of its array, which may be one example of the batch."""
-    if not _is_named(value):
-        return value
-    import haliax
-
-    return haliax.named(value.array, tuple(axis.name for axis in value.axes))
-
-
-# Penzai
-
-
-def _split_penzai(model: Any, training: bool) -> tuple[Any, StatefulApply]:
-    from penzai import pz
-
-    if not training:
-        model = model.select().at_instances_of(pz.nn.StochasticDropout).apply(lambda layer: layer.disable())
-    structure, found = pz.unbind_variables(model, freeze=True)
-    kinds = pz.ParameterValue, pz.StateVariableValue
-    variables, others = ([one for one in found if isinstance(one, kind)] for kind in kinds)
-
-    def call(params: Any, state: Any, *batch: Any, **keywords: Any) -> Any:
-        filled = [*_penzai_filled(variables, params), *_penzai_filled(others, state or {})]
-        bound = pz.bind_variables(structure, filled, unfreeze_as_copy=True)
-        return bound(*jax.tree.map(_penzai_sized, batch, is_leaf=_is_penzai_array), **keywords)
-
-    return _penzai_arrays(variables), ModelApply(call, _penzai_arrays(others) or None)
-
-
-def _restore_penzai(model: Any, params: Any) -> Any:
-    from penzai import pz
-
-    structure, variables = pz.unbind_params(model, freeze=True)
-    return pz.bind_variables(structure, _penzai_filled(variables, params), unfreeze_as_copy=True)
-
-
-def _is_penzai_array(value: Any) -> bool:
-    return _is_a(value, "penzai", "NamedArrayBase")
-
-
-def _penzai_arrays(variables: Any) -> dict[str, Any]:
-    """Return the arrays of variables by label; a tree within one variable continues the label."""
-    return {
-        "/".join([str(variable.label), *map(key_name, keys)]): getattr(leaf, "data_array", leaf)
-        for variable in variables
-        for keys, leaf in jax.tree_util.tree_flatten_with_path(variable.value, is_leaf=_is_penzai_array)[0]
-    }
-
-
-def _penzai_filled(variables: Any, arrays: Mapping[str, Any]) -> list[Any]:
-    filled = []
-    for variable in variables:
-        leaves, structure = jax.tree_util.tree_flatten_with_path(variable.value, is_leaf=_is_penzai_array)
-        new = []
-        for keys, leaf in leaves:
-            array = arrays["/".join([str(variable.label), *map(key_name, keys)])]
-            new.append(dataclasses.replace(leaf, data_array=array) if _is_penzai_array(leaf) else array)
-        filled.append(dataclasses.replace(variable, value=jax.tree.unflatten(structure, new)))
-    return filled
-
-
-def _penzai_sized(value: Any) -> Any:
-    """Give the axes of an input the sizes of its array, which may be one example of the batch."""
-    if not _is_a(value, "penzai", "NamedArray"):
-        return value
-    # Axes without a name come first.
-    names = list(value.named_axes)
-    sizes = jnp.shape(value.data_array)[jnp.ndim(value.data_array) - len(names) :]
-    return dataclasses.replace(value, named_axes=type(value.named_axes)(zip(names, sizes, strict=True)))
-
-
-# Keras
-
-
-def _split_keras(model: Any, training: bool) -> tuple[Any, StatefulApply]:
-    import keras
-
-    if keras.backend.backend() != "jax":
-        raise ValueError(
-            f"Keras runs on {keras.backend.backend()}: set the environment variable KERAS_BACKEND to 'jax' before "
-            "keras is imported"
-        )
-    if not model.variables:
-        raise ValueError(f"the Keras model {model.name!r} is not built: call it on a batch first")
-    variables = _keras_variables(model)
-    arrays = {path: variable.value for path, variable in variables.items()}
-    names = {id(variable): path for path, variable in variables.items()}
-    trainable, other = (
-        [names[id(variable)] for variable in found]
-        for found in (model.trainable_variables, model.non_trainable_variables)
-    )
-    params = {path: arrays[path] for path, variable in variables.items() if _is_keras_weight(variable)}
-    floating = {path for path, array in arrays.items() if jnp.issubdtype(array.dtype, jnp.floating)}
-    state = {path: array for path, array in arrays.items() if path in floating - params.keys()}
-    # States of random streams have sizes that nothing in the program follows.
-    fixed = {path: array for path, array in arrays.items() if path not in {**params, **state}}
-
-    def call(params: Any, state: Any, *batch: Any, **keywords: Any) -> Any:
-        params = {path: leaf["qvalue"] if isinstance(leaf, Mapping) else leaf for path, leaf in params.items()}
-        values = {**fixed, **params, **(state or {})}
-        lists = [[values[path] for path in paths] for paths in (trainable, other)]
-        return model.stateless_call(*lists, *batch, **{"training": training, **keywords})[0]
-
-    quantized = _keras_quantized(model, arrays)
-    params, apply_fn = {**params, **quantized}, ModelApply(call, state or None)
-    return dequantized(params, apply_fn) if quantized else (params, apply_fn)
-
-
-def _restore_keras(model: Any, params: Any) -> Any:
-    variables = _keras_variables(model)
-    arrays = {path: variable.value for path, variable in variables.items()}
-    written = requantized({**params, **_keras_quantized(model, arrays)}, params)
-    for path, leaf in written.items():
-        variables[path].assign(leaf["qvalue"] if isinstance(leaf, Mapping) else leaf)
-    return model
-
-
-def _keras_quantized(model: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the int8 weights by path, each with its scale: weight = q x scale, which Keras keeps as 1 / scale."""
-    for layer in _keras_layers(model):
-        mode = getattr(layer, "quantization_mode", None)
-        if mode not in (None, "int8"):
-            raise ValueError(f"the Keras layer {layer.name!r} is quantized to {mode}, and jaxeff reads int8")
-    found = {}
-    for path, array in arrays.items():
-        if (scale := arrays.get(f"{path}_scale")) is None or array.dtype != jnp.int8:
-            continue
-        axis = 0 if path.rpartition("/")[2] == "embeddings" else array.ndim - 1
-        if scale.shape != array.shape[axis : axis + 1]:
-            raise ValueError(
-                f"{path!r} is quantized with a scale of shape {scale.shape}, and jaxeff reads one scale for each unit"
-            )
-        shape = [1] * array.ndim
-        shape[axis] = scale.size
-        found[path] = {"qvalue": array, "scale": 1 / jnp.reshape(scale, shape)}
-    return found
-
-
-def _keras_layers(model: Any) -> Iterator[Any]:
-    yield model
-    for layer in getattr(model, "layers", ()):
-        yield from _keras_layers(layer)
-
-
-def _keras_variables(model: Any) -> dict[str, Any]:
-    """Return the variables by path; those that share one are numbered from the second on."""
-    found: dict[str, Any] = {}
-    counts: dict[str, int] = {}
-    for variable in [*model.trainable_variables, *model.non_trainable_variables]:
-        counts[variable.path] = number = counts.get(variable.path, 0) + 1
-        found[variable.path if number == 1 else f"{variable.path}#{number}"] = variable
-    return found
-
-
-def _is_keras_weight(variable: Any) -> bool:
-    """Return whether a variable is trained, or is a frozen matrix; running averages are vectors."""
-    is_floating = jnp.issubdtype(variable.value.dtype, jnp.floating)
-    return variable.trainable or bool(is_floating and len(variable.shape) > 1)
-
-
 _ADAPTERS = (
     Adapter(lambda model: isinstance(model, nnx.Module), _split_nnx, _restore_nnx),
-    Adapter(lambda model: _is_a(model, "keras", "Layer"), _split_keras, _restore_keras),
-    Adapter(_is_haliax, _split_haliax, _restore_haliax),
+    Adapter(lambda model: is_a(model, "keras", "Layer"), split_keras, restore_keras),
+    Adapter(is_haliax, split_haliax, restore_haliax),
     Adapter(_is_equinox, _split_equinox, _restore_equinox),
-    Adapter(lambda model: _is_a(model, "penzai", "Layer"), _split_penzai, _restore_penzai),
+    Adapter(lambda model: is_a(model, "penzai", "Layer"), split_penzai, restore_penzai),
     Adapter(_is_train_state, _split_train_state, _restore_train_state),
     Adapter(_is_quantized_pair, lambda pair, _: dequantized(*pair), _restore_pair),
 )

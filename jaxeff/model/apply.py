@@ -1,7 +1,7 @@
 """Models as pure functions: `function(params, inputs)`, with all arrays that it reads.
 
 A `Model` is made from a user's `params`, `apply_fn` and `batch`, or from an NNX model. Arguments that do not match
-are reported here.
+are reported here. `adapters` makes the two of models of other libraries.
 """
 
 from __future__ import annotations
@@ -62,6 +62,22 @@ class StatefulApply(abc.ABC):
     def with_state(self, state: Any) -> Any:
         """Return the same function with other variables."""
         return dataclasses.replace(self, state=state)  # pyright: ignore
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelApply(StatefulApply):
+    """`apply_fn(params, *batch)` of a model.
+
+    Attributes:
+        call: `call(params, state, *batch, **keywords)`.
+        state: variables that are not parameters, such as running averages; None if there are none.
+    """
+
+    call: Callable[..., Any]
+    state: Any = None
+
+    def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
+        return self.call(params, self.state, *batch, **keywords)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

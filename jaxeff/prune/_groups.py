@@ -359,7 +359,7 @@ def _check_state(found: Iterable[Group], state: Mapping[str, Any]) -> None:
         if group.locked == UNREAD and path in state:
             raise ValueError(
                 f"the model does not read {path!r}, whose size would stay unknown: run it as "
-                "it serves (`train=False`, `use_running_average=True`, or `jaxeff.functional(model)` without `training`), "
+                "it serves (`train=False`, `use_running_average=True`, `jaxeff.functional(model)` without `training`), "
                 "or leave the collection out"
             )
 
