@@ -80,7 +80,8 @@ def analyze(
     chosen = importance.named(criterion, with_loss=loss_fn is not None)
     params, apply_fn, batch = resolve(params, apply_fn, batch)
     params = Params.of(params)
-    collected, sums = statistics is None, {}
+    collected = statistics is None
+    sums: Mapping[str, jax.Array] = {}
     if not collected and (apply_fn is not None or batch is not None):
         raise ValueError("pass `statistics`, or `apply_fn` and `batch`, not both")
     if apply_fn is not None and batch is not None:

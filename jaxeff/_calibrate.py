@@ -34,7 +34,7 @@ STABLE = 0.95
 def calibrate(
     params: Any,
     apply_fn: Callable | Any = None,
-    batches: Iterable[Any] | None = None,
+    batches: Any = None,
     *,
     criterion: Criteria = "activation",
     loss_fn: Callable | None = None,

@@ -227,6 +227,60 @@ def smaller(params, apply_fn, batch):
     return prune.compact(params, apply_fn, batch, plan)
 
 
+def test_masks_hold_in_the_loops_of_each_library(net):
+    """The update of `prune.sparsify` on the params of any library is that on the params of the plain network."""
+    model, batch, _, _ = net
+    _, apply_fn = jaxeff.functional(model)
+    (ours, masks), (theirs, _) = train(*jaxeff.functional(model), batch), train(WEIGHTS, plain, X)
+    jax.tree.map(np.testing.assert_array_equal, prune.apply(ours, masks), ours)
+    np.testing.assert_allclose(array(apply_fn(ours, batch)), plain(theirs, X), rtol=1e-4, atol=1e-4)
+
+
+def train(params, apply_fn, batch):
+    masks = prune.masks(prune.scored(params), 0.5)
+    optimizer = prune.sparsify(optax.sgd(0.01), masks=masks)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state):
+        gradients = jax.grad(lambda params: loss(apply_fn(params, batch), TARGETS).mean())(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(3):
+        params, state = step(params, state)
+    return params, masks
+
+
+def test_a_keras_callback_holds_masks_while_keras_trains():
+    keras = pytest.importorskip("keras")
+    model = keras_net()
+    before, _ = jaxeff.functional(model)
+    masks = prune.masks(prune.scored(before), 0.5)
+    # Momentum moves pruned weights too.
+    model.compile(optimizer=keras.optimizers.Adam(0.01), loss="mse")
+    history = model.fit(
+        X, TARGETS, batch_size=8, epochs=2, verbose=0, callbacks=[prune.keras_callback(masks)]
+    )
+    after, _ = jaxeff.functional(model)
+    jax.tree.map(np.testing.assert_array_equal, prune.apply(after, masks), after)
+    assert not np.allclose(after["net/first/kernel"], prune.apply(before, masks)["net/first/kernel"])
+    assert history.history["loss"][1] < history.history["loss"][0]
+
+
+def test_nnx_optimizers_hold_masks():
+    model = whole_net()
+    params, _ = jaxeff.functional(model)
+    masks = prune.masks(prune.scored(params), 0.5)
+    optimizer = nnx.Optimizer(model, prune.sparsify(optax.adam(0.01), masks=masks), wrt=nnx.Param)
+    for _ in range(2):
+        gradients = nnx.grad(lambda model: loss(model(X), TARGETS).mean())(model)
+        optimizer.update(model, gradients)
+    after, _ = jaxeff.functional(model)
+    jax.tree.map(np.testing.assert_array_equal, prune.apply(after, masks), after)
+    assert int((after["first"]["kernel"][...] == 0).sum()) >= 16
+
+
 # What comes in
 
 
@@ -297,6 +351,8 @@ def test_verbs_say_what_is_missing():
         jaxeff.collect(NNXNet(nnx.Rngs(0)))
     with pytest.raises(TypeError, match="`batch` is missing"):
         jaxeff.cost.count(WEIGHTS, plain)
+    with pytest.raises(TypeError, match="NNXNet came with two more arguments.*in one tuple"):
+        jaxeff.analyze(NNXNet(nnx.Rngs(0)), X, X)
 
 
 def test_restore_keeps_names_and_shapes():
@@ -613,7 +669,7 @@ def test_a_weight_with_a_low_rank_update_has_one_more_row_of_their_sum(make):
     assert abs(float(row.metrics.utilization) - float(weight.metrics.utilization)) > 1e-3
 
 
-def test_no_total_counts_the_sum():
+def test_no_total_counts_the_sum(tmp_path):
     model, path, _ = of_nnx_lora()
     report = jaxeff.analyze(model, X)
     sizes = sum(row.size for row in report.rows if not row.path.endswith("lora"))
@@ -623,7 +679,8 @@ def test_no_total_counts_the_sum():
     np.testing.assert_allclose(report.model.effective_params, effective, rtol=1e-6)
     assert f"{sum(row.bytes for row in parts):,} bytes of weights" in str(report)
     assert jaxeff.Report.from_json(report.to_json())[f"{path} + lora"].is_sum
-    assert "+ lora" in report.to_html()
+    report.to_html(tmp_path / "report.html")
+    assert f"{path} + lora" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_factors_that_are_not_of_a_sum_make_no_row():

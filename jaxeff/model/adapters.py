@@ -115,6 +115,11 @@ def restore(model: Any, params: Any) -> Any:
 def resolve(params: Any, apply_fn: Any, batch: Any) -> tuple[Any, Any, Any]:
     """Return `(params, apply_fn, batch)` of `(model, batch)`; anything else is unchanged."""
     if apply_fn is not None and batch is not None:
+        if not callable(apply_fn) and _found(params) is not None:
+            raise TypeError(
+                f"a {type(params).__name__} came with two more arguments: pass (model, batch), with several inputs in "
+                "one tuple, (model, (first, second))"
+            )
         if _is_quantized_pair((params, apply_fn)):
             params, apply_fn = functional((params, apply_fn))
         return params, apply_fn, batch
@@ -235,7 +240,7 @@ def _is_equinox(value: Any) -> bool:
 
 
 def _split_equinox(model: Any, training: bool) -> tuple[Any, StatefulApply]:
-    import equinox as eqx
+    import equinox as eqx  # pyright: ignore[reportMissingImports]
 
     model, state = model if isinstance(model, tuple) else (model, None)
     params, static = eqx.partition(eqx.nn.inference_mode(model, value=not training), eqx.is_inexact_array)
@@ -257,7 +262,7 @@ def _split_equinox(model: Any, training: bool) -> tuple[Any, StatefulApply]:
 
 
 def _restore_equinox(model: Any, params: Any) -> Any:
-    import equinox as eqx
+    import equinox as eqx  # pyright: ignore[reportMissingImports]
 
     module, *state = model if isinstance(model, tuple) else (model,)
     restored = eqx.combine(params, eqx.partition(module, eqx.is_inexact_array)[1])

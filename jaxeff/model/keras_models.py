@@ -12,7 +12,7 @@ from jaxeff.model.quantized import dequantized, requantized
 
 
 def split_keras(model: Any, training: bool) -> tuple[Any, StatefulApply]:
-    import keras
+    import keras  # pyright: ignore[reportMissingImports]
 
     if keras.backend.backend() != "jax":
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxeff.model.apply import Bound
 
@@ -57,7 +58,7 @@ def effective(bound: Bound) -> dict[str, jax.Array]:
     """
     named = dict(zip(bound.paths, jax.tree.leaves(bound.params), strict=True))
     pairs = factors({path: jnp.shape(leaf) for path, leaf in named.items()})
-    if not pairs or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((named, bound.inputs))):
+    if not pairs or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((named, bound.inputs))):
         return {}
 
     def mixed(some: Mapping[str, Any]) -> Any:

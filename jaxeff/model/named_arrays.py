@@ -24,7 +24,7 @@ def is_haliax(value: Any) -> bool:
 
 
 def split_haliax(model: Any, training: bool) -> tuple[Any, StatefulApply]:
-    import equinox as eqx
+    import equinox as eqx  # pyright: ignore[reportMissingImports]
 
     leaves, structure = _haliax_leaves(eqx.nn.inference_mode(model, value=not training))
 
@@ -56,7 +56,7 @@ def _sized(value: Any) -> Any:
     """Give the axes of an input the sizes of its array, which may be one example of the batch."""
     if not _is_named(value):
         return value
-    import haliax
+    import haliax  # pyright: ignore[reportMissingImports]
 
     return haliax.named(value.array, tuple(axis.name for axis in value.axes))
 
@@ -65,7 +65,7 @@ def _sized(value: Any) -> Any:
 
 
 def split_penzai(model: Any, training: bool) -> tuple[Any, StatefulApply]:
-    from penzai import pz
+    from penzai import pz  # pyright: ignore[reportMissingImports]
 
     if not training:
         model = model.select().at_instances_of(pz.nn.StochasticDropout).apply(lambda layer: layer.disable())
@@ -82,7 +82,7 @@ def split_penzai(model: Any, training: bool) -> tuple[Any, StatefulApply]:
 
 
 def restore_penzai(model: Any, params: Any) -> Any:
-    from penzai import pz
+    from penzai import pz  # pyright: ignore[reportMissingImports]
 
     structure, variables = pz.unbind_params(model, freeze=True)
     return pz.bind_variables(structure, _penzai_filled(variables, params), unfreeze_as_copy=True)

@@ -20,7 +20,7 @@ def keras_callback(masks: Any) -> Any:
     Raises:
         ValueError: from `fit`: the masks are of another model.
     """
-    import keras
+    import keras  # pyright: ignore[reportMissingImports]
 
     class Masks(keras.callbacks.Callback):
         def on_train_begin(self, logs: Any = None) -> None:
