@@ -34,7 +34,7 @@ STABLE = 0.95
 def calibrate(
     params: Any,
     apply_fn: Callable | Any = None,
-    batches: Any = None,
+    batches: Iterable[Any] | None = None,
     *,
     criterion: Criteria = "activation",
     loss_fn: Callable | None = None,
@@ -77,7 +77,7 @@ def calibrate(
     Array([[2.]], dtype=float32)
     """
     criteria = named(criterion, with_loss=loss_fn is not None)
-    params, apply_fn, batches = resolve_both(params, apply_fn, batches)
+    params, apply_fn, each = resolve_both(params, apply_fn, batches)
     params = Params.of(params)
     bind = functools.partial(
         prepare, params, apply_fn, criteria=criteria, loss_fn=loss_fn, rngs=rngs, apply_kwargs=apply_kwargs
@@ -85,10 +85,10 @@ def calibrate(
     key = jax.random.key(seed)
     sums: _CompensatedSums | None = None
     ranks: list[tuple[int, list[jax.Array]]] = []
-    total = len(batches) if isinstance(batches, Sized) else None
+    total = len(each) if isinstance(each, Sized) else None
     count = 0
     with progress_bar("Calibrating", total, progress) as step:
-        for run, batch, targets in _bound(_items(batches, loss_fn), bind):
+        for run, batch, targets in _bound(_items(each, loss_fn), bind):
             found = run.statistics(batch, targets, jax.random.fold_in(key, count))
             sums = (
                 _CompensatedSums(found, jax.tree.map(jnp.zeros_like, found))
