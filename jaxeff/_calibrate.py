@@ -77,7 +77,8 @@ def calibrate(
     Array([[2.]], dtype=float32)
     """
     criteria = named(criterion, with_loss=loss_fn is not None)
-    params, apply_fn, each = resolve_both(params, apply_fn, batches)
+    params, apply_fn, given = resolve_both(params, apply_fn, batches)
+    each: Iterable[Any] = given
     params = Params.of(params)
     bind = functools.partial(
         prepare, params, apply_fn, criteria=criteria, loss_fn=loss_fn, rngs=rngs, apply_kwargs=apply_kwargs

@@ -689,3 +689,66 @@ def test_factors_that_are_not_of_a_sum_make_no_row():
 
     params = {"w": WEIGHTS["first"], "w_lora_a": drawn(FEATURES, 2), "w_lora_b": drawn(2, HIDDEN)}
     assert list(jaxeff.analyze(params, apply, X).layers) == ["w", "w_lora_a", "w_lora_b"]
+
+
+# Larger networks of two libraries
+
+
+def test_stacked_haliax_blocks_are_layers_and_get_smaller():
+    hax = pytest.importorskip("haliax")
+    eqx = pytest.importorskip("equinox")
+    width, hidden, layers, vocabulary = (
+        hax.Axis(name, size) for name, size in (("embed", 8), ("mlp", 16), ("layers", 3), ("vocab", 11))
+    )
+
+    class Block(eqx.Module):
+        up: hax.nn.Linear
+        down: hax.nn.Linear
+
+        @staticmethod
+        def init(key):
+            up, down = jax.random.split(key)
+            return Block(
+                hax.nn.Linear.init(width, hidden, key=up), hax.nn.Linear.init(hidden, width, key=down)
+            )
+
+        def __call__(self, x):
+            return x + self.down(hax.nn.gelu(self.up(x)))
+
+    class Network(eqx.Module):
+        embedding: hax.nn.Embedding
+        blocks: hax.nn.Stacked
+
+        def __call__(self, tokens):
+            return self.embedding.unembed(self.blocks.fold(self.embedding(tokens)))
+
+    first, second, third = jax.random.split(jax.random.key(0), 3)
+    blocks = hax.nn.Stacked.init(layers, Block)(key=jax.random.split(first, 3))
+    model = Network(hax.nn.Embedding.init(vocabulary, width, key=second), blocks)
+    tokens = hax.random.randint(third, (hax.Axis("batch", 4), hax.Axis("position", 5)), 0, 11)
+    report = jaxeff.analyze(model, tokens)
+    assert report["blocks/stacked/up/weight[2]"].nonlinearity == "gelu_tanh" and not report.unpaired
+    params, apply_fn = jaxeff.functional(model)
+    scores = prune.scored(params, prunable=prune.layout(model, tokens))
+    plan = prune.plan(prune.groups(model, tokens), scores, {"blocks/stacked/up/weight:1": 0.5})
+    small, small_apply = prune.compact(params, apply_fn, tokens, plan)
+    assert small["blocks/stacked/up/weight"].size == params["blocks/stacked/up/weight"].size // 2
+    masked = apply_fn(prune.apply(params, plan.masks(params)), tokens)
+    np.testing.assert_allclose(small_apply(small, tokens).array, masked.array, rtol=1e-4, atol=1e-5)
+
+
+def test_keras_layers_of_every_kind_are_read():
+    keras = pytest.importorskip("keras")
+    image = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(6, 3, padding="same", name="conv")(image)
+    x = keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
+    x = keras.layers.Reshape((64, 6))(x)
+    x = keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+    x = keras.layers.LSTM(5)(keras.layers.LayerNormalization()(x))
+    model = keras.Model(image, keras.layers.Dense(3)(keras.layers.Dropout(0.5)(x)))
+    batch = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    report = jaxeff.analyze(model, batch)
+    assert len(report.rows) == 8 and not report.unpaired
+    assert [found.heads for found in report.attentions] == [2]
+    kinds = {group.kind for group in prune.groups(model, batch).unlocked}
+    assert kinds == {"channel", "head", "head_size", "unit"}
