@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from jaxeff._pathways import Pathways as Pathways
     from jaxeff._pathways import pathways as pathways
     from jaxeff.advice import Advice as Advice
-    from jaxeff.model.apply import from_nnx as from_nnx
+    from jaxeff.model.adapters import functional as functional
+    from jaxeff.model.adapters import restore as restore
     from jaxeff.report import Activity as Activity
     from jaxeff.report import LayerReport as LayerReport
     from jaxeff.report import ModelReport as ModelReport
@@ -55,7 +56,7 @@ _NAMES = {
     "_monitor": ("Event", "Monitor", "MonitorState", "monitor"),
     "_pathways": ("Pathways", "pathways"),
     "advice": ("Advice",),
-    "model.apply": ("from_nnx",),
+    "model.adapters": ("functional", "restore"),
     "report": ("Activity", "LayerReport", "ModelReport", "Recommendation", "Report"),
     "statistics": ("Statistics", "merge"),
 }

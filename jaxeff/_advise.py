@@ -13,6 +13,7 @@ from jaxeff.advice._runs import OutOfTime, Runs
 from jaxeff.advice._task import Given, Task
 from jaxeff.advice._weights import CONTROL
 from jaxeff.importance import Criterion
+from jaxeff.model.adapters import resolve_both
 from jaxeff.output.progress import progress_bar
 
 CRITERIA = ("magnitude", "wanda", "fisher")
@@ -21,8 +22,8 @@ RUNS = 300
 
 def advise(
     params: Any,
-    apply_fn: Callable,
-    batch: Any,
+    apply_fn: Callable | Any = None,
+    batch: Any = None,
     *,
     loss_fn: Callable,
     targets: Any,
@@ -82,6 +83,7 @@ def advise(
     (True, True)
     """
     _check_numbers(tolerance, budget_s, max_runs)
+    params, apply_fn, batch = resolve_both(params, apply_fn, batch)
     if not callable(loss_fn):
         raise TypeError(
             f"`loss_fn` must be a function (outputs, targets) -> one loss for each example, got {loss_fn!r}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,16 +14,21 @@ from jaxeff import importance, layers
 from jaxeff._collect import Where, collect
 from jaxeff.importance import Criterion, Score
 from jaxeff.layers import non_weights as others
+from jaxeff.model import apply as models
+from jaxeff.model import low_rank
+from jaxeff.model.adapters import resolve
 from jaxeff.model.params import Params
 from jaxeff.numerics import placement
 from jaxeff.report import Activity, AttentionReport, ModuleReport, Report
 from jaxeff.report import _totals as totals
 from jaxeff.statistics import Derivatives, Statistics
 
+_LORA = " + lora"  # ends the name of the row of a weight with its low-rank update
+
 
 def analyze(
     params: Any,
-    apply_fn: Callable | None = None,
+    apply_fn: Callable | Any = None,
     batch: Any = None,
     *,
     criterion: str | Score | Criterion = "activation",
@@ -42,8 +47,8 @@ def analyze(
 
     Args:
         params: the variables dict, its `params` collection, a TrainState's `params`, or the params from
-            `jaxeff.from_nnx`.
-        apply_fn: a Linen `apply`, `TrainState.apply_fn`, the function from `jaxeff.from_nnx`, or
+            `jaxeff.functional`. Or a model that `jaxeff.functional` takes, followed by the batch.
+        apply_fn: a Linen `apply`, `TrainState.apply_fn`, the function from `jaxeff.functional`, or
             `f(params, *batch)`.
         batch: the model's input; a tuple holds several positional inputs. Without `apply_fn` and
             `batch`, weights are scored by magnitude alone.
@@ -59,8 +64,9 @@ def analyze(
             curves (`LayerReport.distribution`). The first call takes longer.
 
     Returns:
-        A report with one row per weight, in forward order. Every other leaf of `params` is listed with
-        its role.
+        A report with one row per weight, in forward order. A weight with a low-rank update (LoRA of Qwix, NNX or
+        Keras) has one more, 'kernel + lora', of what the network multiplies by; no total counts it. Every other
+        leaf of `params` is listed with its role.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -74,8 +80,10 @@ def analyze(
     1.0
     """
     chosen = importance.named(criterion, with_loss=loss_fn is not None)
+    params, apply_fn, batch = resolve(params, apply_fn, batch)
     params = Params.of(params)
     collected = statistics is None
+    sums: Mapping[str, jax.Array] = {}
     if not collected and (apply_fn is not None or batch is not None):
         raise ValueError("pass `statistics`, or `apply_fn` and `batch`, not both")
     if where is not None and batch is None:
@@ -85,6 +93,7 @@ def analyze(
     if apply_fn is not None and batch is not None:
         loss = {"criterion": chosen, "loss_fn": loss_fn, "targets": targets}
         statistics = collect(params, apply_fn, batch, **loss, where=where, rngs=rngs, **apply_kwargs)
+        sums = low_rank.effective(models.bind(params, apply_fn, batch, rngs, apply_kwargs))
     elif apply_fn is not None or batch is not None:
         missing = "batch" if batch is None else "apply_fn"
         raise ValueError(
@@ -94,7 +103,7 @@ def analyze(
         chosen = _without_model(chosen)
         statistics = Statistics((), (), (), {}, params.by_shape())
     _check_statistics(params, statistics, chosen)
-    return _report(chosen, curves, params, statistics)
+    return _report(chosen, curves, params, statistics, sums)
 
 
 def _without_model(criterion: Criterion) -> Criterion:
@@ -135,6 +144,7 @@ def _report(
     curves: bool,
     params: Params,
     statistics: Statistics,
+    sums: Mapping[str, jax.Array],
 ) -> Report:
     # `device_put` takes numbers and NumPy arrays in JAX's precision; `jnp.asarray` would compile once per shape.
     named = {
@@ -153,8 +163,13 @@ def _report(
         for info in statistics.params
         if info.role == "weight"
     }
-    structure = tuple(row for weight in weights.values() for row in layers.structures(criterion, weight))
-    numbers, units = layers.measure(criterion, [*weights.values()], curves)
+    rows = [row for path, weight in weights.items() for row in _with_sum(weight, sums.get(path))]
+    structure = tuple(
+        dataclasses.replace(one, path=f"{one.path}{_LORA}", is_sum=True) if is_sum else one
+        for row, is_sum in rows
+        for one in layers.structures(criterion, row)
+    )
+    numbers, units = layers.measure(criterion, [row for row, _ in rows], curves)
     heads = layers.heads(criterion, weights, statistics.attentions)
     rest = [info for info in statistics.params if info.role != "weight"]
     other_numbers = others.measure([named[info.path] for info in rest])
@@ -167,9 +182,7 @@ def _report(
         other_structure=tuple(others.structure(info) for info in rest),
         numbers=numbers,
         units=units,
-        activities=tuple(
-            activity for weight in weights.values() for activity in layers.activities(weight, sites)
-        ),
+        activities=tuple(activity for row, _ in rows for activity in layers.activities(row, sites)),
         other_numbers=other_numbers,
         modules=tuple(
             ModuleReport(module.path, Activity(module.output.absolute_sum.shape, 1, module.output))
@@ -185,6 +198,14 @@ def _report(
         ),
         headless=statistics.headless,
     )
+
+
+def _with_sum(weight: layers.Layer, array: jax.Array | None) -> list[tuple[layers.Layer, bool]]:
+    """Return a weight, and the same with its low-rank update, each with whether it is that sum."""
+    if array is None:
+        return [(weight, False)]
+    summed = layers.Layer(weight.place, weight.arrays._replace(weight=array))
+    return [(weight, False), (summed, True)]
 
 
 def _residual(criterion: Criterion, statistics: Statistics) -> Any:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxeff import importance
 from jaxeff._collect import Criteria, Run, check_makes_masks, counted, named, prepare
 from jaxeff.importance import Criterion
+from jaxeff.model.adapters import resolve_both
 from jaxeff.model.params import Params
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.summation import two_sum
@@ -32,8 +33,8 @@ STABLE = 0.95
 
 def calibrate(
     params: Any,
-    apply_fn: Callable,
-    batches: Iterable[Any],
+    apply_fn: Callable | Any = None,
+    batches: Iterable[Any] | None = None,
     *,
     criterion: Criteria = "activation",
     loss_fn: Callable | None = None,
@@ -55,7 +56,7 @@ def calibrate(
     correlation of each weight's scores after n batches with those after 2 n.
 
     Args:
-        params, apply_fn: as in `jaxeff.collect`.
+        params, apply_fn: as in `jaxeff.collect`; a model is followed by the batches.
         batches: an iterable of batches, or of `(batch, targets)` pairs if `loss_fn` is given; read once.
         criterion: one or several criteria that will read the statistics.
         loss_fn: as in `jaxeff.analyze`.
@@ -81,6 +82,8 @@ def calibrate(
     """
     check_makes_masks(where)
     criteria = named(criterion, with_loss=loss_fn is not None)
+    params, apply_fn, given = resolve_both(params, apply_fn, batches)
+    each: Iterable[Any] = given
     params = Params.of(params)
 
     def bind(batch: Any, targets: Any) -> Run:
@@ -90,10 +93,10 @@ def calibrate(
     key = jax.random.key(seed)
     sums: _CompensatedSums | None = None
     ranks: list[tuple[int, list[jax.Array]]] = []
-    total = len(batches) if isinstance(batches, Sized) else None
+    total = len(each) if isinstance(each, Sized) else None
     count = 0
     with progress_bar("Calibrating", total, progress) as step:
-        for run, batch, targets in _bound(_items(batches, loss_fn), bind):
+        for run, batch, targets in _bound(_items(each, loss_fn), bind):
             found = run.statistics(batch, targets, jax.random.fold_in(key, count), counted(where, batch))
             sums = (
                 _CompensatedSums(found, jax.tree.map(jnp.zeros_like, found))

@@ -13,6 +13,7 @@ from jaxeff import importance
 from jaxeff.importance import Criterion, Score
 from jaxeff.model import apply as models
 from jaxeff.model import objective as objectives
+from jaxeff.model.adapters import resolve_both
 from jaxeff.model.apply import Model
 from jaxeff.model.functions import first_line
 from jaxeff.model.objective import Arrays, Objective
@@ -30,8 +31,8 @@ Criteria = str | Score | Criterion | Iterable[str | Score | Criterion]
 
 def collect(
     params: Any,
-    apply_fn: Callable,
-    batch: Any,
+    apply_fn: Callable | Any = None,
+    batch: Any = None,
     *,
     criterion: Criteria = "activation",
     loss_fn: Callable | None = None,
@@ -45,8 +46,9 @@ def collect(
     """Run the model once and sum its activations, and the derivatives of the loss that a criterion needs.
 
     Args:
-        params: the variables dict, its `params` collection, or the params from `jaxeff.from_nnx`.
-        apply_fn: a Linen `apply`, `TrainState.apply_fn`, the function from `jaxeff.from_nnx`, or
+        params: the variables dict, its `params` collection, or the params from `jaxeff.functional`. Or a model that
+            `jaxeff.functional` takes, followed by the batch.
+        apply_fn: a Linen `apply`, `TrainState.apply_fn`, the function from `jaxeff.functional`, or
             `f(params, *batch)`.
         batch: the model's input; a tuple holds several positional inputs.
         criterion: one or several criteria that will read the statistics. They decide which derivatives
@@ -80,6 +82,7 @@ def collect(
     >>> site.post.mean_absolute
     Array([[2., 2.]], dtype=float32)
     """
+    params, apply_fn, batch = resolve_both(params, apply_fn, batch)
     criteria = named(criterion, with_loss=loss_fn is not None)
     run = prepare(params, apply_fn, batch, criteria, loss_fn, targets, rngs, apply_kwargs)
     run = dataclasses.replace(run, hessians=hessians)

@@ -19,6 +19,7 @@ from jaxeff._saving import saved_by_flax
 from jaxeff.importance import _levels as levels
 from jaxeff.importance._orders import Stacks, orders
 from jaxeff.model import objective as objectives
+from jaxeff.model.adapters import resolve_both
 from jaxeff.model.objective import Arrays, Objective
 from jaxeff.model.params import Params
 from jaxeff.model.roles import whole_numbers
@@ -68,8 +69,8 @@ class Comparison(Shown):
 
 def compare_criteria(
     params: Any,
-    apply_fn: Callable,
-    batch: Any,
+    apply_fn: Callable | Any = None,
+    batch: Any = None,
     criteria: Criteria = ("magnitude", "activation", "wanda", "taylor", "obd_gauss_newton"),
     *,
     loss_fn: Callable,
@@ -114,6 +115,7 @@ def compare_criteria(
     fractions = _checked_fractions(fractions)
     if scope not in ("global", "layer"):
         raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}")
+    params, apply_fn, batch = resolve_both(params, apply_fn, batch)
     params = Params.of(params)
     bind = functools.partial(
         prepare, params, apply_fn, criteria=chosen, loss_fn=loss_fn, rngs=rngs, apply_kwargs=apply_kwargs

@@ -109,7 +109,7 @@ def _check_one_model(report: Any, groups: Any, scores: Mapping[str, Any]) -> Non
             "pass a report, groups and importance in this order, got "
             f"{type(report).__name__} and {type(groups).__name__} for the first two"
         )
-    shapes = {row.path: row.shape for row in report.structure}
+    shapes = {row.path: row.shape for row in report.structure if not row.is_sum}
     for path, score in scores.items():
         if path in shapes and np.ndim(score) and np.shape(score) != shapes[path]:
             raise ValueError(

@@ -16,6 +16,8 @@ if _CACHE.stat().st_uid != os.getuid() or _CACHE.stat().st_mode & 0o077:
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Read when Keras is imported, which is where the first test needs it.
+os.environ["KERAS_BACKEND"] = "jax"
 
 import jax  # noqa: E402  the settings above are read when it is imported
 import pytest  # noqa: E402

@@ -140,7 +140,7 @@ def test_networks_as_users_have_them():
     models = [Scaled(width, nnx.Rngs(0)) for width in (8, 4)]
     for model in models:
         model.eval()
-    found = measure(*map(jaxeff.from_nnx, models), [normal(7, 3)])
+    found = measure(*map(jaxeff.functional, models), [normal(7, 3)])
     assert found.before.macs == (7 * 40,) and found.after.macs == (7 * 20,)
     variables, apply_fn = network(4)
     bare = lambda params, x, scale: apply_fn({**variables, "params": params}, x, scale)  # noqa: E731

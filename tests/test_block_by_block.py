@@ -217,7 +217,7 @@ def test_an_nnx_model_with_state():
 
     model = Blocks(nnx.Rngs(0))
     model.eval()
-    params, apply_fn = jaxeff.from_nnx(model)
+    params, apply_fn = jaxeff.functional(model)
     pruned, masks = prune.block_by_block(
         params, apply_fn, [normal(4, 6)], by_wanda, blocks=["first", "second"]
     )

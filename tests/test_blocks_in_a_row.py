@@ -292,7 +292,7 @@ class NNXModel(nnx.Module):
 def test_the_state_of_an_nnx_model_is_that_of_a_model_of_fewer_layers():
     x, model = normal(5, WIDTH), NNXModel(nnx.Rngs(0))
     model.eval()
-    params, apply_fn = jaxeff.from_nnx(model)
+    params, apply_fn = jaxeff.functional(model)
     groups = prune.groups(params, apply_fn, x)
     assert blocks(groups) == numbered("layers/*")
     plan = prune.Plan.of(groups, {"layers/*": [0, 2]})

@@ -430,7 +430,7 @@ def test_nnx_and_its_state():
         model, jax.tree.map(lambda leaf: leaf + np.arange(6) / np.float32(6), nnx.state(model, nnx.BatchStat))
     )
     model.eval()
-    params, apply_fn = jaxeff.from_nnx(model)
+    params, apply_fn = jaxeff.functional(model)
     for seed in range(2):
         plan = random_plan(prune.groups(params, apply_fn, x), seed)
         masked = prune.apply(params, plan.masks(params))

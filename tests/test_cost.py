@@ -420,7 +420,7 @@ def test_a_shared_weight_has_a_site_for_each_use():
 
 
 def test_nnx_and_plain_functions_have_layers():
-    params, apply_fn = jaxeff.from_nnx(nnx.Linear(D, 7, rngs=nnx.Rngs(0)))
+    params, apply_fn = jaxeff.functional(nnx.Linear(D, 7, rngs=nnx.Rngs(0)))
     assert cost.count(params, apply_fn, shape(B, D)).layers["kernel"].macs == B * D * 7
     plain = cost.count({"w": shape(D, 7)}, lambda params, x: x @ params["w"], shape(B, D))
     assert plain.layers["w"].macs == B * D * 7
@@ -428,7 +428,7 @@ def test_nnx_and_plain_functions_have_layers():
 
 def test_an_nnx_model_in_training_mode_is_counted_compiled_and_timed():
     model = nnx.Sequential(nnx.Linear(D, 7, rngs=nnx.Rngs(0)), nnx.BatchNorm(7, rngs=nnx.Rngs(1)))
-    params, apply_fn = jaxeff.from_nnx(model)
+    params, apply_fn = jaxeff.functional(model)
     x, y = jnp.ones((B, D)), jnp.ones((B, 7))
     found = cost.count(params, apply_fn, x, loss_fn=squared, targets=y)
     assert found.phases["backward"].macs == found.phases["forward"].macs == B * D * 7

@@ -161,7 +161,7 @@ def _sketched():
 
 
 def _of_nnx():
-    params, apply_fn = jaxeff.from_nnx(nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
+    params, apply_fn = jaxeff.functional(nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
     return (params, apply_fn.state), jaxeff.monitor(every=1).init(params, apply_fn, X)
 
 
@@ -295,8 +295,8 @@ def test_the_large_model_serves_on_after_the_small_one_is_donated():
     jax.tree.map(np.testing.assert_array_equal, (variables, opt_state), before)
 
 
-def test_from_nnx_shares_the_arrays_of_the_model():
+def test_functional_shares_the_arrays_of_the_model():
     model = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
-    params, _ = jaxeff.from_nnx(model)
+    params, _ = jaxeff.functional(model)
     shared = zip(jax.tree.leaves(params), jax.tree.leaves(nnx.state(model)), strict=True)
     assert all(one is other for one, other in shared)

@@ -11,14 +11,9 @@ import jaxeff
 eqx = pytest.importorskip("equinox")
 
 
-def _bound(model):
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-    return params, lambda params, x: jax.vmap(eqx.combine(params, static))(x)
-
-
 def test_units_are_the_rows_of_an_equinox_weight():
     model, x = eqx.nn.MLP(6, 3, 8, 1, key=jax.random.key(0)), normal(16, 6)
-    params, apply_fn = _bound(model)
+    params, apply_fn = jaxeff.functional(model)
     report = jaxeff.analyze(params, apply_fn, x)
     first = report["layers/0/weight"]
     assert (first.unit_axes, first.nonlinearity) == ((0,), "relu")
@@ -49,7 +44,7 @@ def test_every_weight_of_an_equinox_network_is_paired():
             start = jnp.zeros(6), jnp.zeros(6)
             return jax.lax.scan(lambda state, y: (self.cell(y, state), None), start, y)[0][0]
 
-    params, apply_fn = _bound(Network(jax.random.key(0)))
+    params, apply_fn = jaxeff.functional(Network(jax.random.key(0)))
     statistics = jaxeff.collect(params, apply_fn, normal(4, 3, 4, 4), criterion="lrp")
     emits = {site.path: site.nonlinearity for site in statistics.sites}
     projections = [f"attention/{name}_proj/weight" for name in ("query", "key", "value", "output")]

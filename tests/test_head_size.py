@@ -47,9 +47,9 @@ def test_an_nnx_attention_too():
     def attention(heads):
         return nnx.MultiHeadAttention(heads, 12, 8 * heads, decode=False, rngs=nnx.Rngs(0))
 
-    params, apply_fn = jaxeff.from_nnx(attention(4))
+    params, apply_fn = jaxeff.functional(attention(4))
     plan = prune.plan(prune.groups(params, apply_fn, X, allow="scale"), prune.scored(params), 0.5)
-    expected, _ = jaxeff.from_nnx(attention(2))
+    expected, _ = jaxeff.functional(attention(2))
     shapes = [
         jax.tree.map(jnp.shape, jax.tree.leaves(tree)) for tree in (prune.shrink(params, plan), expected)
     ]

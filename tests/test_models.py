@@ -82,7 +82,7 @@ def pair():
 def test_linen_and_nnx_give_the_same_report(pair):
     variables, model, x = pair
     linen = jaxeff.analyze(variables, LinenNet().apply, x)
-    report = jaxeff.analyze(*jaxeff.from_nnx(model), x)
+    report = jaxeff.analyze(*jaxeff.functional(model), x)
     shared = [path for path in linen.layers if not path.startswith("cell/")]
     assert [path for path in report.layers if not path.startswith("rnn/")] == shared
     for path in shared:
@@ -98,7 +98,7 @@ def test_linen_and_nnx_give_the_same_report(pair):
 def test_the_gates_of_a_fused_cell_are_those_of_a_cell_with_a_kernel_a_gate(pair):
     variables, model, x = pair
     linen = jaxeff.analyze(variables, LinenNet().apply, x)
-    report = jaxeff.analyze(*jaxeff.from_nnx(model), x)
+    report = jaxeff.analyze(*jaxeff.functional(model), x)
     for side, fused in (("i", "dense_i"), ("h", "dense_h")):
         layer = report[f"rnn/cell/{fused}/kernel"]
         assert layer.nonlinearity == "sigmoid/tanh"
@@ -108,18 +108,20 @@ def test_the_gates_of_a_fused_cell_are_those_of_a_cell_with_a_kernel_a_gate(pair
 
 def test_outputs_are_those_of_the_model(pair):
     _, model, x = pair
-    params, apply_fn = jaxeff.from_nnx(model)
+    params, apply_fn = jaxeff.functional(model)
     np.testing.assert_allclose(apply_fn(params, x), model(x), rtol=1e-5, atol=1e-6)
 
 
-def test_a_model_in_training_mode_drops_out_and_stays_as_it_was(pair):
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_model_drops_out_only_when_asked_to_and_stays_as_it_was(pair, mode):
     _, model, x = pair
-    evaluated = jaxeff.collect(*jaxeff.from_nnx(model), x)
-    model.train()
+    getattr(model, mode)()
     try:
         before = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
-        trained = jaxeff.collect(*jaxeff.from_nnx(model), x)
+        evaluated = jaxeff.collect(*jaxeff.functional(model), x)
+        trained = jaxeff.collect(*jaxeff.functional(model, training=True), x)
         after = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
+        assert model.dropout.deterministic == (mode == "eval")
     finally:
         model.eval()
     assert all(map(np.array_equal, before, after))
@@ -133,7 +135,7 @@ def test_a_model_in_training_mode_drops_out_and_stays_as_it_was(pair):
 def test_equal_nnx_models_compile_once(compilations):
     x = normal(3, 4)
     models = [nnx.Linear(4, 2, rngs=nnx.Rngs(seed)) for seed in range(2)]
-    pairs = [jaxeff.from_nnx(model) for model in models]
+    pairs = [jaxeff.functional(model) for model in models]
     jax.block_until_ready(jaxeff.collect(*pairs[0], x))
     with compilations() as compiled:
         jax.block_until_ready(jaxeff.collect(*pairs[1], x))
@@ -148,18 +150,16 @@ def test_keywords_reach_an_nnx_model():
         def __call__(self, x, *, scale):
             return jnp.tanh(scale * (x @ self.w[...]))
 
-    (site,) = jaxeff.collect(*jaxeff.from_nnx(Scaled()), np.ones((5, 3)), scale=0.1).sites
+    (site,) = jaxeff.collect(*jaxeff.functional(Scaled()), np.ones((5, 3)), scale=0.1).sites
     np.testing.assert_allclose(site.post.mean_absolute, np.full((1, 2), np.tanh(0.3)), rtol=1e-6)
 
 
-def test_what_is_no_nnx_model_is_named():
-    with pytest.raises(TypeError, match="`model` must be an NNX module, got Dense"):
-        jaxeff.from_nnx(nn.Dense(3))  # pyright: ignore
+def test_a_module_in_the_wrong_place_is_named():
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match="`apply_fn` is the NNX module Linear itself.*from_nnx"):
+    with pytest.raises(TypeError, match="`apply_fn` is the NNX module Linear itself.*functional"):
         jaxeff.analyze(nnx.state(model, nnx.Param), model, np.ones((2, 3)))
-    with pytest.raises(TypeError, match="`params` is the module Linear itself.*from_nnx"):
-        jaxeff.analyze(model)
+    with pytest.raises(TypeError, match="`params` is the module Linear itself.*functional"):
+        prune.scored(model)
 
 
 # Linen modules that cannot be hashed: what holds their sizes can change.

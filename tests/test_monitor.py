@@ -88,7 +88,7 @@ def test_gradient_criteria_take_targets():
 
 
 def test_nnx():
-    params, apply_fn = jaxeff.from_nnx(nnx.Linear(12, 5, rngs=nnx.Rngs(0)))
+    params, apply_fn = jaxeff.functional(nnx.Linear(12, 5, rngs=nnx.Rngs(0)))
     state = WATCH.init(params, apply_fn, BATCH)
     state = jax.jit(lambda state, params: WATCH.update(state, params, apply_fn, BATCH))(state, params)
     assert int(state.step) == 1

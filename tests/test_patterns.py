@@ -27,7 +27,7 @@ def linen(module, *inputs, **keywords):
 
 
 def of_nnx(module, *inputs):
-    return *jaxeff.from_nnx(module), inputs
+    return *jaxeff.functional(module), inputs
 
 
 def of_equinox(module, *inputs):

@@ -272,7 +272,7 @@ class Trained(NamedTuple):
 def test_nnx():
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(nnx.Linear(64, 48, rngs=rngs), nnx.relu, nnx.Linear(48, 10, rngs=rngs))
-    params, apply_fn = jaxeff.from_nnx(model)
+    params, apply_fn = jaxeff.functional(model)
     optimizer = optax.adamw(3e-3, weight_decay=0.1)
 
     @jax.jit

@@ -172,7 +172,7 @@ def test_every_kind_of_model_is_taken():
 
 def test_nnx():
     model = nnx.Sequential(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(12, 8, rngs=nnx.Rngs(1)))
-    found = prune.sensitivity(*jaxeff.from_nnx(model), X, targets=Y, loss_fn=squared, sparsities=(0.5,))
+    found = prune.sensitivity(*jaxeff.functional(model), X, targets=Y, loss_fn=squared, sparsities=(0.5,))
     assert found.paths == ("layers/0/kernel", "layers/2/kernel")
     kernel = np.asarray(model.layers[2].kernel[...])
     kept = np.where(np.abs(kernel) > np.sort(np.abs(kernel), None)[47], kernel, 0)

@@ -307,7 +307,7 @@ def test_nnx():
     averages = jax.tree.map(lambda leaf: leaf + np.arange(6) / np.float32(6), nnx.state(model, nnx.BatchStat))
     nnx.update(model, averages)
     model.eval()
-    params, apply_fn = jaxeff.from_nnx(model)
+    params, apply_fn = jaxeff.functional(model)
     groups = prune.groups(params, apply_fn, x)
     assert {group.name: group.size for group in groups.unlocked} == {"conv/kernel:3": 6}
     assert {member.path for member in groups["conv/kernel:3"].members} >= {
@@ -321,7 +321,7 @@ def test_nnx():
     nnx.update(small, prune.shrink(params, plan))
     nnx.update(small, prune.shrink(apply_fn.state, plan))
     masked = prune.apply(params, plan.masks(params))
-    small_params, small_apply = jaxeff.from_nnx(small)
+    small_params, small_apply = jaxeff.functional(small)
     close(jax.jit(small_apply)(small_params, x), jax.jit(apply_fn)(masked, x))
 
 

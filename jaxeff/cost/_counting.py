@@ -19,6 +19,7 @@ from jaxeff.graph import axes
 from jaxeff.graph.program import Operation
 from jaxeff.graph.provenance import CONSTANT_CONTRACTION, CONTRACTION, CONTRACTIONS, trace_weights
 from jaxeff.model import apply as models
+from jaxeff.model.adapters import resolve_both
 from jaxeff.model.apply import Bound
 from jaxeff.model.functions import LinenFunction
 from jaxeff.model.params import Params
@@ -26,8 +27,8 @@ from jaxeff.model.params import Params
 
 def count(
     params: Any,
-    apply_fn: Callable,
-    batch: Any,
+    apply_fn: Callable | Any = None,
+    batch: Any = None,
     *,
     loss_fn: Callable | None = None,
     targets: Any = None,
@@ -41,8 +42,9 @@ def count(
     iteration. `statements` lists the last two, and every operation that is not counted.
 
     Args:
-        params: the variables dict, its `params` collection, or the params from `jaxeff.from_nnx`; arrays or
-            `jax.ShapeDtypeStruct` (`jax.eval_shape(model.init, ...)`).
+        params: the variables dict, its `params` collection, or the params from `jaxeff.functional`; arrays or
+            `jax.ShapeDtypeStruct` (`jax.eval_shape(model.init, ...)`). Or a model that `jaxeff.functional` takes,
+            followed by the batch.
         apply_fn: as in `jaxeff.analyze`.
         batch: the model's input, arrays or shapes; a tuple holds several positional inputs.
         loss_fn, targets: also count the backward pass, from the traced gradient of the mean of
@@ -66,6 +68,7 @@ def count(
     >>> cost.macs, cost.flops, cost.per_example.macs
     (96, 224, 12)
     """
+    params, apply_fn, batch = resolve_both(params, apply_fn, batch)
     own = Params.of(params, abstract=True)
     training.check_loss(loss_fn, targets)
     bound = models.bind(own, apply_fn, batch, rngs, apply_kwargs, abstract=True)

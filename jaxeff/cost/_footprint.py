@@ -18,6 +18,7 @@ from jaxeff.cost._compiling import Compiled, compiled
 from jaxeff.cost._storage import Storage, storage
 from jaxeff.graph.program import Value
 from jaxeff.model import apply as models
+from jaxeff.model.adapters import resolve_both
 from jaxeff.model.apply import Bound
 from jaxeff.model.params import Params
 from jaxeff.output import text
@@ -138,8 +139,8 @@ class Memory(Shown):
 
 def memory(
     params: Any,
-    apply_fn: Callable,
-    batch: Any,
+    apply_fn: Callable | Any = None,
+    batch: Any = None,
     *,
     loss_fn: Callable | None = None,
     targets: Any = None,
@@ -173,6 +174,7 @@ def memory(
     >>> found.parameter_bytes, found.optimizer_bytes
     (64, 132)
     """
+    params, apply_fn, batch = resolve_both(params, apply_fn, batch)
     own = Params.of(params, abstract=True)
     training.check_loss(loss_fn, targets)
     bound = models.bind(own, apply_fn, batch, rngs, apply_kwargs, abstract=True)

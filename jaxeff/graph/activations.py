@@ -12,6 +12,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
 
 from jaxeff.graph import axes, nonlinearities
 from jaxeff.graph.axes import Dims, Factor
@@ -76,11 +79,37 @@ def follow(
         shapes: of all leaves, to tell a bias (one number per unit) from other additions.
         leaf: the weight's index among them.
     """
+    output = _rescaled(flow, influences, output)
     pre, pre_dims, bias = _add_bias(flow, influences, output, dims, shapes, leaf)
     post = _emissions(flow, influences, output, dims, shapes[leaf])
     if all(emission.nonlinearity == "identity" for emission in post):
         post = [Emission(pre, pre_dims, shapes[leaf], None, (), "identity")]
     return Activation(pre, pre_dims, tuple(post), bias)
+
+
+def _rescaled(flow: Flow, influences: Influences, output: Value) -> Value:
+    """Return the output of a contraction of quantized numbers times their scales: what its units emit."""
+    made = flow.program.operations[flow.made_by[output]]
+    if not all(isinstance(operand, Value) and _is_quantized(operand.dtype) for operand in made.inputs[:2]):
+        return output
+    product = value = output
+    while len(readers := flow.carriers(value, influences)) == 1:
+        (operation,) = readers
+        if operation.name in ("mul", "div") and operation.inputs[0] is not operation.inputs[1]:
+            other = operation.inputs[operation.inputs[0] is value]
+            # The scales of inputs and weight may come as one product. What comes later may be a gate.
+            is_scale = output is product or not flow.provenance.is_data(other) or 1 in value_shape(other)
+            if operation.outputs[0].shape != output.shape or not is_scale:
+                break
+            output = operation.outputs[0]
+        elif not nonlinearities.unchanged(operation):
+            break
+        value = operation.outputs[0]
+    return output
+
+
+def _is_quantized(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.integer)) or str(dtype).startswith("float8")
 
 
 def _emissions(

@@ -1,7 +1,7 @@
 """Models as pure functions: `function(params, inputs)`, with all arrays that it reads.
 
 A `Model` is made from a user's `params`, `apply_fn` and `batch`, or from an NNX model. Arguments that do not match
-are reported here.
+are reported here. `adapters` makes the two of models of other libraries.
 """
 
 from __future__ import annotations
@@ -65,8 +65,24 @@ class StatefulApply(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class ModelApply(StatefulApply):
+    """`apply_fn(params, *batch)` of a model.
+
+    Attributes:
+        call: `call(params, state, *batch, **keywords)`.
+        state: variables that are not parameters, such as running averages; None if there are none.
+    """
+
+    call: Callable[..., Any]
+    state: Any = None
+
+    def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
+        return self.call(params, self.state, *batch, **keywords)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class NNXApply(StatefulApply):
-    """`apply_fn(params, *batch)` of an NNX model, in the mode (train or eval) that it was in.
+    """`apply_fn(params, *batch)` of an NNX model.
 
     Attributes:
         structure: graph definition of the model.
@@ -80,34 +96,6 @@ class NNXApply(StatefulApply):
         # It gets its own variables, because those from outside may not be written inside jit or grad.
         state = jax.tree.map(lambda leaf: leaf, self.state)
         return merged(self.structure, params, state)(*batch, **keywords)
-
-
-def from_nnx(model: nnx.Module) -> tuple[Any, NNXApply]:
-    """Split an NNX model into `(params, apply_fn)`, for `jaxeff.analyze` and everything that takes the two.
-
-    The model is not changed. Its arrays are shared, as by `nnx.split`: if you use the model afterwards, copy `params`
-    before a step donates them. The mode is kept: call `model.eval()` first to analyze the model as it serves
-    (dropout off, BatchNorm on running averages).
-
-    Returns:
-        The model's `nnx.Param` variables as an `nnx.State` (`nnx.update(model, params)` puts them
-        back), and a pure function of them and of the model's inputs.
-
-    Raises:
-        TypeError: `model` is not an NNX module.
-
-    >>> import jax.numpy as jnp
-    >>> params, apply_fn = from_nnx(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
-    >>> apply_fn(params, jnp.ones((2, 3))).shape
-    (2, 4)
-    """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"`model` must be an NNX module, got {type(model).__name__}: a Linen module is analyzed by its "
-            "variables and `model.apply`, any other model by `f(params, *batch)`"
-        )
-    structure, params, state = nnx.split(model, nnx.Param, ...)
-    return params, NNXApply(structure, state)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -199,8 +187,8 @@ def check_apply(apply_fn: Any) -> None:
         )
     if isinstance(apply_fn, nnx.Module):
         raise TypeError(
-            f"`apply_fn` is the NNX module {type(apply_fn).__name__} itself: pass what "
-            "`params, apply_fn = jaxeff.from_nnx(model)` gives"
+            f"`apply_fn` is the NNX module {type(apply_fn).__name__} itself: pass the model alone, (model, batch), or "
+            "what `params, apply_fn = jaxeff.functional(model)` gives"
         )
     if not callable(apply_fn):
         raise TypeError(

@@ -104,11 +104,13 @@ def named_leaves(params: Any, *, abstract: bool = False) -> dict[Path, Any]:
         ValueError: there are no leaves, or two have the same path.
     """
     if hasattr(params, "apply_fn") and hasattr(params, "params"):
-        raise TypeError(f"`params` is a {type(params).__name__}: pass its `.params`")
+        raise TypeError(
+            f"`params` is a {type(params).__name__}: pass it alone, (state, batch), or its `.params`"
+        )
     if isinstance(params, nnx.Module):
         raise TypeError(
             f"`params` is the module {type(params).__name__} itself: pass what "
-            "`params, apply_fn = jaxeff.from_nnx(model)` gives"
+            "`params, apply_fn = jaxeff.functional(model)` gives"
         )
     named: dict[Path, Any] = {}
     for path, leaf in leaves_by_path(params):
@@ -168,6 +170,14 @@ def leaves_by_path(tree: Any) -> list[tuple[Path, Any]]:
     [('attn/value', 2.0), ('kernel', 1.0)]
     """
     return [("/".join(map(key_name, keys)), leaf) for keys, leaf in _unboxed(tree)]
+
+
+def is_a(value: Any, package: str, *names: str) -> bool:
+    """Return whether a class of these names in a package, which is not imported, is among the value's."""
+    return any(
+        base.__name__ in names and base.__module__.partition(".")[0] == package
+        for base in type(value).__mro__
+    )
 
 
 def own_arrays(tree: Any) -> Any:

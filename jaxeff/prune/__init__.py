@@ -34,6 +34,7 @@ from jaxeff.prune._grouping import groups as groups
 from jaxeff.prune._groups import Group as Group
 from jaxeff.prune._groups import Groups as Groups
 from jaxeff.prune._groups import Member as Member
+from jaxeff.prune._keras import keras_callback as keras_callback
 from jaxeff.prune._layouts import Axes as Axes
 from jaxeff.prune._layouts import Layout as Layout
 from jaxeff.prune._layouts import Scores as Scores

@@ -117,7 +117,7 @@ def before_and_after(
 
     Args:
         before, after: `(params, apply_fn)`, as in `jaxeff.analyze`: `(variables, model.apply)`, or the result of
-            `jaxeff.from_nnx`.
+            `jaxeff.functional`.
         batches: a list with a batch for each size to time: `[x[:1], x[:32]]`. A tuple as a batch holds several
             positional inputs.
         evaluate: `(params, apply_fn) -> score`, such as the accuracy on held-out data; or a dict of scores.

@@ -18,6 +18,7 @@ from jaxeff.graph.coupling import couple
 from jaxeff.graph.evaluation import Hooks
 from jaxeff.graph.program import Operation, Program, scan_operands
 from jaxeff.graph.skipping import gated
+from jaxeff.model.adapters import resolve_both
 from jaxeff.model.apply import StatefulApply, from_apply
 from jaxeff.model.params import Params
 from jaxeff.output.shown import Shown
@@ -30,7 +31,7 @@ from jaxeff.prune._plans import Plan
 
 
 def block_influence(
-    params: Any, apply_fn: Callable, batch: Any, *, rngs: Any = None, **apply_kwargs: Any
+    params: Any, apply_fn: Callable | Any = None, batch: Any = None, *, rngs: Any = None, **apply_kwargs: Any
 ) -> dict[str, np.ndarray]:
     """Return how much each block changes the stream that it reads and writes.
 
@@ -57,6 +58,7 @@ def block_influence(
     >>> {name: found.round(2).tolist() for name, found in block_influence(params, model, jnp.ones((3, 2))).items()}
     {'w:0': [0.0, 0.28]}
     """
+    params, apply_fn, batch = resolve_both(params, apply_fn, batch)
     model = from_apply(Params.of(params), apply_fn, batch, rngs, apply_kwargs)
     function = model.function.without_capture()
     arguments = jax.tree.leaves((model.params, model.inputs))
@@ -158,8 +160,8 @@ class BlockOrder(Shown):
 
 def order_blocks(
     params: Any,
-    apply_fn: Callable,
-    batch: Any,
+    apply_fn: Callable | Any = None,
+    batch: Any = None,
     *,
     loss_fn: Callable[..., Any],
     targets: Any,
@@ -196,6 +198,7 @@ def order_blocks(
     >>> found.order
     (('w:0', 1), ('w:0', 2))
     """
+    params, apply_fn, batch = resolve_both(params, apply_fn, batch)
     found = groups(params, apply_fn, batch, rngs=rngs, **apply_kwargs)
     removable = [group for group in found.unlocked if group.kind == "block"]
     most = sum(group.size - 1 for group in removable)

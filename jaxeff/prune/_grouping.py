@@ -17,6 +17,7 @@ from jaxeff import graph
 from jaxeff.graph.blocks import Blocks, blocks_of, common_name, common_pattern
 from jaxeff.graph.coupling import UNREAD, couple
 from jaxeff.graph.coupling_labels import DEPTH, KINDS
+from jaxeff.model.adapters import resolve_both
 from jaxeff.model.apply import StatefulApply, from_apply
 from jaxeff.model.functions import TracedFunction
 from jaxeff.model.params import Params, named_leaves
@@ -26,8 +27,8 @@ from jaxeff.prune._named import in_modules, stand_in
 
 def groups(
     params: Any,
-    apply_fn: Callable,
-    batch: Any,
+    apply_fn: Callable | Any = None,
+    batch: Any = None,
     *,
     allow: Iterable[str] = (),
     rngs: Any = None,
@@ -42,8 +43,8 @@ def groups(
 
     Args:
         params: as `jaxeff.analyze` takes them: Linen variables, with all collections, or any tree of
-            arrays; also of `jax.ShapeDtypeStruct`.
-        apply_fn: `model.apply`, a function `f(params, *batch)`, or what `jaxeff.from_nnx` gives.
+            arrays; also of `jax.ShapeDtypeStruct`. Or a model that `jaxeff.functional` takes, followed by the batch.
+        apply_fn: `model.apply`, a function `f(params, *batch)`, or what `jaxeff.functional` gives.
         batch: the model's input, or a tuple of several; also of `jax.ShapeDtypeStruct`.
         allow: kinds of locks to leave out: 'statistics', over which data are summed, such as the residual
             stream under LayerNorm: the smaller model then differs from the masked one; 'scale', the size of
@@ -71,6 +72,7 @@ def groups(
         raise ValueError(
             f"`allow` may hold {', '.join(map(repr, sorted(KINDS)))}, got {sorted(unknown)[0]!r}"
         )
+    params, apply_fn, batch = resolve_both(params, apply_fn, batch)
     if isinstance(apply_fn, StatefulApply):
         apply_fn = apply_fn.with_state(jax.tree.map(stand_in, apply_fn.state))
     params, batch = (jax.tree.map(stand_in, tree) for tree in (params, batch))
@@ -144,6 +146,6 @@ def _check_state(found: Iterable[Group], state: Mapping[str, Any]) -> None:
         if group.locked == UNREAD and path in state:
             raise ValueError(
                 f"the model does not read {path!r}, whose size would stay unknown: run it as "
-                "it serves (`train=False`, `use_running_average=True`, or `model.eval()` before `from_nnx`), "
+                "it serves (`train=False`, `use_running_average=True`, `jaxeff.functional(model)` without `training`), "
                 "or leave the collection out"
             )

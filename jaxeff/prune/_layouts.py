@@ -19,6 +19,7 @@ from flax.core.meta import AxisMetadata
 from jax import Array
 
 from jaxeff.model import apply as models
+from jaxeff.model.adapters import resolve
 from jaxeff.model.params import Params, is_variables, named_leaves
 from jaxeff.model.roles import BIASES, last_name, role_of
 from jaxeff.output import text
@@ -188,7 +189,7 @@ class Layout(Mapping[str, Leaf]):
 
 def layout(
     params: Any,
-    apply_fn: Callable | None = None,
+    apply_fn: Callable | Any = None,
     batch: Any = None,
     *,
     prunable: Mapping[str, bool] | None = None,
@@ -219,6 +220,7 @@ def layout(
     >>> found["blocks/q"].axes
     Axes(inputs=(1,), units=(2,), layers=(0,))
     """
+    params, apply_fn, batch = resolve(params, apply_fn, batch)
     params = Params.of(params)
     named = params.named
     if apply_fn is None:

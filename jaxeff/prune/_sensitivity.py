@@ -18,6 +18,7 @@ from jax.core import Tracer
 from jaxeff._saving import saved_by_flax
 from jaxeff.model import apply as models
 from jaxeff.model import objective as objectives
+from jaxeff.model.adapters import resolve_both
 from jaxeff.model.objective import Arrays, Objective
 from jaxeff.model.params import Params, named_leaves, split_variables
 from jaxeff.model.roles import whole_numbers
@@ -179,8 +180,8 @@ def _reached(rises: np.ndarray, sparsities: np.ndarray, allowed: np.ndarray, sid
 
 def sensitivity(
     params: Any,
-    apply_fn: Callable,
-    batch: Any,
+    apply_fn: Callable | Any = None,
+    batch: Any = None,
     sparsities: Sequence[float] = SPARSITIES,
     *,
     loss_fn: Callable,
@@ -221,6 +222,7 @@ def sensitivity(
     """
     check_pattern(pattern)
     fractions = _checked_sparsities(sparsities, pattern)
+    params, apply_fn, batch = resolve_both(params, apply_fn, batch)
     params = Params.of(params)
     model, named = models.from_apply(params, apply_fn, batch, rngs, apply_kwargs), params.named
     layout = prunable if isinstance(prunable, Layout) else of_model(model)

@@ -99,7 +99,7 @@ def grouped(advice: Sequence[Recommendation], report: Snapshot) -> list[Recommen
 
     Those worth less than 0.1 % of the model's bytes are left out, and so are what does not fit: `recommend` has all.
     """
-    least = _LEAST * sum(row.bytes for row in report.rows)
+    least = _LEAST * sum(row.bytes for row in report.rows if not row.is_sum)
     joined = _joined(advice, _of_stack)
     worthy = [each for each in joined if each.saved_bytes is None or each.saved_bytes >= least]
     return (worthy if len(worthy) <= SHOWN else _joined(worthy, _of_kind))[:SHOWN]

@@ -148,6 +148,8 @@ class LayerStructure:
         unit_axes: axes of the weight that index its units.
         macs: multiply-accumulates per example; None if unknown.
         uncounted: whether the MACs are unknown because of a use inside a `while`.
+        is_sum: whether it is the sum of a weight and its low-rank update, which have rows of their own; no total
+            counts it.
     """
 
     path: str
@@ -162,6 +164,7 @@ class LayerStructure:
     macs: int | None
     # By keyword, for the fields of `LayerReport` that follow have no default.
     uncounted: bool = dataclasses.field(default=False, kw_only=True)
+    is_sum: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def size(self) -> int:

@@ -140,8 +140,9 @@ class Report(Shown):
     def analyzed_params(self) -> int:
         """Elements of the weights whose activations were read and, if scores rest on them, are finite."""
         seen = zip(self.structure, self.activities, strict=True)
-        read = sum(layer.size for layer, activity in seen if activity is not None)
-        return read - sum(row.size for row in self._fallen_back() if row.activity is not None)
+        read = sum(layer.size for layer, activity in seen if activity is not None and not layer.is_sum)
+        fallen_back = (row for row in self._fallen_back() if row.activity is not None and not row.is_sum)
+        return read - sum(row.size for row in fallen_back)
 
     def _fallen_back(self) -> list[LayerReport]:
         """Return weights scored by magnitude because the criterion's statistics are not finite, if that is known."""

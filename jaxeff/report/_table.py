@@ -199,7 +199,8 @@ def cells(row: LayerReport) -> tuple[str, ...]:
 def model(report: Snapshot) -> list[str]:
     """Return sentences on the model as a whole, the first on what its numbers can say."""
     model = report.model
-    counted = sum(row.size for row in report.rows if math.isfinite(float(row.metrics.effective_params)))
+    rows = [row for row in report.rows if not row.is_sum]
+    counted = sum(row.size for row in rows if math.isfinite(float(row.metrics.effective_params)))
     lines = [lead(report)] if report.rows else []
     lines += [
         f"Model: utilization {percent(float(model.utilization))} ({number(float(model.effective_params))} "
@@ -207,11 +208,11 @@ def model(report: Snapshot) -> list[str]:
         f"Scored by {report.criterion}.",
         f"Parameters: {model.total_params:,} in all; {shares(report)}.",
     ]
-    known = [row.macs for row in report.rows if row.macs is not None]
+    known = [row.macs for row in rows if row.macs is not None]
     if known:
         lines.append(
             f"Cost: {number(sum(known))} multiply-accumulates (MACs) an example in these layers, "
-            f"{number(sum(row.bytes for row in report.rows))} bytes of weights."
+            f"{number(sum(row.bytes for row in rows))} bytes of weights."
         )
     if model.relevance_residual is not None:
         lines.append(

@@ -22,7 +22,8 @@ def model(structure: Sequence[LayerStructure], numbers: LayerNumbers, total_para
     found = numbers.metrics
     xp = namespace(found.effective_params)
     sizes = np.asarray([layer.size for layer in structure], np.float32)
-    included = xp.isfinite(found.effective_params)
+    counted = np.asarray([not layer.is_sum for layer in structure], bool)
+    included = xp.isfinite(found.effective_params) & counted
     weights = xp.sum(xp.where(included, sizes, 0))
     # The mean is nan if there is no finite layer.
     over = xp.where(weights > 0, weights, math.nan)
@@ -34,7 +35,7 @@ def model(structure: Sequence[LayerStructure], numbers: LayerNumbers, total_para
     layers = xp.sum(included)
     found_model = ModelReport(
         total_params=total_params,
-        weights=sum(layer.size for layer in structure),
+        weights=sum(layer.size for layer in structure if not layer.is_sum),
         effective_params=effective,
         utilization=effective / over,
         compression_potential=1 - effective / over,
@@ -43,7 +44,7 @@ def model(structure: Sequence[LayerStructure], numbers: LayerNumbers, total_para
         pooled_effective_params=pooled,
         pooled_utilization=pooled / over,
         **weighted,
-        excluded=xp.sum(~included, dtype=np.int32),
+        excluded=xp.sum(~included & counted, dtype=np.int32),
     )
     return jax.tree.map(lambda number: _narrowed(number, found.mean.dtype), found_model)
 

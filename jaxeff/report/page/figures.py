@@ -229,7 +229,7 @@ def _height(fraction: float) -> float:
 
 def cost(layers: Sequence[LayerReport]) -> Chart:
     """Chart each layer's share of the cost, and how far its utilization lies below its null."""
-    found = [(row, spare) for row in layers if (spare := _spare(row)) is not None]
+    found = [(row, spare) for row in layers if not row.is_sum and (spare := _spare(row)) is not None]
     by_macs = has_macs(layers)
     costs = [float(row.macs or 0) if by_macs else float(row.size) for row, _ in found]
     total = sum(costs) or 1.0
@@ -282,8 +282,9 @@ def _spare(row: LayerReport) -> float | None:
 
 def ranking(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
     """Return the layers with the most weights to spare: null less utilization, times the size."""
-    total = sum(row.size for row in layers)
-    found = [(index, spare) for index, row in enumerate(layers) if (spare := _spare(row) or 0.0) > _NOISE]
+    counted = [(index, row) for index, row in enumerate(layers) if not row.is_sum]
+    total = sum(row.size for _, row in counted)
+    found = [(index, spare) for index, row in counted if (spare := _spare(row) or 0.0) > _NOISE]
     at_stake = sorted(
         ((spare * layers[index].size, index) for index, spare in found), key=lambda pair: -pair[0]
     )
