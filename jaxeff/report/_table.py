@@ -25,7 +25,7 @@ from jaxeff.output.text import (
 from jaxeff.report._limits import LIMITS
 from jaxeff.report._recommendations import grouped, recommend
 from jaxeff.report._records import AttentionReport, LayerReport, Snapshot
-from jaxeff.report._stacks import Stack, stacks
+from jaxeff.report._stacks import Stack, alone, folded, named
 
 HEADER = (
     "layer", "shape", "emits", "weights", "bytes", "MACs",
@@ -94,16 +94,12 @@ def fold(rows: Sequence[LayerReport], shown: Sequence[int], blocks: bool = False
         shown: indices of the layers to show, in that order.
         blocks: whether each layer has a row of its own, however many there are.
     """
-    found = [] if blocks or len(shown) <= _PLAIN else stacks([rows[index] for index in shown])
-    first = {min(stack.members): stack for stack in found}
-    inside = {place for stack in found for place in stack.members}
-    # `stacks` saw only what is shown, so the members are places among them.
+    if blocks or len(shown) <= _PLAIN:
+        return [alone(rows[index].path, index) for index in shown]
+    # Members are places among what is shown.
     return [
-        first[place]._replace(members=tuple(shown[each] for each in first[place].members))
-        if place in first
-        else Stack(rows[index].path, "", (index,), ())
-        for place, index in enumerate(shown)
-        if place in first or place not in inside
+        stack._replace(members=tuple(shown[place] for place in stack.members))
+        for stack in folded([named(rows[index]) for index in shown])
     ]
 
 
