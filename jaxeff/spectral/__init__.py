@@ -2,6 +2,6 @@
 
 from jaxeff.spectral._null import Expected as Expected
 from jaxeff.spectral._null import SpectralNull as SpectralNull
-from jaxeff.spectral._records import Spectra as Spectra
 from jaxeff.spectral._records import Spectrum as Spectrum
+from jaxeff.spectral._result import Spectra as Spectra
 from jaxeff.spectral._spectra import spectra as spectra

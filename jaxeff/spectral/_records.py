@@ -1,18 +1,16 @@
-"""The result: one row for each matrix."""
+"""The numbers of one matrix."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from jaxeff.output.shown import Shown
-from jaxeff.output.text import terminal_width
-from jaxeff.spectral import _table as table
+from jaxeff.output.text import aligned, number
 from jaxeff.spectral._null import LAWS, SpectralNull, utilization
 from jaxeff.spectral._power_law import alpha
 
@@ -54,7 +52,14 @@ class Spectrum(Shown):
     note: str | None = None
 
     def __str__(self) -> str:
-        return table.one(self)
+        lines = [("number", "value", "random numbers")]
+        for field in dataclasses.fields(self.null):
+            expected = getattr(self.null, field.name)
+            bounds = f"{number(expected.low)} to {number(expected.high)}"
+            lines.append((field.name.replace("_", " "), number(getattr(self, field.name)), bounds))
+        rank = [] if self.output_rank is None else [f"output rank {self.output_rank:,}"]
+        facts = [*rank, *(text for text in (self.verdict, self.reason, self.note) if text)]
+        return "\n".join([f"{self.path}: {self.rows:,} x {self.columns:,}", *aligned(lines), *facts])
 
     @property
     def size(self) -> int:
@@ -133,49 +138,3 @@ class Spectrum(Shown):
             "reason": self.reason,
             "note": self.note,
         }
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Spectra(Shown):
-    """The spectra of a model's weights. `str(spectra)` is a table; `spectra[path]` is one matrix.
-
-    Attributes:
-        rows: one for each matrix, in the order of the parameters, or of the program if it is known.
-        share: of the squared outputs that each `output_rank` keeps; None if it was not asked for.
-    """
-
-    rows: tuple[Spectrum, ...]
-    share: float | None = None
-
-    def __getitem__(self, path: str) -> Spectrum:
-        for row in self.rows:
-            if row.path == path:
-                return row
-        raise KeyError(f"no matrix {path!r}; there are {', '.join(row.path for row in self.rows[:5])}, ...")
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the paths of the matrices."""
-        return (row.path for row in self.rows)
-
-    def __contains__(self, path: object) -> bool:
-        return any(row.path == path for row in self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def table(self, *, width: int | None = None, blocks: bool = False, alpha: bool = False) -> str:
-        """Return a row for each matrix, as text; measured over expected of random numbers is 1.00 for noise.
-
-        Args:
-            width: in columns; that of the terminal by default.
-            blocks: whether each block of a deep model has a row of its own.
-            alpha: whether to add WeightWatcher's alpha.
-        """
-        return table.render(self, terminal_width() if width is None else width, blocks=blocks, alpha=alpha)
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def to_records(self) -> list[dict[str, Any]]:
-        """Return a dictionary of plain Python data for each matrix: for pandas, CSV or JSON."""
-        return [row.to_record() for row in self.rows]

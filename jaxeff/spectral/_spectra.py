@@ -20,7 +20,8 @@ from jaxeff.spectral import _singular_values as numbers
 from jaxeff.spectral._matrices import Matrix, matrices, roles
 from jaxeff.spectral._null import null
 from jaxeff.spectral._output_rank import moments_of, output_rank
-from jaxeff.spectral._records import Spectra, Spectrum
+from jaxeff.spectral._records import Spectrum
+from jaxeff.spectral._result import Spectra
 from jaxeff.statistics import HeadSlices, Statistics
 from jaxeff.statistics.observe import observe
 

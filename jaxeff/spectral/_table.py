@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from jaxeff.output.text import UNKNOWN, aligned, number, percent, ranged, section, wrapped
 from jaxeff.report._stacks import alone, folded
-
-if TYPE_CHECKING:
-    from jaxeff.spectral._records import Spectra, Spectrum
+from jaxeff.spectral._records import Spectrum
 
 _PLAIN = 20  # rows of a table that fits a screen, and is not folded
 _HEADER = (
@@ -18,40 +15,26 @@ _HEADER = (
 _DISPENSABLE = ("b null", "size", "u/null", "beyond", "effective", "stable")
 
 
-def render(spectra: Spectra, width: int, *, blocks: bool, alpha: bool) -> str:
-    if not spectra.rows:
+def render(rows: Sequence[Spectrum], share: float | None, width: int, *, blocks: bool, alpha: bool) -> str:
+    if not rows:
         return "No matrices: no floating leaf has two axes or more."
-    if blocks or len(spectra) <= _PLAIN:
-        stacks = [alone(row.path, place) for place, row in enumerate(spectra.rows)]
+    if blocks or len(rows) <= _PLAIN:
+        stacks = [alone(row.path, place) for place, row in enumerate(rows)]
     else:
-        stacks = folded([(row.path, (row.shape, row.rows, row.columns)) for row in spectra.rows])
-    members = [[spectra.rows[index] for index in stack.members] for stack in stacks]
+        stacks = folded([(row.path, (row.shape, row.rows, row.columns)) for row in rows])
+    members = [[rows[index] for index in stack.members] for stack in stacks]
     cells = [_cells(stack.label, rows, alpha) for stack, rows in zip(stacks, members, strict=True)]
     lines = aligned([_HEADER, *cells], width, dispensable=_DISPENSABLE)
-    lines += ["", *wrapped(_legend(spectra), width)]
+    lines += ["", *wrapped(_legend(share), width)]
     named = [*zip((stack.label for stack in stacks), members, strict=True)]
     lines += section(width, "Indistinguishable from random numbers:", _random(named))
-    lines += section(width, "Without numbers, or without a verdict:", _by_text(spectra.rows, "reason"))
-    lines += section(width, "Notes:", _by_text(spectra.rows, "note"))
+    lines += section(width, "Without numbers, or without a verdict:", _by_text(rows, "reason"))
+    lines += section(width, "Notes:", _by_text(rows, "note"))
     return "\n".join(lines)
 
 
-def one(row: Spectrum) -> str:
-    """Render one matrix: each number with the range of 95 % of random ones."""
-    lines = [("number", "value", "random numbers")]
-    for name in ("utilization", "effective_rank", "stable_rank", "energy_beyond_edge"):
-        expected = getattr(row.null, name)
-        bounds = f"{number(expected.low)} to {number(expected.high)}"
-        lines.append((name.replace("_", " "), number(getattr(row, name)), bounds))
-    rank = [] if row.output_rank is None else [f"output rank {row.output_rank:,}"]
-    facts = [*rank, *(text for text in (row.verdict, row.reason, row.note) if text)]
-    return "\n".join([f"{row.path}: {row.rows:,} x {row.columns:,}", *aligned(lines), *facts])
-
-
-def _legend(spectra: Spectra) -> str:
-    rank = (
-        f" rank keeps {percent(spectra.share)} of the squared outputs on the batch." if spectra.share else ""
-    )
+def _legend(share: float | None) -> str:
+    rank = f" rank keeps {percent(share)} of the squared outputs on the batch." if share else ""
     return (
         "effective and stable rank, e/null and s/null over those of random numbers, as u/null is for utilization: "
         f"1.00 is noise. beyond: energy beyond the Marchenko-Pastur edge, b null what noise has.{rank}"
