@@ -375,9 +375,15 @@ def test_alpha_is_the_exponent_of_a_power_law(exponent):
     assert alpha(7 * np.sqrt(draws)) == pytest.approx(alpha(np.sqrt(draws)))
 
 
-def test_alpha_of_less_than_two_values_is_unknown():
-    assert math.isnan(alpha(np.array([1.0])))
-    assert math.isnan(alpha(np.array([1.0, 1.0, 0.0])))
+def test_alpha_of_few_values_is_unknown():
+    assert math.isnan(alpha(normal(19) ** 2))
+    assert math.isnan(alpha(np.ones(30)))
+    assert alpha(np.append(normal(20) ** 2, np.zeros(5))) > 1
+
+
+def test_alpha_is_that_of_weightwatcher():
+    # WeightWatcher 0.7.7: WWFit(np.arange(1, 101) ** 1.5).alpha
+    assert alpha(np.arange(1, 101) ** 0.75) == pytest.approx(6.452549860810284, rel=1e-9)
 
 
 # What shows

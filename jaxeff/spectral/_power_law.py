@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+_FEWEST = 20
+_ZERO = 1e-9
 
 
 def alpha(values: np.ndarray) -> float:
     """Return the exponent of the power law p(x) ~ x^-alpha that fits the largest eigenvalues s^2 best.
 
     alpha = 1 + n / sum ln(x / x_min) over the n eigenvalues from x_min on, the maximum of the likelihood. x_min is the
-    eigenvalue for which the greatest distance between the fitted and the actual distribution (Kolmogorov and Smirnov)
-    is least. nan for fewer than two different eigenvalues above 0.
+    eigenvalue for which the largest |F(x) - i / n| is least, with F the fitted distribution and i = 0 to n - 1, as in
+    WeightWatcher 0.7.7. nan for fewer than 20 eigenvalues above 0, for which WeightWatcher has another fit.
 
     Args:
         values: the singular values s, in any order.
@@ -24,20 +29,18 @@ def alpha(values: np.ndarray) -> float:
     3.0
     """
     positive = np.sort(values[values > 0])
-    # Singular values of 0 come with rounding; a fit to their logarithms would start among them.
-    positive = positive[positive > 1e-9 * positive[-1]] if positive.size else positive
+    # What rounding makes of singular values of 0 is no tail.
+    positive = positive[positive > _ZERO * positive[-1]] if positive.size else positive
     logs = 2 * np.log(positive)
-    best, distance = float("nan"), float("inf")
-    for start in range(len(logs) - 1):
+    best, distance = math.nan, math.inf
+    for start in range(len(logs) - 1 if len(logs) >= _FEWEST else 0):
         beyond = logs[start:] - logs[start]
         total = float(np.sum(beyond))
         if total <= 0:
             break
         count = len(beyond)
         exponent = 1 + count / total
-        fitted = 1 - np.exp((1 - exponent) * beyond)
-        steps = np.arange(count + 1) / count
-        apart = max(float(np.max(fitted - steps[:-1])), float(np.max(steps[1:] - fitted)))
+        apart = float(np.max(np.abs(1 - np.exp((1 - exponent) * beyond) - np.arange(count) / count)))
         if apart < distance:
             best, distance = exponent, apart
     return best
