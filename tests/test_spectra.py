@@ -107,8 +107,8 @@ def test_a_matrix_of_rank_one_has_rank_one():
 
 # Shapes with the number of draws: single draws of small matrices spread, their mean does not.
 NOISE = {
-    (2, 2): 4000, (2, 4096): 100, (3, 40): 2000, (8, 8): 3000, (16, 64): 500, (32, 33): 500,
-    (33, 33): 500, (40, 300): 100, (100, 100): 200, (128, 512): 20, (512, 128): 20, (300, 300): 30, (1000, 1000): 1,
+    (2, 2): 3000, (2, 4096): 100, (3, 40): 1000, (8, 8): 1000, (16, 64): 200, (32, 33): 150,
+    (33, 33): 150, (40, 300): 60, (100, 100): 40, (128, 512): 10, (512, 128): 10, (300, 300): 10, (1000, 1000): 1,
 }  # fmt: skip
 
 
@@ -233,6 +233,26 @@ def test_arguments_are_checked(options, message):
 # Models
 
 
+def grouped_attention(params, x):
+    queries = jnp.einsum("btd,dhk->bthk", x, params["q"]).reshape(*x.shape[:2], 2, 2, 3)
+    keys, values = (jnp.einsum("btd,dgk->btgk", x, params[name]) for name in "kv")
+    weights = jax.nn.softmax(jnp.einsum("btghk,bsgk->bghts", queries, keys))
+    mixed = jnp.einsum("bghts,bsgk->btghk", weights, values)
+    return mixed.reshape(*x.shape[:2], 12) @ params["o"]
+
+
+def test_heads_that_share_keys_are_a_group():
+    params = {"q": normal(6, 4, 3), "k": normal(6, 2, 3), "v": normal(6, 2, 3), "o": normal(12, 6)}
+    params = jax.tree.map(np.float32, params)
+    result = jaxeff.spectra(params, grouped_attention, jnp.asarray(normal(2, 5, 6), jnp.float32), heads=True)
+    for group in range(2):
+        part = params["q"][:, 2 * group : 2 * group + 2].reshape(6, 6)
+        want = np.linalg.svd(part, compute_uv=False)
+        np.testing.assert_allclose(result[f"q group {group}"].singular_values, want, rtol=1e-5)
+        want = np.linalg.svd(params["k"][:, group], compute_uv=False)
+        np.testing.assert_allclose(result[f"k group {group}"].singular_values, want, rtol=1e-5)
+
+
 class Convolution(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -281,6 +301,23 @@ def test_attention_has_one_matrix_or_one_for_each_head():
             part = kernel[head] if name == "out" else kernel[:, head]
             want = np.linalg.svd(part, compute_uv=False)
             np.testing.assert_allclose(heads[f"{path} head {head}"].singular_values, want, rtol=1e-5)
+
+
+def batched_attention(params, x):
+    queries, keys, values = (jnp.einsum("btd,hdk->bhtk", x, params[name]) for name in "qkv")
+    weights = jax.nn.softmax(jnp.einsum("bhtk,bhsk->bhts", queries, keys))
+    return jnp.einsum("bhtk,hkd->bhtd", jnp.einsum("bhts,bhsk->bhtk", weights, values), params["o"]).sum(1)
+
+
+def test_heads_of_a_batched_product_are_matrices_with_or_without_heads():
+    params = {name: normal(4, 6, 3).astype(np.float32) for name in "qkv"} | {"o": normal(4, 3, 6)}
+    x = jnp.asarray(normal(2, 5, 6), jnp.float32)
+    for heads in (False, True):
+        result = jaxeff.spectra(params, batched_attention, x, heads=heads)
+        for head in range(4):
+            want = np.linalg.svd(params["o"][head], compute_uv=False)
+            np.testing.assert_allclose(result[f"o[{head}]"].singular_values, want, rtol=1e-5)
+    assert result["q head 3"].rows == 6
 
 
 def scanned(params, x):

@@ -37,14 +37,24 @@ class Matrix(NamedTuple):
     """One matrix of a weight.
 
     Attributes:
-        path: of the layer, 'blocks/kernel[3]', and 'blocks/kernel[3] head 1' for a head.
-        place: index along the axes of `Roles.batch`.
+        path: of the layer, 'blocks/kernel[3]'; with ' head 1' or ' group 1' at the end for a part.
         elements: [rows, columns].
     """
 
     path: str
-    place: tuple[int, ...]
     elements: np.ndarray
+
+
+class Heads(NamedTuple):
+    """The parts of a weight that belong to attention heads.
+
+    Attributes:
+        slices: of each head, or of each group of heads that share keys and values.
+        name: 'head' or 'group'.
+    """
+
+    slices: HeadSlices
+    name: str
 
 
 def roles(path: str, shape: Sequence[int], axes: Axes | None) -> Roles:
@@ -76,34 +86,26 @@ def _others(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(axis for axis in range(len(shape)) if axis not in axes)
 
 
-def matrices(
-    path: str, weight: np.ndarray, found: Roles, heads: HeadSlices | None = None
-) -> Iterator[Matrix]:
+def matrices(path: str, weight: np.ndarray, found: Roles, heads: Heads | None = None) -> Iterator[Matrix]:
     """Return the matrices of a weight one after the other.
 
     Args:
-        heads: the part of each head, to return one matrix for each head instead of one for all.
+        heads: the parts of the heads, for one matrix of each instead of one of all.
     """
+    order = (*found.batch, *found.rows, *found.columns)
     for place in itertools.product(*(range(weight.shape[axis]) for axis in found.batch)):
         label = path + (f"[{','.join(map(str, place))}]" if place else "")
-        at_axis = dict(zip(found.batch, place, strict=True))
-        for name, along in _parts(label, heads, found):
-            index = [
-                slice(at_axis[axis], at_axis[axis] + 1) if axis in at_axis else slice(None)
-                for axis in range(weight.ndim)
-            ]
-            part = weight[tuple(index)]
-            part = part if along is None or heads is None else np.take(part, along, axis=heads.axis)
+        index = [slice(None)] * weight.ndim
+        for axis, at in zip(found.batch, place, strict=True):
+            index[axis] = slice(at, at + 1)
+        for name, part in _parts(label, weight[tuple(index)], heads):
             count = math.prod(part.shape[axis] for axis in found.columns)
-            order = (*found.batch, *found.rows, *found.columns)
-            yield Matrix(name, place, np.transpose(part, order).reshape(-1, count))
+            yield Matrix(name, np.transpose(part, order).reshape(-1, count))
 
 
-def _parts(
-    label: str, heads: HeadSlices | None, found: Roles
-) -> Iterator[tuple[str, tuple[int, ...] | None]]:
-    if heads is None or heads.axis in found.batch:
-        yield label, None
+def _parts(label: str, part: np.ndarray, heads: Heads | None) -> Iterator[tuple[str, np.ndarray]]:
+    if heads is None:
+        yield label, part
         return
-    for head, indices in enumerate(heads.indices):
-        yield f"{label} head {head}", indices
+    for index, indices in enumerate(heads.slices.indices):
+        yield f"{label} {heads.name} {index}", np.take(part, indices, axis=heads.slices.axis)

@@ -56,7 +56,7 @@ class SpectralNull(Shown):
 def null(rows: int, columns: int) -> SpectralNull:
     """Return the null of a matrix of this shape.
 
-    The mean of a large matrix is within 0.4 % of simulations for the effective rank, 1 % for the stable rank.
+    The mean of a large matrix is within 0.2 % of simulations for the effective rank, 0.5 % for the stable rank.
 
     References:
         Marchenko and Pastur, 1967. Bai and Silverstein, CLT for Linear Spectral Statistics, 2004 (mean and variance of

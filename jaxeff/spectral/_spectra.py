@@ -17,12 +17,12 @@ from jaxeff.numerics import placement
 from jaxeff.prune import Layout
 from jaxeff.prune import _layouts as layouts
 from jaxeff.spectral import _singular_values as numbers
-from jaxeff.spectral._matrices import Matrix, matrices, roles
+from jaxeff.spectral._matrices import Heads, Matrix, matrices, roles
 from jaxeff.spectral._null import null
 from jaxeff.spectral._output_rank import moments_of, output_rank
 from jaxeff.spectral._records import Spectrum
 from jaxeff.spectral._result import Spectra
-from jaxeff.statistics import HeadSlices, Statistics
+from jaxeff.statistics import Statistics
 from jaxeff.statistics.observe import observe
 
 _ROLES = ("weight", "embedding")
@@ -55,7 +55,8 @@ def spectra(
         statistics: from `jaxeff.collect(..., hessians=True)` or `jaxeff.calibrate`, instead of `apply_fn` and `batch`.
         share: of the squared outputs on the batch that `output_rank` keeps. It takes second moments of the inputs,
             4 inputs^2 bytes for each use of each weight. None only traces the model, and compiles nothing.
-        heads: whether each attention head has a matrix of its own, which takes a model.
+        heads: whether each attention head, or group of heads that share keys and values, has a matrix of its own. It
+            takes a model, and such a matrix has no output rank.
         rngs, **apply_kwargs: passed to `apply_fn`.
 
     Returns:
@@ -126,7 +127,7 @@ def _rows(
     named: Mapping[str, Any], layout: Layout, statistics: Statistics | None, share: float | None, heads: bool
 ) -> Iterator[Spectrum]:
     sites = () if statistics is None else statistics.sites
-    slices = _slices(statistics) if heads and statistics is not None else {}
+    parts = _heads(statistics) if heads and statistics is not None else {}
     order = layout if statistics is None else [info.path for info in statistics.params]
     for path in order:
         leaf = layout[path]
@@ -134,26 +135,29 @@ def _rows(
             continue
         found = roles(path, leaf.shape, leaf.axes)
         own = tuple(size for axis, size in enumerate(leaf.shape) if axis not in found.batch)
-        moments = None
-        if share is not None and path not in slices:
+        part = parts.get(path)
+        if part is not None and part.slices.axis in found.batch:
+            part = None  # its heads are matrices of their own anyway
+        moments: np.ndarray | str | None = None
+        if share is not None and part is None:
             moments = moments_of([site for site in sites if site.path == path])
-        for index, matrix in enumerate(
-            matrices(path, placement.to_host(named[path]), found, slices.get(path))
-        ):
+        for index, matrix in enumerate(matrices(path, placement.to_host(named[path]), found, part)):
             row = _spectrum(matrix, own, found.note)
-            if share is None or moments is None or row.reason == _NOT_FINITE:
+            if row.reason == _NOT_FINITE or moments is None or share is None:
                 yield row
+            elif isinstance(moments, str):
+                yield _with_output_rank(row, moments)
             else:
-                rank = (
-                    moments
-                    if isinstance(moments, str)
-                    else output_rank(matrix.elements, moments[index], share)
-                )
-                yield _with_output_rank(row, rank)
+                yield _with_output_rank(row, output_rank(matrix.elements, moments[index], share))
 
 
-def _slices(statistics: Statistics) -> dict[str, HeadSlices]:
-    return {piece.path: piece for attention in statistics.attentions for piece in attention.slices}
+def _heads(statistics: Statistics) -> dict[str, Heads]:
+    """Return the parts of the heads, by the path of the weight."""
+    return {
+        piece.path: Heads(piece, "head" if attention.units == attention.heads else "group")
+        for attention in statistics.attentions
+        for piece in attention.slices
+    }
 
 
 def _spectrum(matrix: Matrix, shape: tuple[int, ...], note: str | None) -> Spectrum:
