@@ -439,6 +439,24 @@ def test_showing_compiles_nothing(caplog):
     assert "alpha" in result.table(alpha=True)
 
 
+def test_a_report_takes_them_as_columns():
+    params = {f"block{index}": {"kernel": normal(20, 20, seed=index)} for index in range(24)} | {
+        "b": np.ones(4)
+    }
+    params |= {"constant": {"kernel": np.ones((20, 20))}}
+    report, result = jaxeff.analyze(params), jaxeff.spectra(params)
+    lines = report.table(columns=result.columns()).splitlines()
+    assert lines[0].split()[-2:] == ["e/null", "s/null"]
+    ranks = [row.effective_rank_ratio for row in result.rows[:-1]]
+    (folded,) = [line for line in lines if line.startswith("block0–23/kernel")]
+    assert folded.split()[-2] == f"{min(ranks):.3g}–{max(ranks):.3g}"
+    (constant,) = [line for line in lines if line.startswith("constant/kernel")]
+    assert float(constant.split()[-1]) == pytest.approx(result["constant/kernel"].stable_rank_ratio, rel=0.01)
+    assert report.table(columns={"mine": {"constant/kernel": 7.0}}).count("mine") == 1
+    with pytest.raises(ValueError, match="'mine' has a number for no layer"):
+        _ = report.table(columns={"mine": {"b": 1.0}})
+
+
 def test_a_matrix_is_found_by_its_path():
     result = jaxeff.spectra({"a": {"kernel": normal(3, 3)}, "a_bias": np.ones(3)})
     assert len(result) == 1

@@ -53,6 +53,18 @@ class Spectra(Shown):
     def __str__(self) -> str:
         return self.table()
 
+    def columns(self) -> dict[str, dict[str, float]]:
+        """Return columns for the table of a report: `report.table(columns=spectra.columns())`.
+
+        They are the effective and the stable rank over those of random numbers, and the output rank if it is known.
+        """
+        found = {
+            "e/null": {row.path: row.effective_rank_ratio for row in self.rows},
+            "s/null": {row.path: row.stable_rank_ratio for row in self.rows},
+        }
+        ranks = {row.path: float(row.output_rank) for row in self.rows if row.output_rank is not None}
+        return found | ({"rank": ranks} if ranks else {})
+
     def to_records(self) -> list[dict[str, Any]]:
         """Return a dictionary of plain Python data for each matrix: for pandas, CSV or JSON."""
         return [row.to_record() for row in self.rows]
