@@ -31,7 +31,7 @@ from jaxeff.plot._canvas import (
     whole_numbers,
 )
 from jaxeff.report import LayerReport, Report
-from jaxeff.report._stacks import named, stacks
+from jaxeff.report._stacks import stacks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,7 +98,7 @@ def depth(report: Report, metric: str = "utilization", ax: Axes | None = None) -
         ValueError: there is no such metric, or the report holds several models.
     """
     name, rows, drawn = _known(metric), single(report).rows, axes_or_new(ax)
-    kinds = stacks([named(row) for row in rows])
+    kinds = stacks(rows)
     values = [[float(getattr(rows[index].metrics, name)) for index in kind.members] for kind in kinds]
     if not kinds:
         return say(drawn, "No three layers differ only in the number of their block." if rows else NO_LAYER)

@@ -40,6 +40,14 @@ class Stack(NamedTuple):
         return f"{self.before}{ends}{self.after}"
 
 
+def stacks(rows: Sequence[LayerReport]) -> list[Stack]:
+    """Return the stacks of at least three layers, in the order of their first layers.
+
+    Layers of a stack agree in shape, dtype, kind and nonlinearity.
+    """
+    return _stacks([named(row) for row in rows])
+
+
 def alone(path: str, index: int) -> Stack:
     """Return the stack of a single layer."""
     return Stack(path, "", (index,), ())
@@ -62,7 +70,7 @@ def folded(rows: Sequence[tuple[str, Hashable]]) -> list[Stack]:
     >>> [stack.label for stack in folded([("b0/w", 8), ("out", 8), ("b1/w", 8), ("b2/w", 8)])]
     ['b0–2/w', 'out']
     """
-    found = stacks(rows)
+    found = _stacks(rows)
     first = {min(stack.members): stack for stack in found}
     inside = {place for stack in found for place in stack.members}
     return [
@@ -72,8 +80,7 @@ def folded(rows: Sequence[tuple[str, Hashable]]) -> list[Stack]:
     ]
 
 
-def stacks(rows: Sequence[tuple[str, Hashable]]) -> list[Stack]:
-    """Return the stacks of at least three layers, in the order of their first layers; `rows` as for `folded`."""
+def _stacks(rows: Sequence[tuple[str, Hashable]]) -> list[Stack]:
     candidates = [list(_candidates(*row)) for row in rows]
     counts = Counter(key for keys in candidates for key, _ in keys)
     found: dict[_Key, list[tuple[int, int]]] = {}
