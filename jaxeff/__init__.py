@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from jaxeff.report import ModelReport as ModelReport
     from jaxeff.report import Recommendation as Recommendation
     from jaxeff.report import Report as Report
+    from jaxeff.spectral import Spectra as Spectra
+    from jaxeff.spectral import spectra as spectra
     from jaxeff.statistics import Statistics as Statistics
     from jaxeff.statistics import merge as merge
 
@@ -58,6 +60,7 @@ _NAMES = {
     "advice": ("Advice",),
     "model.adapters": ("functional", "restore"),
     "report": ("Activity", "LayerReport", "ModelReport", "Recommendation", "Report"),
+    "spectral": ("Spectra", "spectra"),
     "statistics": ("Statistics", "merge"),
 }
 _PLACES = {name: module for module, names in _NAMES.items() for name in names}

@@ -73,6 +73,8 @@ RESULTS = {
     ),
     "cost": lambda: cost.count(deep()[0], Deep().apply, deep()[1]),
     "floor": lambda: cost.floor(Deep().apply, *deep()[:2], chip="tpu v5e"),
+    "spectra": lambda: jaxeff.spectra(deep()[0]),
+    "spectrum": lambda: jaxeff.spectra(deep()[0]).rows[0],
     "pathways": lambda: jaxeff.pathways(deep()[2], groups(), prune.scored(deep()[0])),
     "sketch": lambda: sketch.count(jnp.ones(5)),
     "summary": lambda: metrics.summarize(jnp.arange(5.0)),

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -223,7 +223,13 @@ class Report(Shown):
         """
         return recommend(self.snapshot(), sensitivity=sensitivity)
 
-    def table(self, pattern: str = "*", *, blocks: bool = False) -> str:
+    def table(
+        self,
+        pattern: str = "*",
+        *,
+        blocks: bool = False,
+        columns: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> str:
         """Return the table, as `print(report)` shows it, or the part of it that is of interest.
 
         In a table of more than 20 layers, at least three that differ only in the number of their block share a row:
@@ -233,13 +239,16 @@ class Report(Shown):
             pattern: of the paths of the layers to show, such as "*/attention/*"; * stands for any text, ? for one
                 character. The text below the rows covers all layers.
             blocks: whether each block has a row of its own.
+            columns: more columns, such as `jaxeff.spectra(params).columns()`: by heading, a number for each path.
 
         Raises:
             TypeError: the pattern is not a string.
-            ValueError: no layer matches the pattern, or the report holds several models or steps.
+            ValueError: no layer matches the pattern, a column has none of the report's paths, or the report holds
+                several models or steps.
         """
         snapshot = self.snapshot()
-        return table.render(snapshot, table.matching(snapshot, pattern), blocks=blocks)
+        table.check_columns(snapshot, columns or {})
+        return table.render(snapshot, table.matching(snapshot, pattern), blocks=blocks, columns=columns)
 
     def scalars(self, *patterns: str) -> dict[str, float]:
         """Return about a dozen numbers of the model under flat names, for any tracker; more by pattern.

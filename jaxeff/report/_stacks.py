@@ -43,10 +43,45 @@ class Stack(NamedTuple):
 def stacks(rows: Sequence[LayerReport]) -> list[Stack]:
     """Return the stacks of at least three layers, in the order of their first layers.
 
-    Layers of a stack agree in shape, dtype, kind and nonlinearity. Where a path has several numbers, the first that
-    gives a stack counts: 'block3/Dense_1/kernel' belongs to 'block*/Dense_1/kernel'.
+    Layers of a stack agree in shape, dtype, kind and nonlinearity.
     """
-    candidates = [list(_candidates(row)) for row in rows]
+    return _stacks([named(row) for row in rows])
+
+
+def alone(path: str, index: int) -> Stack:
+    """Return the stack of a single layer."""
+    return Stack(path, "", (index,), ())
+
+
+def named(row: LayerReport) -> tuple[str, Hashable]:
+    """Return a layer's path, and the facts in which it agrees with the others of its stack."""
+    return row.path, (row.shape, row.dtype, row.kind, row.nonlinearity)
+
+
+def folded(rows: Sequence[tuple[str, Hashable]]) -> list[Stack]:
+    """Return the stacks of at least three layers, each at the place of its first, and every other layer alone.
+
+    Where a path has several numbers, the first that gives a stack counts: 'block3/Dense_1/kernel' belongs to
+    'block*/Dense_1/kernel'.
+
+    Args:
+        rows: the path of each layer, and the facts in which the layers of a stack agree.
+
+    >>> [stack.label for stack in folded([("b0/w", 8), ("out", 8), ("b1/w", 8), ("b2/w", 8)])]
+    ['b0–2/w', 'out']
+    """
+    found = _stacks(rows)
+    first = {min(stack.members): stack for stack in found}
+    inside = {place for stack in found for place in stack.members}
+    return [
+        first[place] if place in first else alone(path, place)
+        for place, (path, _) in enumerate(rows)
+        if place in first or place not in inside
+    ]
+
+
+def _stacks(rows: Sequence[tuple[str, Hashable]]) -> list[Stack]:
+    candidates = [list(_candidates(*row)) for row in rows]
     counts = Counter(key for keys in candidates for key, _ in keys)
     found: dict[_Key, list[tuple[int, int]]] = {}
     for index, keys in enumerate(candidates):
@@ -61,11 +96,10 @@ def stacks(rows: Sequence[LayerReport]) -> list[Stack]:
 _Key = tuple[str, str, Hashable]
 
 
-def _candidates(row: LayerReport) -> Iterator[tuple[_Key, int]]:
+def _candidates(path: str, alike: Hashable) -> Iterator[tuple[_Key, int]]:
     """Return for each number of a path what is around it, with the facts in which a stack agrees."""
-    alike = (row.shape, row.dtype, row.kind, row.nonlinearity)
-    for number in _NUMBER.finditer(row.path):
-        yield (row.path[: number.start()], row.path[number.end() :], alike), int(number[0])
+    for number in _NUMBER.finditer(path):
+        yield (path[: number.start()], path[number.end() :], alike), int(number[0])
 
 
 def _stack(key: _Key, pairs: Sequence[tuple[int, int]]) -> Stack:

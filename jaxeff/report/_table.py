@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from jaxeff.output.text import (
 from jaxeff.report._limits import LIMITS
 from jaxeff.report._recommendations import grouped, recommend
 from jaxeff.report._records import AttentionReport, LayerReport, Snapshot
-from jaxeff.report._stacks import Stack, stacks
+from jaxeff.report._stacks import Stack, alone, folded, named
 
 HEADER = (
     "layer", "shape", "emits", "weights", "bytes", "MACs",
@@ -34,6 +34,8 @@ HEADER = (
 _DISPENSABLE = ("fan-in", "bytes", "shape", "emits", "weights", "dead", "units", "MACs", "gini", "depth")
 _LEFT = ("shape", "emits", "depth")
 _MARK = "*"
+Columns = Mapping[str, Mapping[str, float]]
+"""Further columns of a table: a number for each path, by the heading of the column."""
 _PLAIN = 20  # rows of a table that fits a screen, and is not folded
 
 
@@ -44,6 +46,7 @@ def render(
     top: int | None = None,
     *,
     blocks: bool = False,
+    columns: Columns | None = None,
 ) -> str:
     """Render a row per layer in forward order, the model, the share that was analyzed, and recommendations.
 
@@ -55,10 +58,15 @@ def render(
         width: of the lines, in columns.
         top: number of rows and of recommendations to show; all by default.
         blocks: whether each block has a row of its own.
+        columns: more numbers of the layers.
     """
+    more = columns or {}
     folded = fold(report.rows, range(len(report.rows)) if shown is None else shown, blocks)
     kept = folded[:top]
-    table = [HEADER, *(line(report.rows, each) for each in kept)]
+    table = [
+        (*HEADER, *more),
+        *((*line(report.rows, each), *_more(report.rows, each, more)) for each in kept),
+    ]
     lines = aligned(table, width, dispensable=_DISPENSABLE, left=_LEFT) if kept else []
     layers = sum(len(each.members) for each in kept)
     lines += (
@@ -94,16 +102,12 @@ def fold(rows: Sequence[LayerReport], shown: Sequence[int], blocks: bool = False
         shown: indices of the layers to show, in that order.
         blocks: whether each layer has a row of its own, however many there are.
     """
-    found = [] if blocks or len(shown) <= _PLAIN else stacks([rows[index] for index in shown])
-    first = {min(stack.members): stack for stack in found}
-    inside = {place for stack in found for place in stack.members}
-    # `stacks` saw only what is shown, so the members are places among them.
+    if blocks or len(shown) <= _PLAIN:
+        return [alone(rows[index].path, index) for index in shown]
+    # Members are places among what is shown.
     return [
-        first[place]._replace(members=tuple(shown[each] for each in first[place].members))
-        if place in first
-        else Stack(rows[index].path, "", (index,), ())
-        for place, index in enumerate(shown)
-        if place in first or place not in inside
+        stack._replace(members=tuple(shown[place] for place in stack.members))
+        for stack in folded([named(rows[index]) for index in shown])
     ]
 
 
@@ -124,6 +128,24 @@ def line(rows: Sequence[LayerReport], stack: Stack) -> tuple[str, ...]:
     """Return the cells of a row of one or several layers, one per word of HEADER."""
     members = [rows[index] for index in stack.members]
     return cells(members[0]) if len(members) == 1 else _cells_of(stack, members)
+
+
+def _more(rows: Sequence[LayerReport], stack: Stack, columns: Columns) -> list[str]:
+    """Return the cells of a row in further columns."""
+    paths = [rows[index].path for index in stack.members]
+    found = [[float(column[path]) for path in paths if path in column] for column in columns.values()]
+    return [ranged(values, number) if values else UNKNOWN for values in found]
+
+
+def check_columns(report: Snapshot, columns: Columns) -> None:
+    """Raise a ValueError for a column that holds no number of any layer."""
+    paths = {row.path for row in report.rows}
+    for name, column in columns.items():
+        if paths and not paths & column.keys():
+            raise ValueError(
+                f"`columns` {name!r} has a number for no layer of this report: its keys must be paths, such as "
+                f"{report.rows[0].path!r}"
+            )
 
 
 def _cells_of(stack: Stack, rows: Sequence[LayerReport]) -> tuple[str, ...]:

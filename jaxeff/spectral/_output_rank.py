@@ -1,0 +1,58 @@
+"""The rank that keeps a share of what a layer puts out on a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxeff.statistics import SiteStatistics
+
+NOT_COLLECTED = "`statistics` have no second moments: collect them with `jaxeff.collect(..., hessians=True)`"
+
+
+def moments_of(uses: Sequence[SiteStatistics]) -> np.ndarray | str:
+    """Return X^T X over all uses of a weight, [layers, inputs, inputs], or why there is none."""
+    if not uses:
+        return "no product of it with data was read"
+    if refused := [site.without_moments for site in uses if site.without_moments]:
+        return refused[0]
+    if len({site.input_axes for site in uses}) > 1:
+        return "it has different inputs in different uses"
+    found = [site.second_moments for site in uses if site.second_moments is not None]
+    if len(found) < len(uses):
+        return NOT_COLLECTED
+    total = sum(np.asarray(one.sum, np.float64) for one in found)
+    assert isinstance(total, np.ndarray)
+    return total.reshape(-1, *total.shape[-2:])
+
+
+def output_rank(matrix: np.ndarray, moments: np.ndarray, share: float) -> int | str:
+    """Return the least rank r for which the best approximation of X W of rank r keeps this share of its squares.
+
+    Its squared singular values are the eigenvalues of W^T (X^T X) W. The best W of rank r projects the outputs on the
+    r leading eigenvectors (Eckart and Young, 1936). A string says why there is no rank.
+
+    Args:
+        matrix: W, [inputs, units], finite.
+        moments: X^T X, [inputs, inputs].
+
+    >>> output_rank(np.diag([3.0, 1.0]), np.diag([1.0, 9.0]), 0.9)
+    2
+    """
+    if not np.all(np.isfinite(moments)):
+        return "the second moments of its inputs are nan or infinite"
+    weights = matrix.astype(np.float64)
+    inputs, units = weights.shape
+    if units <= inputs:
+        squares = weights.T @ moments @ weights
+    else:
+        eigenvalues, vectors = np.linalg.eigh(moments)
+        root = vectors * np.sqrt(np.maximum(eigenvalues, 0))
+        half = root.T @ weights
+        squares = half @ half.T
+    energies = np.maximum(np.linalg.eigvalsh(squares)[::-1], 0)
+    total = np.cumsum(energies)
+    if not total[-1] > 0:
+        return "its outputs are all 0 on this batch"
+    return int(np.searchsorted(total, share * total[-1] * (1 - 1e-12))) + 1
