@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from jaxeff._pathways import pathways as pathways
     from jaxeff.advice import Advice as Advice
     from jaxeff.model.apply import from_nnx as from_nnx
+    from jaxeff.quantization import Outliers as Outliers
+    from jaxeff.quantization import outliers as outliers
     from jaxeff.report import Activity as Activity
     from jaxeff.report import LayerReport as LayerReport
     from jaxeff.report import ModelReport as ModelReport
@@ -56,6 +58,7 @@ _NAMES = {
     "_pathways": ("Pathways", "pathways"),
     "advice": ("Advice",),
     "model.apply": ("from_nnx",),
+    "quantization": ("Outliers", "outliers"),
     "report": ("Activity", "LayerReport", "ModelReport", "Recommendation", "Report"),
     "statistics": ("Statistics", "merge"),
 }

@@ -5,13 +5,26 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
-from typing import NamedTuple
-
-from jaxeff.report._records import LayerReport
+from typing import NamedTuple, Protocol
 
 FEWEST = 3
 """Layers that form a stack; two blocks are shorter than what would say that they were folded."""
 _NUMBER = re.compile(r"\d+")
+
+
+class Row(Protocol):
+    """What a layer has to agree in with the others of its stack."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def nonlinearity(self) -> str | None: ...
 
 
 class Stack(NamedTuple):
@@ -40,7 +53,7 @@ class Stack(NamedTuple):
         return f"{self.before}{ends}{self.after}"
 
 
-def stacks(rows: Sequence[LayerReport]) -> list[Stack]:
+def stacks(rows: Sequence[Row]) -> list[Stack]:
     """Return the stacks of at least three layers, in the order of their first layers.
 
     Layers of a stack agree in shape, dtype, kind and nonlinearity. Where a path has several numbers, the first that
@@ -61,7 +74,7 @@ def stacks(rows: Sequence[LayerReport]) -> list[Stack]:
 _Key = tuple[str, str, Hashable]
 
 
-def _candidates(row: LayerReport) -> Iterator[tuple[_Key, int]]:
+def _candidates(row: Row) -> Iterator[tuple[_Key, int]]:
     """Return for each number of a path what is around it, with the facts in which a stack agrees."""
     alike = (row.shape, row.dtype, row.kind, row.nonlinearity)
     for number in _NUMBER.finditer(row.path):
