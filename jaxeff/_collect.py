@@ -58,8 +58,8 @@ def collect(
             `prune.reconstruct` read. It takes 4 inputs^2 bytes for each use of each weight: 9 MiB of 1,536 inputs,
             in each block of a stack. What is not a plain product, such as a convolution, has none, and
             `site.without_moments` says why. Add batches with `jaxeff.merge`.
-        ranges: also count the sizes of each layer's inputs, `site.ranges`, which `jaxeff.outliers` reads. It takes 0.5 MiB
-            for each use of each weight, in each block of a stack and, while the model runs, each step of a loop.
+        ranges: also count the sizes of each layer's inputs, `site.ranges`, which `jaxeff.outliers` reads. It takes
+            0.5 MiB for each use of each weight in each block of a stack and, while the model runs, each step of a loop.
         where: which examples, [n], or positions, [n, length], of the batch count, such as those that are not padding:
             a mask, True = counts, or a function of the batch that makes it. All sums are then those of the batch
             without the others, if the model itself keeps them apart, as attention under a mask does. Values without

@@ -107,13 +107,17 @@ def outliers(
     if statistics is None and (apply_fn is not None or batch is not None):
         if apply_fn is None or batch is None:
             missing = "batch" if batch is None else "apply_fn"
-            raise ValueError(f"`{missing}` is missing: pass both `apply_fn` and `batch`, or neither to read weights alone")
+            raise ValueError(
+                f"`{missing}` is missing: pass both `apply_fn` and `batch`, or neither to read weights alone"
+            )
         statistics = collect(params, apply_fn, batch, ranges=True, where=where, rngs=rngs, **apply_kwargs)
     elif apply_fn is not None or batch is not None or where is not None:
         raise ValueError("pass `statistics`, or `apply_fn` and `batch`, and `where` only with these")
     if statistics is None:
         leaves = layouts.by_shape(params.named).leaves
-        return Outliers(tuple(row for leaf in leaves for row in _rows(leaf, params.named[leaf.path], (), None)))
+        return Outliers(
+            tuple(row for leaf in leaves for row in _rows(leaf, params.named[leaf.path], (), None))
+        )
     _check_statistics(params, statistics)
     found = {leaf.path: leaf for leaf in layouts.of_statistics(statistics, params.named).leaves}
     rows = []
@@ -158,7 +162,9 @@ def _rows(
         reasons = [reason for reason in (weights, ranges) if isinstance(reason, str)]
         if units is None and not isinstance(weights, str):
             reasons.append(
-                "its uses have different outputs" if uses else "which axes are its outputs is not known without the model"
+                "its uses have different outputs"
+                if uses
+                else "which axes are its outputs is not known without the model"
             )
         rows.append(
             LayerOutliers(
@@ -189,7 +195,10 @@ def _inputs(
     if len({each.channels.shape for each in ranges}) > 1:
         return ["its uses have different inputs"] * layers
     whole = functools.reduce(operator.add, ranges)
-    each = [np.reshape(sums, (layers, *np.shape(sums)[np.ndim(whole.square) :])) for sums in jax.tree.leaves(whole)]
+    each = [
+        np.reshape(sums, (layers, *np.shape(sums)[np.ndim(whole.square) :]))
+        for sums in jax.tree.leaves(whole)
+    ]
     return [_of_layer(Ranges(*(sums[layer] for sums in each)), counted[0]) for layer in range(layers)]
 
 

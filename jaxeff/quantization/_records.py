@@ -39,7 +39,8 @@ class InputRanges(Shown):
             leading one, so exact for bfloat16.
         kurtosis: mean a^4 / (mean a^2)^2: 3 for normal inputs, 1.8 for uniform ones around 0.
         zeros: fraction of inputs that are 0.
-        int8, fp8: ||A - Q(A)|| / ||A|| of the inputs rounded with one scale, from their largest in each run of the layer.
+        int8, fp8: ||A - Q(A)|| / ||A|| of the inputs rounded with one scale: 127 or 448 over their largest in each run
+            of the layer.
         channels: [inputs], max |a| of each channel.
         shape: of the channels: (768,), or (12, 64) for heads and their features.
         counts: [131072], inputs by the first 17 bits of |a|, as in `jaxeff.statistics.Ranges`.
@@ -64,7 +65,10 @@ class InputRanges(Shown):
         """Return the channels with the largest inputs and their max |a| over the median, largest first."""
         order = np.argsort(-self.channels, kind="stable")[:count]
         return [
-            (tuple(int(i) for i in np.unravel_index(index, self.shape)), float(self.channels[index]) / self.median)
+            (
+                tuple(int(i) for i in np.unravel_index(index, self.shape)),
+                float(self.channels[index]) / self.median,
+            )
             for index in order
         ]
 

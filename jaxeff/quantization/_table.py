@@ -11,15 +11,15 @@ from jaxeff.report._stacks import Stack
 from jaxeff.report._table import fold
 
 HEADER = (
-    "layer", "max/median", "kurtosis", "channels", "zero", "half below", "in int8", "in fp8",
-    "w int8", "by unit", "w fp8", "by unit ",
+    "layer", "max/med", "kurtosis", "channel", "zero", "half<", "in int8", "in fp8",
+    "w int8", "int8/u", "w fp8", "fp8/u",
 )  # fmt: skip
 _LEGEND = (
-    "max/median and kurtosis of the inputs |a|, without zeros for the median; the channels with the largest; zero: inputs "
-    "that are 0; half below: the threshold that half of the inputs are below. in, w: ||x - Q(x)|| / ||x|| of inputs and "
-    "weights, with one scale, or one for each output (by unit)."
+    "max/med: largest |a| of the inputs over the median of those not 0; channel: which holds the largest; zero: share "
+    "of inputs that are 0; half<: half of the inputs are below this. in, w: ||x - Q(x)|| / ||x|| of inputs and weights "
+    "with one scale; /u: with a scale for each output"
 )
-_DISPENSABLE = ("by unit ", "zero", "half below", "channels", "in fp8")
+_DISPENSABLE = ("fp8/u", "zero", "half<", "channel", "in fp8")
 _MOST = 3
 
 
@@ -33,8 +33,8 @@ def render(rows: Sequence[LayerOutliers], blocks: bool) -> str:
         for reason in row.reasons:
             reasons.setdefault(reason, []).append(row.path)
     notes = [f"{_named(paths)}: {reason}" for reason, paths in reasons.items()]
-    table = aligned(lines, WIDTH, dispensable=_DISPENSABLE, left=("channels",))
-    return "\n".join([*table, *wrapped(f"({_LEGEND})", WIDTH), *section(WIDTH, "Without numbers:", notes)])
+    table = aligned(lines, WIDTH, dispensable=_DISPENSABLE, left=("channel",))
+    return "\n".join([*table, *wrapped(f"({_LEGEND}.)", WIDTH), *section(WIDTH, "Without numbers:", notes)])
 
 
 def _cells(stack: Stack, rows: Sequence[LayerOutliers]) -> tuple[str, ...]:
@@ -70,4 +70,6 @@ def _ranged(values: Sequence[float], *, of_percent: bool = False) -> str:
 
 def _named(paths: Sequence[str]) -> str:
     distinct = list(dict.fromkeys(paths))
-    return ", ".join(distinct[:_MOST]) + (f" and {len(distinct) - _MOST:,} others" if len(distinct) > _MOST else "")
+    return ", ".join(distinct[:_MOST]) + (
+        f" and {len(distinct) - _MOST:,} others" if len(distinct) > _MOST else ""
+    )

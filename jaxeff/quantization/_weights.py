@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.numerics.meshes import by_compiler
@@ -53,7 +52,7 @@ def _on_device(weight: jax.Array, layers: tuple[int, ...], units: tuple[int, ...
 
 
 def _measured(weight: Any, layers: Sequence[int], units: Sequence[int] | None) -> list[Any]:
-    """Return numbers for each layer: of invalid weights, max |w|, and ||w - Q(w)|| / ||w|| for the formats and scales."""
+    """Return for each layer the number of invalid weights, max |w|, and the errors for all formats and scales."""
     xp = namespace(weight)
     x = weight.astype(wide(weight.dtype))
     whole = tuple(axis for axis in range(x.ndim) if axis not in layers)

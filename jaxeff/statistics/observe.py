@@ -41,7 +41,9 @@ from jaxeff.statistics.sums import sums
 from jaxeff.statistics.units import OverAxes, fold, join, of_emissions
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames=("hessians", "ranges", "axes_of_where"))
+@functools.partial(
+    jax.jit, static_argnums=(0, 1, 2, 3), static_argnames=("hessians", "ranges", "axes_of_where")
+)
 def observe(
     function: Function,
     paths: Sequence[str],

@@ -150,7 +150,6 @@ def over_iterations(seen: Ranges, loops: Sequence[graph.Loop]) -> Ranges:
     def scaled(sums: jax.Array, power: int) -> jax.Array:
         return laid(jnp.sum(sums * share**power, in_time))
 
-
     return Ranges(
         laid(jnp.sum(seen.counts, in_time, dtype=jnp.uint32)),
         laid(jnp.max(seen.channels, in_time)),
