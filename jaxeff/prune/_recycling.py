@@ -154,7 +154,7 @@ def _dormant(member: Member, rows: Sequence[LayerReport], group: Group, tau: flo
         place = row.unit_axes.index(unit_axis(member))
         others = tuple(axis for axis in range(emitted.ndim) if axis != place)
         # With tau = 0 whatever the mean, which may be infinite.
-        silent = (emitted <= (tau * emitted.mean() if tau else 0)).all(axis=others)
+        silent = np.all(emitted <= (tau * emitted.mean() if tau else 0), axis=others)
         found.append(silent[member.indices].all(axis=1))
     return np.stack(found)
 
@@ -287,8 +287,8 @@ def _forgotten(state: Any, params: Any, changes: _Changes) -> Any:
     leaves = {keys: (path, leaf) for path, (keys, leaf) in zip(paths, by_keys(weights).items(), strict=True)}
 
     def one(keys: tuple, array: Any) -> Any:
-        path, leaf = of_state(leaves, keys) or (None, None)
-        masks = [] if path is None else changes.touched(path)
+        path, leaf = of_state(leaves, keys) or ("", 0.0)
+        masks = changes.touched(path)
         same = (
             masks
             and jnp.shape(leaf) == jnp.shape(array)

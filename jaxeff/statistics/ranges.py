@@ -113,7 +113,7 @@ class RangeSums:
         if counts is None:
             return found
         # What does not count was cleared, and counted as zeros.
-        cleared_away = (array.size - number(array.size, counts)).astype(jnp.uint32)
+        cleared_away = jnp.asarray(array.size - number(array.size, counts)).astype(jnp.uint32)
         return dataclasses.replace(found, counts=found.counts.at[ZERO_BIN].add(-cleared_away))
 
     def _summed(self, array: jax.Array) -> Ranges:
