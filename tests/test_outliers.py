@@ -288,6 +288,28 @@ def test_weights_alone():
         _ = found["dense/bias"]
 
 
+def test_stacked_weights_alone():
+    params = {"blocks": {"norm": normal(3, 4), "kernel": normal(3, 4, 5, seed=1)}}
+    found = jaxeff.outliers(params)
+    assert [row.path for row in found] == [f"blocks/kernel[{index}]" for index in range(3)]
+    for row, kernel in zip(found, params["blocks"]["kernel"], strict=True):
+        _assert_weight(row.weight, kernel, (1,))
+
+
+def test_a_model_without_weights():
+    assert (
+        str(jaxeff.outliers({"scale": normal(4)}, lambda p, x: x * p["scale"][None], normal(3, 4)))
+        == "No weights."
+    )
+
+
+def test_in_64_bits(x64):
+    x, weight = _heavy(64, 6).astype(np.float64), normal(6, 5, seed=1).astype(np.float64)
+    row = jaxeff.outliers({"w": weight}, lambda p, x: x @ p["w"], x)["w"]
+    _assert_inputs(row.inputs, x, rtol=1e-6)
+    _assert_weight(row.weight, weight, (1,), rtol=1e-9)
+
+
 def test_large_weights_are_read_where_they_lie(monkeypatch):
     weight = jnp.asarray(normal(3, 6, 5, seed=1))
     there = jax.device_get(_weights._on_device(weight, (0,), (2,)))

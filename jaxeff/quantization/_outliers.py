@@ -140,7 +140,9 @@ def _check_statistics(params: Params, statistics: Any) -> None:
             f"`statistics` were collected with other `params`: {different[0]!r} has shape "
             f"{found.get(different[0])} there and {wanted.get(different[0])} here"
         )
-    if all(site.ranges is None and site.without_ranges is None for site in statistics.sites):
+    if statistics.sites and all(
+        site.ranges is None and site.without_ranges is None for site in statistics.sites
+    ):
         raise ValueError("`statistics` hold no ranges: collect them with `jaxeff.collect(..., ranges=True)`")
 
 
