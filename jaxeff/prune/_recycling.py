@@ -55,8 +55,8 @@ def recycle(
     report's batch do not change. The first step gives it outgoing weights, and the next ones train it as a whole.
 
     The biases of these units become 0 and scales of a norm 1; if `params` are variables that hold them, running means
-    become 0 and variances 1. The moments of all these numbers become 0 in the optimizer's state: arrays of a leaf's path
-    and shape, as in `prune.sparsify`. Its count of steps stays.
+    become 0 and variances 1. The moments of all these numbers become 0 in the optimizer's state: arrays of a leaf's
+    path and shape, as in `prune.sparsify`. Its count of steps stays.
 
     Args:
         params: of the model: params or variables.
