@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from jaxeff.advice import Advice as Advice
     from jaxeff.model.adapters import functional as functional
     from jaxeff.model.adapters import restore as restore
+    from jaxeff.quantization import Outliers as Outliers
+    from jaxeff.quantization import outliers as outliers
     from jaxeff.report import Activity as Activity
     from jaxeff.report import LayerReport as LayerReport
     from jaxeff.report import ModelReport as ModelReport
@@ -59,6 +61,7 @@ _NAMES = {
     "_pathways": ("Pathways", "pathways"),
     "advice": ("Advice",),
     "model.adapters": ("functional", "restore"),
+    "quantization": ("Outliers", "outliers"),
     "report": ("Activity", "LayerReport", "ModelReport", "Recommendation", "Report"),
     "spectral": ("Spectra", "spectra"),
     "statistics": ("Statistics", "merge"),

@@ -39,6 +39,7 @@ def collect(
     targets: Any = None,
     seed: int | jax.Array = 0,
     hessians: bool = False,
+    ranges: bool = False,
     where: Where = None,
     rngs: Any = None,
     **apply_kwargs: Any,
@@ -59,6 +60,8 @@ def collect(
             `prune.reconstruct` read. It takes 4 inputs^2 bytes for each use of each weight: 9 MiB of 1,536 inputs,
             in each block of a stack. What is not a plain product, such as a convolution, has none, and
             `site.without_moments` says why. Add batches with `jaxeff.merge`.
+        ranges: also count the sizes of each layer's inputs, `site.ranges`, which `jaxeff.outliers` reads. It takes
+            0.5 MiB for each use of each weight in each block of a stack and, while the model runs, each step of a loop.
         where: which examples, [n], or positions, [n, length], of the batch count, such as those that are not padding:
             a mask, True = counts, or a function of the batch that makes it. All sums are then those of the batch
             without the others, if the model itself keeps them apart, as attention under a mask does. Values without
@@ -85,7 +88,7 @@ def collect(
     params, apply_fn, batch = resolve_both(params, apply_fn, batch)
     criteria = named(criterion, with_loss=loss_fn is not None)
     run = prepare(params, apply_fn, batch, criteria, loss_fn, targets, rngs, apply_kwargs)
-    run = dataclasses.replace(run, hessians=hessians)
+    run = dataclasses.replace(run, hessians=hessians, ranges=ranges)
     return run.statistics(batch, targets, jax.random.key(seed), counted(where, batch))
 
 
@@ -133,12 +136,14 @@ class Run:
         criteria: the criteria that will read the statistics.
         objective: the loss and the arrays that it reads; None if no criterion needs derivatives.
         hessians: whether to sum the products of each two inputs of a layer.
+        ranges: whether to count the sizes of a layer's inputs.
     """
 
     model: Model
     criteria: tuple[Criterion, ...]
     objective: tuple[Objective, Arrays] | None
     hessians: bool = False
+    ranges: bool = False
 
     def statistics(
         self, batch: Any, targets: Any, key: jax.Array, where: jax.Array | None = None
@@ -154,7 +159,7 @@ class Run:
         batch = jax.tree.leaves(batch)
         inputs = objectives.with_batch(model.origins, model.inputs, batch)
         arguments = model.function, model.paths, model.origins, model.batch_size, model.params, inputs
-        observed = observe(*arguments, where, hessians=self.hessians)
+        observed = observe(*arguments, where, hessians=self.hessians, ranges=self.ranges)
         if self.objective is None:
             return observed
         objective, arrays = self.objective

@@ -24,7 +24,7 @@ _collect
 _calibrate _analyze
 _compare_criteria _monitor
 checkpoints prune
-advice spectral
+advice quantization spectral
 _pathways _advise
 demo
 plot

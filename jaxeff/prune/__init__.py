@@ -60,6 +60,8 @@ from jaxeff.prune._recipes import iterative_obd as iterative_obd
 from jaxeff.prune._recipes import iterative_taylor as iterative_taylor
 from jaxeff.prune._recipes import lottery_ticket as lottery_ticket
 from jaxeff.prune._reconstruction import reconstruct as reconstruct
+from jaxeff.prune._recycling import Recycled as Recycled
+from jaxeff.prune._recycling import recycle as recycle
 from jaxeff.prune._regularization import EntropyState as EntropyState
 from jaxeff.prune._regularization import add_entropy_gradient as add_entropy_gradient
 from jaxeff.prune._rounds import Pruned as Pruned

@@ -187,10 +187,10 @@ def masked_update(
 
 def _masked_state(inner: Any, kept: Any) -> Any:
     """Set an optimizer's state to 0 for pruned weights, in arrays of the path and shape of a mask."""
-    masks = _by_keys(kept)
+    masks = by_keys(kept)
 
     def one(keys: tuple, leaf: Any) -> Any:
-        mask = _of_state(masks, keys)
+        mask = of_state(masks, keys)
         if mask is None or not mask.ndim or mask.shape != jnp.shape(leaf):
             return leaf
         return jnp.where(laid_like(mask, leaf), leaf, jnp.zeros_like(leaf))
@@ -198,18 +198,18 @@ def _masked_state(inner: Any, kept: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, inner)
 
 
-def _by_keys(tree: Any) -> dict[tuple, Any]:
+def by_keys(tree: Any) -> dict[tuple, Any]:
     return dict(jax.tree_util.tree_flatten_with_path(tree)[0])
 
 
-def _of_state(of: Mapping[tuple, Any], keys: tuple) -> Any:
+def of_state(of: Mapping[tuple, Any], keys: tuple) -> Any:
     """Return the value for the weight whose state has these keys, which end with the weight's."""
     return next((of[keys[start:]] for start in range(len(keys) + 1) if keys[start:] in of), None)
 
 
 def check_copies(inside: optax.GradientTransformation, params: Any, kept: Any) -> None:
     """Check that an optimizer's copies of the weights have their shapes, so that they can be masked."""
-    weights = _by_keys(trained(params))
+    weights = by_keys(trained(params))
     least = min((mask.size for mask in jax.tree.leaves(kept) if mask.ndim), default=math.inf)
     closed, state = jax.make_jaxpr(inside.init, return_shape=True)(params)
     program = flatten(closed)
@@ -223,7 +223,7 @@ def check_copies(inside: optax.GradientTransformation, params: Any, kept: Any) -
         # Single numbers computed from the weights, such as norms, are not copies.
         if not isinstance(value, Value) or value not in made or math.prod(leaf.shape) < least:
             continue
-        weight = _of_state(weights, keys)
+        weight = of_state(weights, keys)
         if weight is None or jnp.shape(weight) != leaf.shape:
             raise ValueError(
                 f"`optimizer` keeps a copy of the weights at {path!r} of its state, in the shape "

@@ -5,13 +5,26 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
-from typing import NamedTuple
-
-from jaxeff.report._records import LayerReport
+from typing import NamedTuple, Protocol
 
 FEWEST = 3
 """Layers that form a stack; two blocks are shorter than what would say that they were folded."""
 _NUMBER = re.compile(r"\d+")
+
+
+class Row(Protocol):
+    """What a layer has to agree in with the others of its stack."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def nonlinearity(self) -> str | None: ...
 
 
 class Stack(NamedTuple):
@@ -40,7 +53,7 @@ class Stack(NamedTuple):
         return f"{self.before}{ends}{self.after}"
 
 
-def stacks(rows: Sequence[LayerReport]) -> list[Stack]:
+def stacks(rows: Sequence[Row]) -> list[Stack]:
     """Return the stacks of at least three layers, in the order of their first layers.
 
     Layers of a stack agree in shape, dtype, kind and nonlinearity.
@@ -53,7 +66,7 @@ def alone(path: str, index: int) -> Stack:
     return Stack(path, "", (index,), ())
 
 
-def named(row: LayerReport) -> tuple[str, Hashable]:
+def named(row: Row) -> tuple[str, Hashable]:
     """Return a layer's path, and the facts in which it agrees with the others of its stack."""
     return row.path, (row.shape, row.dtype, row.kind, row.nonlinearity)
 

@@ -25,7 +25,7 @@ from jaxeff.output.text import (
 from jaxeff.report._limits import LIMITS
 from jaxeff.report._recommendations import grouped, recommend
 from jaxeff.report._records import AttentionReport, LayerReport, Snapshot
-from jaxeff.report._stacks import Stack, alone, folded, named
+from jaxeff.report._stacks import Row, Stack, alone, folded, named
 
 HEADER = (
     "layer", "shape", "emits", "weights", "bytes", "MACs",
@@ -95,7 +95,7 @@ def matching(report: Snapshot, pattern: str) -> list[int]:
     return found
 
 
-def fold(rows: Sequence[LayerReport], shown: Sequence[int], blocks: bool = False) -> list[Stack]:
+def fold(rows: Sequence[Row], shown: Sequence[int], blocks: bool = False) -> list[Stack]:
     """Return what each row of the table holds: a stack of layers at the place of its first, or a single layer.
 
     Args:

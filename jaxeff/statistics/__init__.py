@@ -1,5 +1,6 @@
 """Statistics of one run of a model: sums over activations, and over derivatives of the loss."""
 
+from jaxeff.statistics.ranges import Ranges as Ranges
 from jaxeff.statistics.records import AttentionStatistics as AttentionStatistics
 from jaxeff.statistics.records import Conservation as Conservation
 from jaxeff.statistics.records import Derivatives as Derivatives

@@ -25,6 +25,7 @@ from jaxeff.model.functions import Function
 from jaxeff.model.roles import ParamInfo
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.precision import widened
+from jaxeff.statistics import ranges as ranges_of
 from jaxeff.statistics import second_moments
 from jaxeff.statistics.counted import Counted, Place, cleared, mask_axes, number
 from jaxeff.statistics.records import (
@@ -40,7 +41,9 @@ from jaxeff.statistics.sums import sums
 from jaxeff.statistics.units import OverAxes, fold, join, of_emissions
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames=("hessians", "axes_of_where"))
+@functools.partial(
+    jax.jit, static_argnums=(0, 1, 2, 3), static_argnames=("hessians", "ranges", "axes_of_where")
+)
 def observe(
     function: Function,
     paths: Sequence[str],
@@ -51,6 +54,7 @@ def observe(
     where: jax.Array | None = None,
     *,
     hessians: bool = False,
+    ranges: bool = False,
     axes_of_where: tuple[MaskAxes, ...] | None = None,
 ) -> Statistics:
     """Run `function(params, inputs)` once, and sum the inputs and activations of its units.
@@ -61,6 +65,7 @@ def observe(
         batch_size: number of examples, for the multiply-accumulates of one.
         where: the examples, [n], or their positions, [n, length], that count; None for all.
         hessians: whether to sum the products of each pair of a layer's inputs as well.
+        ranges: whether to count the sizes of a layer's inputs as well.
         axes_of_where: for each leaf of `inputs`, the axis of `where` that each dimension is, or None; by default the
             leading axes of the batch.
     """
@@ -81,6 +86,16 @@ def observe(
         else None
         for site, leaf, refusal in zip(found.sites, of_sites, refused, strict=True)
     ]
+    without = [
+        ranges_of.refusal(site, leaf.shape) if ranges else None
+        for site, leaf in zip(found.sites, of_sites, strict=True)
+    ]
+    sizes = [
+        watch.add(site.input, ranges_of.RangeSums.of(site, leaf.shape), _input_place(site, leaf))
+        if ranges and refusal is None
+        else None
+        for site, leaf, refusal in zip(found.sites, of_sites, without, strict=True)
+    ]
     outputs = [(path, _watch_module(watch, path, value)) for path, value in modules]
     shapes = [leaf.shape for leaf in found.leaves]
     attentions, headless = graph.attentions(found.program, found.sites, shapes, found.provenance)
@@ -98,6 +113,10 @@ def observe(
         if hessians:
             moments = watched and second_moments.over_iterations(seen(watched), seen(input), site.loops)
             sites[i] = dataclasses.replace(sites[i], second_moments=moments, without_moments=refused[i])
+    for i, (site, watched) in enumerate(zip(found.sites, sizes, strict=True)):
+        if ranges:
+            counted_sizes = watched and ranges_of.over_iterations(seen(watched), site.loops)
+            sites[i] = dataclasses.replace(sites[i], ranges=counted_sizes, without_ranges=without[i])
     return Statistics(
         tuple(sites),
         tuple(ModuleStatistics(path, seen(watched)) for path, watched in outputs),

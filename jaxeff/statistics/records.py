@@ -16,6 +16,7 @@ from jaxeff.model.roles import ParamInfo
 from jaxeff.numerics.summation import namespace
 from jaxeff.output.shown import Shown, described
 from jaxeff.output.text import aligned
+from jaxeff.statistics.ranges import Ranges
 
 _STATIC = {"static": True}
 
@@ -204,6 +205,8 @@ class SiteStatistics(Shown):
         uncounted: whether it runs inside a `while`, whose number of steps is only known by running it.
         second_moments: of the inputs; None if not collected.
         without_moments: why there are none although they were requested.
+        ranges: of the inputs; None if not collected.
+        without_ranges: why there are none although they were requested.
     """
 
     path: str = dataclasses.field(metadata=_STATIC)
@@ -222,6 +225,8 @@ class SiteStatistics(Shown):
     uncounted: bool = dataclasses.field(default=False, metadata=_STATIC)
     second_moments: SecondMoments | None = None
     without_moments: str | None = dataclasses.field(default=None, metadata=_STATIC)
+    ranges: Ranges | None = None
+    without_ranges: str | None = dataclasses.field(default=None, metadata=_STATIC)
 
 
 @jax.tree_util.register_dataclass
@@ -387,7 +392,8 @@ def check_alike(first: Statistics, second: Statistics) -> None:
     if _structures(first) != _structures(second):
         raise ValueError(
             "`first` and `second` were collected for different criteria: one holds derivatives of the loss, or "
-            "second moments, that the other lacks. Collect both with the same `criterion` and `hessians`."
+            "second moments or ranges, that the other lacks. Collect both with the same `ranges`, "
+            "`criterion` and `hessians`."
         )
 
 
@@ -396,8 +402,9 @@ def _merge_sites(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
     second = None
     if a.second_moments is not None and b.second_moments is not None:
         second = a.second_moments + b.second_moments
+    ranges = None if a.ranges is None or b.ranges is None else a.ranges + b.ranges
     added = {"input": a.input + b.input, "pre": a.pre + b.pre, "post": a.post + b.post}
-    return dataclasses.replace(a, **added, gate=gate, second_moments=second)
+    return dataclasses.replace(a, **added, gate=gate, second_moments=second, ranges=ranges)
 
 
 def _described(statistics: Statistics) -> tuple:
@@ -407,5 +414,5 @@ def _described(statistics: Statistics) -> tuple:
 
 
 def _structures(statistics: Statistics) -> Any:
-    own = [(site.gate, site.second_moments) for site in statistics.sites]
+    own = [(site.gate, site.second_moments, site.ranges) for site in statistics.sites]
     return jax.tree.structure((statistics.derivatives, own))
