@@ -28,6 +28,7 @@ def keras_callback(masks: Any) -> Any:
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             # Keras trains copies of the variables, and writes them back when asked to.
+            assert self.model is not None
             self.model.jax_state_sync()
             self._apply()
 

@@ -15,7 +15,8 @@ import numpy as np
 from jaxeff.model.params import leaves_by_path, split_variables
 from jaxeff.model.roles import last_name
 from jaxeff.numerics.meshes import by_compiler
-from jaxeff.prune._groups import Group, Groups, Member, map_named
+from jaxeff.prune._groups import Group, Groups, Member
+from jaxeff.prune._named import map_named
 from jaxeff.prune._optimizer import by_keys, of_state
 from jaxeff.report import LayerReport, Report
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxeff._collect import Where, collect
+from jaxeff.model.adapters import resolve
 from jaxeff.model.params import Params
 from jaxeff.output.shown import Shown
 from jaxeff.prune import _layouts as layouts
@@ -64,7 +65,7 @@ class Outliers(Shown):
 
 def outliers(
     params: Any,
-    apply_fn: Callable | None = None,
+    apply_fn: Callable | Any = None,
     batch: Any = None,
     *,
     statistics: Statistics | None = None,
@@ -103,6 +104,7 @@ def outliers(
     >>> found.inputs.median, found.inputs.outlier_channels(1), found.inputs.below(2.0)
     (1.5, [((3,), 26.666666666666668)], 0.5)
     """
+    params, apply_fn, batch = resolve(params, apply_fn, batch)
     params = Params.of(params)
     if statistics is None and (apply_fn is not None or batch is not None):
         if apply_fn is None or batch is None:

@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from jaxeff._collect import collect
 from jaxeff.model import apply as models
+from jaxeff.model.adapters import resolve
 from jaxeff.model.params import Params
 from jaxeff.numerics import placement
 from jaxeff.prune import Layout
@@ -34,7 +35,7 @@ _ONE = "it has one row or column, and so one singular value, whatever its weight
 
 def spectra(
     params: Any,
-    apply_fn: Callable | None = None,
+    apply_fn: Callable | Any = None,
     batch: Any = None,
     *,
     statistics: Statistics | None = None,
@@ -50,7 +51,8 @@ def spectra(
     computed on the host, in float64, one weight at a time.
 
     Args:
-        params: the variables dict, its `params` collection, or the params from `jaxeff.from_nnx`.
+        params: the variables dict, its `params` collection, the params from `jaxeff.functional`, or a model that it
+            takes, followed by the batch.
         apply_fn, batch: as in `jaxeff.analyze`. Without them, the axes of a weight are known by its name.
         statistics: from `jaxeff.collect(..., hessians=True)` or `jaxeff.calibrate`, instead of `apply_fn` and `batch`.
         share: of the squared outputs on the batch that `output_rank` keeps. It takes second moments of the inputs,
@@ -71,6 +73,7 @@ def spectra(
     >>> print(f"{row.effective_rank_ratio:.2f}, {row.verdict}")
     1.00, indistinguishable from random numbers (normal)
     """
+    params, apply_fn, batch = resolve(params, apply_fn, batch)
     params = Params.of(params)
     if any(isinstance(leaf, Tracer) for leaf in params.named.values()):
         raise TypeError(
