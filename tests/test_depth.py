@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import jaxeff
 from jaxeff import cost, prune
 
 BLOCKS, WIDTH, HIDDEN = 4, 6, 5
@@ -238,3 +240,33 @@ def test_models_without_blocks():
         ValueError, match=r"`importance` of 'scale:0' has shape \(2,\), and its elements \(4,\)"
     ):
         prune.groups(PARAMS, residual, X).scored({"scale:0": np.ones(2)})
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(WIDTH, HIDDEN, rngs=rngs)
+        self.down = nnx.Linear(HIDDEN, WIDTH, use_bias=False, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, h):
+        return h + self.down(self.dropout(nnx.gelu(self.up(h))))
+
+
+class Blocks(nnx.Module):
+    def __init__(self, rngs):
+        make = nnx.vmap(Block, in_axes=(0,), out_axes=0)
+        self.blocks = nnx.split_rngs(splits=BLOCKS)(make)(rngs)
+
+    def __call__(self, h):
+        return nnx.scan(lambda h, block: block(h), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(h, self.blocks)
+
+
+def test_random_streams_that_serving_does_not_read_lock_nothing():
+    params, apply_fn = jaxeff.functional(Blocks(nnx.Rngs(0)))
+    assert jax.tree.leaves(apply_fn.state)
+    plan = prune.plan(
+        prune.groups(params, apply_fn, X), prune.block_influence(params, apply_fn, X), 0.5, kinds="block"
+    )
+    small, small_apply = prune.compact(params, apply_fn, X, plan)
+    masked = apply_fn(prune.apply(params, plan.masks(params)), X)
+    np.testing.assert_allclose(small_apply(small, X), masked, rtol=1e-6)

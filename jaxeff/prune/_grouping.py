@@ -143,7 +143,8 @@ def _named(found: list[Group]) -> tuple[Group, ...]:
 def _check_state(found: Iterable[Group], state: Mapping[str, Any]) -> None:
     for group in found:
         path = group.members[0].path if group.members else ""
-        if group.locked == UNREAD and path in state:
+        # Counters and keys of random streams that serving does not draw from have no units, and stay as they are.
+        if group.locked == UNREAD and path in state and jnp.issubdtype(state[path].dtype, jnp.floating):
             raise ValueError(
                 f"the model does not read {path!r}, whose size would stay unknown: run it as "
                 "it serves (`train=False`, `use_running_average=True`, `jaxeff.functional(model)` without `training`), "
