@@ -63,6 +63,20 @@ class Activity(Shown):
         axes = tuple(range(-len(self.shape), 0))
         return namespace(self.maximum).sum(self.maximum == 0, axis=axes, dtype=np.int32)
 
+    def dormant(self, tau: float = 0.025) -> jax.Array:
+        """Return the number of tau-dormant units: those with mean |a| <= tau * (mean |a| over the layer's units).
+
+        With tau = 0 these are the dead units. Sokar et al., The dormant neuron phenomenon in deep reinforcement
+        learning, ICML 2023.
+
+        >>> sums = UnitStatistics(*(np.array([4.0, 0.08, 0.0], np.float32),) * 4, np.float32(2))
+        >>> Activity((3,), 1, sums).dormant(), Activity((3,), 1, sums).dormant(0.1)
+        (np.int32(1), np.int32(2))
+        """
+        axes = tuple(range(-len(self.shape), 0))
+        mean = self.mean_absolute
+        return namespace(mean).sum(mean <= tau * mean.mean(axes, keepdims=True), axis=axes, dtype=np.int32)
+
     @property
     def saturated(self) -> jax.Array:
         """Number of units whose values all lay within 1 % of a bound of their nonlinearity.
