@@ -28,6 +28,7 @@ from jaxeff.statistics.records import (
     AttentionStatistics,
     HeadlessAttention,
     HeadSlices,
+    Largest,
     ModuleStatistics,
     SiteStatistics,
     Statistics,
@@ -69,7 +70,10 @@ def observe(
     outputs = [(path, watch.add(value, _last_axis(value))) for path, value in modules]
     shapes = [leaf.shape for leaf in found.leaves]
     attentions, headless = graph.attentions(found.program, found.sites, shapes, found.provenance)
-    heads = [watch.add(a.probabilities, _HeadEntropy(a.over, a.head_dims)) for a in attentions]
+    heads = [
+        (watch.add(a.probabilities, _HeadEntropy(a.over, a.head_dims)), watch.add(a.logits, _largest))
+        for a in attentions
+    ]
     _, observed = graph.evaluate(found.program, jax.tree.leaves((params, inputs)), watch.hooks())
 
     def seen(watched: _Watched) -> Any:
@@ -87,8 +91,8 @@ def observe(
         tuple(sites),
         tuple(ModuleStatistics(path, seen(watched)) for path, watched in outputs),
         tuple(
-            _attention_statistics(attention, found.leaves, seen(watched))
-            for attention, watched in zip(attentions, heads, strict=True)
+            _attention_statistics(attention, found.leaves, seen(entropy), seen(largest))
+            for attention, (entropy, largest) in zip(attentions, heads, strict=True)
         ),
         {},
         _params(found),
@@ -257,8 +261,13 @@ class _HeadEntropy:
         return jnp.append(sums, entropies.size // sums.size)
 
 
+def _largest(array: jax.Array) -> Largest:
+    maximum = by_compiler(lambda array: jnp.max(widened(array)), array)
+    return Largest(maximum, jnp.ones_like(maximum))
+
+
 def _attention_statistics(
-    attention: graph.Attention, leaves: Sequence[graph.Leaf], sums: jax.Array
+    attention: graph.Attention, leaves: Sequence[graph.Leaf], sums: jax.Array, largest: Largest
 ) -> AttentionStatistics:
     slices = tuple(
         HeadSlices(leaves[member.leaf].path, member.axis, member.indices)
@@ -267,8 +276,12 @@ def _attention_statistics(
     scans = [loop for loop in attention.loops if loop.name == "scan"]
     in_time = tuple(position for position, loop in enumerate(scans) if loop.axis is None)
     summed = jnp.sum(sums, in_time)
+    # Where nothing was seen, take the lowest number, so that it is never the largest.
+    values = jnp.where(largest.seen > 0, largest.value, jnp.finfo(largest.value.dtype).min)
+    most = Largest(jnp.max(values, in_time), jnp.max(largest.seen, in_time))
     path, heads = _common([part.path for part in slices]), attention.heads
-    return AttentionStatistics(path, heads, attention.units, slices, summed[..., :-1], summed[..., -1:])
+    parts = summed[..., :-1], summed[..., -1:]
+    return AttentionStatistics(path, heads, attention.units, slices, *parts, most)
 
 
 def _headless(attention: graph.Headless, leaves: Sequence[graph.Leaf]) -> HeadlessAttention:
