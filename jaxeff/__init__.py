@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from jaxeff._collect import collect as collect
     from jaxeff._compare_criteria import Comparison as Comparison
     from jaxeff._compare_criteria import compare_criteria as compare_criteria
-    from jaxeff._monitor import Event as Event
     from jaxeff._monitor import Monitor as Monitor
     from jaxeff._monitor import MonitorState as MonitorState
     from jaxeff._monitor import monitor as monitor
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from jaxeff._pathways import pathways as pathways
     from jaxeff.advice import Advice as Advice
     from jaxeff.model.apply import from_nnx as from_nnx
+    from jaxeff.monitoring import Event as Event
     from jaxeff.report import Activity as Activity
     from jaxeff.report import LayerReport as LayerReport
     from jaxeff.report import ModelReport as ModelReport
@@ -52,10 +52,11 @@ _NAMES = {
     "_calibrate": ("calibrate",),
     "_collect": ("collect",),
     "_compare_criteria": ("Comparison", "compare_criteria"),
-    "_monitor": ("Event", "Monitor", "MonitorState", "monitor"),
+    "_monitor": ("Monitor", "MonitorState", "monitor"),
     "_pathways": ("Pathways", "pathways"),
     "advice": ("Advice",),
     "model.apply": ("from_nnx",),
+    "monitoring": ("Event",),
     "report": ("Activity", "LayerReport", "ModelReport", "Recommendation", "Report"),
     "statistics": ("Statistics", "merge"),
 }

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.importance import Criterion
@@ -139,6 +140,17 @@ def activities(layer: Layer, sites: Sequence[SiteStatistics]) -> list[Activity |
     own = tuple(site for site in sites if site.path == layer.place.path)
     arrays = Arrays(shadow(layer.arrays.weight), own, Derivatives())
     return [_activity(part_of(arrays, index)) for index in layer.indices]
+
+
+def stacked_activity(layer: Layer, sites: Sequence[SiteStatistics]) -> Activity | None:
+    """Return the same of all layers that a weight stacks as one `Activity`, with the layers as leading axis."""
+    own = tuple(site for site in sites if site.path == layer.place.path)
+    axes = layer_axes(layer.arrays)
+    if not axes:
+        return activities(layer, sites)[0]
+    arrays = Arrays(shadow(layer.arrays.weight), own, Derivatives())
+    indices = tuple(jnp.asarray(positions(arrays).T))
+    return jax.vmap(lambda index: _activity(part_of(arrays, index)))(indices)
 
 
 def _activity(arrays: Arrays) -> Activity | None:
