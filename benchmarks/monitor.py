@@ -83,7 +83,7 @@ def prepare(network: str, every: int, mode: str = "jitted") -> Prepared:
         own = functools.partial(step, watch)
         if mode == "jitted":
             run = jax.jit(lambda carry: jax.lax.fori_loop(0, count, lambda _, carry: own(carry), carry))
-            return functools.partial(run, jax.tree.map(jnp.asarray, start(watch)))
+            return functools.partial(run, start(watch))
         once = jax.jit(own, donate_argnums=0) if mode == "donated" else own
         carried = [start(watch)]
 
@@ -101,7 +101,7 @@ def prepare(network: str, every: int, mode: str = "jitted") -> Prepared:
     return Prepared(every, first, steps, lambda: jaxeff.analyze(params, model.apply, inputs))
 
 
-NEVER = 10**9
+NEVER = 10**8
 
 
 def parts(prepared: Prepared, repeats: int) -> dict[str, list[float]]:

@@ -6,11 +6,13 @@ The monitor's state is a pytree to keep in the train state. A step without a che
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from flax import serialization
 from jax.core import Tracer
 
 from jaxeff import monitoring
@@ -18,43 +20,101 @@ from jaxeff._analyze import analyze
 from jaxeff._collect import collect
 from jaxeff._saving import saved_by_flax
 from jaxeff.importance import Criterion, named
-from jaxeff.model.params import Params, own_arrays
+from jaxeff.model.params import Params
 from jaxeff.monitoring import Event as Event
-from jaxeff.monitoring import LeafLayout, Limits, Vitals
+from jaxeff.monitoring import LeafLayout, Limits, Packing, Vitals
 from jaxeff.output.shown import Shown, described
 from jaxeff.report import Report
 from jaxeff.statistics import Statistics
 
+_STATIC = {"static": True}
+
 
 @saved_by_flax
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False)
-class MonitorState(Shown):
-    """State of a monitor, to keep with the train state.
+@dataclasses.dataclass(frozen=True)
+class _Contents:
+    """What a state holds: the attributes of `MonitorState`. The step is first."""
 
-    Attributes:
-        step: int32 [], number of updates so far.
-        checked: int32 [], update of the latest check, at which `vitals` were measured; 0 is the start.
-        analyzed: int32 [], update at which `report` was made.
-        report: the latest report.
-        vitals: numbers of the latest check.
-        first: numbers at the start.
-        previous: numbers of the check before the latest.
-        leaves: how each floating leaf of `params` is laid out.
-    """
-
-    step: jax.Array
-    checked: jax.Array
-    analyzed: jax.Array
+    step: Any
+    checked: Any
+    analyzed: Any
     report: Report
     vitals: Vitals
     first: Vitals
     previous: Vitals
-    leaves: tuple[LeafLayout, ...] = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class MonitorState(Shown):
+    """State of a monitor, to keep with the train state. Its numbers are packed in two or three arrays.
+
+    Attributes:
+        rows: an array for each dtype.
+        packing: where each number is.
+        leaves: how each floating leaf of `params` is laid out.
+    """
+
+    rows: tuple[Any, ...]
+    packing: Packing = dataclasses.field(metadata=_STATIC)
+    leaves: tuple[LeafLayout, ...] = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def _contents(self) -> _Contents:
+        traced = any(isinstance(row, Tracer) for row in self.rows)
+        return self.packing.unpack(self.rows if traced else jax.device_get(self.rows))
+
+    @property
+    def step(self) -> jax.Array:
+        """int32 [], number of updates so far."""
+        return self._contents.step
+
+    @property
+    def checked(self) -> jax.Array:
+        """int32 [], update of the latest check; 0 is the start."""
+        return self._contents.checked
+
+    @property
+    def analyzed(self) -> jax.Array:
+        """int32 [], update at which `report` was made."""
+        return self._contents.analyzed
+
+    @property
+    def report(self) -> Report:
+        """The latest report."""
+        return self._contents.report
+
+    @property
+    def vitals(self) -> Vitals:
+        """Numbers of the latest check."""
+        return self._contents.vitals
+
+    @property
+    def first(self) -> Vitals:
+        """Numbers at the start."""
+        return self._contents.first
+
+    @property
+    def previous(self) -> Vitals:
+        """Numbers of the check before the latest."""
+        return self._contents.previous
 
     def __str__(self) -> str:
         step, analyzed = (described(each) for each in (self.step, self.analyzed))
         return f"Step {step}; this is the report of step {analyzed}.\n\n{self.report}"
+
+
+def _to_saved(state: MonitorState) -> Any:
+    return serialization.to_state_dict(state._contents)
+
+
+def _from_saved(target: MonitorState, saved: Any) -> MonitorState:
+    contents = serialization.from_state_dict(target._contents, saved)
+    return dataclasses.replace(target, rows=target.packing.pack(contents))
+
+
+serialization.register_serialization_state(MonitorState, _to_saved, _from_saved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +141,9 @@ class Monitor:
         leaves = monitoring.layout(given, statistics)
         vitals = monitoring.measure(leaves, given, statistics, _effective_params(report), tau=self.tau)
         start = np.zeros((), np.int32)
-        return own_arrays(MonitorState(start, start, start, report, vitals, vitals, vitals, leaves))
+        contents = _Contents(start, start, start, report, vitals, vitals, vitals)
+        packing = Packing.of(contents)
+        return MonitorState(packing.pack(contents), packing, leaves)
 
     def update(
         self,
@@ -92,6 +154,7 @@ class Monitor:
         *,
         gradients: Any = None,
         updates: Any = None,
+        check_now: bool | None = None,
         **analysis: Any,
     ) -> MonitorState:
         """Advance the state by one step; check the network if the step is a multiple of `every`.
@@ -103,35 +166,36 @@ class Monitor:
         Args:
             gradients: like `params`. To see what clipping hides, pass them as they are before it.
             updates: like `params`: what the optimizer adds to them.
+            check_now: whether to check at this step, if that is known outside of the compiled step, such as by a static
+                argument. Steps that do not check are then compiled without the check, and make no updates for it.
 
         Raises:
             TypeError: `state` is not a MonitorState.
             ValueError: `state` belongs to another model, or `gradients` or `updates` are not like `params`.
         """
         _check_state(state)
-        step = state.step + 1
+        step = state.packing.first(state.rows) + 1
 
-        def check() -> MonitorState:
+        def check() -> tuple[Any, ...]:
             given, statistics = self._run(params, apply_fn, batch, analysis)
-            leaves = monitoring.layout(given, statistics)
-            if leaves != state.leaves:
+            if monitoring.layout(given, statistics) != state.leaves:
                 raise ValueError(_ANOTHER_MODEL)
-            is_due = step % self.report_every == 0
+            held = state._contents
             analyzed, report = _if(
-                is_due,
-                lambda: (
-                    step,
-                    self._analyze(given, apply_fn, batch, analysis, statistics, like=state.report),
-                ),
-                lambda: (state.analyzed, state.report),
+                step % self.report_every == 0,
+                lambda: (step, self._analyze(given, apply_fn, batch, analysis, statistics, held.report)),
+                lambda: (held.analyzed, held.report),
             )
             trees = {"gradients": gradients, "updates": updates}
-            vitals = monitoring.measure(
-                leaves, given, statistics, _effective_params(report), **trees, tau=self.tau
-            )
-            return MonitorState(step, step, analyzed, report, vitals, state.first, state.vitals, leaves)
+            effective = _effective_params(report)
+            vitals = monitoring.measure(state.leaves, given, statistics, effective, **trees, tau=self.tau)
+            contents = _Contents(step, step, analyzed, report, vitals, held.first, held.vitals)
+            return state.packing.pack(contents)
 
-        return _if(step % self.every == 0, check, lambda: dataclasses.replace(state, step=step))
+        wait = functools.partial(state.packing.with_first, state.rows, step)
+        if check_now is None:
+            check_now = step % self.every == 0
+        return dataclasses.replace(state, rows=_if(check_now, check, wait))
 
     def scalars(self, state: MonitorState, *patterns: str) -> dict[str, float]:
         """Return about a dozen numbers of the latest check under flat names, for any tracker; more by pattern.
@@ -148,7 +212,8 @@ class Monitor:
             ValueError: nothing matches a pattern, or the state holds several models.
         """
         _check_state(state)
-        return monitoring.scalars(state.leaves, jax.device_get(state.vitals), state.report.single(), patterns)
+        held = state._contents
+        return monitoring.scalars(state.leaves, held.vitals, held.report.single(), patterns)
 
     def events(self, state: MonitorState) -> tuple[Event, ...]:
         """Return the early signs of trouble at the latest check, by weight in forward order, then by attention.
@@ -158,11 +223,11 @@ class Monitor:
             ValueError: the state holds several models.
         """
         _check_state(state)
-        report = state.report.single()
-        first, previous, now = jax.device_get((state.first, state.previous, state.vitals))
-        step = int(state.checked)
-        is_new = step == int(state.analyzed)
-        return monitoring.events(self.limits, state.leaves, report, step, first, previous, now, is_new=is_new)
+        held = state._contents
+        report, step = held.report.single(), int(held.checked)
+        compared = held.first, held.previous, held.vitals
+        is_new = step == int(held.analyzed)
+        return monitoring.events(self.limits, state.leaves, report, step, *compared, is_new=is_new)
 
     def _run(
         self, params: Any, apply_fn: Any, batch: Any, analysis: dict[str, Any]
@@ -265,8 +330,8 @@ def monitor(
     """
     report_every = 10 * every if report_every is None else report_every
     for name, value in (("every", every), ("report_every", report_every)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"`{name}` must be a positive number of steps, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 < value < 2**31:
+            raise ValueError(f"`{name}` must be a positive number of steps below 2^31, got {value!r}")
     if report_every % every:
         raise ValueError(f"`report_every` must be a multiple of `every`, {every}; got {report_every}")
     fractions = {"growth": growth, "collapse": collapse, "entropy_collapse": entropy_collapse}

@@ -164,7 +164,7 @@ def test_a_network_that_stays_as_it_is_has_no_events():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"every": 0}, "`every` must be a positive number of steps, got 0"),
+        ({"every": 0}, r"`every` must be a positive number of steps below 2\^31, got 0"),
         ({"every": 2.5}, "`every` must be"),
         ({"every": 1, "growth": 0}, "`growth` must be"),
         ({"every": 1, "collapse": 1.5}, "`collapse` must be"),
