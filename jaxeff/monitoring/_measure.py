@@ -15,6 +15,7 @@ from jaxeff.model.params import Params
 from jaxeff.model.roles import ParamInfo
 from jaxeff.monitoring._records import Activations, Attention, LeafLayout, Norms, Vitals
 from jaxeff.numerics.meshes import by_compiler
+from jaxeff.report import Activity
 from jaxeff.statistics import Derivatives, SiteStatistics, Statistics
 from jaxeff.statistics.sums import sums
 
@@ -139,16 +140,17 @@ def _activations_of(info: ParamInfo, sites: Sequence[SiteStatistics], tau: float
     own = tuple(site for site in sites if site.path == info.path)
     only_shape = np.broadcast_to(np.zeros((), np.float32), info.shape)
     layer = layers.Layer(info, layers.Arrays(only_shape, own, Derivatives()))
-    activity = layers.stacked_activity(layer, sites)
-    if activity is None:
-        return [jnp.full(len(layer.indices), jnp.nan)] * 4
-    axes = tuple(range(-len(activity.shape), 0))
-    root_mean_square = jnp.sqrt(jnp.mean(jnp.square(activity.rms), axes))
+    found = layers.over_activities(functools.partial(_of_units, tau), layer, sites)
+    return [jnp.full(len(layer.indices), jnp.nan)] * 4 if found is None else found
+
+
+def _of_units(tau: float, activity: Activity) -> list[jax.Array]:
+    root_mean_square = jnp.sqrt(jnp.mean(jnp.square(activity.rms)))
     return [
         activity.dead,
         activity.dormant(tau),
-        jnp.mean(activity.zero_fraction, axes),
-        jnp.max(activity.maximum, axes) / root_mean_square,
+        jnp.mean(activity.zero_fraction),
+        jnp.max(activity.maximum) / root_mean_square,
     ]
 
 
