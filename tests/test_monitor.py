@@ -298,11 +298,11 @@ def test_attention_is_that_computed_by_hand(way):
         own = jax.tree.map(lambda leaf, block=block: leaf[block], params["blocks"])
         normed = nn.LayerNorm().apply({"params": own["norm"]}, x)
         query, key = (
-            jnp.einsum("btf,fhd->bthd", normed, own["attention"][name]["kernel"])
-            + own["attention"][name]["bias"]
+            np.einsum("btf,fhd->bthd", normed, own["attention"][name]["kernel"])
+            + np.asarray(own["attention"][name]["bias"])
             for name in ("query", "key")
         )
-        logits.append(np.asarray(jnp.einsum("bqhd,bkhd->bhqk", query, key), np.float64) / np.sqrt(4))
+        logits.append(np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(4))
         x = Block().apply({"params": own}, x, None)[0]
     for block, each in enumerate(logits):
         p = np.exp(each) / np.exp(each).sum(-1, keepdims=True)
