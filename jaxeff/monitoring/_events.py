@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from jaxeff.monitoring._names import attention_paths, modules, ratio, was_passed
 from jaxeff.monitoring._records import LeafLayout, Vitals
 from jaxeff.report import Report
@@ -123,7 +121,7 @@ def _of_tensors(
         yield Event(path, "not finite", step, None, None, bad, size)
     if was_passed(now.gradients) and (bad := int(now.gradients.nonfinite[part])):
         yield Event(path, "gradient not finite", step, None, None, bad, size)
-    share = ratio(now.updates.norm[part], now.params.norm[part])
+    share = ratio(float(now.updates.norm[part]), float(now.params.norm[part]))
     low, high = limits.update_ratio
     if was_passed(now.updates) and (share < low or share > high):
         yield Event(path, "update ratio", step, None, None, share, low if share < low else high)
@@ -148,21 +146,21 @@ def _of_units(
             yield Event(row.path, "fallen back", step, None, None, row.size, row.size)
         return
     for sign, field in (("dead units", "dead"), ("dormant units", "dormant")):
-        numbers = [float(getattr(vitals.activations, field)[at]) for vitals in (first, previous, now)]
-        if numbers[2] - numbers[0] >= limits.growth * row.unit_count:
-            yield Event(row.path, sign, step, *numbers, row.unit_count)
-    numbers = [float(vitals.effective_params[at]) for vitals in (first, previous, now)]
-    if is_new and numbers[2] <= limits.collapse * numbers[0]:
-        yield Event(row.path, "effective parameters", step, *numbers, row.size)
+        start, before, units = (float(getattr(one.activations, field)[at]) for one in (first, previous, now))
+        if units - start >= limits.growth * row.unit_count:
+            yield Event(row.path, sign, step, start, before, units, row.unit_count)
+    start, before, left = (float(one.effective_params[at]) for one in (first, previous, now))
+    if is_new and left <= limits.collapse * start:
+        yield Event(row.path, "effective parameters", step, start, before, left, row.size)
 
 
 def _of_attention(
     limits: Limits, path: str, at: int, step: int, first: Vitals, previous: Vitals, now: Vitals
 ) -> Iterator[Event]:
-    logits = [float(vitals.attention.largest_logit[at]) for vitals in (first, previous, now)]
-    if logits[2] >= limits.largest_logit:
-        yield Event(path, "attention logit", step, *logits, limits.largest_logit)
-    entropies = [float(vitals.attention.entropy[at]) for vitals in (first, previous, now)]
-    limit = float(np.float64(limits.entropy_collapse) * entropies[0])
-    if entropies[2] <= limit:
-        yield Event(path, "attention entropy", step, *entropies, limit)
+    start, before, logit = (float(one.attention.largest_logit[at]) for one in (first, previous, now))
+    if logit >= limits.largest_logit:
+        yield Event(path, "attention logit", step, start, before, logit, limits.largest_logit)
+    start, before, entropy = (float(one.attention.entropy[at]) for one in (first, previous, now))
+    limit = limits.entropy_collapse * start
+    if entropy <= limit:
+        yield Event(path, "attention entropy", step, start, before, entropy, limit)

@@ -84,7 +84,8 @@ def measure(
     trees = [params, _like(params, leaves, "gradients", gradients), _like(params, leaves, "updates", updates)]
     own = [None if tree is None else [tree.named[leaf.path] for leaf in leaves] for tree in trees]
     norms, activations, attention = _measured(leaves, tau, own, statistics)
-    return Vitals(*norms, activations, attention, effective_params)
+    of_params, of_gradients, of_updates = norms
+    return Vitals(of_params, of_gradients, of_updates, activations, attention, effective_params)
 
 
 def _like(params: Params, leaves: Sequence[LeafLayout], name: str, given: Any) -> Params | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -144,5 +145,5 @@ def attention_paths(report: Report) -> list[str]:
     ]
 
 
-def _stacked(entropy: np.ndarray) -> int:
+def _stacked(entropy: Any) -> int:
     return int(np.prod(np.shape(entropy)[:-1], dtype=int))

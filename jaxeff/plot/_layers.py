@@ -253,7 +253,7 @@ def _over_rows(rows: Sequence[Mapping[str, Any]], pattern: str) -> tuple[np.ndar
     ), names
 
 
-def _over_training(reports: Report | Sequence[Report], metric: str) -> tuple[np.ndarray, list[str]]:
+def _over_training(reports: Any, metric: str) -> tuple[np.ndarray, list[str]]:
     """Return [reports, layers], and the paths of the layers."""
     if isinstance(reports, Report):
         values = np.asarray(jax.device_get(getattr(reports.numbers.metrics, metric)))
