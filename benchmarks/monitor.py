@@ -1,7 +1,7 @@
 """What `jaxeff.monitor` adds to a training step of AdamW, given the gradients and updates, in CPU seconds.
 
 python benchmarks/monitor.py [--network lenet-300-100] [--mode jitted] [--every 100] [--repeats 15]
-python benchmarks/monitor.py --network transformer --repeats 5
+python benchmarks/monitor.py --network transformer --mode donated --steps 1 --repeats 5
 
 LeNet-300-100 on 512 images; a transformer of 4 layers of width 256 on 16 x 128 tokens. The mode is `jitted`, a
 compiled step called ten times; `donated`, the same step donating its state; `eager`, without `jit`; or `looped`, ten
@@ -109,14 +109,14 @@ def prepare(network: str, every: int, mode: str = "jitted") -> Prepared:
 NEVER = 10**8
 
 
-def parts(prepared: Prepared, repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of ten steps: plain, with a monitor that waits, that checks, that analyzes in each; of one report."""
+def parts(prepared: Prepared, repeats: int, steps: int = 10) -> dict[str, list[float]]:
+    """CPU seconds of some steps: plain, with a monitor that waits, that checks, that analyzes in each; of one report."""
     monitor = jaxeff.monitor
     functions = {
-        "plain": prepared.steps(None, 10),
-        "waiting": prepared.steps(monitor(every=NEVER), 10),
-        "checking": prepared.steps(monitor(every=1, report_every=NEVER), 10),
-        "analyzing": prepared.steps(monitor(every=1, report_every=1), 10),
+        "plain": prepared.steps(None, steps),
+        "waiting": prepared.steps(monitor(every=NEVER), steps),
+        "checking": prepared.steps(monitor(every=1, report_every=NEVER), steps),
+        "analyzing": prepared.steps(monitor(every=1, report_every=1), steps),
         "report": prepared.analysis,
     }
     return timing.interleaved(functions, repeats, timing.seconds)
@@ -144,13 +144,16 @@ def main() -> None:
     _ = parser.add_argument("--network", choices=NETWORKS, default="lenet-300-100")
     _ = parser.add_argument("--every", type=int, default=100)
     _ = parser.add_argument("--repeats", type=int, default=15)
+    _ = parser.add_argument("--steps", type=int, default=10)
     _ = parser.add_argument("--mode", choices=("jitted", "donated", "eager", "looped"), default="jitted")
     chosen = parser.parse_args()
     prepared = prepare(chosen.network, chosen.every, chosen.mode)
     print(timing.machine(), chosen.network, chosen.mode)
-    found = parts(prepared, chosen.repeats)
+    found = parts(prepared, chosen.repeats, chosen.steps)
     for name in ("plain", "waiting", "checking", "analyzing"):
-        print(f"{name}: {timing.spread([100 * seconds for seconds in found[name]], ' ms')} a step")
+        print(
+            f"{name}: {timing.spread([1e3 / chosen.steps * seconds for seconds in found[name]], ' ms')} a step"
+        )
     alone = [1e3 * seconds for seconds in found["report"]]
     print(f"one report, outside a step: {timing.spread(alone, ' ms')}")
     each = added(found, chosen.every)
