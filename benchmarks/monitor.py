@@ -110,7 +110,7 @@ NEVER = 10**8
 
 
 def parts(prepared: Prepared, repeats: int, steps: int = 10) -> dict[str, list[float]]:
-    """CPU seconds of some steps: plain, with a monitor that waits, that checks, that analyzes in each; of one report."""
+    """CPU seconds of steps: plain, with a monitor that waits, checks, or analyzes in each; and of one report."""
     monitor = jaxeff.monitor
     functions = {
         "plain": prepared.steps(None, steps),
