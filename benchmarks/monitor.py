@@ -1,20 +1,26 @@
-"""What `jaxeff.monitor` adds to a training step of AdamW, analyzing the training batch, in CPU seconds.
+"""What `jaxeff.monitor` adds to a training step of AdamW, given the gradients and updates, in CPU seconds.
 
-python benchmarks/monitor.py [--network lenet-300-100] [--every 100] [--repeats 15]
-python benchmarks/monitor.py --network transformer --every 20 --repeats 5
+python benchmarks/monitor.py [--network lenet-300-100] [--mode jitted] [--every 100] [--repeats 15]
+python benchmarks/monitor.py --network transformer --mode donated --steps 1 --repeats 5
 
-LeNet-300-100 on 512 images; a transformer of 4 layers of width 256 on 16 x 128 tokens. What is added is
-measured by analyzing in each of a few steps: at `every`, it is less than what runs differ by.
+LeNet-300-100 on 512 images; a transformer of 4 layers of width 256 on 16 x 128 tokens. The mode is `jitted`, a
+compiled step called ten times; `donated`, the same step donating its state; `eager`, without `jit`; or `looped`, ten
+steps in one program, which finds out at each step whether to check. The others are told.
+
+At `every`, a monitor adds less than runs differ by, so its parts are measured in ten steps each: steps that only wait,
+steps that all check, and steps that all check and make a report.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 import timing
 from lenet import LeNet300100
@@ -41,17 +47,17 @@ class Prepared(NamedTuple):
 
     Attributes:
         step: step(monitored) takes one training step, compiled.
-        steps: steps(monitored, every, count) gives a function that takes `count` of them, as one program.
+        steps: steps(watch, count) gives a function that takes `count` of them, without a monitor if it is None.
         analysis: one report, outside of any step.
     """
 
     every: int
     step: Callable[[bool], Any]
-    steps: Callable[[bool, int, int], Callable[[], Any]]
+    steps: Callable[[jaxeff.Monitor | None, int], Callable[[], Any]]
     analysis: Callable[[], Any]
 
 
-def prepare(network: str, every: int) -> Prepared:
+def prepare(network: str, every: int, mode: str = "jitted") -> Prepared:
     model, inputs, labels = NETWORKS[network]()
     optimizer = optax.adamw(1e-3)
     params = jax.jit(model.init)(jax.random.key(2), inputs)
@@ -60,43 +66,77 @@ def prepare(network: str, every: int) -> Prepared:
         outputs = model.apply(params, inputs)
         return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
 
-    def start(monitored: bool, every: int):
-        state = jaxeff.monitor(every=every).init(params, model.apply, inputs) if monitored else None
-        return params, jax.jit(optimizer.init)(params), state
+    def start(watch: jaxeff.Monitor | None):
+        own = jax.tree.map(jnp.copy, params)
+        state = watch.init(own, model.apply, inputs) if watch else None
+        return own, jax.jit(optimizer.init)(own), state
 
-    def step(carry, every: int):
+    def step(watch: jaxeff.Monitor | None, carry):
         params, state, monitor = carry
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        gradients = jax.grad(loss)(params)
+        updates, state = optimizer.update(gradients, state, params)
         params = optax.apply_updates(params, updates)
-        if monitor is not None:
-            monitor = jaxeff.monitor(every=every).update(monitor, params, model.apply, inputs)
+        if watch is not None:
+            trees = {"gradients": gradients, "updates": updates}
+            # The host knows at which steps it calls, but not those of a loop inside a program.
+            known = None if mode == "looped" else watch.every == 1
+            monitor = watch.update(monitor, params, model.apply, inputs, **trees, check_now=known)
         return params, state, monitor
 
-    def steps(monitored: bool, every: int, count: int) -> Callable[[], Any]:
-        run = jax.jit(lambda carry: jax.lax.fori_loop(0, count, lambda _, carry: step(carry, every), carry))
-        carry = start(monitored, every)
-        return lambda: run(carry)
+    def steps(watch: jaxeff.Monitor | None, count: int) -> Callable[[], Any]:
+        own = functools.partial(step, watch)
+        if mode == "looped":
+            run = jax.jit(lambda carry: jax.lax.fori_loop(0, count, lambda _, carry: own(carry), carry))
+            return functools.partial(run, start(watch))
+        donated = {"jitted": None, "donated": 0}
+        once = own if mode == "eager" else jax.jit(own, donate_argnums=donated[mode])
+        carried = [start(watch)]
+
+        def run():
+            for _ in range(count):
+                carried[0] = once(carried[0])
+            return carried[0]
+
+        return run
 
     def first(monitored: bool) -> Any:
-        return jax.jit(lambda carry: step(carry, every))(start(monitored, every))
+        watch = jaxeff.monitor(every=every) if monitored else None
+        return jax.jit(functools.partial(step, watch))(start(watch))
 
     return Prepared(every, first, steps, lambda: jaxeff.analyze(params, model.apply, inputs))
 
 
-def share(prepared: Prepared, repeats: int) -> float:
-    """What a report every `every` steps adds to a step, as a fraction of it."""
-    found = analyzed(prepared, repeats)
-    return (statistics.median(timing.ratios(found, "analyzed", "plain")) - 1) / prepared.every
+NEVER = 10**8
 
 
-def analyzed(prepared: Prepared, repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of ten steps, of ten each of which analyzes, and of one report outside of any."""
+def parts(prepared: Prepared, repeats: int, steps: int = 10) -> dict[str, list[float]]:
+    """CPU seconds of steps: plain, with a monitor that waits, checks, or analyzes in each; and of one report."""
+    monitor = jaxeff.monitor
     functions = {
-        "plain": prepared.steps(False, 1, 10),
-        "analyzed": prepared.steps(True, 1, 10),
+        "plain": prepared.steps(None, steps),
+        "waiting": prepared.steps(monitor(every=NEVER), steps),
+        "checking": prepared.steps(monitor(every=1, report_every=NEVER), steps),
+        "analyzing": prepared.steps(monitor(every=1, report_every=1), steps),
         "report": prepared.analysis,
     }
     return timing.interleaved(functions, repeats, timing.seconds)
+
+
+def added(found: dict[str, list[float]], every: int) -> dict[str, list[float]]:
+    """What each part adds to a step, as a fraction of it, run by run; reports are ten times rarer than checks."""
+    waiting, checking, analyzing = (
+        timing.ratios(found, name, "plain") for name in ("waiting", "checking", "analyzing")
+    )
+    return {
+        "waiting": [ratio - 1 for ratio in waiting],
+        "checks": [(b - a) / every for a, b in zip(waiting, checking, strict=True)],
+        "reports": [(b - a) / (10 * every) for a, b in zip(checking, analyzing, strict=True)],
+    }
+
+
+def share(prepared: Prepared, repeats: int) -> float:
+    """What a check every `every` steps and its reports add to a step, as a fraction of it."""
+    return sum(map(statistics.median, added(parts(prepared, repeats), prepared.every).values()))
 
 
 def main() -> None:
@@ -104,23 +144,22 @@ def main() -> None:
     _ = parser.add_argument("--network", choices=NETWORKS, default="lenet-300-100")
     _ = parser.add_argument("--every", type=int, default=100)
     _ = parser.add_argument("--repeats", type=int, default=15)
+    _ = parser.add_argument("--steps", type=int, default=10)
+    _ = parser.add_argument("--mode", choices=("jitted", "donated", "eager", "looped"), default="jitted")
     chosen = parser.parse_args()
-    prepared = prepare(chosen.network, chosen.every)
-    print(timing.machine())
-    found = analyzed(prepared, chosen.repeats)
-    for name in ("plain", "analyzed"):
-        print(f"{name}: {timing.spread([100 * seconds for seconds in found[name]], ' ms')} a step")
+    prepared = prepare(chosen.network, chosen.every, chosen.mode)
+    print(timing.machine(), chosen.network, chosen.mode)
+    found = parts(prepared, chosen.repeats, chosen.steps)
+    for name in ("plain", "waiting", "checking", "analyzing"):
+        print(
+            f"{name}: {timing.spread([1e3 / chosen.steps * seconds for seconds in found[name]], ' ms')} a step"
+        )
     alone = [1e3 * seconds for seconds in found["report"]]
     print(f"one report, outside a step: {timing.spread(alone, ' ms')}")
-    added = [100 * (ratio - 1) / chosen.every for ratio in timing.ratios(found, "analyzed", "plain")]
-    print(f"a report every {chosen.every} steps adds {timing.spread(added, ' %')}")
-    directly = {
-        "plain": prepared.steps(False, chosen.every, chosen.every),
-        "monitored": prepared.steps(True, chosen.every, chosen.every),
-    }
-    runs = timing.interleaved(directly, chosen.repeats, timing.seconds)
-    ratios = timing.ratios(runs, "monitored", "plain")
-    print(f"{chosen.every} steps with a monitor / without: {timing.spread(ratios)}")
+    each = added(found, chosen.every)
+    for name, shares in each.items():
+        print(f"{name} add {timing.spread([100 * share for share in shares], ' %')}")
+    print(f"together, at every={chosen.every}: {100 * sum(map(statistics.median, each.values())):.3g} %")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from jaxeff._collect import collect as collect
     from jaxeff._compare_criteria import Comparison as Comparison
     from jaxeff._compare_criteria import compare_criteria as compare_criteria
-    from jaxeff._monitor import Event as Event
     from jaxeff._monitor import Monitor as Monitor
     from jaxeff._monitor import MonitorState as MonitorState
     from jaxeff._monitor import monitor as monitor
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from jaxeff.advice import Advice as Advice
     from jaxeff.model.adapters import functional as functional
     from jaxeff.model.adapters import restore as restore
+    from jaxeff.monitoring import Event as Event
     from jaxeff.quantization import Outliers as Outliers
     from jaxeff.quantization import outliers as outliers
     from jaxeff.report import Activity as Activity
@@ -57,10 +57,11 @@ _NAMES = {
     "_calibrate": ("calibrate",),
     "_collect": ("collect",),
     "_compare_criteria": ("Comparison", "compare_criteria"),
-    "_monitor": ("Event", "Monitor", "MonitorState", "monitor"),
+    "_monitor": ("Monitor", "MonitorState", "monitor"),
     "_pathways": ("Pathways", "pathways"),
     "advice": ("Advice",),
     "model.adapters": ("functional", "restore"),
+    "monitoring": ("Event",),
     "quantization": ("Outliers", "outliers"),
     "report": ("Activity", "LayerReport", "ModelReport", "Recommendation", "Report"),
     "spectral": ("Spectra", "spectra"),

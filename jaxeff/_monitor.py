@@ -1,121 +1,132 @@
-"""Analysis every N training steps, inside the compiled step: `jaxeff.monitor`.
+"""Checks and analyses every N training steps, inside the compiled step: `jaxeff.monitor`.
 
-The monitor's state is a pytree to keep in the train state. A step without an analysis costs one comparison.
+The monitor's state is a pytree to keep in the train state. A step without a check costs one comparison.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import serialization
+from jax.core import Tracer
 
+from jaxeff import monitoring
 from jaxeff._analyze import analyze
+from jaxeff._collect import collect
 from jaxeff._saving import saved_by_flax
 from jaxeff.importance import Criterion, named
-from jaxeff.model.params import own_arrays
+from jaxeff.model.params import Params
+from jaxeff.monitoring import Event as Event
+from jaxeff.monitoring import LeafLayout, Limits, Packing, Vitals
 from jaxeff.output.shown import Shown, described
 from jaxeff.report import Report
+from jaxeff.statistics import Statistics
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Vitals:
-    """The numbers from which events are derived, for all weights in the report's order.
-
-    Attributes:
-        effective_params: [weights], effective weights.
-        dead: [weights], units that emitted only 0; nan if no activations were read.
-    """
-
-    effective_params: jax.Array
-    dead: jax.Array
-
-    @staticmethod
-    def of(report: Report) -> Vitals:
-        effective = report.numbers.metrics.effective_params
-        dead = [
-            jnp.full(effective.shape[:-1], jnp.nan) if activity is None else activity.dead
-            for activity in report.activities
-        ]
-        return Vitals(effective, jnp.stack([jnp.asarray(count, jnp.float32) for count in dead], axis=-1))
+_STATIC = {"static": True}
 
 
 @saved_by_flax
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False)
-class MonitorState(Shown):
-    """State of a monitor, to keep with the train state.
+@dataclasses.dataclass(frozen=True)
+class _Contents:
+    """What a state holds: the attributes of `MonitorState`. The step is first."""
 
-    Attributes:
-        step: int32 [], number of updates so far.
-        analyzed: int32 [], update at which `report` was made; 0 is the start.
-        report: the latest report.
-        first: vitals at the start.
-        previous: vitals of the report before the latest.
-    """
-
-    step: jax.Array
-    analyzed: jax.Array
+    step: Any
+    checked: Any
+    analyzed: Any
     report: Report
+    vitals: Vitals
     first: Vitals
     previous: Vitals
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class MonitorState(Shown):
+    """State of a monitor, to keep with the train state. Its numbers are packed in two or three arrays.
+
+    Attributes:
+        rows: an array for each dtype.
+        packing: where each number is.
+        leaves: how each floating leaf of `params` is laid out.
+    """
+
+    rows: tuple[Any, ...]
+    packing: Packing = dataclasses.field(metadata=_STATIC)
+    leaves: tuple[LeafLayout, ...] = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def _contents(self) -> _Contents:
+        traced = any(isinstance(row, Tracer) for row in self.rows)
+        return self.packing.unpack(self.rows if traced else jax.device_get(self.rows))
+
+    @property
+    def step(self) -> jax.Array:
+        """int32 [], number of updates so far."""
+        return self._contents.step
+
+    @property
+    def checked(self) -> jax.Array:
+        """int32 [], update of the latest check; 0 is the start."""
+        return self._contents.checked
+
+    @property
+    def analyzed(self) -> jax.Array:
+        """int32 [], update at which `report` was made."""
+        return self._contents.analyzed
+
+    @property
+    def report(self) -> Report:
+        """The latest report."""
+        return self._contents.report
+
+    @property
+    def vitals(self) -> Vitals:
+        """Numbers of the latest check."""
+        return self._contents.vitals
+
+    @property
+    def first(self) -> Vitals:
+        """Numbers at the start."""
+        return self._contents.first
+
+    @property
+    def previous(self) -> Vitals:
+        """Numbers of the check before the latest."""
+        return self._contents.previous
 
     def __str__(self) -> str:
         step, analyzed = (described(each) for each in (self.step, self.analyzed))
         return f"Step {step}; this is the report of step {analyzed}.\n\n{self.report}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """An early sign of trouble in one weight. `str(event)` is a sentence.
-
-    Attributes:
-        path: of the weight.
-        sign: 'dead units'; 'effective parameters'; 'not finite', if weights are; or 'fallen back', if the
-            criterion's statistics are not finite, so that magnitudes replace the scores. The last two
-            exclude the others.
-        step: update at which it was seen.
-        first: number at the start; None for the last two signs.
-        previous: number in the report before; None for the last two signs.
-        now: number in this report.
-        of: total number of units or weights.
-    """
-
-    path: str
-    sign: str
-    step: int
-    first: float | None
-    previous: float | None
-    now: float
-    of: int
-
-    def __str__(self) -> str:
-        if self.sign == "not finite":
-            return f"step {self.step}: {self.path}: {self.now:,.0f} of {self.of:,} weights are not finite"
-        if self.sign == "fallen back":
-            return f"step {self.step}: {self.path}: statistics are not finite; scored by magnitude"
-        return (
-            f"step {self.step}: {self.path}: {self.now:,.0f} of {self.of:,} {_NOUNS[self.sign]}, "
-            f"{self.previous:,.0f} in the report before, {self.first:,.0f} at the start"
-        )
+def _to_saved(state: MonitorState) -> Any:
+    return serialization.to_state_dict(state._contents)
 
 
-_NOUNS = {"dead units": "units are dead", "effective parameters": "weights are effective"}
+def _from_saved(target: MonitorState, saved: Any) -> MonitorState:
+    contents = serialization.from_state_dict(target._contents, saved)
+    return dataclasses.replace(target, rows=target.packing.pack(contents))
+
+
+serialization.register_serialization_state(MonitorState, _to_saved, _from_saved)
 
 
 @dataclasses.dataclass(frozen=True)
 class Monitor:
-    """Analyzes a network every N training steps; made by `monitor`."""
+    """Checks a network every N training steps, and analyzes it less often; made by `monitor`."""
 
     every: int
+    report_every: int
     criterion: str | Criterion | Callable[..., jax.Array]
     loss_fn: Callable[..., jax.Array] | None
-    growth: float
-    collapse: float
+    tau: float
+    limits: Limits
 
     def init(self, params: Any, apply_fn: Any, batch: Any, **analysis: Any) -> MonitorState:
         """Analyze the network before the first step and return the initial state, which a step may donate.
@@ -125,105 +136,215 @@ class Monitor:
             batch: as in `jaxeff.analyze`; a training batch or a held-out one.
             **analysis: further arguments of `jaxeff.analyze`, such as `targets` and `rngs`.
         """
-        report = self._analyze(params, apply_fn, batch, analysis)
-        start, vitals = jnp.zeros((), jnp.int32), Vitals.of(report)
-        return own_arrays(MonitorState(start, start, report, vitals, vitals))
+        given, statistics = self._run(params, apply_fn, batch, analysis)
+        report = self._analyze(given, apply_fn, batch, analysis, statistics)
+        leaves = monitoring.layout(given, statistics)
+        vitals = monitoring.measure(leaves, given, statistics, _effective_params(report), tau=self.tau)
+        start = np.zeros((), np.int32)
+        contents = _Contents(start, start, start, report, vitals, vitals, vitals)
+        packing = Packing.of(contents)
+        return MonitorState(packing.pack(contents), packing, leaves)
 
     def update(
-        self, state: MonitorState, params: Any, apply_fn: Any, batch: Any, **analysis: Any
+        self,
+        state: MonitorState,
+        params: Any,
+        apply_fn: Any,
+        batch: Any,
+        *,
+        gradients: Any = None,
+        updates: Any = None,
+        check_now: bool | None = None,
+        **analysis: Any,
     ) -> MonitorState:
-        """Advance the state by one step, and analyze the network if the step is a multiple of `every`.
+        """Advance the state by one step; check the network if the step is a multiple of `every`.
 
-        Call it under `jit` or `scan`. Under `vmap` it analyzes at every step, because `lax.cond` runs both
-        branches there.
+        A check reads the gradients and updates, and runs the model once. Every `report_every` steps it is followed by
+        an analysis. Under `jit` and `scan` both are in the compiled step. Under `vmap` they happen at every step,
+        because `lax.cond` runs both branches there.
+
+        Args:
+            gradients: like `params`. To see what clipping hides, pass them as they are before it.
+            updates: like `params`: what the optimizer adds to them.
+            check_now: whether to check at this step, if that is known outside of the compiled step, such as by a static
+                argument. Steps that do not check are then compiled without the check, and make no updates for it.
 
         Raises:
             TypeError: `state` is not a MonitorState.
-            ValueError: `state` belongs to another model.
+            ValueError: `state` belongs to another model, or `gradients` or `updates` are not like `params`.
         """
-        if not isinstance(state, MonitorState):
-            raise TypeError(f"`state` must be a MonitorState from `init`, got {type(state).__name__}")
-        step = state.step + 1
+        _check_state(state)
+        step = state.packing.first(state.rows) + 1
 
-        def again() -> MonitorState:
-            report = self._analyze(params, apply_fn, batch, analysis)
-            if jax.tree.structure(report) != jax.tree.structure(state.report):
-                raise ValueError(
-                    "`state` belongs to another model: make one with `init(params, apply_fn, batch)`"
-                )
-            return MonitorState(step, step, report, state.first, Vitals.of(state.report))
+        def check() -> tuple[Any, ...]:
+            given, statistics = self._run(params, apply_fn, batch, analysis)
+            if monitoring.layout(given, statistics) != state.leaves:
+                raise ValueError(_ANOTHER_MODEL)
+            held = state._contents
+            analyzed, report = _if(
+                step % self.report_every == 0,
+                lambda: (step, self._analyze(given, apply_fn, batch, analysis, statistics, held.report)),
+                lambda: (held.analyzed, held.report),
+            )
+            trees = {"gradients": gradients, "updates": updates}
+            effective = _effective_params(report)
+            vitals = monitoring.measure(state.leaves, given, statistics, effective, **trees, tau=self.tau)
+            contents = _Contents(step, step, analyzed, report, vitals, held.first, held.vitals)
+            return state.packing.pack(contents)
 
-        return jax.lax.cond(step % self.every == 0, again, lambda: dataclasses.replace(state, step=step))
+        wait = functools.partial(state.packing.with_first, state.rows, step)
+        if check_now is None:
+            check_now = step % self.every == 0
+        return dataclasses.replace(state, rows=_if(check_now, check, wait))
+
+    def scalars(self, state: MonitorState, *patterns: str) -> dict[str, float]:
+        """Return about a dozen numbers of the latest check under flat names, for any tracker; more by pattern.
+
+        Names begin with 'gradients/', 'params/', 'updates/', 'activations/' or 'attention/'. Gradients and updates are
+        there if they were passed to `update`. The numbers of the report are `state.report.scalars()`.
+
+        Args:
+            *patterns: of names, in which * stands for any text and ? for one character: "updates/ratio/*" is the
+                ratio of every module, stacked block and leaf, "*" everything.
+
+        Raises:
+            TypeError: `state` is not a MonitorState, or a pattern not a string.
+            ValueError: nothing matches a pattern, or the state holds several models.
+        """
+        _check_state(state)
+        held = state._contents
+        return monitoring.scalars(state.leaves, held.vitals, held.report.single(), patterns)
 
     def events(self, state: MonitorState) -> tuple[Event, ...]:
-        """Return the early signs of trouble in the latest report, by weight in forward order.
+        """Return the early signs of trouble at the latest check, by weight in forward order, then by attention.
 
         Raises:
             TypeError: `state` is not a MonitorState.
             ValueError: the state holds several models.
         """
-        if not isinstance(state, MonitorState):
-            raise TypeError(f"`state` must be a MonitorState from `init`, got {type(state).__name__}")
-        report, now = state.report.single(), Vitals.of(state.report)
-        first, previous, now = jax.device_get((state.first, state.previous, now))
-        step, found = int(state.analyzed), []
-        for at, row in enumerate(report.rows):
-            if bad := int(row.nonfinite_weights):
-                found.append(Event(row.path, "not finite", step, None, None, bad, row.size))
-                continue
-            if not bool(row.evidence_finite):
-                found.append(Event(row.path, "fallen back", step, None, None, row.size, row.size))
-                continue
-            start, before, dead = (float(vitals.dead[at]) for vitals in (first, previous, now))
-            if dead - start >= self.growth * row.unit_count:
-                found.append(Event(row.path, "dead units", step, start, before, dead, row.unit_count))
-            start, before, left = (float(vitals.effective_params[at]) for vitals in (first, previous, now))
-            if left <= self.collapse * start:
-                found.append(Event(row.path, "effective parameters", step, start, before, left, row.size))
-        return tuple(found)
+        _check_state(state)
+        held = state._contents
+        report, step = held.report.single(), int(held.checked)
+        compared = held.first, held.previous, held.vitals
+        is_new = step == int(held.analyzed)
+        return monitoring.events(self.limits, state.leaves, report, step, *compared, is_new=is_new)
 
-    def _analyze(self, params: Any, apply_fn: Any, batch: Any, analysis: dict[str, Any]) -> Report:
-        return analyze(params, apply_fn, batch, criterion=self.criterion, loss_fn=self.loss_fn, **analysis)
+    def _run(
+        self, params: Any, apply_fn: Any, batch: Any, analysis: dict[str, Any]
+    ) -> tuple[Params, Statistics]:
+        """Return the params and the statistics of a forward pass."""
+        given = Params.of(params)
+        model = {name: value for name, value in analysis.items() if name not in ("targets", "curves")}
+        return given, collect(given, apply_fn, batch, **model)
+
+    def _analyze(
+        self,
+        params: Params,
+        apply_fn: Any,
+        batch: Any,
+        analysis: dict[str, Any],
+        statistics: Statistics,
+        like: Report | None = None,
+    ) -> Report:
+        chosen = {"criterion": self.criterion, "loss_fn": self.loss_fn}
+        if named(self.criterion, with_loss=self.loss_fn is not None).needs:
+            report = analyze(params, apply_fn, batch, **chosen, **analysis)
+        else:
+            curves = analysis.get("curves", False)
+            report = analyze(params, statistics=statistics, curves=curves, **chosen)
+        if like is not None and jax.tree.structure(report) != jax.tree.structure(like):
+            raise ValueError(_ANOTHER_MODEL)
+        return report
+
+
+_ANOTHER_MODEL = "`state` belongs to another model: make one with `init(params, apply_fn, batch)`"
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, MonitorState):
+        raise TypeError(f"`state` must be a MonitorState from `init`, got {type(state).__name__}")
+
+
+def _effective_params(report: Report) -> jax.Array:
+    return report.numbers.metrics.effective_params
+
+
+def _if(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    """Return then() or otherwise(); outside of a trace without compiling both."""
+    if isinstance(condition, Tracer):
+        return jax.lax.cond(condition, then, otherwise)
+    return then() if condition else otherwise()
 
 
 def monitor(
     every: int,
     *,
+    report_every: int | None = None,
     criterion: str | Criterion | Callable[..., jax.Array] = "activation",
     loss_fn: Callable[..., jax.Array] | None = None,
+    tau: float = 0.025,
     growth: float = 0.1,
     collapse: float = 0.5,
+    largest_logit: float = 1e4,
+    entropy_collapse: float = 0.1,
+    update_ratio: tuple[float, float] = (1e-5, 1e-1),
 ) -> Monitor:
-    """Analyze the network every N training steps, inside the compiled step, and report early signs of trouble.
+    """Check the network every N training steps, inside the compiled step, and report early signs of trouble.
 
-    `init` returns a state to keep with the train state, `update` advances it by one step, and `events` lists
-    the early signs. The latest report is `state.report`; `state.report.scalars()` goes to any tracker.
+    `init` returns a state to keep with the train state, `update` advances it by one step, `scalars` gives the numbers
+    of the latest check to any tracker, and `events` lists the early signs. The latest report is `state.report`.
 
     Args:
-        every: steps between two analyses.
-        criterion, loss_fn: as in `jaxeff.analyze`; `targets` go to `init` and `update`.
-        growth: report an event if the dead units of a layer have grown by this fraction of its units.
+        every: steps between two checks: norms of gradients, parameters and updates, activations, and attention.
+        report_every: steps between two reports, which cost more; a multiple of `every`, and ten times as many by
+            default.
+        criterion, loss_fn: of the reports, as in `jaxeff.analyze`; `targets` go to `init` and `update`.
+        tau: a unit is dormant if its mean |a| is at most `tau` times that of the layer's units (Sokar et al. 2023).
+        growth: report an event if the dead or dormant units of a layer have grown by this fraction of its units.
         collapse: report an event if the effective weights of a layer have fallen to this fraction of their
             number at the start.
+        largest_logit: report an event if an attention logit is at least this large. Runs in which one passed 1e4
+            diverged (Wortsman et al. 2023; ViT-22B, Dehghani et al. 2023, saw 5e4).
+        entropy_collapse: report an event if the mean entropy of an attention has fallen to this fraction of that at
+            the start (entropy collapse: Zhai et al. 2023).
+        update_ratio: report an event if the norm of a weight's update, over that of the weight, is outside of these
+            limits. About 1e-3 is usual.
 
     Raises:
-        ValueError: `every` is not a positive integer, or `growth` or `collapse` is not in (0, 1].
+        ValueError: `every` is not a positive integer, `report_every` not a multiple of it, or a threshold is out of
+            range.
 
-    >>> import flax.linen as nn
+    >>> import flax.linen as nn, jax.numpy as jnp
     >>> model, batch = nn.Dense(4), jnp.ones((8, 3))
     >>> params = model.init(jax.random.key(0), batch)
     >>> watch = monitor(every=10)
     >>> state = watch.init(params, model.apply, batch)
-    >>> train = jax.jit(lambda state, params: watch.update(state, params, model.apply, batch))
+    >>> train = jax.jit(lambda state, params: watch.update(state, params, model.apply, batch, gradients=params))
     >>> for _ in range(25):
     ...     state = train(state, params)
-    >>> int(state.step), int(state.analyzed), watch.events(state)
-    (25, 20, ())
+    >>> int(state.step), int(state.checked), int(state.analyzed), watch.events(state)
+    (25, 20, 0, ())
+    >>> numbers = watch.scalars(state)
+    >>> numbers["gradients/norm"] == numbers["params/norm"], numbers["activations/dead_units"]
+    (True, 0.0)
     """
-    if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1:
-        raise ValueError(f"`every` must be a positive number of steps, got {every!r}")
-    for name, value in (("growth", growth), ("collapse", collapse)):
+    report_every = 10 * every if report_every is None else report_every
+    for name, value in (("every", every), ("report_every", report_every)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 < value < 2**31:
+            raise ValueError(f"`{name}` must be a positive number of steps below 2^31, got {value!r}")
+    if report_every % every:
+        raise ValueError(f"`report_every` must be a multiple of `every`, {every}; got {report_every}")
+    fractions = {"growth": growth, "collapse": collapse, "entropy_collapse": entropy_collapse}
+    for name, value in fractions.items():
         if not 0 < value <= 1:
             raise ValueError(f"`{name}` must be a fraction above 0, up to 1, got {value!r}")
+    if not 0 <= tau < 1:
+        raise ValueError(f"`tau` must be a fraction from 0, below 1, got {tau!r}")
+    if not largest_logit > 0:
+        raise ValueError(f"`largest_logit` must be above 0, got {largest_logit!r}")
+    low, high = update_ratio
+    if not 0 <= low < high:
+        raise ValueError(f"`update_ratio` must be a lower and an upper limit, got {update_ratio!r}")
     _ = named(criterion, with_loss=loss_fn is not None)
-    return Monitor(int(every), criterion, loss_fn, growth, collapse)
+    limits = Limits(growth, collapse, largest_logit, entropy_collapse, (low, high))
+    return Monitor(int(every), int(report_every), criterion, loss_fn, tau, limits)

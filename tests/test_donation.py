@@ -258,7 +258,7 @@ def test_what_is_returned_may_be_donated_and_nothing_else_is_deleted(row):
 
 
 def test_a_monitored_step_may_donate_its_state_again_and_again():
-    watch, variables = jaxeff.monitor(every=2), _variables()
+    watch, variables = jaxeff.monitor(every=2, report_every=4), _variables()
     state = watch.init(variables, NET.apply, X)
     first = jax.tree.map(np.array, state.first)
     step = jax.jit(lambda state, params: watch.update(state, params, NET.apply, X), donate_argnums=0)

@@ -19,6 +19,7 @@ statistics
 importance cost
 report
 layers
+monitoring
 _saving
 _collect
 _calibrate _analyze

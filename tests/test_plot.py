@@ -1,5 +1,6 @@
 """What is drawn, read back from the axes: the numbers of the report, and nothing shown."""
 
+import csv
 import dataclasses
 import functools
 import inspect
@@ -146,6 +147,30 @@ def test_history_takes_lists_and_stacks(axes):
             plot.history(*wrong)
     with pytest.raises(ValueError, match="3 reports"):
         plot.history(reports, steps=(1, 2))
+
+
+def test_history_reads_what_a_monitor_logged(axes, tmp_path):
+    rows = [
+        {"step": 10, "gradients/norm": 2.0, "updates/ratio/a": 0.5, "updates/ratio/b": 0.25},
+        {"step": 20, "gradients/norm": 1.5, "updates/ratio/a": 0.125, "updates/ratio/b": ""},
+    ]
+    with (tmp_path / "scalars.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for source in (rows, tmp_path / "scalars.csv", str(tmp_path / "scalars.csv")):
+        drawn = plot.history(source, "gradients/norm", Figure().subplots())
+        (line,) = drawn.lines
+        assert (list(line.get_xdata()), list(line.get_ydata())) == ([10, 20], [2.0, 1.5])
+        assert (drawn.get_xlabel(), drawn.get_ylabel()) == ("step", "gradients/norm")
+    a, b = plot.history(tmp_path / "scalars.csv", "updates/ratio/*", axes).lines
+    assert list(a.get_ydata()) == [0.5, 0.125]
+    assert b.get_ydata()[0] == 0.25 and np.isnan(b.get_ydata()[1])
+    with pytest.raises(ValueError, match="`metric` must be a column.*gradients/norm"):
+        plot.history(rows, "params/norm")
+    (tmp_path / "empty.csv").write_text("step,params/norm\n")
+    with pytest.raises(ValueError, match="without rows"):
+        plot.history(tmp_path / "empty.csv", "params/norm")
 
 
 def test_criteria_are_lines_before_random_ones(axes):
@@ -308,6 +333,15 @@ def _history():
     return [jax.tree.map(lambda leaf, t=t: leaf * (1 - t / 10), _deep()) for t in range(3)]
 
 
+def _logged():
+    """Rows as a monitor gives them to a CSV file."""
+    return [
+        {"step": step}
+        | {f"updates/ratio/{path}": 1e-3 * (step + at) for at, path in enumerate(_long_paths()[:20])}
+        for step in range(0, 500, 100)
+    ]
+
+
 PICTURES = {
     "layers": lambda ax: plot.layers(_deep(), ax=ax),
     "layers of a small network": lambda ax: plot.layers(_report(), ax=ax),
@@ -321,6 +355,7 @@ PICTURES = {
     "units of heads": lambda ax: plot.units(report_of(HEADS), "q", ax=ax),
     "history": lambda ax: plot.history(_history(), "gini", ax=ax),
     "history of a small network": lambda ax: plot.history([_report()] * 2, "gini", ax=ax),
+    "history of columns": lambda ax: plot.history(_logged(), "updates/ratio/*", ax=ax),
     "sensitivity": lambda ax: plot.sensitivity(_sensitivity(), ax=ax),
     "criteria": lambda ax: plot.criteria(_criteria(), ax=ax),
     "pathways": lambda ax: plot.pathways(_routes(), ax=ax),
@@ -329,7 +364,7 @@ PICTURES = {
 }  # fmt: skip
 COUNTS = {  # axes that count
     "layers": "y", "depth": "x", "units": "xy", "units of heads": "xy", "history": "x",
-    "history of a small network": "x",
+    "history of a small network": "x", "history of columns": "x",
 }  # fmt: skip
 HEADS = layer("q", (8, 2, 4), unit_axes=(1, 2), units=np.ones((2, 4), np.float32))
 SIZES = {"a column": (3.3, 2.6), "a page": (6.8, 3.8)}

@@ -45,6 +45,8 @@ class Attention:
 
     Attributes:
         probabilities: values of the softmax.
+        logits: values whose maximum is the largest logit: the maxima that the softmax subtracts, or the logits
+            themselves if it subtracts none.
         over: the dimension in which they sum to 1.
         head_dims: the dimensions that index heads, in order.
         heads: number of heads.
@@ -54,6 +56,7 @@ class Attention:
     """
 
     probabilities: Value
+    logits: Value
     over: int
     head_dims: tuple[int, ...]
     heads: int
@@ -162,19 +165,26 @@ def _moved(operation: Operation, operand: int, dims: Dims, output: int) -> Dims 
     return axes.broadcast(dims, shape, result) if nonlinearities.pointwise(operation) else None
 
 
-def _softmaxes(flow: Flow) -> dict[Value, int]:
-    """Return values that sum to 1 over one dimension, with that dimension."""
-    found: dict[Value, int] = {}
+class _Softmax(NamedTuple):
+    """Where to find the largest logit, and the dimension in which the values sum to 1."""
+
+    logits: Value
+    over: int
+
+
+def _softmaxes(flow: Flow) -> dict[Value, _Softmax]:
+    """Return values that sum to 1 over one dimension."""
+    found: dict[Value, _Softmax] = {}
     for operation in flow.program.operations:
         if operation.name == "div":
-            over = _normalised_over(flow, operation)
-            if over is not None:
-                found[operation.outputs[0]] = over
+            softmax = _softmax(flow, operation)
+            if softmax is not None:
+                found[operation.outputs[0]] = softmax
     return found
 
 
-def _normalised_over(flow: Flow, division: Operation) -> int | None:
-    """Return the dimension over which the divisor sums the exponentials that it divides."""
+def _softmax(flow: Flow, division: Operation) -> _Softmax | None:
+    """Return the softmax whose exponentials this operation divides by their sum."""
     exponential, divisor = division.inputs
     total = _back(flow, divisor, ("reduce_sum",))
     numerator = _back(flow, exponential, ("exp", "exp2"))
@@ -184,8 +194,13 @@ def _normalised_over(flow: Flow, division: Operation) -> int | None:
     (over,) = (int(axis) for axis in total.params["axes"])
     if summed is None or value_shape(total.inputs[0]) != value_shape(exponential):
         return None
-    same = summed is numerator or _origin(flow, summed.inputs[0]) is _origin(flow, numerator.inputs[0])
-    return over if same else None
+    logits = _origin(flow, numerator.inputs[0])
+    same = summed is numerator or _origin(flow, summed.inputs[0]) is logits
+    if not same or isinstance(logits, Literal):
+        return None
+    # A softmax that subtracts the maxima has made them anyway.
+    maxima = (reader.outputs[0] for reader in flow.readers(logits) if reader.name == "reduce_max")
+    return _Softmax(next(maxima, logits), over)
 
 
 def _back(flow: Flow, value: Value | Literal, names: Sequence[str]) -> Operation | None:
@@ -210,7 +225,7 @@ def _attention(
     operation: Operation,
     flow: Flow,
     labels: Mapping[Value, Labels],
-    softmaxes: Mapping[Value, int],
+    softmaxes: Mapping[Value, _Softmax],
     by_output: Mapping[Value, Site],
     shapes: Sequence[tuple[int, ...]],
 ) -> Attention | Headless | None:
@@ -220,7 +235,7 @@ def _attention(
     for side in (0, 1):
         weights, data = operation.inputs[side], operation.inputs[1 - side]
         softmax = _softmax_of(flow, weights, softmaxes)
-        found = softmax is not None and contract[side] == (softmaxes[softmax],)
+        found = softmax is not None and contract[side] == (softmaxes[softmax].over,)
         if softmax is None or not found or not isinstance(data, Value) or not flow.provenance.is_data(data):
             continue
         if data not in labels:
@@ -236,7 +251,7 @@ def _attention(
         dims, sizes = tuple(heads.digits), [d for pieces in heads.digits.values() for d in pieces]
         units = math.prod(digit.size for digit in sizes if digit.unit)
         count = math.prod(digit.size for digit in sizes)
-        return Attention(softmax, softmaxes[softmax], dims, count, units, members, loops)
+        return Attention(softmax, *softmaxes[softmax], dims, count, units, members, loops)
     return headless
 
 
@@ -268,7 +283,7 @@ def _headless(flow: Flow, labels: Mapping[Value, Labels], value: Value, what: st
     return Headless(frozenset(leaves), reason)
 
 
-def _softmax_of(flow: Flow, value: Value | Literal, softmaxes: Mapping[Value, int]) -> Value | None:
+def _softmax_of(flow: Flow, value: Value | Literal, softmaxes: Mapping[Value, _Softmax]) -> Value | None:
     """Return the softmax that the value is, ignoring dropout and conversions."""
     while isinstance(value, Value) and value not in softmaxes:
         made = flow.made_by.get(value)

@@ -17,6 +17,7 @@ from jaxeff.layers.reduction import is_traced
 from jaxeff.layers.stacks import Arrays as Arrays
 from jaxeff.layers.stacks import Layer as Layer
 from jaxeff.layers.stacks import activities as activities
+from jaxeff.layers.stacks import over_activities as over_activities
 from jaxeff.layers.stacks import structures as structures
 from jaxeff.layers.traced import measure_traced
 from jaxeff.report import LayerNumbers, none_of

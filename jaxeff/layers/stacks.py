@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.importance import Criterion
@@ -139,6 +140,23 @@ def activities(layer: Layer, sites: Sequence[SiteStatistics]) -> list[Activity |
     own = tuple(site for site in sites if site.path == layer.place.path)
     arrays = Arrays(shadow(layer.arrays.weight), own, Derivatives())
     return [_activity(part_of(arrays, index)) for index in layer.indices]
+
+
+def over_activities(
+    function: Callable[[Activity], Any], layer: Layer, sites: Sequence[SiteStatistics]
+) -> Any:
+    """Return function(activity), stacked over the layers that a weight stacks; None if no activations were read."""
+    if not layer_axes(layer.arrays):
+        (activity,) = activities(layer, sites)
+        return None if activity is None else function(activity)
+    own = tuple(site for site in sites if site.path == layer.place.path)
+    arrays = Arrays(jnp.zeros(layer.place.shape, bool), own, Derivatives())  # only its shape is read
+
+    def of_one(index: Index) -> Any:
+        activity = _activity(part_of(arrays, index))
+        return None if activity is None else function(activity)
+
+    return jax.vmap(of_one)(tuple(jnp.asarray(positions(arrays).T)))
 
 
 def _activity(arrays: Arrays) -> Activity | None:

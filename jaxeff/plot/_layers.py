@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from jaxeff.metrics import Metrics
+from jaxeff.output.text import matches
 from jaxeff.plot._canvas import (
     COLOURS,
     NO_LAYER,
@@ -171,45 +174,86 @@ def _columns(units: int) -> int:
 
 
 def history(
-    reports: Report | Sequence[Report],
+    reports: Report | Sequence[Report] | Sequence[Mapping[str, Any]] | str | os.PathLike[str],
     metric: str = "utilization",
     ax: Axes | None = None,
     *,
     steps: Sequence[float] | None = None,
 ) -> Axes:
-    """Draw one metric over training, a line per layer.
+    """Draw one metric over training, a line per layer; or what a monitor logged, a line per column.
 
     Args:
-        reports: of one model at several steps, in a list, or stacked, as returned by `jax.lax.scan`.
-        metric: a field of `jaxeff.metrics.Metrics`.
+        reports: of one model at several steps, in a list, or stacked, as returned by `jax.lax.scan`. Or the path of a
+            CSV file, or its rows as dicts, with a row for each check and the numbers of `Monitor.scalars` as columns.
+        metric: a field of `jaxeff.metrics.Metrics`. Of a CSV file or rows, a column or a pattern of columns, in which *
+            stands for any text: "updates/ratio/*".
         ax: axes to draw on; those of a new pyplot figure by default.
-        steps: position of each report on the horizontal axis; 0, 1, 2, ... by default.
+        steps: position of each report or row on the horizontal axis; by default the column 'step', if there is one,
+            and 0, 1, 2, ... otherwise.
 
     Raises:
         ImportError: Matplotlib is not installed.
+        OSError: the file cannot be read.
         TypeError: an argument has the wrong type.
-        ValueError: there is no such metric, the reports have different layers or are stacked more than once, or
-            the number of steps is not that of the reports.
+        ValueError: there is no such metric or column, the reports have different layers or are stacked more than once,
+            or the number of steps is not that of the reports.
     """
-    values, paths = _over_training(reports, _known(metric))
+    rows = _rows_of(reports)
+    if rows is None:
+        values, names = _over_training(reports, _known(metric))
+    else:
+        values, names = _over_rows(rows, metric)
+        steps = [float(row["step"]) for row in rows] if steps is None and "step" in rows[0] else steps
     at = range(len(values)) if steps is None else steps
     if len(at) != len(values):
-        raise ValueError(f"`steps` must be one for each of {len(values)} reports; got {len(at)}")
+        what = "reports" if rows is None else "rows"
+        raise ValueError(f"`steps` must be one for each of {len(values)} {what}; got {len(at)}")
     drawn = axes_or_new(ax)
     if not any_finite(values):
-        return say(drawn, _no_finite(metric) if paths else NO_LAYER)
+        nothing = f"No number of {metric} is finite." if rows is not None else _no_finite(metric)
+        return say(drawn, nothing if names else NO_LAYER)
     lines = [
         drawn.plot(at, values[:, index], marker=".", markersize=3, **line_style(index))[0]
-        for index in range(len(paths))
+        for index in range(len(names))
     ]
     if all(float(step).is_integer() for step in at):
         whole_numbers(drawn.xaxis)
-    _ = finish(drawn, "report" if steps is None else "step", metric)
-    name_lines(drawn, lines, paths)
+    first = "report" if rows is None else "row"
+    _ = finish(drawn, first if steps is None else "step", metric)
+    if rows is None:
+        name_lines(drawn, lines, names)
+    elif len(names) > 1:
+        name_lines(drawn, lines, names, "column")
     return drawn
 
 
-def _over_training(reports: Report | Sequence[Report], metric: str) -> tuple[np.ndarray, list[str]]:
+def _rows_of(given: Any) -> list[Mapping[str, Any]] | None:
+    """Return the rows of a CSV file, or those given; None for reports."""
+    if isinstance(given, (str, os.PathLike)):
+        with open(given, newline="", encoding="utf-8") as file:
+            rows: list[Mapping[str, Any]] = [*csv.DictReader(file)]
+        if not rows:
+            raise ValueError(f"`reports` is a file without rows: {os.fspath(given)!r}")
+        return rows
+    are_rows = isinstance(given, Sequence) and given and all(isinstance(row, Mapping) for row in given)
+    return [*given] if are_rows else None
+
+
+def _over_rows(rows: Sequence[Mapping[str, Any]], pattern: str) -> tuple[np.ndarray, list[str]]:
+    """Return [rows, columns], nan for an empty cell, and the names of the columns that match."""
+    known = dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in known if matches(name, pattern)]
+    if not names:
+        raise ValueError(
+            f"`metric` must be a column, or a pattern of some: {', '.join(known)}; got {pattern!r}"
+        )
+    cells = [[row.get(name) for name in names] for row in rows]
+    return np.array(
+        [[float(cell) if cell not in (None, "") else np.nan for cell in row] for row in cells]
+    ), names
+
+
+def _over_training(reports: Any, metric: str) -> tuple[np.ndarray, list[str]]:
     """Return [reports, layers], and the paths of the layers."""
     if isinstance(reports, Report):
         values = np.asarray(jax.device_get(getattr(reports.numbers.metrics, metric)))

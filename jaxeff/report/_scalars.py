@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,10 +39,19 @@ def scalars(report: Snapshot, patterns: tuple[str, ...]) -> dict[str, float]:
         TypeError: a pattern is not a string.
         ValueError: nothing matches a pattern.
     """
-    every = dict(_every(report))
+    return chosen(dict(_every(report)), patterns, USUAL)
+
+
+def chosen(every: Mapping[str, float], patterns: tuple[str, ...], usual: Sequence[str]) -> dict[str, float]:
+    """Return the numbers whose names match one of the patterns; without patterns, the usual ones.
+
+    Raises:
+        TypeError: a pattern is not a string.
+        ValueError: nothing matches a pattern.
+    """
     if not patterns:
-        return {name: every[name] for name in USUAL if name in every}
-    chosen: set[str] = set()
+        return {name: every[name] for name in usual if name in every}
+    matched: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"a pattern must be a string, such as '*/utilization', got {pattern!r}")
@@ -52,8 +61,8 @@ def scalars(report: Snapshot, patterns: tuple[str, ...]) -> dict[str, float]:
             raise ValueError(
                 f"no scalar matches {pattern!r}, where * stands for anything; there are {shown}, ..."
             )
-        chosen.update(found)
-    return {name: value for name, value in every.items() if name in chosen}
+        matched.update(found)
+    return {name: value for name, value in every.items() if name in matched}
 
 
 def _every(report: Snapshot) -> Iterator[tuple[str, float]]:

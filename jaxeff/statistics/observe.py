@@ -32,6 +32,7 @@ from jaxeff.statistics.records import (
     AttentionStatistics,
     HeadlessAttention,
     HeadSlices,
+    Largest,
     ModuleStatistics,
     SiteStatistics,
     Statistics,
@@ -121,8 +122,8 @@ def observe(
         tuple(sites),
         tuple(ModuleStatistics(path, seen(watched)) for path, watched in outputs),
         tuple(
-            _attention_statistics(attention, found.leaves, seen(watched))
-            for attention, watched in zip(attentions, heads, strict=True)
+            _attention_statistics(attention, found.leaves, seen(entropy), seen(largest))
+            for attention, (entropy, largest) in zip(attentions, heads, strict=True)
         ),
         {},
         _params(found),
@@ -236,11 +237,16 @@ def _watch_module(watch: _Watch, path: str, value: Value) -> _Watched:
     return watch.add(value, _UnitSums(over), Place(f"the outputs of module {path!r}", dims, over.kept))
 
 
-def _watch_heads(watch: _Watch, attention: graph.Attention) -> _Watched:
+def _watch_heads(watch: _Watch, attention: graph.Attention) -> tuple[_Watched, _Watched]:
+    """Request the entropy of each head, and the largest logit of all."""
     entropy = _HeadEntropy(attention.over, attention.head_dims)
     dims = axes.of_data(attention.probabilities.shape)
     place = Place("an attention", dims, loops=attention.loops, ignored=(attention.over,))
-    return watch.add(attention.probabilities, entropy, place)
+    logits = place._replace(dims=axes.of_data(attention.logits.shape))
+    # The maxima that a softmax subtracts have no positions to attend to, or one.
+    if attention.logits.shape != attention.probabilities.shape:
+        logits = logits._replace(ignored=())
+    return watch.add(attention.probabilities, entropy, place), watch.add(attention.logits, _largest, logits)
 
 
 def _edges(nonlinearity: str) -> tuple[float, float]:
@@ -335,8 +341,20 @@ class _HeadEntropy:
         return jnp.append(sums, number(entropies.size // sums.size, counts))
 
 
+def _largest(array: jax.Array, counts: jax.Array | None) -> Largest:
+    def over_all(array: jax.Array, counts: jax.Array | None = None) -> jax.Array:
+        logits = widened(array)
+        lowest = jnp.finfo(logits.dtype).min
+        return jnp.max(logits if counts is None else jnp.where(counts, logits, lowest))
+
+    maximum = by_compiler(over_all, array, *(() if counts is None else (counts,)))
+    return Largest(
+        maximum, jnp.ones_like(maximum) if counts is None else jnp.any(counts).astype(maximum.dtype)
+    )
+
+
 def _attention_statistics(
-    attention: graph.Attention, leaves: Sequence[graph.Leaf], sums: jax.Array
+    attention: graph.Attention, leaves: Sequence[graph.Leaf], sums: jax.Array, largest: Largest
 ) -> AttentionStatistics:
     slices = tuple(
         HeadSlices(leaves[member.leaf].path, member.axis, member.indices)
@@ -345,8 +363,12 @@ def _attention_statistics(
     scans = [loop for loop in attention.loops if loop.name == "scan"]
     in_time = tuple(position for position, loop in enumerate(scans) if loop.axis is None)
     summed = jnp.sum(sums, in_time)
+    # Where nothing was seen, take the lowest number, so that it is never the largest.
+    values = jnp.where(largest.seen > 0, largest.value, jnp.finfo(largest.value.dtype).min)
+    most = Largest(jnp.max(values, in_time), jnp.max(largest.seen, in_time))
     path, heads = _common([part.path for part in slices]), attention.heads
-    return AttentionStatistics(path, heads, attention.units, slices, summed[..., :-1], summed[..., -1:])
+    parts = summed[..., :-1], summed[..., -1:]
+    return AttentionStatistics(path, heads, attention.units, slices, *parts, most)
 
 
 def _headless(attention: graph.Headless, leaves: Sequence[graph.Leaf]) -> HeadlessAttention:

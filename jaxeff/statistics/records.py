@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxeff.model.roles import ParamInfo
 from jaxeff.numerics.summation import namespace
@@ -254,9 +255,28 @@ class HeadSlices:
 
 
 @jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Largest:
+    """The largest of some values. Zeros, which a branch not taken leaves, are its neutral element.
+
+    Attributes:
+        value: [], the largest.
+        seen: [], 1 if there were any values, else 0.
+    """
+
+    value: jax.Array
+    seen: jax.Array
+
+    def __add__(self, other: Largest) -> Largest:
+        xp = namespace(self.value)
+        value = xp.where(other.seen == 0, self.value, xp.maximum(self.value, other.value))
+        return Largest(xp.where(self.seen == 0, other.value, value), xp.maximum(self.seen, other.seen))
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class AttentionStatistics(Shown):
-    """How broadly the heads of one softmax attention attend.
+    """How broadly the heads of one softmax attention attend, and their largest logit.
 
     Attributes:
         path: the common path of its weights.
@@ -266,6 +286,7 @@ class AttentionStatistics(Shown):
         entropy_sum: [heads], sum of the entropies of the probabilities, in nats, over the batch and all queries;
             layers that a scan stacks are leading axes.
         count: [1], number of probability distributions of each head.
+        largest: of all logits, before the softmax and after any mask; stacked layers are leading axes.
     """
 
     path: str = dataclasses.field(metadata=_STATIC)
@@ -274,15 +295,21 @@ class AttentionStatistics(Shown):
     slices: tuple[HeadSlices, ...] = dataclasses.field(metadata=_STATIC)
     entropy_sum: jax.Array
     count: jax.Array
+    largest: Largest
 
     @property
     def entropy(self) -> jax.Array:
         """Mean entropy of each head, in nats: 0 if it attends to one position, ln(positions) if to all equally."""
         return self.entropy_sum / self.count
 
+    @property
+    def largest_logit(self) -> jax.Array:
+        """Largest logit of any head; nan if none was seen."""
+        return namespace(self.largest.seen).where(self.largest.seen > 0, self.largest.value, np.nan)
+
     def __add__(self, other: AttentionStatistics) -> AttentionStatistics:
-        total = self.entropy_sum + other.entropy_sum
-        return dataclasses.replace(self, entropy_sum=total, count=self.count + other.count)
+        total, largest = self.entropy_sum + other.entropy_sum, self.largest + other.largest
+        return dataclasses.replace(self, entropy_sum=total, count=self.count + other.count, largest=largest)
 
 
 @dataclasses.dataclass(frozen=True)
