@@ -182,7 +182,7 @@ def _added(sums: _CompensatedSums, found: Statistics) -> _CompensatedSums:
     """Add, keeping the rounding errors apart, so that thousands of batches add up as exactly as one."""
 
     def add(path: Any, total: jax.Array, error: jax.Array, found: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if path[-1].name == "maximum":
+        if any(getattr(key, "name", None) in ("maximum", "largest") for key in path[-2:]):
             return jnp.maximum(total, found), error
         high, low = two_sum(total, found)
         return high, error + low
