@@ -115,8 +115,8 @@ def advise(
 def _check_numbers(tolerance: float, budget_s: float | None, max_runs: int) -> None:
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"`tolerance` must be 0 or more, how much worse the network may be, got {tolerance}")
-    if budget_s is not None and not budget_s > 0:
-        raise ValueError(f"`budget_s` must be above 0 seconds, got {budget_s}")
+    if budget_s is not None and (isinstance(budget_s, str) or not budget_s > 0):
+        raise ValueError(f"`budget_s` must be above 0 seconds, got {budget_s!r}")
     if max_runs < 100:
         raise ValueError(f"`max_runs` must be at least 100 forward passes, got {max_runs}")
 

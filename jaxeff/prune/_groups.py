@@ -226,8 +226,11 @@ class Groups(Shown):
                 A group whose scores are all 0 stays 0.
 
         Raises:
+            TypeError: `importance` is a result that holds importance.
             ValueError: scores of another model, or nan or negative ones; an unknown `reduce` or `normalize`.
         """
+        if isinstance(getattr(importance, "importance", None), Mapping):
+            raise TypeError(f"`importance` came as {type(importance).__name__}: pass its `.importance`")
         _known("reduce", reduce, REDUCTIONS)
         _known("normalize", normalize, NORMALIZATIONS)
         names = {group.name for group in self.groups}

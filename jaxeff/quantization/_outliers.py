@@ -16,6 +16,7 @@ from jaxeff._collect import Where, collect
 from jaxeff.model.adapters import resolve
 from jaxeff.model.params import Params
 from jaxeff.output.shown import Shown
+from jaxeff.output.text import some
 from jaxeff.prune import _layouts as layouts
 from jaxeff.quantization._records import InputRanges, LayerOutliers, invalid_count, median_of
 from jaxeff.quantization._table import render
@@ -49,7 +50,7 @@ class Outliers(Shown):
         for row in self.rows:
             if row.path == path:
                 return row
-        raise KeyError(f"{path!r} is no layer: {', '.join(row.path for row in self.rows)}")
+        raise KeyError(f"no layer {path!r}; there are {some([row.path for row in self.rows], 5)}")
 
     def __str__(self) -> str:
         return self.table()

@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 
 FEWEST = 3
 """Layers that form a stack; two blocks are shorter than what would say that they were folded."""
+PLAIN = 20
+"""Rows of a table that fits a screen, and is not folded."""
 _NUMBER = re.compile(r"\d+")
 
 
@@ -69,6 +71,18 @@ def alone(path: str, index: int) -> Stack:
 def named(row: Row) -> tuple[str, Hashable]:
     """Return a layer's path, and the facts in which it agrees with the others of its stack."""
     return row.path, (row.shape, row.dtype, row.kind, row.nonlinearity)
+
+
+def rows_of(layers: Sequence[tuple[str, Hashable]], blocks: bool = False) -> list[Stack]:
+    """Return what each row of a table holds: a stack if there are more than 20 layers, or else a single layer.
+
+    Args:
+        layers: as in `folded`.
+        blocks: whether each layer has a row of its own, however many there are.
+    """
+    if blocks or len(layers) <= PLAIN:
+        return [alone(path, place) for place, (path, _) in enumerate(layers)]
+    return folded(layers)
 
 
 def folded(rows: Sequence[tuple[str, Hashable]]) -> list[Stack]:

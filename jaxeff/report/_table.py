@@ -25,7 +25,7 @@ from jaxeff.output.text import (
 from jaxeff.report._limits import LIMITS
 from jaxeff.report._recommendations import grouped, recommend
 from jaxeff.report._records import AttentionReport, LayerReport, Snapshot
-from jaxeff.report._stacks import Row, Stack, alone, folded, named
+from jaxeff.report._stacks import Row, Stack, named, rows_of
 
 HEADER = (
     "layer", "shape", "emits", "weights", "bytes", "MACs",
@@ -36,7 +36,6 @@ _LEFT = ("shape", "emits", "depth")
 _MARK = "*"
 Columns = Mapping[str, Mapping[str, float]]
 """Further columns of a table: a number for each path, by the heading of the column."""
-_PLAIN = 20  # rows of a table that fits a screen, and is not folded
 
 
 def render(
@@ -102,12 +101,10 @@ def fold(rows: Sequence[Row], shown: Sequence[int], blocks: bool = False) -> lis
         shown: indices of the layers to show, in that order.
         blocks: whether each layer has a row of its own, however many there are.
     """
-    if blocks or len(shown) <= _PLAIN:
-        return [alone(rows[index].path, index) for index in shown]
     # Members are places among what is shown.
     return [
         stack._replace(members=tuple(shown[place] for place in stack.members))
-        for stack in folded([named(rows[index]) for index in shown])
+        for stack in rows_of([named(rows[index]) for index in shown], blocks)
     ]
 
 
