@@ -16,6 +16,7 @@ import jaxeff
 from jaxeff.metrics import Metrics
 from jaxeff.metrics._curve import Distribution
 from jaxeff.metrics._half_normal import Null
+from jaxeff.output.stacks import stacks
 from jaxeff.output.text import shorten
 from jaxeff.report import Activity, LayerReport, ModuleReport, OtherReport, Report
 from jaxeff.report import _table as table
@@ -23,7 +24,6 @@ from jaxeff.report import _totals as totals
 from jaxeff.report._limits import LIMITS, interpret_gini, interpret_redundancy, interpret_utilization
 from jaxeff.report._recommendations import grouped, recommend
 from jaxeff.report._scalars import USUAL
-from jaxeff.report._stacks import stacks
 from jaxeff.statistics import UnitStatistics
 
 

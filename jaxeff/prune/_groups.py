@@ -15,7 +15,8 @@ import numpy as np
 from jaxeff.graph.coupling_work import Amount
 from jaxeff.numerics.precision import widened
 from jaxeff.output.shown import Shown
-from jaxeff.output.text import aligned
+from jaxeff.output.stacks import folded_cells, rows_of
+from jaxeff.output.text import aligned, some
 from jaxeff.prune._named import named_variables
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -253,10 +254,17 @@ class Groups(Shown):
         return dataclasses.replace(self, groups=tuple(scored))
 
     def __str__(self) -> str:
-        free = [
-            (group.name, group.kind, _size(group), str(self.weights(group)), *_summary(group))
-            for group in self.unlocked
+        unlocked = self.unlocked
+        alike = [
+            (group.name, (group.kind, group.blocks, group.size, len(group.members))) for group in unlocked
         ]
+        free = []
+        for stack in rows_of(alike):
+            groups = [unlocked[index] for index in stack.members]
+            label = stack.part(range(len(groups)))
+            free.append(
+                (label, groups[0].kind, _size(groups[0]), str(self.weights(groups[0])), *_summary(groups))
+            )
         locked = [(group.name, str(group.size), group.locked or "") for group in self.groups if group.locked]
         within = [group.name for group in self.unlocked if group.left_whole]
         whole = [f"Whole in a plan unless named or their kind is: {', '.join(within)}", ""] if within else []
@@ -265,7 +273,7 @@ class Groups(Shown):
                 *aligned([_FREE, *free], left=_FREE, gap=2),
                 "",
                 *whole,
-                *aligned([_LOCKED, *locked], left=_LOCKED, gap=2),
+                *aligned([_LOCKED, *folded_cells(locked)], left=_LOCKED, gap=2),
             ]
         )
 
@@ -278,10 +286,12 @@ def _size(group: Group) -> str:
     return " x ".join(map(str, (*group.blocks, group.size)))
 
 
-def _summary(group: Group) -> tuple[str, str]:
-    importance = group.importance
-    ranged = "-" if importance is None else f"{importance.min():.3g} to {importance.max():.3g}"
-    return ranged, " ".join(group.names or (member.name for member in group.members))
+def _summary(groups: Sequence[Group]) -> tuple[str, str]:
+    """Return the range of importance of groups that share a row, and what the first of them holds."""
+    found = [group.importance for group in groups if group.importance is not None]
+    low, high = min((each.min() for each in found), default=0), max((each.max() for each in found), default=0)
+    names = groups[0].names or [member.name for member in groups[0].members]
+    return f"{low:.3g} to {high:.3g}" if found else "-", some(names)
 
 
 def _scores(importance: Any, shapes: Shapes) -> dict[str, jax.Array]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.output.shown import Shown
+from jaxeff.output.stacks import folded_cells
 from jaxeff.output.text import aligned
 from jaxeff.prune import _plan_text as plan_text
 from jaxeff.prune._dead import dead_elements
@@ -197,11 +198,14 @@ class Plan(Shown):
         if not rows:
             return "Nothing is removed."
         header = ("group", "kind", "size")
-        lines = aligned([header, *rows], left=header, gap=2)
+        lines = aligned([header, *folded_cells(rows)], left=header, gap=2)
         if left_out := self.left_out():
             lines += ["", f"Without {', '.join(left_out)}"]
         if leaves:
-            lines += ["", *aligned([("leaf:axis", "", "size"), *leaves], left=("", "size"), gap=2)]
+            lines += [
+                "",
+                *aligned([("leaf:axis", "", "size"), *folded_cells(leaves)], left=("", "size"), gap=2),
+            ]
         return "\n".join(lines)
 
     def masks(self, params: Any) -> Any:

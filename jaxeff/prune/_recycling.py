@@ -147,7 +147,9 @@ def unit_axis(member: Member) -> int:
 
 def _dormant(member: Member, rows: Sequence[LayerReport], group: Group, tau: float) -> np.ndarray:
     blocks = math.prod(group.blocks)
-    if len(rows) != blocks or any(row.activity is None or row.nonlinearity == "identity" for row in rows):
+    if len(rows) != blocks or any(
+        row.activity is None or row.nonlinearity == "identity" or not row.activity.count for row in rows
+    ):
         return np.zeros((blocks, group.size), bool)
     found = []
     for row in rows:

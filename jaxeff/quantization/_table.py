@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from jaxeff.output.stacks import Stack
 from jaxeff.output.text import UNKNOWN, WIDTH, aligned, number, percent, ranged, section, some, wrapped
 from jaxeff.quantization._records import LayerOutliers
-from jaxeff.report._stacks import Stack
 from jaxeff.report._table import fold
 
 HEADER = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxeff.output.stacks import Stack, rows_of
 from jaxeff.output.text import UNKNOWN, aligned, number, percent, ranged, section, some, wrapped
-from jaxeff.report._stacks import Stack, rows_of
 from jaxeff.spectral._records import Spectrum
 
 _HEADER = (
@@ -66,24 +66,8 @@ def _random(stack: Stack, rows: Sequence[Spectrum]) -> list[str]:
     alike = [place for place, row in enumerate(rows) if row.law is not None]
     if not alike:
         return []
-    numbers = _runs([stack.numbers[place] for place in alike]) if stack.numbers else ""
     laws = ", ".join(sorted({str(rows[place].law) for place in alike}))
-    return [f"{stack.before}{numbers}{stack.after} ({laws})"]
-
-
-def _runs(numbers: Sequence[int]) -> str:
-    """Write ascending numbers with a dash for those in a row.
-
-    >>> _runs([0, 1, 2, 5])
-    '0–2,5'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+    return [f"{stack.part(alike)} ({laws})"]
 
 
 def _by_text(rows: Sequence[Spectrum], name: str) -> list[str]:

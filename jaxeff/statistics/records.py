@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxeff.model.roles import ParamInfo
 from jaxeff.numerics.summation import namespace
 from jaxeff.output.shown import Shown, described
+from jaxeff.output.stacks import folded_cells
 from jaxeff.output.text import aligned
 from jaxeff.statistics.ranges import Ranges
 
@@ -352,7 +353,11 @@ class Statistics(Shown):
             for field in dataclasses.fields(each)
             if getattr(each, field.name) is not None
         }
-        lines = aligned([header, *rows], left=header[1:3], gap=2) if rows else ["No weight meets data."]
+        lines = (
+            aligned([header, *folded_cells(rows)], left=header[1:3], gap=2)
+            if rows
+            else ["No weight meets data."]
+        )
         return "\n".join([*lines, *([f"Derivatives: {', '.join(sorted(given))}."] if given else [])])
 
 
