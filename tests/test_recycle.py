@@ -236,7 +236,7 @@ def test_bad_input():
     params, x = _params(), normal(64, 6, seed=4)
     report, groups = jaxeff.analyze(params, _model, x), prune.groups(params, _model, x)
     key = jax.random.key(0)
-    with pytest.raises(TypeError, match="params, groups and a report in this order"):
+    with pytest.raises(TypeError, match="pass groups from `prune.groups`, then a report"):
         prune.recycle(params, report, groups, key=key)
     for tau in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="`tau` must be from 0 to 1"):

@@ -213,7 +213,7 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 def sparkline(values: Sequence[float], width: int = 8) -> str:
     """Draw numbers as bars of a line of text, from the lowest to the highest of them.
 
-    More numbers than `width` are averaged with their neighbours; what is nan is a dot.
+    More numbers than `width` are averaged with their neighbors; what is nan is a dot.
 
     >>> sparkline([1, 2, 3, 2, 8]), sparkline([1, 1, math.nan]), len(sparkline(range(100)))
     ('▁▂▃▂█', '▄▄·', 8)

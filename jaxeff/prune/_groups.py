@@ -146,7 +146,7 @@ class Groups(Shown):
         return iter(self.groups)
 
     def __getitem__(self, name: str) -> Group:
-        """The group of this name, or the one that holds this axis of a leaf, 'path:axis'."""
+        """Return the group of this name, or the one that holds this axis of a leaf, 'path:axis'."""
         for group in self.groups:
             if group.name == name:
                 return group
@@ -156,7 +156,7 @@ class Groups(Shown):
         return holding[0]
 
     def weights(self, group: Group) -> int:
-        """How many numbers an element of a group holds in all blocks, those of two axes counted for both."""
+        """Return how many numbers an element of a group holds in all blocks, those of two axes counted for both."""
         if group.leaves:
             return sum(math.prod(self.shapes[path]) for path in group.leaves[0])
         return sum(
@@ -172,7 +172,7 @@ class Groups(Shown):
         *,
         removed: Mapping[str, Sequence[int]] | None = None,
     ) -> dict[str, int]:
-        """What the model costs with so many elements of each group, by `prune.compact`; nothing is traced.
+        """Return what the model made by `prune.compact` costs, given the size of each group; nothing is traced.
 
         Args:
             sizes: elements that are left by group's name, as `Plan.sizes` gives them; the others stay whole.
@@ -214,7 +214,7 @@ class Groups(Shown):
         return {name: round(float(amount(left))) for name, amount in self.amounts.items()}
 
     def scored(self, importance: Any, *, reduce: str = "sum", normalize: str = "none") -> Groups:
-        """The groups with the importance of their elements, of the scores of the weights that they hold.
+        """Return the groups with the importance of their elements, from the scores of the weights that they hold.
 
         Args:
             importance: a tree of non-negative scores shaped like `params`, as `prune.scored` gives, or a

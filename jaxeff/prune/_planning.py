@@ -33,7 +33,7 @@ def plan(
     evaluate: Callable[[Plan], Any] | None = None,
     candidates: int = 4,
 ) -> Plan:
-    """The plan that removes the least important elements of the groups that are not locked.
+    """Plan to remove the least important elements of the groups that are not locked.
 
     Say how much goes by either `sparsity` or `target`.
 

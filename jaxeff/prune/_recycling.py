@@ -90,9 +90,6 @@ def recycle(
     >>> found.units, found.params["b"].ravel()
     ({'a:1': array([1])}, Array([1., 0.], dtype=float32))
     """
-    if not isinstance(groups, Groups) or not isinstance(report, Report):
-        kinds = f"{type(groups).__name__} and {type(report).__name__}"
-        raise TypeError(f"pass params, groups and a report in this order, got {kinds} for the latter two")
     if not 0 <= tau <= 1:
         raise ValueError(f"`tau` must be from 0 to 1, got {tau}")
     rows = rows_by_path(groups, report)
@@ -119,8 +116,12 @@ def rows_by_path(groups: Groups, report: Report) -> dict[str, list[LayerReport]]
     """Return the rows of each leaf, in the order of its stacked layers.
 
     Raises:
+        TypeError: `groups` and `report` are something else.
         ValueError: the report is of another model.
     """
+    if not isinstance(groups, Groups) or not isinstance(report, Report):
+        kinds = f"{type(groups).__name__} and {type(report).__name__}"
+        raise TypeError(f"pass groups from `prune.groups`, then a report from `jaxeff.analyze`, got {kinds}")
     rows: dict[str, list[LayerReport]] = {}
     for row in report.single().rows:
         rows.setdefault(re.sub(r"\[[\d,]+\]$", "", row.path), []).append(row)
