@@ -149,16 +149,16 @@ def test_blocks_that_are_alike_share_a_row_in_every_table():
     groups = prune.groups(params, model, x)
     plan = prune.plan(groups, jax.tree.map(jnp.abs, params), 0.5)
     others = "0–4,6–23"
-    for shown, label in (
+    for table, label in (
         (groups, f"{others}/up:1"),
         (plan, f"{others}/down:0"),
         (prune.layout(params, model, x), f"{others}/up"),
         (jaxeff.collect(params, model, x), "0–23/up"),
         (jaxeff.cost.count(params, model, x), f"{others}/up"),
     ):
-        lines = str(shown).splitlines()
-        assert len(lines) < 24, str(shown)
-        assert any(line.startswith(label) for line in lines), str(shown)
+        lines = str(table).splitlines()
+        assert len(lines) < 24, str(table)
+        assert any(line.startswith(label) for line in lines), str(table)
     cost = jaxeff.cost.count(params, model, x)
     assert "5/up " in str(cost) and "1.47k" in str(cost)  # 23 blocks of 64
     assert all(path in cost.layers for path in ("0/up", "23/down"))

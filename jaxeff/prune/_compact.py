@@ -282,7 +282,7 @@ def compact(
     check_apply(apply_fn)
     large_state: Any = apply_fn.state if isinstance(apply_fn, StatefulApply) else {}
     state = large_state  # Without arrays in it, it is passed on as it is: an Equinox model without state has None.
-    if jax.tree.leaves(large_state):
+    if isinstance(apply_fn, StatefulApply) and jax.tree.leaves(large_state):
         state = shrink(large_state, plan)
         apply_fn = apply_fn.with_state(None)  # The large state would be kept alive, and is never used.
     small_params = shrink(params, plan)

@@ -21,7 +21,7 @@ from jaxeff.prune import _layouts as layouts
 from jaxeff.quantization._records import InputRanges, LayerOutliers, invalid_count, median_of
 from jaxeff.quantization._table import render
 from jaxeff.quantization._weights import weight_errors
-from jaxeff.statistics import Ranges, SiteStatistics, Statistics
+from jaxeff.statistics import Ranges, SiteStatistics, Statistics, check_params
 from jaxeff.statistics.ranges import FULL
 
 
@@ -131,18 +131,7 @@ def outliers(
 
 
 def _check_statistics(params: Params, statistics: Any) -> None:
-    if not isinstance(statistics, Statistics):
-        raise TypeError(
-            f"`statistics` must be Statistics from `jaxeff.collect`, got {type(statistics).__name__}"
-        )
-    found = {info.path: info.shape for info in statistics.params}
-    wanted = {path: tuple(np.shape(leaf)) for path, leaf in params.named.items()}
-    if found != wanted:
-        different = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
-        raise ValueError(
-            f"`statistics` were collected with other `params`: {different[0]!r} has shape "
-            f"{found.get(different[0])} there and {wanted.get(different[0])} here"
-        )
+    check_params(statistics, params.named)
     if statistics.sites and all(
         site.ranges is None and site.without_ranges is None for site in statistics.sites
     ):

@@ -383,6 +383,22 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
     )
 
 
+def check_params(statistics: Any, params: Mapping[str, Any]) -> None:
+    """Check that these are statistics of leaves of these paths and shapes; raise TypeError or ValueError if not."""
+    if not isinstance(statistics, Statistics):
+        raise TypeError(
+            f"`statistics` must be Statistics from `jaxeff.collect`, got {type(statistics).__name__}"
+        )
+    found = {info.path: info.shape for info in statistics.params}
+    wanted = {path: tuple(jnp.shape(leaf)) for path, leaf in params.items()}
+    if found != wanted:
+        path = min(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
+        raise ValueError(
+            f"`statistics` were collected with other `params`: {path!r} has shape {found.get(path)} there and "
+            f"{wanted.get(path)} here. Collect them with these `params`."
+        )
+
+
 def check_alike(first: Statistics, second: Statistics) -> None:
     """Check that two statistics can be added; raise TypeError or ValueError if not."""
     for name, statistics in (("first", first), ("second", second)):
