@@ -249,6 +249,10 @@ def test_bad_input():
     other = jaxeff.analyze({"w": normal(6, 3)}, lambda p, x: x @ p["w"], x)
     with pytest.raises(ValueError, match="of another model"):
         prune.recycle(params, groups, other, key=key)
+    with pytest.raises(ValueError, match="`params` is of another model: .* has shape None there"):
+        prune.recycle({"w": normal(6, 3)}, groups, report, key=key)
+    with pytest.raises(TypeError, match="`units` must map names of groups to elements, got list"):
+        prune.recycle(params, groups, report, key=key, units=[0])
 
 
 def test_an_old_key_gives_what_a_new_one_gives():

@@ -650,6 +650,14 @@ def test_what_is_shown_is_grouped_by_stack_and_worth_something():
     assert len(shown) <= 7
 
 
+def test_layers_that_are_joined_twice_are_counted_once():
+    """Stacks are joined first, and kinds where more than seven lines are left."""
+    rows = [layer(f"blocks_{i}/{name}", dead=4) for name in "abcdefgh" for i in range(3)]
+    snapshot = report_of(*rows).snapshot()
+    (dead,) = [each for each in grouped(recommend(snapshot), snapshot) if each.rule == "dead units"]
+    assert dead.message.count("So do") == 1 and dead.message.endswith(" So do 23 more layers.")
+
+
 def test_many_recommendations_are_shown_in_seven_lines():
     rows = [layer(f"{name}/kernel", dead=4) for name in "abcdefghijkl"]
     snapshot = report_of(*rows).snapshot()

@@ -16,7 +16,7 @@ from jaxeff.model.params import leaves_by_path, split_variables
 from jaxeff.model.roles import last_name
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.prune._groups import Group, Groups, Member
-from jaxeff.prune._named import map_named
+from jaxeff.prune._named import map_named, named_variables
 from jaxeff.prune._optimizer import by_keys, of_state
 from jaxeff.report import LayerReport, Report
 
@@ -73,7 +73,7 @@ def recycle(
             1 / fan-in.
 
     Raises:
-        TypeError: `groups` and `report` are something else.
+        TypeError: `groups`, `report` or `units` is something else.
         ValueError: an argument is invalid, or the arguments belong to different models.
 
     References:
@@ -93,6 +93,14 @@ def recycle(
     if not 0 <= tau <= 1:
         raise ValueError(f"`tau` must be from 0 to 1, got {tau}")
     rows = rows_by_path(groups, report)
+    own = {path: jnp.shape(leaf) for path, leaf in named_variables(params).items()}
+    for path, shape in groups.params.items():
+        if own.get(path) != tuple(shape):
+            raise ValueError(
+                f"`params` is of another model: {path!r} has shape {own.get(path)} there and {tuple(shape)} here"
+            )
+    if units is not None and not isinstance(units, Mapping):
+        raise TypeError(f"`units` must map names of groups to elements, got {type(units).__name__}")
     if units is None:
         free = [group for group in groups.unlocked if not group.routed]
         chosen = {group.name: dormant_elements(group, rows, tau) for group in free if _clear(group, rows)}
