@@ -42,7 +42,8 @@ def advise(
 
     In turn: which criterion orders the weights best, beside a random order; how far each layer goes alone; an
     allocation for all layers together, by search on the loss of the whole masked model; the same for whole
-    units, channels, heads and blocks, whose smaller network is timed beside the large one. Nothing is retrained.
+    units, channels, heads and blocks of a scan, whose smaller network is timed beside the large one. Nothing is
+    retrained.
 
     All candidates run through one compiled program, which takes what is removed as arrays. A second program
     measures what was found on examples that the search did not see.
