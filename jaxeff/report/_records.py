@@ -100,7 +100,7 @@ class Activity(Shown):
     def _number_of(self, units: jax.Array) -> jax.Array:
         xp = namespace(units)
         number = xp.sum(units, axis=tuple(range(-len(self.shape), 0)), dtype=np.int32)
-        return xp.where(self.count > 0, number, 0)
+        return number * (self.count > 0)
 
     def _laid(self, sums: jax.Array) -> jax.Array:
         # The sums have the weight's rank; vmap and scan add axes in front.
