@@ -4,12 +4,41 @@ import importlib
 import re
 from pathlib import Path
 
+from markdown import Extension, Markdown
+from markdown.preprocessors import Preprocessor
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"benchmarks/README.md": "benchmarks.md", "CHANGELOG.md": "changes.md"}
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    config.markdown_extensions.append(Doctests())
+    return config
+
+
+class Doctests(Extension):
+    """Shows the examples of docstrings as code: in Markdown, '>>>' begins three quotations."""
+
+    def extendMarkdown(self, md: Markdown) -> None:
+        # Before fences are read.
+        md.preprocessors.register(_Fences(md), "doctests", 100)
+
+
+class _Fences(Preprocessor):
+    def run(self, lines: list[str]) -> list[str]:
+        found, inside = [], False
+        for line in [*lines, ""]:
+            if line.startswith(">>> ") and not inside:
+                found += ["", "```pycon"]
+                inside = True
+            elif inside and not line.strip():
+                found.append("```")
+                inside = False
+            found.append(line)
+        return found
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

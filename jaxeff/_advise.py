@@ -42,7 +42,8 @@ def advise(
 
     In turn: which criterion orders the weights best, beside a random order; how far each layer goes alone; an
     allocation for all layers together, by search on the loss of the whole masked model; the same for whole
-    units, channels, heads and blocks, whose smaller network is timed beside the large one. Nothing is retrained.
+    units, channels, heads and blocks of a scan, whose smaller network is timed beside the large one. Nothing is
+    retrained.
 
     All candidates run through one compiled program, which takes what is removed as arrays. A second program
     measures what was found on examples that the search did not see.
@@ -115,8 +116,8 @@ def advise(
 def _check_numbers(tolerance: float, budget_s: float | None, max_runs: int) -> None:
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"`tolerance` must be 0 or more, how much worse the network may be, got {tolerance}")
-    if budget_s is not None and not budget_s > 0:
-        raise ValueError(f"`budget_s` must be above 0 seconds, got {budget_s}")
+    if budget_s is not None and (isinstance(budget_s, str) or not budget_s > 0):
+        raise ValueError(f"`budget_s` must be above 0 seconds, got {budget_s!r}")
     if max_runs < 100:
         raise ValueError(f"`max_runs` must be at least 100 forward passes, got {max_runs}")
 

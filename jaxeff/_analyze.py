@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxeff import importance, layers
 from jaxeff._collect import Where, collect
@@ -21,7 +20,7 @@ from jaxeff.model.params import Params
 from jaxeff.numerics import placement
 from jaxeff.report import Activity, AttentionReport, ModuleReport, Report
 from jaxeff.report import _totals as totals
-from jaxeff.statistics import Derivatives, Statistics
+from jaxeff.statistics import Derivatives, Statistics, check_params
 
 _LORA = " + lora"  # ends the name of the row of a weight with its low-rank update
 
@@ -119,19 +118,7 @@ def _without_model(criterion: Criterion) -> Criterion:
 
 
 def _check_statistics(params: Params, statistics: Statistics, criterion: Criterion) -> None:
-    if not isinstance(statistics, Statistics):
-        raise TypeError(
-            f"`statistics` must be Statistics from `jaxeff.collect`, got {type(statistics).__name__}"
-        )
-    found = {info.path: info.shape for info in statistics.params}
-    wanted = {path: tuple(jnp.shape(leaf)) for path, leaf in params.named.items()}
-    if found != wanted:
-        different = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
-        raise ValueError(
-            f"`statistics` were collected with other `params`: {different[0]!r} has shape "
-            f"{found.get(different[0])} there and {wanted.get(different[0])} here. Collect them with these "
-            "`params`."
-        )
+    check_params(statistics, params.named)
     if missing := importance.missing(criterion, statistics):
         raise ValueError(
             f"`statistics` hold no {missing} for criterion {criterion.name!r}: collect them with "

@@ -483,6 +483,18 @@ def test_equinox_models_with_a_state_come_as_a_pair():
     assert same is state and float(jnp.abs(restored.second.weight).max()) == 0
 
 
+def test_equinox_models_get_smaller_whether_or_not_they_take_a_state():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(FEATURES, CLASSES, HIDDEN, depth=1, key=jax.random.key(0))
+    params, apply_fn = jaxeff.functional(model)
+    plan = prune.plan(prune.groups(model, X), prune.scored(params, prunable=prune.layout(model, X)), 0.5)
+    small, small_apply = prune.compact(params, apply_fn, X, plan)
+    masked = apply_fn(prune.apply(params, plan.masks(params)), X)
+    np.testing.assert_allclose(small_apply(small, X), masked, rtol=1e-5, atol=1e-5)
+    # A function does not print the arrays that it holds.
+    assert len(f"{apply_fn} {small_apply}") < 600
+
+
 def test_an_equinox_model_in_training_takes_a_key():
     eqx = pytest.importorskip("equinox")
     first, second = jax.random.split(jax.random.key(0))

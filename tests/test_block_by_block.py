@@ -335,6 +335,7 @@ def _renamed(params, statistics):
         (ValueError, "`blocks` must be paths", LIST, {"blocks": "blocks"}),
         (ValueError, "'layers', but no leaf", LIST, {"blocks": ["layers"]}),
         (ValueError, "do not run one after the other", LIST, INTERLEAVED),
+        (TypeError, "`prune_block` must be a function", (CHAIN, _chain, X, "wanda"), {}),
         (TypeError, "must return a tuple", (CHAIN, _chain, X, lambda params, statistics: params), {}),
         (ValueError, "params of prune_block", (CHAIN, _chain, X, _renamed), {}),
         (ValueError, "as it is stored", (CHAIN, _transposed, X, by_wanda), {}),

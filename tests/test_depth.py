@@ -229,12 +229,17 @@ def test_kinds_that_are_not_there(kinds, message):
         prune.plan(groups, jax.tree.map(jnp.abs, PARAMS), 0.5, kinds=kinds)
 
 
+def test_targets_of_another_length_are_refused_by_name():
+    with pytest.raises(ValueError, match="`loss_fn` does not accept the model's outputs, .* with `targets`"):
+        prune.order_blocks(PARAMS, residual, X, loss_fn=_squares, targets=normal(len(X) - 1, 3))
+
+
 def test_models_without_blocks():
     model = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]  # noqa: E731
     params = {"a": normal(6, 4), "b": normal(4, 2)}
     with pytest.raises(ValueError, match="no scan over stacked weights"):
         prune.block_influence(params, model, X)
-    with pytest.raises(ValueError, match="from 1 to 0"):
+    with pytest.raises(ValueError, match="no blocks that may be removed"):
         prune.order_blocks(params, model, X, loss_fn=_squares, targets=normal(7, 2), count=1)
     with pytest.raises(
         ValueError, match=r"`importance` of 'scale:0' has shape \(2,\), and its elements \(4,\)"

@@ -615,3 +615,31 @@ def test_no_expert_is_called_dead_and_none_is_masked():
     params["router"][:, 1] = 0
     groups = prune.groups(params, dense, x)
     assert experts_of(groups).name not in prune.Plan.dead(groups, jaxeff.analyze(params, dense, x)).removed
+
+
+def test_experts_in_residual_blocks_that_are_written_out():
+    """Whole blocks are groups of their own there, behind those of the experts."""
+    params = {name: weights(seed=10 * i) for i, name in enumerate(("block0", "block1", "block2"))}
+    x = normal(TOKENS, WIDTH, seed=9)
+
+    def model(params, h):
+        for name in sorted(params):
+            h = h + top_k(params[name], h)
+        return h
+
+    assert "block" in {group.kind for group in prune.groups(params, model, x)}
+    found = prune.expert_importance(params, model, x)
+    h = x
+    for name in sorted(params):
+        alone = prune.expert_importance(params[name], top_k, h)
+        np.testing.assert_allclose(
+            found.importance[f"{name}/router:1"], alone.importance["router:1"], rtol=1e-5
+        )
+        h = h + top_k(params[name], h)
+
+
+def test_a_result_in_place_of_its_importance():
+    params, x = weights(), normal(TOKENS, WIDTH, seed=9)
+    groups, found = prune.groups(params, dense, x), prune.expert_importance(params, dense, x)
+    with pytest.raises(TypeError, match=r"`importance` came as ExpertImportance: pass its `\.importance`"):
+        prune.plan(groups, found, 0.4, kinds="expert")

@@ -145,6 +145,8 @@ def test_chips_that_makers_and_jax_know():
     assert found[1].bound == "compute" and found[1].seconds == pytest.approx(1395e-6, rel=1e-3)
     # A device of JAX is both cores of a v4.
     assert cost.floor(jnp.dot, shape(2, 2), shape(2, 2), chip="TPU v4").chip.rate("bfloat16") == 275e12
+    with pytest.raises(TypeError, match=r"`function` must be a function, got int: it comes first"):
+        cost.floor(1, jnp.tanh, chip="h100")
     with pytest.raises(ValueError, match="`chip` must be one of 'tpu v2', .*'h100'.*, got 'tpu'"):
         _ = cost.floor(jnp.dot, shape(2, 2), shape(2, 2), chip="tpu")
 

@@ -236,7 +236,7 @@ def test_bad_input():
     params, x = _params(), normal(64, 6, seed=4)
     report, groups = jaxeff.analyze(params, _model, x), prune.groups(params, _model, x)
     key = jax.random.key(0)
-    with pytest.raises(TypeError, match="params, groups and a report in this order"):
+    with pytest.raises(TypeError, match="pass groups from `prune.groups`, then a report"):
         prune.recycle(params, report, groups, key=key)
     for tau in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="`tau` must be from 0 to 1"):
@@ -249,6 +249,10 @@ def test_bad_input():
     other = jaxeff.analyze({"w": normal(6, 3)}, lambda p, x: x @ p["w"], x)
     with pytest.raises(ValueError, match="of another model"):
         prune.recycle(params, groups, other, key=key)
+    with pytest.raises(ValueError, match="`params` is of another model: .* has shape None there"):
+        prune.recycle({"w": normal(6, 3)}, groups, report, key=key)
+    with pytest.raises(TypeError, match="`units` must map names of groups to elements, got list"):
+        prune.recycle(params, groups, report, key=key, units=[0])
 
 
 def test_an_old_key_gives_what_a_new_one_gives():

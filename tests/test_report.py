@@ -16,6 +16,7 @@ import jaxeff
 from jaxeff.metrics import Metrics
 from jaxeff.metrics._curve import Distribution
 from jaxeff.metrics._half_normal import Null
+from jaxeff.output.stacks import stacks
 from jaxeff.output.text import shorten
 from jaxeff.report import Activity, LayerReport, ModuleReport, OtherReport, Report
 from jaxeff.report import _table as table
@@ -23,7 +24,6 @@ from jaxeff.report import _totals as totals
 from jaxeff.report._limits import LIMITS, interpret_gini, interpret_redundancy, interpret_utilization
 from jaxeff.report._recommendations import grouped, recommend
 from jaxeff.report._scalars import USUAL
-from jaxeff.report._stacks import stacks
 from jaxeff.statistics import UnitStatistics
 
 
@@ -648,6 +648,14 @@ def test_what_is_shown_is_grouped_by_stack_and_worth_something():
     (blocks,) = [each for each in dead if each.path == "blocks_0/kernel"]
     assert "So do 19 more layers." in blocks.message and blocks.saved_bytes == 20 * 4 * 256
     assert len(shown) <= 7
+
+
+def test_layers_that_are_joined_twice_are_counted_once():
+    """Stacks are joined first, and kinds where more than seven lines are left."""
+    rows = [layer(f"blocks_{i}/{name}", dead=4) for name in "abcdefgh" for i in range(3)]
+    snapshot = report_of(*rows).snapshot()
+    (dead,) = [each for each in grouped(recommend(snapshot), snapshot) if each.rule == "dead units"]
+    assert dead.message.count("So do") == 1 and dead.message.endswith(" So do 23 more layers.")
 
 
 def test_many_recommendations_are_shown_in_seven_lines():

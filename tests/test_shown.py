@@ -135,3 +135,30 @@ def test_a_traced_result_says_so():
 )
 def test_values_in_a_few_words(value, text):
     assert shown.described(value).endswith(text)
+
+
+def test_blocks_that_are_alike_share_a_row_in_every_table():
+    def model(params, h):
+        for block in params:
+            h = h + jax.nn.relu(h @ block["up"]) @ block["down"]
+        return h
+
+    params = [{"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))} for _ in range(24)]
+    params[5] = {"up": jnp.ones((4, 6)), "down": jnp.ones((6, 4))}
+    x = jnp.ones((2, 4))
+    groups = prune.groups(params, model, x)
+    plan = prune.plan(groups, jax.tree.map(jnp.abs, params), 0.5)
+    others = "0–4,6–23"
+    for table, label in (
+        (groups, f"{others}/up:1"),
+        (plan, f"{others}/down:0"),
+        (prune.layout(params, model, x), f"{others}/up"),
+        (jaxeff.collect(params, model, x), "0–23/up"),
+        (jaxeff.cost.count(params, model, x), f"{others}/up"),
+    ):
+        lines = str(table).splitlines()
+        assert len(lines) < 24, str(table)
+        assert any(line.startswith(label) for line in lines), str(table)
+    cost = jaxeff.cost.count(params, model, x)
+    assert "5/up " in str(cost) and "1.47k" in str(cost)  # 23 blocks of 64
+    assert all(path in cost.layers for path in ("0/up", "23/down"))

@@ -464,3 +464,17 @@ def test_a_matrix_is_found_by_its_path():
     with pytest.raises(KeyError, match="a/kernel"):
         _ = result["a_bias"]
     assert "No matrices" in str(jaxeff.spectra({"bias": np.ones(3)}))
+
+
+def test_blocks_that_are_alike_share_a_row_and_a_line():
+    """Of 24 blocks, those at 3 and from 10 on are trained."""
+    trained = {3, *range(10, 24)}
+    kernels = [low_rank(16, 12, 1) if i in trained else normal(16, 12) for i in range(24)]
+    params = {f"block{i}": {"kernel": kernel} for i, kernel in enumerate(kernels)}
+    spectra = jaxeff.spectra(params)
+    text = str(spectra)
+    assert len(text.splitlines()) < 15 and "block0–23/kernel" in text
+    assert "- block0–2,4–9/kernel (normal)" in text
+    assert "block3/kernel" in spectra.table(blocks=True)
+    with pytest.raises(KeyError, match="there are block0/kernel, .*, block12/kernel and 19 more"):
+        _ = spectra["kernel"]

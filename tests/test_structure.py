@@ -476,6 +476,7 @@ def test_plans_by_layer_and_over_all():
     [
         ({"sparsity": 1.0}, "`sparsity` must be in"),
         ({"sparsity": float("nan")}, "`sparsity` must be in"),
+        ({"sparsity": "0.5"}, "`sparsity` must be in .*, got '0.5'"),
         ({"sparsity": {"w9:1": 0.5}}, "`sparsity` names 'w9:1', which is no group that may shrink: w0:1"),
         ({"sparsity": {"w0:1": 0.5}, "scope": "global"}, "`sparsity` by group is for scope 'layer'"),
         ({"scope": "all"}, "`scope` must be 'layer' or 'global'"),
@@ -564,6 +565,8 @@ def test_a_plan_of_another_model(other):
         _ = prune.shrink(variables, plan)
     with pytest.raises(ValueError, match="the plan is of another model"):
         _ = plan.masks(variables)
+    with pytest.raises(TypeError, match=r"`plan` must be what `prune.plan` makes, a `prune.Plan`, got dict"):
+        _ = prune.shrink(plan, variables)
 
 
 def test_a_plan_is_not_carried_out_twice():

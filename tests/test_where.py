@@ -230,3 +230,12 @@ def test_pruned_by_tokens_alone(variables):
 
     shorter, longer = TOKENS[1:, :5], TOKENS[1:]
     jax.tree.map(np.testing.assert_array_equal, masks(shorter), masks(longer))
+
+
+def test_no_unit_is_dead_where_nothing_counted():
+    params = {"up": jnp.ones((3, 4)), "down": jnp.ones((4, 2))}
+    model = lambda params, x: jax.nn.relu(x @ params["up"]) @ params["down"]  # noqa: E731
+    report = jaxeff.analyze(params, model, jnp.ones((5, 3)), where=np.zeros(5, bool))
+    activity = report["up"].activity
+    assert activity.count == activity.dead == activity.dormant() == 0
+    assert not prune.Plan.dead(prune.groups(params, model, jnp.ones((5, 3))), report).removed

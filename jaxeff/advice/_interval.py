@@ -79,7 +79,7 @@ def rise(dense: np.ndarray, pruned: np.ndarray, *, relative: bool, seed: int) ->
 def mean_and_bound(dense: np.ndarray, pruned: np.ndarray, *, relative: bool) -> tuple[float, float]:
     """Return the mean loss, and a standard error of its rise above that.
 
-    A search that goes by means alone ends where the examples happen to favour what it removed. One standard
+    A search that goes by means alone ends where the examples happen to favor what it removed. One standard
     error is the margin of Breiman, Friedman, Olshen and Stone, Classification and Regression Trees, 1984.
 
     Args:

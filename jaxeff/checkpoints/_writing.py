@@ -22,6 +22,7 @@ from jaxeff.checkpoints._opening import open_checkpoint
 from jaxeff.checkpoints._stored import CheckpointError, Stored, quoted
 from jaxeff.output import text
 from jaxeff.output.shown import Shown
+from jaxeff.output.stacks import folded_cells
 
 EXCLUDED = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared*", "*classifier*", "*pooler*")
 """Names of arrays that are left whole unless told otherwise: embeddings, and heads that read the last block."""
@@ -61,13 +62,14 @@ class PrunedCheckpoint(Shown):
         width = text.terminal_width()
         head = (
             f"{quoted(self.path)}: {self.zeros:,} of {self.total:,} elements zeroed by magnitude. Nothing was "
-            "retrained, and no model is faster for it."
+            "retrained, and zeros make no model faster."
         )
+        rows = folded_cells(rows)
         table = text.aligned([("array", "shape", "zeroed"), *rows[:_SHOWN]], width)
         return "\n".join(
             [
                 *table,
-                *text.left_out(len(rows), min(len(rows), _SHOWN), "arrays"),
+                *text.left_out(len(rows), min(len(rows), _SHOWN), "rows"),
                 "",
                 *text.wrapped(head, width),
             ]

@@ -10,6 +10,7 @@ from typing import Any
 from jaxeff.cost._work import Work, amounts
 from jaxeff.output import text
 from jaxeff.output.shown import Shown
+from jaxeff.output.stacks import rows_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +220,11 @@ def _render(cost: Cost) -> str:
     lines = [*text.wrapped(_headline(cost), width), ""]
     share = cost.total.weight
     if cost.layers:
-        lines += [*text.aligned([("layer", *_COLUMNS), *_cells(cost.layers, share)], width), ""]
+        layers = _of_blocks(cost.layers)
+        lines += text.aligned([("layer", *_COLUMNS), *_cells(layers, share)], width)
+        if len(layers) < len(cost.layers):
+            lines += text.wrapped("(A row of several blocks holds their sum; `cost.layers` has each.)", width)
+        lines.append("")
     lines += text.aligned([("operator", *_COLUMNS), *_cells(_with_rest(cost.operators, share), share)], width)
     if cost.statements:
         lines += text.section(width, "Not in these numbers, or assumed:", _merged(cost))
@@ -255,6 +260,16 @@ def _cells(works: dict[str, Work], whole: int) -> list[tuple[str, ...]]:
         )
         for name, work in works.items()
     ]
+
+
+def _of_blocks(works: dict[str, Work]) -> dict[str, Work]:
+    """Add up the layers of a deep model that differ only in the number of their block."""
+    names = [*works]
+    found = {}
+    for stack in rows_of([(name, (work.macs, work.flops)) for name, work in works.items()]):
+        first, *others = (works[names[index]] for index in stack.members)
+        found[stack.part(range(len(stack.members)))] = sum(others, first)
+    return found
 
 
 def _with_rest(works: dict[str, Work], whole: int) -> dict[str, Work]:

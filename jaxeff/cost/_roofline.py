@@ -167,6 +167,7 @@ def floor(function: Callable, *arguments: Any, chip: str | Peak | Chip, **keywor
         chip: 'tpu v5e', 'h100', ...; a measurement of this machine by `cost.peak`; or a `cost.Chip`.
 
     Raises:
+        TypeError: `function` is not a function.
         ValueError: no chip has this name. The message lists the known names.
 
     Source: Williams, Waterman and Patterson (2009), "Roofline", Communications of the ACM 52(4).
@@ -177,6 +178,11 @@ def floor(function: Callable, *arguments: Any, chip: str | Peak | Chip, **keywor
     >>> found.flops, found.bytes, found.bound
     (33554432, 33570816, 'memory')
     """
+    if not callable(function):
+        raise TypeError(
+            f"`function` must be a function, got {type(function).__name__}: it comes first, and its arguments follow, "
+            "cost.floor(apply_fn, params, batch, chip=...)"
+        )
     found = chip_of(chip)
     closed = jax.make_jaxpr(function)(*arguments, **keywords)
     program = graph.flatten(closed)

@@ -195,7 +195,7 @@ def _parts(flow: Flow, run: Sequence[_Part], paths: Sequence[str]) -> list[_Part
     if not any(keys):
         return [_trimmed(run[start:end]) for start, end in _repeated(structures)]
     joined: list[_Part] = []
-    for start, end in _equal_neighbours(keys):
+    for start, end in _equal_neighbors(keys):
         inside = run[start:end]
         within = [structure for structure in structures[start:end] if structure]
         repeated = {tuple(within[first:last]) for first, last in _repeated(within)}
@@ -224,7 +224,7 @@ def _modules(leaves: Sequence[Sequence[int]], paths: Sequence[str]) -> list[str 
     return found
 
 
-def _equal_neighbours(keys: Sequence[str | None]) -> list[tuple[int, int]]:
+def _equal_neighbors(keys: Sequence[str | None]) -> list[tuple[int, int]]:
     """Return [start, end) of what shares a key. Segments without weights, which have none, may stand between."""
     spans: list[tuple[int, int]] = []
     for place, key in enumerate(keys):

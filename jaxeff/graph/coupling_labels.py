@@ -308,7 +308,7 @@ class Labels:
         if len(indices) == dim.size and (indices == np.arange(dim.size)).all():
             return dim
         if len(indices) < 2:
-            # Without its neighbours before it, the position would be another.
+            # Without its neighbors before it, the position would be another.
             self.lock_dims([dim], BY_POSITION)
             return Dim((), dim.zero)
         labels = self.packed(dim)[indices]

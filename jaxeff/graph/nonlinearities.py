@@ -215,7 +215,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
 """The values at which a nonlinearity levels off on both sides."""
 
 
-def recognise(
+def recognize(
     operations: Sequence[Operation], start: Value, end: Value, constants: Mapping[Value, Any]
 ) -> str:
     """Name the function that the pointwise operations compute from `start` to `end`.

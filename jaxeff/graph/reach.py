@@ -139,7 +139,7 @@ class Reach:
         """Return the catalogue's name of the function from an affine image to `post`, trying the last image first."""
         constants = self.flow.program.constants
         for start in self._affine_starts(post):
-            name = nonlinearities.recognise(
+            name = nonlinearities.recognize(
                 self.flow.between(start, post, self.images.__contains__), start, post, constants
             )
             if name != "pointwise":

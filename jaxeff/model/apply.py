@@ -74,7 +74,7 @@ class ModelApply(StatefulApply):
     """
 
     call: Callable[..., Any]
-    state: Any = None
+    state: Any = dataclasses.field(default=None, repr=False)
 
     def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
         return self.call(params, self.state, *batch, **keywords)
@@ -89,8 +89,8 @@ class NNXApply(StatefulApply):
         state: all variables that are not parameters: running averages, random streams.
     """
 
-    structure: Any
-    state: Any
+    structure: Any = dataclasses.field(repr=False)
+    state: Any = dataclasses.field(repr=False)
 
     def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
         # It gets its own variables, because those from outside may not be written inside jit or grad.

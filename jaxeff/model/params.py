@@ -116,7 +116,8 @@ def named_leaves(params: Any, *, abstract: bool = False) -> dict[Path, Any]:
     for path, leaf in leaves_by_path(params):
         if not is_array(leaf, abstract=abstract):
             where = f"holds a {type(leaf).__name__} at {path!r}" if path else f"is a {type(leaf).__name__}"
-            raise TypeError(f"`params` {where}: every leaf must be an array of numbers")
+            order = ", and `apply_fn` comes after it" if callable(leaf) and not path else ""
+            raise TypeError(f"`params` {where}: every leaf must be an array of numbers{order}")
         if path in named:
             raise ValueError(f"`params` has two leaves with the path {path!r}")
         named[path] = leaf

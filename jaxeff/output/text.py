@@ -143,6 +143,16 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern.replace("[", "[[]"))
 
 
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Join the first of several names, and say how many there are besides.
+
+    >>> some(["a", "b"]), some(["a", "b", "c", "d", "e"])
+    ('a, b', 'a, b, c and 2 more')
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def left_out(count: int, shown: int | None, what: str) -> list[str]:
     """Return a line that says how many were not shown; nothing if all were."""
     return [] if shown is None or count <= shown else [f"... {count - shown:,} of {count:,} {what} left out."]
@@ -203,7 +213,7 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 def sparkline(values: Sequence[float], width: int = 8) -> str:
     """Draw numbers as bars of a line of text, from the lowest to the highest of them.
 
-    More numbers than `width` are averaged with their neighbours; what is nan is a dot.
+    More numbers than `width` are averaged with their neighbors; what is nan is a dot.
 
     >>> sparkline([1, 2, 3, 2, 8]), sparkline([1, 1, math.nan]), len(sparkline(range(100)))
     ('▁▂▃▂█', '▄▄·', 8)

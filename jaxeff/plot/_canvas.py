@@ -163,7 +163,7 @@ def tick_names(axis: Any, places: Sequence[int], names: Sequence[str], **style: 
 def whole_numbers(axis: Any) -> None:
     """Put ticks at whole numbers only, on an axis that counts."""
     ticker = _matplotlib("ticker")
-    # At least one tick, since the default of two would put some at halves between neighbouring numbers.
+    # At least one tick, since the default of two would put some at halves between neighboring numbers.
     axis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
@@ -248,5 +248,5 @@ def _colour_by_order(axes: Axes, lines: Sequence[Any], what: str) -> None:
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Return the style of line number `index`: 28 styles differ, and neighbours differ in colour and dash."""
+    """Return the style of line number `index`: 28 styles differ, and neighbors differ in colour and dash."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxeff.metrics import Metrics
+from jaxeff.output.stacks import stacks
 from jaxeff.output.text import matches
 from jaxeff.plot._canvas import (
     COLOURS,
@@ -34,7 +35,6 @@ from jaxeff.plot._canvas import (
     whole_numbers,
 )
 from jaxeff.report import LayerReport, Report
-from jaxeff.report._stacks import stacks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

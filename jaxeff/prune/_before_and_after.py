@@ -20,7 +20,7 @@ from jaxeff.output.text import duration
 
 
 class Ratios(NamedTuple):
-    """Ratios of the times of neighbouring runs: how many times as long the run before took as the run after."""
+    """Ratios of the times of neighboring runs: how many times as long the run before took as the run after."""
 
     percentile_10: float
     median: float
@@ -75,7 +75,7 @@ class BeforeAndAfter(Shown):
 
     @property
     def speedups(self) -> tuple[Ratios, ...]:
-        """Speed-up for each batch, from neighbouring runs, which other load on the machine affects alike."""
+        """Speed-up for each batch, from neighboring runs, which other load on the machine affects alike."""
         pairs = zip(self.before.latencies, self.after.latencies, strict=True)
         ratios = [np.divide(before.seconds, after.seconds) for before, after in pairs]
         return tuple(Ratios(*np.percentile(ratio, (10, 50, 90)).tolist()) for ratio in ratios)
@@ -229,7 +229,7 @@ def _render(found: BeforeAndAfter) -> str:
     runs = len(before.latencies[0].seconds)
     notes = [
         f"Times: median (10th to 90th percentile) of {runs} runs on {found.device}, "
-        "the two networks in turn; beside them the ratios of neighbouring runs. Of scores, the difference.",
+        "the two networks in turn; beside them the ratios of neighboring runs. Of scores, the difference.",
     ]
     if not all(latency.cost.complete for latency in (*before.latencies, *after.latencies)):
         notes.append("Not all work is in the MACs: see `cost.statements` of the latencies.")

@@ -96,6 +96,11 @@ def block_by_block(
     >>> [float(kept.mean()) for kept in masks["blocks"]["w"]]
     [0.5, 0.5, 0.5]
     """
+    if not callable(prune_block):
+        raise TypeError(
+            "`prune_block` must be a function (params, statistics) -> (params, masks), such as "
+            f"functools.partial(prune.sparsegpt, sparsity=0.5), got {prune_block!r}"
+        )
     own = Params.of(params)
     batches = _alike(batches)
     check_makes_masks(where)

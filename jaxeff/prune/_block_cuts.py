@@ -13,6 +13,7 @@ from jax.extend.core import Literal
 from jaxeff.graph.nonlinearities import unchanged
 from jaxeff.graph.program import Operation, Value, scan_operands
 from jaxeff.graph.segments import Segments, whole
+from jaxeff.output.text import some
 
 Leaves = Mapping[str, Value]
 """The inputs of the program that are the params, by path."""
@@ -121,7 +122,7 @@ def listed(segments: Segments, leaves: Leaves, blocks: Sequence[str]) -> list[Bl
         own = {value for path, value in leaves.items() if _is_below(path, block)}
         positions = [position for position, inputs in enumerate(read) if not inputs.isdisjoint(own)]
         if not positions:
-            raise ValueError(f"`blocks` names {block!r}, but no leaf there meets data: {', '.join(leaves)}")
+            raise ValueError(f"`blocks` names {block!r}, but no leaf there meets data: {some([*leaves], 8)}")
         spans.append((positions[0], positions[-1], block))
     spans.sort()
     for (_, last, before), (first, _, after) in itertools.pairwise(spans):

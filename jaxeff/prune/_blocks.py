@@ -20,6 +20,7 @@ from jaxeff.graph.program import Operation, Program, scan_operands
 from jaxeff.graph.skipping import gated
 from jaxeff.model.adapters import resolve_both
 from jaxeff.model.apply import StatefulApply, from_apply
+from jaxeff.model.objective import objective
 from jaxeff.model.params import Params
 from jaxeff.output.shown import Shown
 from jaxeff.output.text import aligned
@@ -201,6 +202,10 @@ def order_blocks(
     params, apply_fn, batch = resolve_both(params, apply_fn, batch)
     found = groups(params, apply_fn, batch, rngs=rngs, **apply_kwargs)
     removable = [group for group in found.unlocked if group.kind == "block"]
+    if not removable:
+        raise ValueError("`apply_fn` has no blocks that may be removed: `print(prune.groups(...))` says why")
+    # Checks the loss before it is traced within other programs.
+    _ = objective(from_apply(Params.of(params), apply_fn, batch, rngs, apply_kwargs), loss_fn, targets, ())
     most = sum(group.size - 1 for group in removable)
     count = most if count is None else count
     if not 1 <= count <= most:

@@ -41,10 +41,10 @@ class CompactApply(StatefulApply):
     """
 
     apply_fn: Callable
-    plan: Plan
+    plan: Plan = dataclasses.field(repr=False)
     keywords: Mapping[str, Any]
-    large: tuple[Any, Any]
-    state: Any
+    large: tuple[Any, Any] = dataclasses.field(repr=False)
+    state: Any = dataclasses.field(repr=False)
 
     def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
         keywords = {**self.keywords, **keywords}
@@ -280,11 +280,10 @@ def compact(
     ((3, 2), (8, 2))
     """
     check_apply(apply_fn)
-    state: Any = {}
-    large_state: Any = {}
-    if isinstance(apply_fn, StatefulApply) and jax.tree.leaves(apply_fn.state):
-        large_state = apply_fn.state
-        state = shrink(apply_fn.state, plan)
+    large_state: Any = apply_fn.state if isinstance(apply_fn, StatefulApply) else {}
+    state = large_state  # Without arrays in it, it is passed on as it is: an Equinox model without state has None.
+    if isinstance(apply_fn, StatefulApply) and jax.tree.leaves(large_state):
+        state = shrink(large_state, plan)
         apply_fn = apply_fn.with_state(None)  # The large state would be kept alive, and is never used.
     small_params = shrink(params, plan)
     large = jax.tree.map(

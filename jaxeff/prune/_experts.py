@@ -13,6 +13,7 @@ from jaxeff import graph
 from jaxeff.graph.coupling import couple
 from jaxeff.graph.coupling_experts import Gated
 from jaxeff.graph.evaluation import Hooks
+from jaxeff.model.adapters import resolve_both
 from jaxeff.model.apply import from_apply
 from jaxeff.model.params import Params
 from jaxeff.output.shown import Shown
@@ -80,7 +81,7 @@ def _experts(numbers: list[int]) -> str:
 
 
 def expert_importance(
-    params: Any, apply_fn: Callable, batch: Any, *, rngs: Any = None, **apply_kwargs: Any
+    params: Any, apply_fn: Callable | Any = None, batch: Any = None, *, rngs: Any = None, **apply_kwargs: Any
 ) -> ExpertImportance:
     """Return how much each expert behind a router adds to the output, by REAP.
 
@@ -114,6 +115,7 @@ def expert_importance(
     router:1  3     0 to 4      0 to 4
     No token reached experts 0 and 2 of router:1.
     """
+    params, apply_fn, batch = resolve_both(params, apply_fn, batch)
     model = from_apply(Params.of(params), apply_fn, batch, rngs, apply_kwargs)
     function = model.function.without_capture()
     arguments = jax.tree.leaves((model.params, model.inputs))
@@ -123,7 +125,8 @@ def expert_importance(
     found = groups(params, apply_fn, batch, rngs=rngs, **apply_kwargs)
     leaves = len(found.params) + len(found.state)
     coupled = couple(program, [i < leaves for i in range(len(program.inputs))]).groups
-    routed = [(group, one.gated) for group, one in zip(found, coupled, strict=True) if one.routed]
+    # Groups of residual blocks come last, and are not coupled.
+    routed = [(group, one.gated) for group, one in zip(found, coupled, strict=False) if one.routed]
     if not routed:
         raise ValueError(
             "`apply_fn` has no experts that a router chooses among and that may be removed: `print(prune.groups(...))` "

@@ -34,7 +34,7 @@ def groups(
     rngs: Any = None,
     **apply_kwargs: Any,
 ) -> Groups:
-    """Which axes of which leaves have to shrink together.
+    """Find which axes of which leaves have to shrink together.
 
     The model is traced, and nothing is computed. Removing an element takes out its indices of all members;
     what the smaller model computes is then what the model computes with these indices set to 0, or, for an expert

@@ -15,7 +15,8 @@ import numpy as np
 from jaxeff.graph.coupling_work import Amount
 from jaxeff.numerics.precision import widened
 from jaxeff.output.shown import Shown
-from jaxeff.output.text import aligned
+from jaxeff.output.stacks import folded_cells, rows_of
+from jaxeff.output.text import aligned, some
 from jaxeff.prune._named import named_variables
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -145,7 +146,7 @@ class Groups(Shown):
         return iter(self.groups)
 
     def __getitem__(self, name: str) -> Group:
-        """The group of this name, or the one that holds this axis of a leaf, 'path:axis'."""
+        """Return the group of this name, or the one that holds this axis of a leaf, 'path:axis'."""
         for group in self.groups:
             if group.name == name:
                 return group
@@ -155,7 +156,7 @@ class Groups(Shown):
         return holding[0]
 
     def weights(self, group: Group) -> int:
-        """How many numbers an element of a group holds in all blocks, those of two axes counted for both."""
+        """Return how many numbers an element of a group holds in all blocks, those of two axes counted for both."""
         if group.leaves:
             return sum(math.prod(self.shapes[path]) for path in group.leaves[0])
         return sum(
@@ -171,7 +172,7 @@ class Groups(Shown):
         *,
         removed: Mapping[str, Sequence[int]] | None = None,
     ) -> dict[str, int]:
-        """What the model costs with so many elements of each group, by `prune.compact`; nothing is traced.
+        """Return what the model made by `prune.compact` costs, given the size of each group; nothing is traced.
 
         Args:
             sizes: elements that are left by group's name, as `Plan.sizes` gives them; the others stay whole.
@@ -213,7 +214,7 @@ class Groups(Shown):
         return {name: round(float(amount(left))) for name, amount in self.amounts.items()}
 
     def scored(self, importance: Any, *, reduce: str = "sum", normalize: str = "none") -> Groups:
-        """The groups with the importance of their elements, of the scores of the weights that they hold.
+        """Return the groups with the importance of their elements, from the scores of the weights that they hold.
 
         Args:
             importance: a tree of non-negative scores shaped like `params`, as `prune.scored` gives, or a
@@ -226,8 +227,11 @@ class Groups(Shown):
                 A group whose scores are all 0 stays 0.
 
         Raises:
+            TypeError: `importance` is a result that holds importance.
             ValueError: scores of another model, or nan or negative ones; an unknown `reduce` or `normalize`.
         """
+        if isinstance(getattr(importance, "importance", None), Mapping):
+            raise TypeError(f"`importance` came as {type(importance).__name__}: pass its `.importance`")
         _known("reduce", reduce, REDUCTIONS)
         _known("normalize", normalize, NORMALIZATIONS)
         names = {group.name for group in self.groups}
@@ -250,10 +254,17 @@ class Groups(Shown):
         return dataclasses.replace(self, groups=tuple(scored))
 
     def __str__(self) -> str:
-        free = [
-            (group.name, group.kind, _size(group), str(self.weights(group)), *_summary(group))
-            for group in self.unlocked
+        unlocked = self.unlocked
+        alike = [
+            (group.name, (group.kind, group.blocks, group.size, len(group.members))) for group in unlocked
         ]
+        free = []
+        for stack in rows_of(alike):
+            groups = [unlocked[index] for index in stack.members]
+            label = stack.part(range(len(groups)))
+            free.append(
+                (label, groups[0].kind, _size(groups[0]), str(self.weights(groups[0])), *_summary(groups))
+            )
         locked = [(group.name, str(group.size), group.locked or "") for group in self.groups if group.locked]
         within = [group.name for group in self.unlocked if group.left_whole]
         whole = [f"Whole in a plan unless named or their kind is: {', '.join(within)}", ""] if within else []
@@ -262,7 +273,7 @@ class Groups(Shown):
                 *aligned([_FREE, *free], left=_FREE, gap=2),
                 "",
                 *whole,
-                *aligned([_LOCKED, *locked], left=_LOCKED, gap=2),
+                *aligned([_LOCKED, *folded_cells(locked)], left=_LOCKED, gap=2),
             ]
         )
 
@@ -275,10 +286,12 @@ def _size(group: Group) -> str:
     return " x ".join(map(str, (*group.blocks, group.size)))
 
 
-def _summary(group: Group) -> tuple[str, str]:
-    importance = group.importance
-    ranged = "-" if importance is None else f"{importance.min():.3g} to {importance.max():.3g}"
-    return ranged, " ".join(group.names or (member.name for member in group.members))
+def _summary(groups: Sequence[Group]) -> tuple[str, str]:
+    """Return the range of importance of groups that share a row, and what the first of them holds."""
+    found = [group.importance for group in groups if group.importance is not None]
+    low, high = min((each.min() for each in found), default=0), max((each.max() for each in found), default=0)
+    names = groups[0].names or [member.name for member in groups[0].members]
+    return f"{low:.3g} to {high:.3g}" if found else "-", some(names)
 
 
 def _scores(importance: Any, shapes: Shapes) -> dict[str, jax.Array]:

@@ -23,6 +23,7 @@ from jaxeff.model.adapters import resolve
 from jaxeff.model.params import Params, is_variables, named_leaves
 from jaxeff.model.roles import BIASES, last_name, role_of
 from jaxeff.output import text
+from jaxeff.output.stacks import folded_cells
 from jaxeff.statistics import SiteStatistics, Statistics
 from jaxeff.statistics.observe import observe
 
@@ -178,13 +179,16 @@ class Layout(Mapping[str, Leaf]):
         return len(self.leaves)
 
     def __str__(self) -> str:
-        rows = [("leaf", "shape", "is", "pruned", "layers", "why")]
-        names = text.shorten([leaf.path for leaf in self.leaves], text.WIDTH // 3)
-        for name, leaf in zip(names, self.leaves, strict=True):
+        header = ("leaf", "shape", "is", "pruned", "layers", "why")
+        rows = []
+        for leaf in self.leaves:
             layers = math.prod(leaf.shape[axis] for axis in leaf.axes.layers) if leaf.axes else 1
             may = "yes" if leaf.prunable else "no"
-            rows.append((name, str(leaf.shape), leaf.role, may, str(layers), leaf.reason))
-        return "\n".join(text.aligned(rows, left=rows[0]))
+            rows.append((leaf.path, str(leaf.shape), leaf.role, may, str(layers), leaf.reason))
+        rows = folded_cells(rows)
+        names = text.shorten([name for name, *_ in rows], text.WIDTH // 3)
+        rows = [(name, *cells) for name, (_, *cells) in zip(names, rows, strict=True)]
+        return "\n".join(text.aligned([header, *rows], left=header))
 
 
 def layout(

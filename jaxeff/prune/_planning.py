@@ -33,7 +33,7 @@ def plan(
     evaluate: Callable[[Plan], Any] | None = None,
     candidates: int = 4,
 ) -> Plan:
-    """The plan that removes the least important elements of the groups that are not locked.
+    """Plan to remove the least important elements of the groups that are not locked.
 
     Say how much goes by either `sparsity` or `target`.
 
@@ -296,9 +296,9 @@ def _check_arguments(
     if isinstance(sparsity, Mapping) and scope == "global":
         raise ValueError("`sparsity` by group is for scope 'layer'")
     for name, share in _by_group("sparsity", sparsity or 0.0, unlocked, 0.0).items():
-        if not 0 <= share < 1:
+        if isinstance(share, str) or not 0 <= share < 1:
             raise ValueError(
-                f"`sparsity` must be in [0, 1), the fraction to remove, got {share} for {name!r}"
+                f"`sparsity` must be in [0, 1), the fraction to remove, got {share!r} for {name!r}"
             )
     if not unlocked:
         raise ValueError("`groups` has none that may shrink: print the groups to see why")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.output.shown import Shown
+from jaxeff.output.stacks import folded_cells
 from jaxeff.output.text import aligned
 from jaxeff.prune import _plan_text as plan_text
 from jaxeff.prune._dead import dead_elements
@@ -44,7 +45,7 @@ class Plan(Shown):
 
     @classmethod
     def of(cls, groups: Groups, removed: Mapping[str, Sequence[Any]]) -> Plan:
-        """The plan that removes these elements of these groups.
+        """Return the plan that removes these elements of these groups.
 
         Args:
             groups: of `prune.groups`.
@@ -90,6 +91,7 @@ class Plan(Shown):
             report: from `jaxeff.analyze`, of the same model, on as much data as a unit should be silent on.
 
         Raises:
+            TypeError: `groups` and `report` are something else.
             ValueError: the report is of another model, or holds several models or steps.
 
         >>> import jax, jax.numpy as jnp, jaxeff
@@ -103,7 +105,7 @@ class Plan(Shown):
         return cls.of(groups, dead_elements(groups, report))
 
     def left_out(self) -> tuple[str, ...]:
-        """The names of the blocks that go as a whole: the modules that a rebuilt model is to leave out."""
+        """Return the names of the blocks that go as a whole: the modules that a rebuilt model is to leave out."""
         return tuple(
             group.names[element]
             for group in self.groups
@@ -112,7 +114,7 @@ class Plan(Shown):
         )
 
     def leaves_left_out(self) -> frozenset[str]:
-        """The paths of the leaves of these blocks."""
+        """Return the paths of the leaves of these blocks."""
         return frozenset(
             path
             for group in self.groups
@@ -122,18 +124,18 @@ class Plan(Shown):
         )
 
     def widths(self) -> dict[str, dict[int, int]]:
-        """The new size of every axis that changes, by path and axis: to build the smaller module with."""
+        """Return the new size of every axis that changes, by path and axis: to build the smaller module with."""
         return {
             path: {axis: _left(gone, axis) for axis, gone in axes.items()}
             for path, axes in self._gone().items()
         }
 
     def sizes(self) -> dict[str, int]:
-        """How many elements each group that loses any keeps, by name, in each of its blocks."""
+        """Return how many elements each group that loses any keeps, by name, in each of its blocks."""
         return {group.name: group.size - np.shape(self.removed[group.name])[-1] for group in self.groups}
 
     def of_each_block(self) -> list[Plan]:
-        """For each block of the stacks, a plan that removes from all of them what this one removes from it.
+        """Return for each block of the stacks a plan that removes from all of them what this one removes from it.
 
         Without stacks, this plan alone. The blocks of shorter stacks are repeated.
         """
@@ -152,7 +154,7 @@ class Plan(Shown):
         return [of(block) for block in range(count)] if count > 1 else [self]
 
     def kept(self) -> dict[str, dict[int, np.ndarray]]:
-        """The indices that stay, ascending, by path and axis, of every axis that changes.
+        """Return the indices that stay, ascending, by path and axis, of every axis that changes.
 
         A list of them, or, where each block keeps its own, an array for `jnp.take_along_axis`: of the leaf's
         rank, with size 1 on axes that make no difference.
@@ -197,15 +199,18 @@ class Plan(Shown):
         if not rows:
             return "Nothing is removed."
         header = ("group", "kind", "size")
-        lines = aligned([header, *rows], left=header, gap=2)
+        lines = aligned([header, *folded_cells(rows)], left=header, gap=2)
         if left_out := self.left_out():
             lines += ["", f"Without {', '.join(left_out)}"]
         if leaves:
-            lines += ["", *aligned([("leaf:axis", "", "size"), *leaves], left=("", "size"), gap=2)]
+            lines += [
+                "",
+                *aligned([("leaf:axis", "", "size"), *folded_cells(leaves)], left=("", "size"), gap=2),
+            ]
         return "\n".join(lines)
 
     def masks(self, params: Any) -> Any:
-        """The plan as masks for `prune.apply`, True = kept; a single True for a leaf that stays whole.
+        """Return the plan as masks for `prune.apply`, True = kept; a single True for a leaf that stays whole.
 
         The large model with these masks computes what the small one does.
 
@@ -245,12 +250,12 @@ class Plan(Shown):
                 )
 
     def to_json(self) -> str:
-        """The plan as text that `Plan.from_json` reads in any process."""
+        """Return the plan as text that `Plan.from_json` reads in any process."""
         return plan_text.write(self.groups, self.removed, self.params, self.state)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote.
+        """Return the plan that `to_json` wrote.
 
         What is removed may have been edited; the description of the model may not.
 

@@ -255,8 +255,8 @@ def gradual(
 
     Args:
         state: trained, or not yet.
-        step, batches, evaluate, importance, prunable, scope, pattern, allocation, max_sparsity, recalibrate,
-            progress: as in `prune.iterative`.
+        step, batches, evaluate: as in `prune.iterative`.
+        importance, prunable, scope, pattern, allocation, max_sparsity, recalibrate, progress: as there.
         sparsity: final sparsity, in [0, 1).
         steps: until it is reached.
         fine_tune: steps after that.

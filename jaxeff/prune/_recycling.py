@@ -16,7 +16,7 @@ from jaxeff.model.params import leaves_by_path, split_variables
 from jaxeff.model.roles import last_name
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.prune._groups import Group, Groups, Member
-from jaxeff.prune._named import map_named
+from jaxeff.prune._named import map_named, named_variables
 from jaxeff.prune._optimizer import by_keys, of_state
 from jaxeff.report import LayerReport, Report
 
@@ -73,7 +73,7 @@ def recycle(
             1 / fan-in.
 
     Raises:
-        TypeError: `groups` and `report` are something else.
+        TypeError: `groups`, `report` or `units` is something else.
         ValueError: an argument is invalid, or the arguments belong to different models.
 
     References:
@@ -90,12 +90,17 @@ def recycle(
     >>> found.units, found.params["b"].ravel()
     ({'a:1': array([1])}, Array([1., 0.], dtype=float32))
     """
-    if not isinstance(groups, Groups) or not isinstance(report, Report):
-        kinds = f"{type(groups).__name__} and {type(report).__name__}"
-        raise TypeError(f"pass params, groups and a report in this order, got {kinds} for the latter two")
     if not 0 <= tau <= 1:
         raise ValueError(f"`tau` must be from 0 to 1, got {tau}")
     rows = rows_by_path(groups, report)
+    own = {path: jnp.shape(leaf) for path, leaf in named_variables(params).items()}
+    for path, shape in groups.params.items():
+        if own.get(path) != tuple(shape):
+            raise ValueError(
+                f"`params` is of another model: {path!r} has shape {own.get(path)} there and {tuple(shape)} here"
+            )
+    if units is not None and not isinstance(units, Mapping):
+        raise TypeError(f"`units` must map names of groups to elements, got {type(units).__name__}")
     if units is None:
         free = [group for group in groups.unlocked if not group.routed]
         chosen = {group.name: dormant_elements(group, rows, tau) for group in free if _clear(group, rows)}
@@ -119,8 +124,12 @@ def rows_by_path(groups: Groups, report: Report) -> dict[str, list[LayerReport]]
     """Return the rows of each leaf, in the order of its stacked layers.
 
     Raises:
+        TypeError: `groups` and `report` are something else.
         ValueError: the report is of another model.
     """
+    if not isinstance(groups, Groups) or not isinstance(report, Report):
+        kinds = f"{type(groups).__name__} and {type(report).__name__}"
+        raise TypeError(f"pass groups from `prune.groups`, then a report from `jaxeff.analyze`, got {kinds}")
     rows: dict[str, list[LayerReport]] = {}
     for row in report.single().rows:
         rows.setdefault(re.sub(r"\[[\d,]+\]$", "", row.path), []).append(row)
@@ -147,7 +156,9 @@ def unit_axis(member: Member) -> int:
 
 def _dormant(member: Member, rows: Sequence[LayerReport], group: Group, tau: float) -> np.ndarray:
     blocks = math.prod(group.blocks)
-    if len(rows) != blocks or any(row.activity is None or row.nonlinearity == "identity" for row in rows):
+    if len(rows) != blocks or any(
+        row.activity is None or row.nonlinearity == "identity" or not row.activity.count for row in rows
+    ):
         return np.zeros((blocks, group.size), bool)
     found = []
     for row in rows:

@@ -37,6 +37,7 @@ def shrink(params: Any, plan: Plan, opt_state: Any = _MISSING) -> Any:
         missing: their entries in dicts are dropped, and lists of blocks are shorter.
 
     Raises:
+        TypeError: `plan` is not a `Plan`.
         ValueError: the plan is of another model, or the optimizer keeps something of another shape.
 
     >>> import jax
@@ -47,6 +48,8 @@ def shrink(params: Any, plan: Plan, opt_state: Any = _MISSING) -> Any:
     >>> jax.tree.map(jnp.shape, shrink(params, plan))
     {'a': (3, 2), 'b': (2, 2)}
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"`plan` must be what `prune.plan` makes, a `prune.Plan`, got {type(plan).__name__}")
     plan.check(params)
     kept, left_out = plan.kept(), plan.leaves_left_out()
     small = without_leaves(

@@ -16,11 +16,12 @@ from jaxeff._collect import Where, collect
 from jaxeff.model.adapters import resolve
 from jaxeff.model.params import Params
 from jaxeff.output.shown import Shown
+from jaxeff.output.text import some
 from jaxeff.prune import _layouts as layouts
 from jaxeff.quantization._records import InputRanges, LayerOutliers, invalid_count, median_of
 from jaxeff.quantization._table import render
 from jaxeff.quantization._weights import weight_errors
-from jaxeff.statistics import Ranges, SiteStatistics, Statistics
+from jaxeff.statistics import Ranges, SiteStatistics, Statistics, check_params
 from jaxeff.statistics.ranges import FULL
 
 
@@ -49,7 +50,7 @@ class Outliers(Shown):
         for row in self.rows:
             if row.path == path:
                 return row
-        raise KeyError(f"{path!r} is no layer: {', '.join(row.path for row in self.rows)}")
+        raise KeyError(f"no layer {path!r}; there are {some([row.path for row in self.rows], 5)}")
 
     def __str__(self) -> str:
         return self.table()
@@ -130,18 +131,7 @@ def outliers(
 
 
 def _check_statistics(params: Params, statistics: Any) -> None:
-    if not isinstance(statistics, Statistics):
-        raise TypeError(
-            f"`statistics` must be Statistics from `jaxeff.collect`, got {type(statistics).__name__}"
-        )
-    found = {info.path: info.shape for info in statistics.params}
-    wanted = {path: tuple(np.shape(leaf)) for path, leaf in params.named.items()}
-    if found != wanted:
-        different = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
-        raise ValueError(
-            f"`statistics` were collected with other `params`: {different[0]!r} has shape "
-            f"{found.get(different[0])} there and {wanted.get(different[0])} here"
-        )
+    check_params(statistics, params.named)
     if statistics.sites and all(
         site.ranges is None and site.without_ranges is None for site in statistics.sites
     ):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from jaxeff.output.text import UNKNOWN, WIDTH, aligned, number, percent, ranged, section, wrapped
+from jaxeff.output.stacks import Stack
+from jaxeff.output.text import UNKNOWN, WIDTH, aligned, number, percent, ranged, section, some, wrapped
 from jaxeff.quantization._records import LayerOutliers
-from jaxeff.report._stacks import Stack
 from jaxeff.report._table import fold
 
 HEADER = (
@@ -32,7 +32,7 @@ def render(rows: Sequence[LayerOutliers], blocks: bool) -> str:
     for row in rows:
         for reason in row.reasons:
             reasons.setdefault(reason, []).append(row.path)
-    notes = [f"{_named(paths)}: {reason}" for reason, paths in reasons.items()]
+    notes = [f"{some([*dict.fromkeys(paths)])}: {reason}" for reason, paths in reasons.items()]
     table = aligned(lines, WIDTH, dispensable=_DISPENSABLE, left=("channel",))
     return "\n".join([*table, *wrapped(f"({_LEGEND}.)", WIDTH), *section(WIDTH, "Without numbers:", notes)])
 
@@ -66,10 +66,3 @@ def _ranged(values: Sequence[float], *, of_percent: bool = False) -> str:
     if not values or all(map(math.isnan, values)):
         return UNKNOWN
     return ranged(values, percent if of_percent else number)
-
-
-def _named(paths: Sequence[str]) -> str:
-    distinct = list(dict.fromkeys(paths))
-    return ", ".join(distinct[:_MOST]) + (
-        f" and {len(distinct) - _MOST:,} others" if len(distinct) > _MOST else ""
-    )

@@ -127,14 +127,23 @@ def _one_of(several: Sequence[Recommendation]) -> Recommendation:
     if len(several) == 1:
         return first
     macs = [each.saved_macs for each in several]
-    layers = sum(int(each.evidence.get("joined", 1)) for each in several)
+    counts = [int(each.evidence.get("joined", 1)) for each in several]
+    layers = sum(counts)
+    # Layers of a kind are joined after those of a stack, and are counted once.
+    message = first.message.removesuffix(_besides(counts[0])) + _besides(layers)
     return dataclasses.replace(
         first,
-        message=f"{first.message} So do {layers - 1:,} more layers.",
+        message=message,
         evidence={**first.evidence, "joined": float(layers)},
         saved_macs=None if None in macs else sum(filter(None, macs)),
         saved_bytes=sum(each.saved_bytes or 0 for each in several),
     )
+
+
+def _besides(layers: int) -> str:
+    if layers < 3:
+        return " So does 1 more layer." * (layers - 1)
+    return f" So do {layers - 1:,} more layers."
 
 
 def _worth(advice: Recommendation) -> tuple[int, int]:

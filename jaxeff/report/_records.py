@@ -59,9 +59,8 @@ class Activity(Shown):
 
     @property
     def dead(self) -> jax.Array:
-        """Number of units that emitted only 0."""
-        axes = tuple(range(-len(self.shape), 0))
-        return namespace(self.maximum).sum(self.maximum == 0, axis=axes, dtype=np.int32)
+        """Number of units that emitted only 0; 0 if no value was seen, as where a mask leaves nothing of a batch."""
+        return self._number_of(self.maximum == 0)
 
     def dormant(self, tau: float = 0.025) -> jax.Array:
         """Return the number of tau-dormant units: those with mean |a| <= tau * (mean |a| over the layer's units).
@@ -73,9 +72,8 @@ class Activity(Shown):
         >>> Activity((3,), 1, sums).dormant(), Activity((3,), 1, sums).dormant(0.1)
         (np.int32(1), np.int32(2))
         """
-        axes = tuple(range(-len(self.shape), 0))
         mean = self.mean_absolute
-        return namespace(mean).sum(mean <= tau * mean.mean(axes, keepdims=True), axis=axes, dtype=np.int32)
+        return self._number_of(mean <= tau * mean.mean(tuple(range(-len(self.shape), 0)), keepdims=True))
 
     @property
     def saturated(self) -> jax.Array:
@@ -98,6 +96,11 @@ class Activity(Shown):
     @property
     def units(self) -> int:
         return math.prod(self.shape)
+
+    def _number_of(self, units: jax.Array) -> jax.Array:
+        xp = namespace(units)
+        number = xp.sum(units, axis=tuple(range(-len(self.shape), 0)), dtype=np.int32)
+        return number * (self.count > 0)
 
     def _laid(self, sums: jax.Array) -> jax.Array:
         # The sums have the weight's rank; vmap and scan add axes in front.

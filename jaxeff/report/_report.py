@@ -20,6 +20,7 @@ from jax.core import Tracer
 
 from jaxeff.output import files
 from jaxeff.output.shown import Shown
+from jaxeff.output.text import some
 from jaxeff.report import _notebook as notebook
 from jaxeff.report import _scalars as scalars
 from jaxeff.report import _serialization as serialization
@@ -198,8 +199,7 @@ class Report(Shown):
         paths = [layer.path for layer in self.structure]
         if path not in paths:
             near = [known for known in paths if path.split("/")[0] in known] or paths
-            shown = ", ".join(near[:5]) + (", ..." if len(near) > 5 else "")
-            raise KeyError(f"no layer {path!r}; there are {shown}")
+            raise KeyError(f"no layer {path!r}; there are {some(near, 5)}")
         return self._row(paths.index(path))
 
     def __str__(self) -> str:

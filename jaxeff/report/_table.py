@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from jaxeff.model.roles import whole_numbers
+from jaxeff.output.stacks import PLAIN, Row, Stack, alone, folded, named, rows_of
 from jaxeff.output.text import (
     UNKNOWN,
     WIDTH,
@@ -25,7 +26,6 @@ from jaxeff.output.text import (
 from jaxeff.report._limits import LIMITS
 from jaxeff.report._recommendations import grouped, recommend
 from jaxeff.report._records import AttentionReport, LayerReport, Snapshot
-from jaxeff.report._stacks import Row, Stack, alone, folded, named
 
 HEADER = (
     "layer", "shape", "emits", "weights", "bytes", "MACs",
@@ -36,7 +36,6 @@ _LEFT = ("shape", "emits", "depth")
 _MARK = "*"
 Columns = Mapping[str, Mapping[str, float]]
 """Further columns of a table: a number for each path, by the heading of the column."""
-_PLAIN = 20  # rows of a table that fits a screen, and is not folded
 
 
 def render(
@@ -102,12 +101,10 @@ def fold(rows: Sequence[Row], shown: Sequence[int], blocks: bool = False) -> lis
         shown: indices of the layers to show, in that order.
         blocks: whether each layer has a row of its own, however many there are.
     """
-    if blocks or len(shown) <= _PLAIN:
-        return [alone(rows[index].path, index) for index in shown]
     # Members are places among what is shown.
     return [
         stack._replace(members=tuple(shown[place] for place in stack.members))
-        for stack in folded([named(rows[index]) for index in shown])
+        for stack in rows_of([named(rows[index]) for index in shown], blocks)
     ]
 
 
@@ -275,24 +272,34 @@ def _attentions(report: Snapshot, width: int) -> list[str]:
 
 
 def attentions(report: Snapshot) -> list[str]:
-    """Return a line per softmax that weighs data: its heads, or why none were found."""
+    """Return a line per softmax that weighs data, one for blocks that are alike: its heads, or why none were found."""
+    found = report.attentions
+    if len(report.rows) > PLAIN:
+        stacks = folded([(each.path, (each.heads, each.units)) for each in found])
+    else:
+        stacks = [alone(each.path, index) for index, each in enumerate(found)]
     return [
-        *(attention(found) for found in report.attentions),
+        *(attention(stack.label, [found[index] for index in stack.members]) for stack in stacks),
         *(f"{each.path or 'model'}: no heads found: {each.reason}" for each in report.headless),
     ]
 
 
-def attention(found: AttentionReport) -> str:
+def attention(label: str, found: Sequence[AttentionReport]) -> str:
     """Return a sentence on the range of the heads' entropies, and of the units' shares of the importance."""
-    entropy, importance = np.asarray(found.entropy), np.asarray(found.importance)
-    shares = importance / np.sum(importance, axis=-1, keepdims=True)
-    units = "" if found.units == found.heads else f" in {found.units} groups"
-    each = "head" if found.units == found.heads else "group"
+    entropies = [np.asarray(each.entropy) for each in found]
+    importances = [np.asarray(each.importance) for each in found]
+    shares = [each / np.sum(each, axis=-1, keepdims=True) for each in importances]
+    heads, units = found[0].heads, found[0].units
+    within, each = ("", "head") if units == heads else (f" in {units} groups", "group")
     return (
-        f"{found.path or 'model'}: {found.heads} heads{units}, entropy {decimal(float(entropy.min()))} to "
-        f"{decimal(float(entropy.max()))} nats; a {each} holds {percent(float(shares.min()))} to "
-        f"{percent(float(shares.max()))} of the importance"
+        f"{label or 'model'}: {heads} heads{within}, entropy {_between(entropies, decimal)} nats; "
+        f"a {each} holds {_between(shares, percent)} of the importance"
     )
+
+
+def _between(arrays: Sequence[np.ndarray], formatted: Callable[[float], str]) -> str:
+    low, high = min(float(each.min()) for each in arrays), max(float(each.max()) for each in arrays)
+    return f"{formatted(low)} to {formatted(high)}"
 
 
 def _notes(report: Snapshot, width: int) -> list[str]:

@@ -11,7 +11,7 @@ from jaxeff.statistics import SiteStatistics
 NOT_COLLECTED = "`statistics` have no second moments: collect them with `jaxeff.collect(..., hessians=True)`"
 
 
-def moments_of(uses: Sequence[SiteStatistics]) -> np.ndarray | str:
+def second_moments_of(uses: Sequence[SiteStatistics]) -> np.ndarray | str:
     """Return X^T X over all uses of a weight, [layers, inputs, inputs], or why there is none."""
     if not uses:
         return "no product of it with data was read"

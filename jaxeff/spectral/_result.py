@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxeff.output.shown import Shown
-from jaxeff.output.text import terminal_width
+from jaxeff.output.text import some, terminal_width
 from jaxeff.spectral import _table as table
 from jaxeff.spectral._records import Spectrum
 
@@ -28,7 +28,7 @@ class Spectra(Shown):
         for row in self.rows:
             if row.path == path:
                 return row
-        raise KeyError(f"no matrix {path!r}; there are {', '.join(row.path for row in self.rows[:5])}, ...")
+        raise KeyError(f"no matrix {path!r}; there are {some([*self], 5)}")
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the paths of the matrices."""

@@ -20,10 +20,10 @@ from jaxeff.prune import _layouts as layouts
 from jaxeff.spectral import _singular_values as numbers
 from jaxeff.spectral._matrices import Heads, Matrix, matrices, roles
 from jaxeff.spectral._null import null
-from jaxeff.spectral._output_rank import moments_of, output_rank
+from jaxeff.spectral._output_rank import output_rank, second_moments_of
 from jaxeff.spectral._records import Spectrum
 from jaxeff.spectral._result import Spectra
-from jaxeff.statistics import Statistics
+from jaxeff.statistics import Statistics, check_params
 from jaxeff.statistics.observe import observe
 
 _ROLES = ("weight", "embedding")
@@ -94,7 +94,8 @@ def spectra(
         raise ValueError(
             "`heads` are found in the traced program: pass `apply_fn` and `batch`, or `statistics`"
         )
-    _check(params, statistics)
+    if statistics is not None:
+        check_params(statistics, params.named)
     layout = (
         layouts.by_shape(params.named)
         if statistics is None
@@ -107,23 +108,6 @@ def spectra(
 def _traced(model: models.Model) -> Statistics:
     arguments = model.function, model.paths, model.origins, model.batch_size, model.params, model.inputs
     return observe.eval_shape(*arguments)
-
-
-def _check(params: Params, statistics: Statistics | None) -> None:
-    if statistics is None:
-        return
-    if not isinstance(statistics, Statistics):
-        raise TypeError(
-            f"`statistics` must be Statistics from `jaxeff.collect`, got {type(statistics).__name__}"
-        )
-    found = {info.path: info.shape for info in statistics.params}
-    wanted = {path: shape for path, shape, _ in params.described()}
-    if found != wanted:
-        path = min(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
-        raise ValueError(
-            f"`statistics` were collected with other `params`: {path!r} has shape {found.get(path)} there and "
-            f"{wanted.get(path)} here"
-        )
 
 
 def _rows(
@@ -143,7 +127,7 @@ def _rows(
             part = None  # its heads are matrices of their own anyway
         moments: np.ndarray | str | None = None
         if share is not None and part is None:
-            moments = moments_of([site for site in sites if site.path == path])
+            moments = second_moments_of([site for site in sites if site.path == path])
         for index, matrix in enumerate(matrices(path, placement.to_host(named[path]), found, part)):
             row = _spectrum(matrix, own, found.note)
             if row.reason == _NOT_FINITE or moments is None or share is None:

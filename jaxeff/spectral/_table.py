@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxeff.output.text import UNKNOWN, aligned, number, percent, ranged, section, wrapped
-from jaxeff.report._stacks import alone, folded
+from jaxeff.output.stacks import Stack, rows_of
+from jaxeff.output.text import UNKNOWN, aligned, number, percent, ranged, section, some, wrapped
 from jaxeff.spectral._records import Spectrum
 
-_PLAIN = 20  # rows of a table that fits a screen, and is not folded
 _HEADER = (
     "matrix", "size", "effective", "e/null", "stable", "s/null", "u/null", "beyond", "b null", "rank", "saves", "alpha",
 )  # fmt: skip
@@ -18,16 +17,13 @@ _DISPENSABLE = ("b null", "size", "u/null", "beyond", "effective", "stable")
 def render(rows: Sequence[Spectrum], share: float | None, width: int, *, blocks: bool, alpha: bool) -> str:
     if not rows:
         return "No matrices: no floating leaf has two axes or more."
-    if blocks or len(rows) <= _PLAIN:
-        stacks = [alone(row.path, place) for place, row in enumerate(rows)]
-    else:
-        stacks = folded([(row.path, (row.shape, row.rows, row.columns)) for row in rows])
+    stacks = rows_of([(row.path, (row.shape, row.rows, row.columns)) for row in rows], blocks)
     members = [[rows[index] for index in stack.members] for stack in stacks]
     cells = [_cells(stack.label, rows, alpha) for stack, rows in zip(stacks, members, strict=True)]
     lines = aligned([_HEADER, *cells], width, dispensable=_DISPENSABLE)
     lines += ["", *wrapped(_legend(share), width)]
-    named = [*zip((stack.label for stack in stacks), members, strict=True)]
-    lines += section(width, "Indistinguishable from random numbers:", _random(named))
+    random = [text for pair in zip(stacks, members, strict=True) for text in _random(*pair)]
+    lines += section(width, "Indistinguishable from random numbers:", random)
     lines += section(width, "Without numbers, or without a verdict:", _by_text(rows, "reason"))
     lines += section(width, "Notes:", _by_text(rows, "note"))
     return "\n".join(lines)
@@ -65,17 +61,13 @@ def _ratio(value: float) -> str:
     return "?" if value != value else f"{value:.2f}"
 
 
-def _random(named: Sequence[tuple[str, Sequence[Spectrum]]]) -> list[str]:
-    """Return the matrices that cannot be told from random numbers, with the law."""
-    found = []
-    for label, rows in named:
-        alike = [row for row in rows if row.law is not None]
-        laws = ", ".join(sorted({str(row.law) for row in alike}))
-        if alike and len(alike) == len(rows):
-            found.append(f"{label} ({laws})")
-        else:
-            found += [f"{row.path} ({row.law})" for row in alike]
-    return found
+def _random(stack: Stack, rows: Sequence[Spectrum]) -> list[str]:
+    """Return a line for those of a row's matrices that cannot be told from random numbers, with the law."""
+    alike = [place for place, row in enumerate(rows) if row.law is not None]
+    if not alike:
+        return []
+    laws = ", ".join(sorted({str(rows[place].law) for place in alike}))
+    return [f"{stack.part(alike)} ({laws})"]
 
 
 def _by_text(rows: Sequence[Spectrum], name: str) -> list[str]:
@@ -84,8 +76,4 @@ def _by_text(rows: Sequence[Spectrum], name: str) -> list[str]:
     for row in rows:
         if text := getattr(row, name):
             about.setdefault(text, []).append(row.path)
-    return [f"{_some(paths)}: {text}." for text, paths in about.items()]
-
-
-def _some(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    return [f"{some(paths)}: {text}." for text, paths in about.items()]

@@ -14,4 +14,5 @@ from jaxeff.statistics.records import Stability as Stability
 from jaxeff.statistics.records import Statistics as Statistics
 from jaxeff.statistics.records import UnitStatistics as UnitStatistics
 from jaxeff.statistics.records import check_alike as check_alike
+from jaxeff.statistics.records import check_params as check_params
 from jaxeff.statistics.records import merge as merge

@@ -16,6 +16,7 @@ import numpy as np
 from jaxeff.model.roles import ParamInfo
 from jaxeff.numerics.summation import namespace
 from jaxeff.output.shown import Shown, described
+from jaxeff.output.stacks import folded_cells
 from jaxeff.output.text import aligned
 from jaxeff.statistics.ranges import Ranges
 
@@ -379,7 +380,11 @@ class Statistics(Shown):
             for field in dataclasses.fields(each)
             if getattr(each, field.name) is not None
         }
-        lines = aligned([header, *rows], left=header[1:3], gap=2) if rows else ["No weight meets data."]
+        lines = (
+            aligned([header, *folded_cells(rows)], left=header[1:3], gap=2)
+            if rows
+            else ["No weight meets data."]
+        )
         return "\n".join([*lines, *([f"Derivatives: {', '.join(sorted(given))}."] if given else [])])
 
 
@@ -403,6 +408,22 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
         first.headless,
         {name: first.conservation[name] + second.conservation[name] for name in first.conservation},
     )
+
+
+def check_params(statistics: Any, params: Mapping[str, Any]) -> None:
+    """Check that these are statistics of leaves of these paths and shapes; raise TypeError or ValueError if not."""
+    if not isinstance(statistics, Statistics):
+        raise TypeError(
+            f"`statistics` must be Statistics from `jaxeff.collect`, got {type(statistics).__name__}"
+        )
+    found = {info.path: info.shape for info in statistics.params}
+    wanted = {path: tuple(jnp.shape(leaf)) for path, leaf in params.items()}
+    if found != wanted:
+        path = min(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
+        raise ValueError(
+            f"`statistics` were collected with other `params`: {path!r} has shape {found.get(path)} there and "
+            f"{wanted.get(path)} here. Collect them with these `params`."
+        )
 
 
 def check_alike(first: Statistics, second: Statistics) -> None:

@@ -17,7 +17,7 @@ from jaxeff.output import text
 from jaxeff.report._records import LayerReport
 
 UNITS = 512
-"""Maximum number of cells of a unit map; further units are averaged in groups of neighbours."""
+"""Maximum number of cells of a unit map; further units are averaged in groups of neighbors."""
 _POINTS = 33  # of the units' Lorenz curve
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxeff.output import text
+from jaxeff.output.stacks import Stack
 from jaxeff.report import _table as table
 from jaxeff.report._records import LayerReport, Snapshot
-from jaxeff.report._stacks import Stack
 
 _RANKED = 10
 _NOISE = 0.02  # noise itself may seem to have this much to spare

@@ -311,7 +311,7 @@ function unitPanel(layer, index) {
     svg.append(draw("rect", { ...box, class: "map-high", "fill-opacity": Math.min(importance / 2, 1).toFixed(2) }, title));
     if (dead.has(unit)) svg.append(draw("path", { class: "cross", d: `M${x + 1} ${y + 1}l${size - 2.8} ${size - 2.8}m0 ${2.8 - size}l${2.8 - size} ${size - 2.8}` }));
   });
-  const grouped = layer.group > 1 ? ` Each cell is the mean of ${layer.group} neighbours.` : "";
+  const grouped = layer.group > 1 ? ` Each cell is the mean of ${layer.group} neighbors.` : "";
   const rowsAre = isLaidOut ? " A line is a head." : "";
   const crossed = dead.size ? " Crossed: emits nothing." : "";
   return panel(heading, svg, `${total.toLocaleString("en")} units, from 0 to twice the mean.${rowsAre}${grouped}${crossed}`);

@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 
 FEWEST = 3
 """Layers that form a stack; two blocks are shorter than what would say that they were folded."""
+PLAIN = 20
+"""Rows of a table that fits a screen, and is not folded."""
 _NUMBER = re.compile(r"\d+")
 
 
@@ -52,6 +54,30 @@ class Stack(NamedTuple):
         ends = f"{self.numbers[0]}–{self.numbers[-1]}" if self.numbers else ""
         return f"{self.before}{ends}{self.after}"
 
+    def part(self, places: Sequence[int]) -> str:
+        """Return the path with the numbers of some members, such as 'block0–2,5/attention/query/kernel'.
+
+        >>> Stack("block", "/kernel", (0, 1, 2, 3), (0, 1, 2, 5)).part([0, 1, 3])
+        'block0–1,5/kernel'
+        """
+        numbers = runs([self.numbers[place] for place in places]) if self.numbers else ""
+        return f"{self.before}{numbers}{self.after}"
+
+
+def runs(numbers: Sequence[int]) -> str:
+    """Write ascending numbers, with a dash for those in a row.
+
+    >>> runs([0, 1, 2, 5])
+    '0–2,5'
+    """
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ",".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in found)
+
 
 def stacks(rows: Sequence[Row]) -> list[Stack]:
     """Return the stacks of at least three layers, in the order of their first layers.
@@ -69,6 +95,29 @@ def alone(path: str, index: int) -> Stack:
 def named(row: Row) -> tuple[str, Hashable]:
     """Return a layer's path, and the facts in which it agrees with the others of its stack."""
     return row.path, (row.shape, row.dtype, row.kind, row.nonlinearity)
+
+
+def rows_of(layers: Sequence[tuple[str, Hashable]], blocks: bool = False) -> list[Stack]:
+    """Return what each row of a table holds: a stack if there are more than 20 layers, or else a single layer.
+
+    Args:
+        layers: as in `folded`.
+        blocks: whether each layer has a row of its own, however many there are.
+    """
+    if blocks or len(layers) <= PLAIN:
+        return [alone(path, place) for place, (path, _) in enumerate(layers)]
+    return folded(layers)
+
+
+def folded_cells(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return rows of a table, where blocks whose cells are the same but for their names share one.
+
+    >>> rows = [(f"block{i}/up", "16 to 8") for i in range(24)]
+    >>> folded_cells([*rows, ("head", "9 to 8")])
+    [('block0–23/up', '16 to 8'), ('head', '9 to 8')]
+    """
+    stacks = rows_of([(row[0], row[1:]) for row in rows])
+    return [(stack.part(range(len(stack.members))), *rows[stack.members[0]][1:]) for stack in stacks]
 
 
 def folded(rows: Sequence[tuple[str, Hashable]]) -> list[Stack]:
