@@ -625,7 +625,7 @@ def of_other_linen() -> dict[str, Entry]:
 # Equinox
 
 EQUIMO = {
-    "attnet_xxs": 64,
+    "attnet_xxs": 224,
     "convnext_t": 64,
     "iformer_t": 64,
     "lowformer_backbone_b0": 64,
@@ -642,18 +642,13 @@ EQUIMO = {
 
 
 def equimo(name: str, side: int) -> Built:
-    import equinox as eqx  # pyright: ignore[reportMissingImports]
-
-    models = importlib.import_module("equimo.models")
-    make = getattr(models, name)
     options = {"img_size": side} if "vit" in name else {}
-    model, state = eqx.nn.make_with_state(make)(key=jax.random.key(0), **options)
-    given = model if not jax.tree.leaves(state) else (model, state)
-    return functional(given, images(side, channels_first=True), key=jax.random.key(1))
+    model = getattr(importlib.import_module("equimo.models"), name)(key=jax.random.key(0), **options)
+    return functional(model, images(side, channels_first=True), key=jax.random.key(1))
 
 
 def of_equinox() -> dict[str, Entry]:
-    found = {f"equimo/{name}": Entry("equimo", functools.partial(equimo, name, side)) for name, side in EQUIMO.items()}
+    found: dict[str, Entry] = {}
 
     def pde(name: str, dims: int, **options: Any) -> Built:
         package = importlib.import_module("pdequinox")
@@ -682,7 +677,8 @@ def of_equinox() -> dict[str, Entry]:
 
         return functional(eqx.nn.MLP(12, 4, 32, 3, key=jax.random.key(0)), sequence()[:, 0])
 
-    return {**found, "equinox/MLP": Entry("equinox", mlp)}
+    images_of = {f"equimo/{name}": Entry("equimo", functools.partial(equimo, name, side)) for name, side in EQUIMO.items()}
+    return {"equinox/MLP": Entry("equinox", mlp), **found, **images_of}
 
 
 # Penzai and NNX
@@ -772,11 +768,11 @@ def of_nnx() -> dict[str, Entry]:
 ZOO: Mapping[str, Entry] = {
     **of_nnx(),
     **of_penzai(),
-    **of_equinox(),
     **of_other_linen(),
     **of_haiku(),
     **{f"keras-hub/{name}": Entry("keras-hub", functools.partial(hub, name)) for name in HUB},
+    **applications(),
     **of_flaxmodels(),
     **of_jax_resnet(),
-    **applications(),
+    **of_equinox(),
 }
