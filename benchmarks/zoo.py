@@ -171,7 +171,7 @@ def compared(model: Built, plan: prune.Plan) -> tuple[float, float]:
     params, apply_fn, keywords = model.params, model.apply_fn, model.keywords
     small, small_apply = prune.compact(params, apply_fn, model.batch, plan, **keywords)
     masked = prune.apply(params, plan.masks(params))
-    if getattr(apply_fn, "state", None) is not None:
+    if jax.tree.leaves(getattr(apply_fn, "state", None)):
         state = apply_fn.state  # pyright: ignore[reportFunctionMemberAccess]
         apply_fn = apply_fn.with_state(prune.apply(state, plan.masks(state)))  # pyright: ignore[reportFunctionMemberAccess]
     batch = model.batch if isinstance(model.batch, tuple) else (model.batch,)
