@@ -22,12 +22,12 @@ import datetime
 import fnmatch
 import importlib.metadata
 import json
+import multiprocessing
 import pathlib
 import platform
-import subprocess
-import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -207,11 +207,17 @@ def size(params: Any) -> int:
 # All of them
 
 
+PRELOADED = ["zoo_models", "keras_hub", "haiku", "flaxmodels", "jax_resnet", "equimo.models", "pdequinox", "penzai"]
+"""Imported once, by the server that the processes of the models are forked from. Those that are not installed are left out."""
+
+
 def run_all(names: Iterable[str], results: pathlib.Path, limit: float, processes: int) -> None:
     rows = read(results)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
 
     def one(name: str) -> tuple[str, Row]:
-        return name, in_process(name, limit)
+        return name, in_process(context, name, limit)
 
     with ThreadPoolExecutor(processes) as pool:
         for name, row in pool.map(one, names):
@@ -221,18 +227,22 @@ def run_all(names: Iterable[str], results: pathlib.Path, limit: float, processes
             print(f"{name:40} {'; '.join(row.faults) or 'right'}  {sum(row.seconds.values()):.0f} s", flush=True)
 
 
-def in_process(name: str, limit: float) -> Row:
+def in_process(context: Any, name: str, limit: float) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "row.json"
-        command = [sys.executable, "-W", "ignore", __file__, "--one", name, "--results", str(path)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-        except subprocess.TimeoutExpired:
+        process = context.Process(target=write_row, args=(name, path))
+        process.start()
+        process.join(limit)
+        if process.is_alive():
+            process.kill()
+            process.join()
             return Row(failure=f"not done within {limit:.0f} s")
-        if not path.exists():
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            return Row(failure=f"the process ended with {done.returncode}: {last[:300]}")
-        return read(path)[name]
+        return read(path)[name] if path.exists() else Row(failure=f"the process ended with {process.exitcode}")
+
+
+def write_row(name: str, path: pathlib.Path) -> None:
+    warnings.simplefilter("ignore")
+    _ = path.write_text(json.dumps({name: dataclasses.asdict(run(ZOO[name]))}))
 
 
 def read(results: pathlib.Path) -> dict[str, Row]:
@@ -337,13 +347,9 @@ def main() -> None:
     _ = parser.add_argument("--limit", type=float, default=300, help="seconds that a model may take")
     _ = parser.add_argument("--processes", type=int, default=1)
     _ = parser.add_argument("--page", type=pathlib.Path, help="write the table into this file, and run nothing")
-    _ = parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.page:
         write_page(arguments.page, read(arguments.results))
-    elif arguments.one:
-        row = run(ZOO[arguments.one])
-        _ = arguments.results.write_text(json.dumps({arguments.one: dataclasses.asdict(row)}))
     else:
         known = {} if arguments.again else read(arguments.results)
         run_all(

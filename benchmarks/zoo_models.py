@@ -426,7 +426,8 @@ def hub(name: str) -> Built:
 def haiku(make: Callable[[Any], Callable[..., Any]], *batch: Any, **keywords: Any) -> Built:
     hk = importlib.import_module("haiku")
     pair = hk.transform_with_state(lambda *inputs, **options: make(hk)(*inputs, **options))
-    params, state = drawn(pair.init, *batch, **keywords)
+    # In training the averages are made; the model then runs as it serves.
+    params, state = drawn(pair.init, *batch, **{**keywords, **({"is_training": True} if keywords else {})})
 
     def apply_fn(variables: Any, *inputs: Any) -> Any:
         return pair.apply(variables["params"], variables["state"], None, *inputs, **keywords)[0]
@@ -585,21 +586,16 @@ def of_jax_resnet() -> dict[str, Entry]:
 
 
 def of_other_linen() -> dict[str, Entry]:
-    def deepvit() -> Built:
-        part = importlib.import_module("deepvit_flax.deepvit")
-        module = part.DeepViT(
-            image_size=32, patch_size=8, num_classes=10, dim=32, depth=2, heads=4, dim_head=8, mlp_dim=64
-        )
-        return linen(module, images(32))
-
     def tnt() -> Built:
         package = importlib.import_module("transformer_in_transformer_flax")
-        config = package.TNTConfig()
-        return linen(package.TransformerInTransformer(config=config), images(32), deterministic=True)
+        heads = {f"{part}_{what}": 4 for part in ("inner", "outer") for what in ("heads", "dim_head", "r")}
+        sizes = {"image_size": 16, "patch_size": 8, "transformed_patch_size": 4, "inner_dim": 16, "outer_dim": 32}
+        config = package.TNTConfig(num_classes=10, depth=2, **sizes, **heads)
+        return linen(package.TransformerInTransformer(config=config), images(16))
 
     def icj_vit() -> Built:
         part = importlib.import_module("image_classification_jax.models.ViT")
-        return linen(part.ViT(n_classes=10, n_layers=2), images(32), is_training=False)
+        return linen(part.Transformer(2, 32, 4, output_dim=10), images(32), is_training=False)
 
     def icj_resnet() -> Built:
         part = importlib.import_module("image_classification_jax.models.resnet")
@@ -609,11 +605,13 @@ def of_other_linen() -> dict[str, Entry]:
     def jaxzoo(name: str) -> Built:
         parts = importlib.import_module("jaxzoo.neural_components")
         if name == "MLP":
-            return linen(parts.MLP([32, 16]), sequence()[:, 0])
-        return linen(parts.CNN([8, 16], [3, 3], [1, 1]), images(16))
+            return linen(parts.MLP([32, 16], 4, "swish", "linear"), sequence()[:, 0])
+        # It takes one image.
+        module, batch = parts.CNN([8, 16], [3, 3], [1, 1], [4], "relu", "linear"), images(16)
+        variables = drawn(module.init, batch[0])
+        return Built(variables, lambda v, x: jax.vmap(lambda image: module.apply(v, image))(x), batch)
 
     return {
-        "deepvit-flax/DeepViT": Entry("deepvit-flax", deepvit),
         "transformer-in-transformer-flax/TNT": Entry("transformer-in-transformer-flax", tnt),
         "image-classification-jax/ViT": Entry("image-classification-jax", icj_vit),
         "image-classification-jax/ResNet": Entry("image-classification-jax", icj_resnet),
