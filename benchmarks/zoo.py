@@ -4,7 +4,7 @@
     KERAS_BACKEND=jax python benchmarks/zoo.py --models 'keras/*'       # these, the large ones too
     python benchmarks/zoo.py --page docs/zoo.md                         # the table of all results so far
 
-Each model runs in a process of its own under a time limit, so that a crash is a row. Rows are kept in a JSON file, and a model that
+The models run in other processes under a time limit, so that a crash is a row. Rows are kept in a JSON file, and a model that
 has one is not run again unless `--again` is given. What the models need:
 
     pip install keras keras-hub equinox penzai dm-haiku flaxmodels jax-resnet equimo pdequinox
@@ -25,7 +25,7 @@ import json
 import multiprocessing
 import pathlib
 import platform
-import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -161,8 +161,9 @@ def half(groups: prune.Groups, seed: int = 0) -> prune.Plan:
     for group in groups.unlocked:
         if group.size < 2 or group.kind in ("head_size", "expert", "block"):
             continue
-        chosen = [draw.permutation(group.size)[: group.size // 2].tolist() for _ in range(group.blocks or 1)]
-        removed[group.name] = chosen if group.blocks else chosen[0]
+        # Stacked blocks lose elements of their own.
+        each = np.broadcast_to(np.arange(group.size), (*group.blocks, group.size))
+        removed[group.name] = draw.permuted(each, axis=-1)[..., : group.size // 2].tolist()
     return prune.Plan.of(groups, removed)
 
 
@@ -207,42 +208,54 @@ def size(params: Any) -> int:
 # All of them
 
 
-PRELOADED = ["zoo_models", "keras_hub", "haiku", "flaxmodels", "jax_resnet", "equimo.models", "pdequinox", "penzai"]
-"""Imported once, by the server that the processes of the models are forked from. Those that are not installed are left out."""
-
-
 def run_all(names: Iterable[str], results: pathlib.Path, limit: float, processes: int) -> None:
-    rows = read(results)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    """Run the models of each package in a process of their own, which is replaced when it ends or takes too long."""
+    rows, lock = read(results), threading.Lock()
 
-    def one(name: str) -> tuple[str, Row]:
-        return name, in_process(context, name, limit)
-
-    with ThreadPoolExecutor(processes) as pool:
-        for name, row in pool.map(one, names):
+    def keep(name: str, row: Row) -> None:
+        with lock:
             rows[name] = row
             text = json.dumps({key: dataclasses.asdict(kept) for key, kept in rows.items()}, indent=1)
             _ = results.write_text(text + "\n")
             print(f"{name:40} {'; '.join(row.faults) or 'right'}  {sum(row.seconds.values()):.0f} s", flush=True)
 
+    packages: dict[str, list[str]] = {}
+    for name in names:
+        packages.setdefault(ZOO[name].package, []).append(name)
+    with ThreadPoolExecutor(processes) as pool:
+        for done in [pool.submit(run_package, listed, limit, keep) for listed in packages.values()]:
+            done.result()
 
-def in_process(context: Any, name: str, limit: float) -> Row:
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "row.json"
-        process = context.Process(target=write_row, args=(name, path))
-        process.start()
-        process.join(limit)
-        if process.is_alive():
-            process.kill()
+
+def run_package(names: list[str], limit: float, keep: Callable[[str, Row], None]) -> None:
+    context = multiprocessing.get_context("spawn")
+    process = None
+    for name in names:
+        if process is None:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs,))
+            process.start()
+            theirs.close()
+        try:
+            ours.send(name)
+            row = ours.recv() if ours.poll(limit) else Row(failure=f"not done within {limit:.0f} s")
+            lost = row.failure is not None and not row.seconds
+        except (EOFError, ConnectionError):
             process.join()
-            return Row(failure=f"not done within {limit:.0f} s")
-        return read(path)[name] if path.exists() else Row(failure=f"the process ended with {process.exitcode}")
+            row, lost = Row(failure=f"the process ended with {process.exitcode}"), True
+        if lost:
+            process.kill()
+            process = None
+        keep(name, row)
+    if process is not None:
+        process.kill()
 
 
-def write_row(name: str, path: pathlib.Path) -> None:
+def serve(connection: Any) -> None:
     warnings.simplefilter("ignore")
-    _ = path.write_text(json.dumps({name: dataclasses.asdict(run(ZOO[name]))}))
+    while True:
+        connection.send(run(ZOO[connection.recv()]))
+        jax.clear_caches()
 
 
 def read(results: pathlib.Path) -> dict[str, Row]:

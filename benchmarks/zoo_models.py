@@ -429,10 +429,14 @@ def haiku(make: Callable[[Any], Callable[..., Any]], *batch: Any, **keywords: An
     # In training the averages are made; the model then runs as it serves.
     params, state = drawn(pair.init, *batch, **{**keywords, **({"is_training": True} if keywords else {})})
 
-    def apply_fn(variables: Any, *inputs: Any) -> Any:
-        return pair.apply(variables["params"], variables["state"], None, *inputs, **keywords)[0]
+    # Of what BatchNorm keeps, only the averages are read when the model serves.
+    averages = {name: {"average": held["average"]} for name, held in state.items() if "average" in held}
 
-    return Built({"params": params, "state": state}, apply_fn, batch)
+    def apply_fn(variables: Any, *inputs: Any) -> Any:
+        full = {name: {**held, **variables["averages"].get(name, {})} for name, held in state.items()}
+        return pair.apply(variables["params"], full, None, *inputs, **keywords)[0]
+
+    return Built({"params": params, "averages": averages}, apply_fn, batch)
 
 
 def haiku_resnet(name: str, side: int, version: bool) -> Built:
@@ -589,9 +593,9 @@ def of_other_linen() -> dict[str, Entry]:
     def tnt() -> Built:
         package = importlib.import_module("transformer_in_transformer_flax")
         heads = {f"{part}_{what}": 4 for part in ("inner", "outer") for what in ("heads", "dim_head", "r")}
-        sizes = {"image_size": 16, "patch_size": 8, "transformed_patch_size": 4, "inner_dim": 16, "outer_dim": 32}
+        sizes = {"image_size": 32, "patch_size": 16, "transformed_patch_size": 4, "inner_dim": 16, "outer_dim": 32}
         config = package.TNTConfig(num_classes=10, depth=2, **sizes, **heads)
-        return linen(package.TransformerInTransformer(config=config), images(16))
+        return linen(package.TransformerInTransformer(config=config), images(32))
 
     def icj_vit() -> Built:
         part = importlib.import_module("image_classification_jax.models.ViT")
@@ -607,7 +611,7 @@ def of_other_linen() -> dict[str, Entry]:
         if name == "MLP":
             return linen(parts.MLP([32, 16], 4, "swish", "linear"), sequence()[:, 0])
         # It takes one image.
-        module, batch = parts.CNN([8, 16], [3, 3], [1, 1], [4], "relu", "linear"), images(16)
+        module, batch = parts.CNN([8, 16], 3, 1, [4], "relu", "linear"), images(16)
         variables = drawn(module.init, batch[0])
         return Built(variables, lambda v, x: jax.vmap(lambda image: module.apply(v, image))(x), batch)
 
