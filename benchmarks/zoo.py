@@ -97,8 +97,6 @@ class Row:
 
 def run(entry: Entry) -> Row:
     """Take a model through analysis, groups, a smaller model, and the count of its published size."""
-    # The values count here, and not the time they take.
-    jax.config.update("jax_disable_most_optimizations", True)
     row = Row()
     try:
         _run(entry, row)
@@ -253,6 +251,8 @@ def run_package(names: list[str], limit: float, keep: Callable[[str, Row], None]
 
 def serve(connection: Any) -> None:
     warnings.simplefilter("ignore")
+    # The values count here, and not the time they take.
+    jax.config.update("jax_disable_most_optimizations", True)
     while True:
         connection.send(run(ZOO[connection.recv()]))
         jax.clear_caches()

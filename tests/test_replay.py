@@ -63,8 +63,11 @@ def observed(monkeypatch):
 )
 def test_the_observed_program_computes_what_the_network_does(name, observed):
     make, of = NETWORKS[name]
-    variables, apply_fn, batch, keywords = network = make(of)
-    program, arguments, hooks = observed(*network)
+    assert_replayed(observed, *make(of))
+
+
+def assert_replayed(observed, variables, apply_fn, batch, keywords):
+    program, arguments, hooks = observed(variables, apply_fn, batch, keywords)
     assert hooks.reductions
 
     def replayed(arguments):
