@@ -57,7 +57,8 @@ class Row:
             weights, with a site or a reason.
         analyzed: share of the elements of the weights that was scored by activations.
         matrices: weights of two axes or more.
-        unpaired: those without a site, and the reason.
+        unpaired: those that were not paired with an operation, and the reason.
+        unused: those that the model does not read.
         macs: multiply-accumulates in millions of one example at the published size, and as published.
         uncounted: operations that the count leaves out.
         groups: how many there are, and how many may shrink.
@@ -72,6 +73,7 @@ class Row:
     analyzed: float = 0.0
     matrices: int = 0
     unpaired: dict[str, str] = dataclasses.field(default_factory=dict)
+    unused: list[str] = dataclasses.field(default_factory=list)
     macs: tuple[float, float] | None = None
     uncounted: dict[str, int] = dataclasses.field(default_factory=dict)
     groups: tuple[int, int] = (0, 0)
@@ -144,7 +146,9 @@ def accounted(row: Row, model: Built, statistics: Any) -> None:
     row.leaves = len(leaves), len(told)
     row.analyzed = sum(sizes[path] for path in read & sizes.keys()) / max(sum(sizes.values()), 1)
     row.matrices = len(weights)
-    row.unpaired = {path: str(info.reason) for path, info in weights.items() if info.reason is not None}
+    unpaired = {path: info.reason for path, info in weights.items() if info.reason is not None}
+    row.unused = [path for path, reason in unpaired.items() if reason == "unused"]
+    row.unpaired = {path: reason for path, reason in unpaired.items() if reason != "unused"}
 
 
 def own(params: Any) -> Any:
@@ -263,7 +267,10 @@ def read(results: pathlib.Path) -> dict[str, Row]:
         return {}
     rows = {}
     for name, fields in json.loads(results.read_text()).items():
-        tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        tuples = {
+            key: tuple(value) if isinstance(value, list) and key != "unused" else value
+            for key, value in fields.items()
+        }
         rows[name] = Row(**tuples)
     return rows
 
