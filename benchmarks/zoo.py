@@ -4,14 +4,14 @@
     KERAS_BACKEND=jax python benchmarks/zoo.py --models 'keras/*'       # these, the large ones too
     python benchmarks/zoo.py --page docs/zoo.md                         # the table of all results so far
 
-The models run in other processes under a time limit, so that a crash is a row. Rows are kept in a JSON file, and a model that
-has one is not run again unless `--again` is given. What the models need:
+The models of each package run in a process of their own under a time limit, so that a crash is a row. Rows are kept in
+a JSON file, and a model that has one is not run again without `--again`. What the models need:
 
     pip install keras keras-hub equinox penzai dm-haiku flaxmodels jax-resnet equimo pdequinox
 
-Weights are random. A row says whether every leaf is accounted for, what share of the weights was scored by activations, which
-matrices were not paired with an operation and why, the multiply-accumulates beside the published figure, how many groups may
-shrink, and whether the model without half of every group computes what the masked one does.
+Weights are random. A row says whether every leaf is accounted for, what share of the weights is scored by activations,
+which matrices are not paired with an operation and why, how many multiply-accumulates are counted beside the published
+figure, how many groups may shrink, and whether the model without half of every group computes what the masked one does.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def own(params: Any) -> Any:
 
 
 def half(groups: prune.Groups, seed: int = 0) -> prune.Plan:
-    """The plan that removes half of every group, drawn at random, but leaves heads of one size and all blocks and experts."""
+    """Return the plan that removes half of every group at random, but leaves blocks, experts and heads' sizes whole."""
     draw = np.random.default_rng(seed)
     removed = {}
     for group in groups.unlocked:
@@ -219,7 +219,9 @@ def run_all(names: Iterable[str], results: pathlib.Path, limit: float, processes
             rows[name] = row
             text = json.dumps({key: dataclasses.asdict(kept) for key, kept in rows.items()}, indent=1)
             _ = results.write_text(text + "\n")
-            print(f"{name:40} {'; '.join(row.faults) or 'right'}  {sum(row.seconds.values()):.0f} s", flush=True)
+            print(
+                f"{name:40} {'; '.join(row.faults) or 'right'}  {sum(row.seconds.values()):.0f} s", flush=True
+            )
 
     packages: dict[str, list[str]] = {}
     for name in names:
@@ -303,7 +305,10 @@ def page(rows: Mapping[str, Row]) -> str:
         "",
         "### What failed",
         "",
-        *([f"- `{name}`: {'; '.join(_said(row))}." for name, row in shown.items() if row.faults] or ["Nothing."]),
+        *(
+            [f"- `{name}`: {'; '.join(_said(row))}." for name, row in shown.items() if row.faults]
+            or ["Nothing."]
+        ),
         "",
         "### Not tried",
         "",
@@ -345,7 +350,7 @@ def versions() -> str:
 
 
 def machine() -> str:
-    return f"Python {platform.python_version()} on the CPU of a shared {platform.machine()} machine, one process at a time."
+    return f"Python {platform.python_version()} on two shared CPU cores, {platform.machine()}."
 
 
 def write_page(path: pathlib.Path, rows: Mapping[str, Row]) -> None:
@@ -366,14 +371,20 @@ def main() -> None:
     _ = parser.add_argument("--again", action="store_true", help="run those that have a row once more")
     _ = parser.add_argument("--limit", type=float, default=300, help="seconds that a model may take")
     _ = parser.add_argument("--processes", type=int, default=1)
-    _ = parser.add_argument("--page", type=pathlib.Path, help="write the table into this file, and run nothing")
+    _ = parser.add_argument(
+        "--page", type=pathlib.Path, help="write the table into this file, and run nothing"
+    )
     arguments = parser.parse_args()
     if arguments.page:
         write_page(arguments.page, read(arguments.results))
     else:
         known = {} if arguments.again else read(arguments.results)
         run_all(
-            [name for name, entry in ZOO.items() if name not in known and chosen(name, entry, arguments.models)],
+            [
+                name
+                for name, entry in ZOO.items()
+                if name not in known and chosen(name, entry, arguments.models)
+            ],
             arguments.results,
             arguments.limit,
             arguments.processes,

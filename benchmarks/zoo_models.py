@@ -173,9 +173,7 @@ def published_application(name: str, side: int) -> Built:
 def applications() -> dict[str, Entry]:
     found = {}
     for name, (published, side) in APPLICATIONS.items():
-        small = functools.partial(
-            application, name, SIDES.get(name, 32), include_top=False, pooling="avg"
-        )
+        small = functools.partial(application, name, SIDES.get(name, 32), include_top=False, pooling="avg")
         whole = functools.partial(published_application, name, side)
         large = name.endswith(LARGE) or "152" in name
         found[f"keras/{name}"] = Entry("keras", small, published, whole, large)
@@ -199,7 +197,13 @@ GROUPED: dict[str, Any] = {
     "hidden_dim": 32,
     "intermediate_dim": 48,
 }
-SEEN: dict[str, Any] = {"num_layers": 2, "num_heads": 4, "hidden_dim": 32, "intermediate_dim": 48, "patch_size": 8}
+SEEN: dict[str, Any] = {
+    "num_layers": 2,
+    "num_heads": 4,
+    "hidden_dim": 32,
+    "intermediate_dim": 48,
+    "patch_size": 8,
+}
 IMAGE: dict[str, Any] = {"image_shape": (32, 32, 3)}
 SMOL: dict[str, Any] = {
     "vocabulary_size": 64,
@@ -236,7 +240,6 @@ CSP: dict[str, Any] = {
 }
 
 HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
-    # name: class, arguments that differ from the family's, which inputs it takes
     "Bert": ("text", TEXT, {"segment_ids": 0}),
     "Albert": ("text", {**TEXT, "embedding_dim": 16}, {"segment_ids": 0}),
     "DistilBert": ("text", TEXT, {}),
@@ -295,7 +298,7 @@ HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     "Qwen3Moe": ("text", {**MOE, "head_dim": 8, "moe_intermediate_dim": 24}, {}),
     "SmolLM3": ("text", SMOL, {}),
     "RWKV7": (
-        "unmasked",
+        "text",
         {
             "hidden_size": 32,
             "head_size": 8,
@@ -311,12 +314,22 @@ HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     ),
     "T5": ("both", TEXT, {}),
     "Bart": ("both", TEXT, {}),
-    "ViT": ("image", {**{k: v for k, v in SEEN.items() if k != "intermediate_dim"}, "mlp_dim": 48, **IMAGE}, {}),
+    "ViT": (
+        "image",
+        {**{k: v for k, v in SEEN.items() if k != "intermediate_dim"}, "mlp_dim": 48, **IMAGE},
+        {},
+    ),
     "DeiT": ("image", {**SEEN, **IMAGE}, {}),
     "DINOV2": ("pixels", {**SEEN, **IMAGE, "position_embedding_shape": (32, 32, 3)}, {}),
     "DINOV2 (SwiGLU)": (
         "pixels",
-        {**SEEN, **IMAGE, "position_embedding_shape": (32, 32, 3), "use_swiglu_ffn": True, "num_register_tokens": 2},
+        {
+            **SEEN,
+            **IMAGE,
+            "position_embedding_shape": (32, 32, 3),
+            "use_swiglu_ffn": True,
+            "num_register_tokens": 2,
+        },
         {},
     ),
     "DINOV3": ("pixels", {**SEEN, **IMAGE}, {}),
@@ -375,7 +388,11 @@ HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     ),
     "VGG": ("image", {"stackwise_num_repeats": [1, 2], "stackwise_num_filters": [8, 16], **IMAGE}, {}),
     "DenseNet": ("image", {"stackwise_num_repeats": [2, 3], "growth_rate": 8, **IMAGE}, {}),
-    "CSPNet (cross stage)": ("image", {**CSP, "block_type": "bottleneck_block", "stage_type": "csp", **IMAGE}, {}),
+    "CSPNet (cross stage)": (
+        "image",
+        {**CSP, "block_type": "bottleneck_block", "stage_type": "csp", **IMAGE},
+        {},
+    ),
     "CSPNet (dark)": ("image", {**CSP, "block_type": "dark_block", "stage_type": "dark", **IMAGE}, {}),
     "Xception": (
         "image",
@@ -453,7 +470,9 @@ def haiku_transformer(hk: Any) -> Callable[..., Any]:
         h = hk.Embed(64, 32)(ids) + hk.get_parameter("positions", (8, 32), init=jnp.zeros)
         for _ in range(2):
             y = hk.LayerNorm(-1, True, True)(h)
-            h = h + hk.MultiHeadAttention(4, 8, w_init=hk.initializers.VarianceScaling(), model_size=32)(y, y, y)
+            h = h + hk.MultiHeadAttention(4, 8, w_init=hk.initializers.VarianceScaling(), model_size=32)(
+                y, y, y
+            )
             y = hk.Linear(64)(hk.LayerNorm(-1, True, True)(h))
             h = h + hk.Linear(32)(jax.nn.gelu(y))
         return hk.Linear(64)(hk.LayerNorm(-1, True, True)(h))
@@ -478,7 +497,7 @@ def sequence() -> jax.Array:
 
 
 RESNETS = {"ResNet18": 1820, "ResNet34": 3670, "ResNet50": 4090, "ResNet101": 7800, "ResNet152": 11500}
-"""Multiply-accumulates in millions at 224 pixels, with the stride in the 3 x 3 convolutions, as torchvision has them."""
+"""Multiply-accumulates in millions at 224 pixels, with the stride in the 3 x 3 convolutions, as in torchvision."""
 
 
 def of_haiku() -> dict[str, Entry]:
@@ -488,7 +507,9 @@ def of_haiku() -> dict[str, Entry]:
             "dm-haiku",
             lambda: haiku(lambda hk: hk.nets.MobileNetV1(num_classes=1000), images(32), is_training=False),
             569,
-            lambda: haiku(lambda hk: hk.nets.MobileNetV1(num_classes=1000), images(224, 1), is_training=False),
+            lambda: haiku(
+                lambda hk: hk.nets.MobileNetV1(num_classes=1000), images(224, 1), is_training=False
+            ),
         ),
         "haiku/Transformer": Entry("dm-haiku", lambda: haiku(haiku_transformer, tokens())),
     }
@@ -576,7 +597,16 @@ def of_jax_resnet() -> dict[str, Entry]:
             batch,
         )
 
-    names = [*RESNETS, "WideResNet50", "ResNeXt50", "ResNetD18", "ResNetD34", "ResNetD50", "ResNeSt50Fast", "ResNeSt50"]
+    names = [
+        *RESNETS,
+        "WideResNet50",
+        "ResNeXt50",
+        "ResNetD18",
+        "ResNetD34",
+        "ResNetD50",
+        "ResNeSt50Fast",
+        "ResNeSt50",
+    ]
     return {
         f"jax-resnet/{name}": Entry(
             "jax-resnet",
@@ -593,7 +623,13 @@ def of_other_linen() -> dict[str, Entry]:
     def tnt() -> Built:
         package = importlib.import_module("transformer_in_transformer_flax")
         heads = {f"{part}_{what}": 4 for part in ("inner", "outer") for what in ("heads", "dim_head", "r")}
-        sizes = {"image_size": 32, "patch_size": 16, "transformed_patch_size": 4, "inner_dim": 16, "outer_dim": 32}
+        sizes = {
+            "image_size": 32,
+            "patch_size": 16,
+            "transformed_patch_size": 4,
+            "inner_dim": 16,
+            "outer_dim": 32,
+        }
         config = package.TNTConfig(num_classes=10, depth=2, **sizes, **heads)
         return linen(package.TransformerInTransformer(config=config), images(32))
 
@@ -679,7 +715,10 @@ def of_equinox() -> dict[str, Entry]:
 
         return functional(eqx.nn.MLP(12, 4, 32, 3, key=jax.random.key(0)), sequence()[:, 0])
 
-    images_of = {f"equimo/{name}": Entry("equimo", functools.partial(equimo, name, side)) for name, side in EQUIMO.items()}
+    images_of = {
+        f"equimo/{name}": Entry("equimo", functools.partial(equimo, name, side))
+        for name, side in EQUIMO.items()
+    }
     return {"equinox/MLP": Entry("equinox", mlp), **found, **images_of}
 
 
@@ -721,7 +760,9 @@ def of_penzai() -> dict[str, Entry]:
         from penzai import pz  # pyright: ignore[reportMissingImports]
         from penzai.models import simple_mlp  # pyright: ignore[reportMissingImports]
 
-        model = simple_mlp.MLP.from_config(name="net", init_base_rng=jax.random.key(0), feature_sizes=[12, 32, 4])
+        model = simple_mlp.MLP.from_config(
+            name="net", init_base_rng=jax.random.key(0), feature_sizes=[12, 32, 4]
+        )
         return functional(model, pz.nx.wrap(sequence()[:, 0]).tag("batch", "features"))
 
     return {
@@ -754,7 +795,12 @@ class Mixer(nnx.Module):
 def of_nnx() -> dict[str, Entry]:
     def mixer() -> Built:
         rngs = nnx.Rngs(0)
-        layers = [nnx.Linear(12, 24, rngs=rngs), Mixer(6, 24, rngs), Mixer(6, 24, rngs), nnx.Linear(24, 4, rngs=rngs)]
+        layers = [
+            nnx.Linear(12, 24, rngs=rngs),
+            Mixer(6, 24, rngs),
+            Mixer(6, 24, rngs),
+            nnx.Linear(24, 4, rngs=rngs),
+        ]
         return functional(nnx.Sequential(*layers), sequence())
 
     def recurrent(kind: str) -> Built:

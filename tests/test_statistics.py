@@ -142,7 +142,9 @@ def test_inputs_are_what_the_weights_multiply(name, collected, seen):
     [((3, 4, 2), (0, 1, 2), 4), ((3, 4, 1), (0, 1, 2), 4), ((2, 3, 2, 3), (1, 2, 0, 3), 2)],
     ids=["depthwise", "depthwise with a multiplier of 1", "groups on an axis of their own"],
 )
-def test_a_grouped_kernel_with_axes_for_its_groups_has_the_same_statistics_as_one_without(shape, order, groups):
+def test_a_grouped_kernel_with_axes_for_its_groups_has_the_same_statistics_as_one_without(
+    shape, order, groups
+):
     x = np.random.default_rng(0).normal(size=(2, 6, 4)).astype(np.float32)
     numbers = ("NHC", "HIO", "NHC")
 
