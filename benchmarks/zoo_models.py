@@ -226,9 +226,9 @@ MOE: dict[str, Any] = {**GROUPED, "num_experts": 4, "top_k": 2}
 RESNET: dict[str, Any] = {
     "input_conv_filters": [16],
     "input_conv_kernel_sizes": [7],
-    "stackwise_num_filters": [16, 32, 48],
-    "stackwise_num_blocks": [2, 2, 2],
-    "stackwise_num_strides": [1, 2, 2],
+    "stackwise_num_filters": [64, 96],
+    "stackwise_num_blocks": [2, 2],
+    "stackwise_num_strides": [1, 2],
 }
 CSP: dict[str, Any] = {
     "stem_filters": 16,

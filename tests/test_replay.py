@@ -1,7 +1,7 @@
 """The traced program under jaxeff's own observers computes what the network does.
 
-`jaxeff.collect` evaluates the program that was traced from the network, and reduces values on the way. If the program or
-its evaluation were wrong, every statistic would be of another network.
+`jaxeff.collect` evaluates the program that was traced from the network, and reduces values on the way. If the program
+or its evaluation were wrong, every statistic would be of another network.
 """
 
 import jax

@@ -8,7 +8,7 @@ import pytest
 from test_replay import assert_replayed
 from test_replay import observed as observed
 
-SAMPLE = ["flax/Mixer (NNX)", "equinox/MLP", "penzai/Llama", "keras/MobileNet", "keras/ResNet50V2"]
+SAMPLE = ["flax/Mixer (NNX)", "equinox/MLP", "penzai/Llama", "keras/MobileNet"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
