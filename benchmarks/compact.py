@@ -74,7 +74,7 @@ class CNN(nn.Module):
 def half(groups: prune.Groups, seed: int = 0) -> prune.Plan:
     """The plan that removes half of every group, drawn at random, but leaves heads of one size."""
     draw = np.random.default_rng(seed)
-    chosen = [group for group in groups.unlocked if not group.within_head]
+    chosen = [group for group in groups.unlocked if group.kind not in ("head_size", "block")]
     return prune.Plan.of(
         groups, {one.name: draw.permutation(one.size)[: one.size // 2].tolist() for one in chosen}
     )

@@ -444,6 +444,15 @@ def test_nnx_and_its_state():
         params, apply_fn = small, small_apply
 
 
+def test_an_equinox_model_without_a_state():
+    eqx = pytest.importorskip("equinox")
+    params, apply_fn = jaxeff.functional(eqx.nn.MLP(5, 3, 16, 2, key=jax.random.key(0)))
+    x = normal(4, 5)
+    plan = random_plan(prune.groups(params, apply_fn, x), 0)
+    small, small_apply = prune.compact(params, apply_fn, x, plan)
+    close(small_apply(small, x), apply_fn(prune.apply(params, plan.masks(params)), x))
+
+
 def test_equinox():
     eqx = pytest.importorskip("equinox")
 

@@ -174,6 +174,20 @@ def test_spellings_cover_the_catalogue():
     assert nonlinearities.CATALOGUE.keys() <= SPELLINGS.keys()
 
 
+def grouped(x, w, groups):
+    numbers = ("NHC", "HIO", "NHC")
+    x = x.astype(w.dtype)
+    return jax.lax.conv_general_dilated(
+        x, w, (1,), "SAME", dimension_numbers=numbers, feature_group_count=groups
+    )
+
+
+def rows(w, indices):
+    """The columns of w, looked up as named axes are: of slices of size 1, squeezed after."""
+    numbers = jax.lax.GatherDimensionNumbers((0, 2), (), (1,))
+    return jax.lax.gather(w, indices[:, None], numbers, (w.shape[0], 1), mode="clip")[..., 0]
+
+
 SITES = {
     "a transposed weight": (lambda w, x: x @ w.T, {"w": (6, 4)}, (5, 4), [("dense", {0}, {1})]),
     "batched weights (experts)": (
@@ -199,6 +213,24 @@ SITES = {
         {"w": (4, 2, 3)},
         (5, 4),
         [("dense", {1, 2}, {0})],
+    ),
+    "a depthwise kernel laid out (space, channels, multiplier)": (
+        lambda w, x: grouped(x, w.reshape(3, 1, 8), 4),
+        {"w": (3, 4, 2)},
+        (2, 5, 4),
+        [("conv", {1, 2}, {1})],
+    ),
+    "a grouped kernel laid out (groups, space, in, out)": (
+        lambda w, x: grouped(x, w.transpose(1, 2, 0, 3).reshape(3, 2, 6), 2),
+        {"w": (2, 3, 2, 3)},
+        (2, 5, 4),
+        [("conv", {0, 3}, {0, 2})],
+    ),
+    "rows that a gather leaves a dimension of": (
+        lambda w, x: rows(w.T, x),
+        {"w": (6, 4)},
+        (5,),
+        [("embedding", {1}, {0})],
     ),
 }
 

@@ -137,6 +137,45 @@ def test_inputs_are_what_the_weights_multiply(name, collected, seen):
         _assert_sums(site.input, _sums(taken, axes, shape))
 
 
+@pytest.mark.parametrize(
+    ("shape", "order", "groups"),
+    [((3, 4, 2), (0, 1, 2), 4), ((3, 4, 1), (0, 1, 2), 4), ((2, 3, 2, 3), (1, 2, 0, 3), 2)],
+    ids=["depthwise", "depthwise with a multiplier of 1", "groups on an axis of their own"],
+)
+def test_a_grouped_kernel_with_axes_for_its_groups_has_the_same_statistics_as_one_without(
+    shape, order, groups
+):
+    x = np.random.default_rng(0).normal(size=(2, 6, 4)).astype(np.float32)
+    numbers = ("NHC", "HIO", "NHC")
+
+    def laid(kernel):
+        moved = jnp.transpose(kernel, order)
+        return moved.reshape(3, 4 // groups, -1)
+
+    def convolved(params, x):
+        kernel = params["kernel"]
+        return jax.nn.relu(
+            jax.lax.conv_general_dilated(
+                x, kernel, (1,), "SAME", dimension_numbers=numbers, feature_group_count=groups
+            )
+        )
+
+    kernel = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    ((own,), (other,)) = (
+        jaxeff.collect(*arguments, x).sites
+        for arguments in (
+            ({"kernel": kernel}, lambda params, x: convolved({"kernel": laid(params["kernel"])}, x)),
+            ({"kernel": laid(kernel)}, convolved),
+        )
+    )
+    assert own.nonlinearity == other.nonlinearity == "relu"
+    for a, b in ((own.input, other.input), (own.post, other.post)):
+        for name in ("absolute_sum", "square_sum", "maximum"):
+            mine = laid(jnp.broadcast_to(getattr(a, name), kernel.shape))
+            theirs = jnp.broadcast_to(getattr(b, name), mine.shape)
+            np.testing.assert_allclose(mine, theirs, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("layer", "groups"), [("depthwise", 4), ("grouped", 2)])
 def test_each_kernel_element_of_a_grouped_convolution_has_its_own_channels_input(
     layer, groups, collected, seen

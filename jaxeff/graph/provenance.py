@@ -343,6 +343,8 @@ def gathered(operation: Operation, dims: Dims) -> Dims | Lost:
     sizes = operation.params["slice_sizes"]
     moved = list(axes.of_data(operation.outputs[0].shape))
     for target, source in zip(numbers.offset_dims, kept, strict=True):
+        if sizes[source] == 1 and source in numbers.start_index_map:
+            continue  # a row's own dimension, which others collapse, and the caller squeezes
         if sizes[source] != value_shape(operation.inputs[0])[source]:
             return Lost("gather of part of a row")
         moved[target] = dims[source]

@@ -297,14 +297,30 @@ def _read_conv(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
     features, per_group = dims[numbers.rhs_spec[0]], dims[numbers.rhs_spec[1]]
     output_dims, input_dims = list(axes.of_data(output.shape)), list(axes.of_data(value_shape(data)))
     output_dims[numbers.out_spec[1]] = features
-    if groups == 1:
-        input_dims[numbers.lhs_spec[1]] = per_group
-    else:
-        input_dims[numbers.lhs_spec[1]] = (Factor(None, groups), *per_group)
     inputs, units = axes.held((per_group,)), axes.held((features,))
-    if groups > 1 and (len(inputs), len(units)) != (1, 1):
+    if groups == 1:
+        channels = per_group
+    elif (len(inputs), len(units)) == (1, 1):
+        channels = (Factor(None, groups), *per_group)
+    elif (parallel := _leading(features, groups)) is not None:
+        # The kernel has axes for the groups, as Keras's depthwise layers do: they are inputs and units, like the
+        # batch dimensions of a matrix product.
+        channels, groups = (*parallel, *per_group), 1
+        inputs |= axes.held((parallel,))
+    else:
         return "a grouped convolution whose kernel was reshaped before"
+    input_dims[numbers.lhs_spec[1]] = channels
     return _Reading("conv", data, tuple(input_dims), tuple(output_dims), units, inputs, groups)
+
+
+def _leading(dim: tuple[Factor, ...], size: int) -> tuple[Factor, ...] | None:
+    """Return the first factors of a dimension, if they are axes of the weight and have this size together."""
+    for end in range(1, len(dim) + 1):
+        first, rest = dim[:end], dim[end:]
+        if math.prod(factor.size for factor in first) == size:
+            whole = None not in (factor.axis for factor in first)
+            return first if whole and not axes.held((first,)) & axes.held((rest,)) else None
+    return None
 
 
 def _read_gather(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
@@ -314,7 +330,7 @@ def _read_gather(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
     if isinstance(output_dims, Lost):
         return f"read by a {output_dims.operation}"
     numbers = operation.params["dimension_numbers"]
-    rows = [i for i in numbers.start_index_map if i in numbers.collapsed_slice_dims]
+    rows = [i for i in numbers.start_index_map if operation.params["slice_sizes"][i] == 1]
     if len(rows) != 1 or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
         return "read by a gather over several axes"
     looked_up = axes.held((dims[rows[0]],))
