@@ -86,8 +86,7 @@ class CompactApply(StatefulApply):
 
     def _large(self, keywords: Mapping[str, Any], params: Any, state: Any, batch: tuple, arrays: Any) -> Any:
         apply_fn = self.apply_fn
-        # A model without a state of its own is called as it was: to an Equinox model, {} would be a state.
-        if isinstance(apply_fn, StatefulApply) and jax.tree.leaves(state):
+        if isinstance(apply_fn, StatefulApply):
             apply_fn = apply_fn.with_state(state)
         return named_misfit(functools.partial(apply_fn, **keywords, **arrays), params, batch)
 

@@ -141,10 +141,14 @@ def _named(found: list[Group]) -> tuple[Group, ...]:
 
 
 def _check_state(found: Iterable[Group], state: Mapping[str, Any]) -> None:
+    """Refuse state that is not read and may have to shrink: running averages, in a trace of training."""
+    found = tuple(found)
+    sizes = {group.size for group in found if group.locked is None}
     for group in found:
         path = group.members[0].path if group.members else ""
-        # Counters and keys of random streams that serving does not draw from have no units, and stay as they are.
-        if group.locked == UNREAD and path in state and jnp.issubdtype(state[path].dtype, jnp.floating):
+        # Counters and keys of random streams have no units.
+        numbers = path in state and jnp.issubdtype(state[path].dtype, jnp.floating)
+        if group.locked == UNREAD and numbers and group.size in sizes:
             raise ValueError(
                 f"the model does not read {path!r}, whose size would stay unknown: run it as "
                 "it serves (`train=False`, `use_running_average=True`, `jaxeff.functional(model)` without `training`), "

@@ -28,11 +28,11 @@ from jaxeff.numerics.precision import widened
 from jaxeff.statistics import ranges as ranges_of
 from jaxeff.statistics import second_moments
 from jaxeff.statistics.counted import Counted, Place, cleared, mask_axes, number
+from jaxeff.statistics.largest import Largest
 from jaxeff.statistics.records import (
     AttentionStatistics,
     HeadlessAttention,
     HeadSlices,
-    Largest,
     ModuleStatistics,
     SiteStatistics,
     Statistics,

@@ -18,6 +18,7 @@ from jaxeff.numerics.summation import namespace
 from jaxeff.output.shown import Shown, described
 from jaxeff.output.stacks import folded_cells
 from jaxeff.output.text import aligned
+from jaxeff.statistics.largest import Largest
 from jaxeff.statistics.ranges import Ranges
 
 _STATIC = {"static": True}
@@ -253,25 +254,6 @@ class HeadSlices:
     path: str
     axis: int
     indices: tuple[tuple[int, ...], ...]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Largest:
-    """The largest of some values. Zeros, which a branch not taken leaves, are its neutral element.
-
-    Attributes:
-        value: [], the largest.
-        seen: [], 1 if there were any values, else 0.
-    """
-
-    value: jax.Array
-    seen: jax.Array
-
-    def __add__(self, other: Largest) -> Largest:
-        xp = namespace(self.value)
-        value = xp.where(other.seen == 0, self.value, xp.maximum(self.value, other.value))
-        return Largest(xp.where(self.seen == 0, other.value, value), xp.maximum(self.seen, other.seen))
 
 
 @jax.tree_util.register_dataclass
