@@ -71,7 +71,7 @@ def analyze(
         TypeError: an argument has the wrong type.
         ValueError: an argument is invalid, or the arguments do not match each other.
 
-    >>> import flax.linen as nn
+    >>> import flax.linen as nn, jax.numpy as jnp
     >>> model = nn.Dense(4, use_bias=False)
     >>> variables = {"params": {"kernel": jnp.ones((3, 4))}}
     >>> report = analyze(variables, model.apply, jnp.ones((8, 3)))

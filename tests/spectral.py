@@ -21,4 +21,5 @@ def main() -> None:
             assert found.to_records() == alone.to_records(), (kind, spec)
 
 
-main()
+if __name__ == "__main__":
+    main()

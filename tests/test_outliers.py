@@ -284,7 +284,7 @@ def test_weights_alone():
     _assert_weight(found["dense/kernel"].weight, params["dense"]["kernel"], (1,))
     assert found["table"].weight.int8 == pytest.approx(_error(params["table"], "int8"), rel=1e-4)
     assert found["table"].weight.int8_by_unit is None and "outputs is not known" in found["table"].reasons[0]
-    with pytest.raises(KeyError, match="'dense/bias' is no layer: dense/kernel, table"):
+    with pytest.raises(KeyError, match="no layer 'dense/bias'; there are dense/kernel, table"):
         _ = found["dense/bias"]
 
 
