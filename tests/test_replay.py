@@ -59,7 +59,7 @@ def observed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NETWORKS]
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.exhaustive]) for name in NETWORKS]
 )
 def test_the_observed_program_computes_what_the_network_does(name, observed):
     make, of = NETWORKS[name]
