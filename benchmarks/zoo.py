@@ -102,7 +102,7 @@ def run(entry: Entry) -> Row:
     row = Row()
     try:
         _run(entry, row)
-    except Exception as error:  # noqa: BLE001  whatever a model of others raises is a row
+    except Exception as error:  # Whatever another package's model raises is its row in the table.
         row.failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
     return row
 
@@ -175,8 +175,8 @@ def compared(model: Built, plan: prune.Plan) -> tuple[float, float]:
     small, small_apply = prune.compact(params, apply_fn, model.batch, plan, **keywords)
     masked = prune.apply(params, plan.masks(params))
     if jax.tree.leaves(getattr(apply_fn, "state", None)):
-        state = apply_fn.state  # pyright: ignore[reportFunctionMemberAccess]
-        apply_fn = apply_fn.with_state(prune.apply(state, plan.masks(state)))  # pyright: ignore[reportFunctionMemberAccess]
+        state = apply_fn.state
+        apply_fn = apply_fn.with_state(prune.apply(state, plan.masks(state)))
     batch = model.batch if isinstance(model.batch, tuple) else (model.batch,)
     expected = jax.jit(lambda params, batch: apply_fn(params, *batch, **keywords))(masked, batch)
     found = small_apply(small, *batch, **keywords)

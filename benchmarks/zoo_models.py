@@ -94,7 +94,7 @@ def drawn(init: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
 def functional(model: Any, batch: Any, **keywords: Any) -> Built:
     params, apply_fn = jaxeff.functional(model)
     if getattr(apply_fn, "state", None) is not None:
-        apply_fn = apply_fn.with_state(shaken(apply_fn.state, 1))  # pyright: ignore[reportFunctionMemberAccess]
+        apply_fn = apply_fn.with_state(shaken(apply_fn.state, 1))
     return Built(shaken(params), apply_fn, batch, keywords)
 
 
@@ -156,14 +156,14 @@ LARGE = ("B5", "B6", "B7", "V2M", "V2L", "tLarge", "tXLarge", "tBase", "152", "I
 
 
 def application(name: str, side: int, **options: Any) -> Built:
-    import keras  # pyright: ignore[reportMissingImports]
+    import keras
 
     model = getattr(keras.applications, name)(weights=None, input_shape=(side, side, 3), **options)
     return functional(model, images(side))
 
 
 def published_application(name: str, side: int) -> Built:
-    import keras  # pyright: ignore[reportMissingImports]
+    import keras
 
     model = getattr(keras.applications, name)(weights=None, input_shape=(side, side, 3))
     params, apply_fn = jaxeff.functional(model)
@@ -431,7 +431,7 @@ def hub(name: str) -> Built:
         },
     }[reads]
     if more:
-        batch = {**batch, **{key: jnp.zeros((2, 8), jnp.int32) for key in more}}  # pyright: ignore
+        batch = {**batch, **{key: jnp.zeros((2, 8), jnp.int32) for key in more}}
     if isinstance(batch, dict) and "pixel_values" in batch and "masks" in getattr(model, "input_names", ()):
         batch["masks"] = jnp.zeros((2, 16), bool)
     return functional(model, batch)
@@ -711,7 +711,7 @@ def of_equinox() -> dict[str, Entry]:
             )
 
     def mlp() -> Built:
-        import equinox as eqx  # pyright: ignore[reportMissingImports]
+        import equinox as eqx
 
         return functional(eqx.nn.MLP(12, 4, 32, 3, key=jax.random.key(0)), sequence()[:, 0])
 
@@ -727,8 +727,8 @@ def of_equinox() -> dict[str, Entry]:
 
 def of_penzai() -> dict[str, Entry]:
     def transformer(**options: Any) -> Built:
-        from penzai import pz  # pyright: ignore[reportMissingImports]
-        from penzai.models.transformer.variants import llamalike_common  # pyright: ignore[reportMissingImports]
+        from penzai import pz
+        from penzai.models.transformer.variants import llamalike_common
 
         config = llamalike_common.LlamalikeTransformerConfig(
             **{
@@ -750,15 +750,15 @@ def of_penzai() -> dict[str, Entry]:
         return functional_with_positions(model, ids)
 
     def functional_with_positions(model: Any, ids: Any) -> Built:
-        from penzai import pz  # pyright: ignore[reportMissingImports]
+        from penzai import pz
 
         params, apply_fn = jaxeff.functional(model)
         positions = pz.nx.arange("seq", ids.named_shape["seq"])
         return Built(shaken(params), apply_fn, ids, {"token_positions": positions})
 
     def mlp() -> Built:
-        from penzai import pz  # pyright: ignore[reportMissingImports]
-        from penzai.models import simple_mlp  # pyright: ignore[reportMissingImports]
+        from penzai import pz
+        from penzai.models import simple_mlp
 
         model = simple_mlp.MLP.from_config(
             name="net", init_base_rng=jax.random.key(0), feature_sizes=[12, 32, 4]

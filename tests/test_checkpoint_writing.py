@@ -153,7 +153,7 @@ def test_one_config_cannot_say_that_blocks_differ(tmp_path):
     arrays = llama()
     for i in range(BLOCKS):
         arrays[f"model.layers.{i}.self_attn.q_proj.weight"] = normal(7, WIDTH)
-    with pytest.raises(CheckpointError, match="no multiple of 4 a head"):
+    with pytest.raises(CheckpointError, match="not a multiple of the head size 4"):
         write_checkpoint(tmp_path / "m", arrays, config=CONFIG)
     assert [*tmp_path.iterdir()] == []
 

@@ -27,7 +27,7 @@ def resized(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     """Return a config with the number of blocks, hidden units and heads that the arrays have.
 
     They are read from the names of Llama, Mistral, Qwen, Gemma, BERT and ViT. Where heads were removed, `head_dim` is
-    written, since hidden_size / num_attention_heads is no longer their size.
+    written, because hidden_size / num_attention_heads no longer gives their size.
 
     Args:
         config: of the model before it was made smaller.
@@ -55,7 +55,7 @@ def resized(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         if size and key in config and (width := _units(shapes, names, key)) is not None:
             if width % size:
                 raise CheckpointError(
-                    f"`arrays` has {width} units for `{key}`, which is no multiple of {size} a head"
+                    f"`arrays` has {width} units for `{key}`, which is not a multiple of the head size {size}"
                 )
             found[key] = width // size
     if found.get("num_attention_heads") != heads:

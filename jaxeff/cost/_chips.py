@@ -92,7 +92,7 @@ def _tpus() -> dict[str, tuple[Any, int]]:
 
 
 def tpu_chip(generation: str, cores: int) -> Chip | None:
-    """The TPU of a generation ('v5e', '7x') whose devices have so many cores; None where JAX does not know it."""
+    """Return the TPU of a generation ('v5e', '7x') and number of cores per device; None if JAX does not know it."""
     name = f"tpu {generation}"
     known = _tpus().get(name)
     return None if known is None else _tpu(name, known[0], cores)

@@ -84,7 +84,7 @@ class Labels:
         locks: what was locked, in the order of the program.
         during: what is being described; each lock notes it.
         heads: of each product of data with data, the dimensions it runs over in parallel, and the others.
-        choices: operations by which a router chooses so many of a dimension for each token: (operation, dim, count).
+        choices: operations that choose entries of a dimension for each token: (operation, dim, how many).
         summed: sums to which what no router chooses adds nothing: (operation, dim, its axis in each operand).
             An operation in a loop may stand in both more than once.
     """
@@ -170,7 +170,7 @@ class Labels:
         return self._table[1, found], self._table[2, found]
 
     def atoms(self, labels: IntArray) -> IntArray:
-        """The labels that are no products of which these are made."""
+        """Return the factors of which these labels are made."""
         found = np.unique(self.find(labels))
         for _ in range(DEEPEST):
             products = self.is_product(found)
@@ -183,7 +183,7 @@ class Labels:
     def resolved(
         self, owner: IntArray, index: IntArray, found: IntArray
     ) -> tuple[IntArray, IntArray, IntArray]:
-        """The labels that are no products behind each index, each once, by owner and index."""
+        """Return the factors behind each index, each once, by owner and index."""
         products = self.is_product(found)
         rows = np.stack([owner, index, found])
         done, rows = [rows[:, ~products]], rows[:, products]

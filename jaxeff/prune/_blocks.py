@@ -14,7 +14,6 @@ from jax import lax
 
 from jaxeff import graph
 from jaxeff.graph.blocks import Block, blocks_of
-from jaxeff.graph.coupling import couple
 from jaxeff.graph.evaluation import Hooks
 from jaxeff.graph.program import Operation, Program, scan_operands
 from jaxeff.graph.skipping import gated
@@ -25,7 +24,7 @@ from jaxeff.model.params import Params
 from jaxeff.output.shown import Shown
 from jaxeff.output.text import aligned
 from jaxeff.prune._compact import compact
-from jaxeff.prune._grouping import groups
+from jaxeff.prune._grouping import coupled_groups, groups
 from jaxeff.prune._groups import Group, Groups
 from jaxeff.prune._named import in_modules, map_named
 from jaxeff.prune._plans import Plan
@@ -60,18 +59,10 @@ def block_influence(
     {'w:0': [0.0, 0.28]}
     """
     params, apply_fn, batch = resolve_both(params, apply_fn, batch)
-    model = from_apply(Params.of(params), apply_fn, batch, rngs, apply_kwargs)
-    function = model.function.without_capture()
-    arguments = jax.tree.leaves((model.params, model.inputs))
-    program = graph.flatten(
-        jax.make_jaxpr(lambda params, inputs: function(params, inputs)[0])(model.params, model.inputs)
-    )
-    found = groups(params, apply_fn, batch, rngs=rngs, **apply_kwargs)
-    paths = [*found.params, *found.state]
-    coupled = couple(program, [i < len(paths) for i in range(len(program.inputs))]).groups
+    found, program, arguments, pairs = coupled_groups(params, apply_fn, batch, rngs, apply_kwargs)
     scans = {
         group.name: one.scan
-        for group, one in zip(found, coupled, strict=False)
+        for group, one in pairs
         if one.scan is not None and one.scan in program.operations
     }
     in_a_row = _blocks_in_a_row(found, program)

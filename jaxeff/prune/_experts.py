@@ -10,15 +10,12 @@ import jax
 import numpy as np
 
 from jaxeff import graph
-from jaxeff.graph.coupling import couple
 from jaxeff.graph.coupling_experts import Gated
 from jaxeff.graph.evaluation import Hooks
 from jaxeff.model.adapters import resolve_both
-from jaxeff.model.apply import from_apply
-from jaxeff.model.params import Params
 from jaxeff.output.shown import Shown
 from jaxeff.output.text import aligned
-from jaxeff.prune._grouping import groups
+from jaxeff.prune._grouping import coupled_groups
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -116,17 +113,8 @@ def expert_importance(
     No token reached experts 0 and 2 of router:1.
     """
     params, apply_fn, batch = resolve_both(params, apply_fn, batch)
-    model = from_apply(Params.of(params), apply_fn, batch, rngs, apply_kwargs)
-    function = model.function.without_capture()
-    arguments = jax.tree.leaves((model.params, model.inputs))
-    program = graph.flatten(
-        jax.make_jaxpr(lambda params, inputs: function(params, inputs)[0])(model.params, model.inputs)
-    )
-    found = groups(params, apply_fn, batch, rngs=rngs, **apply_kwargs)
-    leaves = len(found.params) + len(found.state)
-    coupled = couple(program, [i < leaves for i in range(len(program.inputs))]).groups
-    # Groups of residual blocks come last, and are not coupled.
-    routed = [(group, one.gated) for group, one in zip(found, coupled, strict=False) if one.routed]
+    _, program, arguments, pairs = coupled_groups(params, apply_fn, batch, rngs, apply_kwargs)
+    routed = [(group, one.gated) for group, one in pairs if one.routed]
     if not routed:
         raise ValueError(
             "`apply_fn` has no experts that a router chooses among and that may be removed: `print(prune.groups(...))` "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +107,36 @@ def groups(
         {path: jnp.shape(leaf) for path, leaf in tree.items()} for tree in (named, of_state)
     )
     return Groups(found, shapes, state_shapes, amounts)
+
+
+class Coupled(NamedTuple):
+    """A model's groups, each with what its graph knows of it, and the program that they were found in.
+
+    Attributes:
+        arguments: of the program.
+        pairs: the groups of coupled indices; those of blocks in a row, which come after them, are not among them.
+    """
+
+    groups: Groups
+    program: graph.Program
+    arguments: list[Any]
+    pairs: list[tuple[Group, Any]]
+
+
+def coupled_groups(
+    params: Any, apply_fn: Callable, batch: Any, rngs: Any, keywords: Mapping[str, Any]
+) -> Coupled:
+    """Return the groups of a model together with a program of its outputs, to be run with hooks."""
+    model = from_apply(Params.of(params), apply_fn, batch, rngs, keywords)
+    function = model.function.without_capture()
+    program = graph.flatten(
+        jax.make_jaxpr(lambda params, inputs: function(params, inputs)[0])(model.params, model.inputs)
+    )
+    found = groups(params, apply_fn, batch, rngs=rngs, **keywords)
+    leaves = len(found.params) + len(found.state)
+    coupled = couple(program, [i < leaves for i in range(len(program.inputs))]).groups
+    pairs = [*zip(found, coupled, strict=False)]
+    return Coupled(found, program, jax.tree.leaves((model.params, model.inputs)), pairs)
 
 
 def _group(coupled: Any, paths: list[str]) -> Group:
