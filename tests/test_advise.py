@@ -1,10 +1,8 @@
 """Advice holds on the examples that it is given for: what it finds, what it states, and when it stops."""
 
 import json
-import os
-import subprocess
-import sys
 
+import devices
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -448,8 +446,4 @@ for mode in (AxisType.Auto, AxisType.Explicit):
 
 @pytest.mark.slow
 def test_sharded_params_and_batches():
-    flags = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run(
-        [sys.executable, "-c", _SHARDED], env=flags, capture_output=True, text=True, timeout=600
-    )
-    assert run.stdout.count("held") == 2, run.stderr
+    assert devices.run(_SHARDED, 4).count("held") == 2

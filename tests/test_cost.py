@@ -4,11 +4,9 @@ import functools
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import devices
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -620,16 +618,7 @@ def test_under_automatic_sharding_the_work_of_one_device_is_unknown():
 
 
 def test_on_eight_devices_the_figures_are_of_one():
-    package = str(Path(jaxeff.__file__).parents[1])
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]),
-    }
-    script = Path(__file__).with_name("laid_out.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    devices.run(Path(__file__).with_name("laid_out.py"), 8)
 
 
 # As text and data

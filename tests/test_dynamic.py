@@ -1,10 +1,6 @@
 """Straight-through derivatives; dynamic sparse training against a NumPy oracle of one change of masks."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import devices
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,7 +11,6 @@ from flax.training.train_state import TrainState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import jaxeff
 from jaxeff import prune
 from jaxeff.numerics.selection import highest, lowest
 
@@ -303,10 +298,4 @@ for make in (prune.rigl, prune.sparse_evolution):
 
 
 def test_masks_move_on_eight_devices_as_on_one_and_nothing_is_gathered():
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(Path(jaxeff.__file__).parents[1]),
-    }
-    done = subprocess.run([sys.executable, "-c", _ON_EIGHT], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    devices.run(_ON_EIGHT, 8)

@@ -1,12 +1,10 @@
 """Sharded arrays give what one device gives, whether the axes of their mesh are explicit or not."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import devices
 import jax
 import jax.numpy as jnp
 import meshes
@@ -25,31 +23,12 @@ Table = dict[str, dict[tuple[str, ...], str | None]]
 @pytest.fixture(scope="module")
 def table() -> Table:
     """By row and cell what went wrong, of one process with four devices."""
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    script = Path(__file__).with_name("meshes.py")
-    lines: list[str] = []
-    # With fewer cores than devices, independent collectives may wait for each other until XLA ends the
-    # process: the table goes on with the row that it stood at.
-    for _ in range(_STARTS):
-        command = [sys.executable, script, str(len(lines))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        lines += done.stdout.splitlines()
-        if "Termination timeout" not in done.stderr:
-            break
-    assert done.returncode == 0, done.stderr
+    lines = devices.run(Path(__file__).with_name("meshes.py"), 4).splitlines()
     found: Table = {row: {} for row in meshes.ROWS}
     for line in lines:
         row, cell, failure = json.loads(line)
         found[row][tuple(cell)] = failure
     return found
-
-
-_STARTS = 5
 
 
 @pytest.mark.parametrize("row", meshes.ROWS)

@@ -1,10 +1,8 @@
 """`jaxeff.outliers` against NumPy: ranges of inputs and errors of rounding, in every layout, and what has no number."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import devices
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -383,12 +381,4 @@ def test_a_trained_network_moves_by_what_the_numbers_say():
 
 
 def test_sharded_over_eight_devices():
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    script = Path(__file__).with_name("sharded_outliers.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    devices.run(Path(__file__).with_name("sharded_outliers.py"), 8)

@@ -1,10 +1,6 @@
 """Masks against a NumPy oracle, and an optimizer that keeps to them."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import devices
 import flax.linen as nn
 import flax.serialization
 import jax
@@ -373,13 +369,7 @@ for tree in trees:
 
 
 def test_masks_on_eight_devices_are_those_of_one_and_gather_nothing():
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(Path(jaxeff.__file__).parents[1]),
-    }
-    done = subprocess.run([sys.executable, "-c", _ON_EIGHT], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    devices.run(_ON_EIGHT, 8)
 
 
 def test_arrays_that_multiply_no_data_have_no_scores_of_statistics():

@@ -1,11 +1,8 @@
 """Both ways to exactly so many of the lowest, against a stable sort: whole arrays, and pieces on one CPU."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,10 +130,4 @@ for kind in (AxisType.Auto, AxisType.Explicit):
 def test_blocks_and_units_on_eight_devices_are_those_of_one(way):
     if way == "pieces":
         pytest.skip("with eight devices arrays are taken whole")
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(Path(jaxeff.__file__).parents[1]),
-    }
-    done = subprocess.run([sys.executable, "-c", _ON_EIGHT], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    devices.run(_ON_EIGHT, 8)

@@ -10,6 +10,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import devices
 import distributed
 import drawn
 import jax
@@ -241,16 +242,7 @@ def test_on_the_host_nothing_is_compiled(compilations) -> None:
 
 
 def test_an_array_on_eight_devices_is_counted_where_it_lies() -> None:
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(sketch.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        ),
-    }
-    script = Path(__file__).with_name("sharded.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    devices.run(Path(__file__).with_name("sharded.py"), 8)
 
 
 def test_several_processes_find_what_one_does() -> None:

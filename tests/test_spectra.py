@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import devices
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -193,15 +191,7 @@ def test_one_column_has_numbers_and_no_verdict():
 
 
 def test_sharded_weights_have_the_spectra_of_whole_ones():
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    script = Path(__file__).with_name("spectral.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    devices.run(Path(__file__).with_name("spectral.py"), 8)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
