@@ -219,6 +219,14 @@ def shrunk(net: Network) -> Any:
     return plan.sizes(), prune.shrink(net.params, plan, state), plan.masks(net.params)
 
 
+def fluctuating(net: Network) -> Any:
+    groups = prune.groups(net.params, net.apply_fn, net.batches[0])
+    found = prune.fluctuation(net.params, net.apply_fn, net.batches[0])
+    plan = prune.plan(groups, found.importance, 0.25, kinds=("unit",))
+    has_biases = any(reader.bias for reader in found.readers.values())
+    return found.importance, found.compensated(net.params, plan) if has_biases else None
+
+
 def sensitivities(net: Network, **options: Any) -> Any:
     found = prune.sensitivity(
         net.params,
@@ -332,6 +340,7 @@ ROWS: dict[str, Row] = {
     "sensitivity of blocks": functools.partial(sensitivities, pattern=prune.Block((2, 2))),
     "sensitivity of units": functools.partial(sensitivities, pattern=prune.Units()),
     "shrink": shrunk,
+    "fluctuation": fluctuating,
     "cost.count": counted,
     "cost.memory": lambda net: cost.memory(net.params, net.apply_fn, net.batches[0]).parameter_bytes,
     "sparsify": sparsified,
@@ -358,7 +367,7 @@ ROWS: dict[str, Row] = {
 OF_BLOCKS = (
     "collect", *(name for name in ROWS if name.startswith("scores")), "calibrate", "merge",
     "compare_criteria by layer", "masks by layer", "masks of each unit", "masks by LAMP", "masks of blocks",
-    "masks of 2 in 4", "sensitivity", "shrink", "cost.count", "sparsify", "rigl", "analyze",
+    "masks of 2 in 4", "sensitivity", "shrink", "fluctuation", "cost.count", "sparsify", "rigl", "analyze",
 )  # fmt: skip
 """Rows of the transformer: those to which stacked blocks matter."""
 
