@@ -90,9 +90,7 @@ class Fluctuation(Shown):
                     "emits 0 (`prune.Plan.dead`), or do without `compensated`"
                 )
             weight, bias = named[path], named[reader.bias]
-            change = by_compiler(
-                functools.partial(_change, reader.axes, lost), weight, like=bias
-            )
+            change = by_compiler(functools.partial(_change, reader.axes, lost), weight, like=bias)
             if change.shape != jnp.shape(bias):
                 raise ValueError(
                     f"{reader.bias!r} has shape {jnp.shape(bias)}, and the outputs of {path!r} {change.shape}: it "
