@@ -390,14 +390,16 @@ ROWS: dict[str, Row] = {
 OF_BLOCKS = (
     "collect", *(name for name in ROWS if name.startswith("scores")), "calibrate", "merge",
     "compare_criteria by layer", "masks by layer", "masks of each unit", "masks by LAMP", "masks of blocks",
-    "masks of 2 in 4", "sensitivity", "shrink", "fluctuation", "sparsegpt", "reconstruct", "masks by OWL", "block_by_block", "cost.count", "sparsify", "rigl", "analyze",
+    "masks of 2 in 4", "sensitivity", "shrink", "fluctuation", "sparsegpt", "reconstruct",
+    "masks by OWL", "block_by_block", "cost.count", "sparsify", "rigl", "analyze",
 )  # fmt: skip
 """Rows of the transformer: those to which stacked blocks matter."""
 
 
 IN_BOTH = (
     "analyze of weights", "monitor", "pathways", "add_entropy_gradient", "iterative_magnitude",
-    "lottery_ticket", "gradual", "sparsegpt", "reconstruct", "masks by OWL", "fluctuation", "sensitivity of blocks", "sensitivity of units", "sparsify by LAMP",
+    "lottery_ticket", "gradual", "sparsegpt", "reconstruct", "masks by OWL", "fluctuation",
+    "sensitivity of blocks", "sensitivity of units", "sparsify by LAMP",
 )  # fmt: skip
 """Rows of the perceptron in the layout of both alone: made of others, or long to compile."""
 
