@@ -121,11 +121,9 @@ def check_makes_masks(where: Callable | None) -> None:
 
 def named(criterion: Criteria, *, with_loss: bool) -> tuple[Criterion, ...]:
     """Return one or several criteria as a tuple of `Criterion`."""
-    several = isinstance(criterion, Iterable) and not isinstance(criterion, str)
-    return tuple(
-        importance.named(one, with_loss=with_loss)
-        for one in (criterion if several else (criterion,))  # pyright: ignore
-    )
+    if isinstance(criterion, Iterable) and not isinstance(criterion, str):
+        return tuple(importance.named(one, with_loss=with_loss) for one in criterion)
+    return (importance.named(criterion, with_loss=with_loss),)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -344,4 +344,4 @@ def _bytes(operand: Value | Literal) -> int:
 
 
 def _dtype(operand: Value | Literal) -> Any:
-    return operand.dtype if isinstance(operand, Value) else operand.aval.dtype  # pyright: ignore
+    return operand.dtype if isinstance(operand, Value) else operand.aval.dtype  # pyright: ignore[reportAttributeAccessIssue]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jaxeff.output.text import number
 
@@ -48,9 +49,9 @@ class Work:
         return self.flops + self.transcendentals
 
 
-def _divided(number: int, parts: int) -> int:
+def _divided(number: int, parts: int) -> Any:
     # A float if the parts are not whole, as an optimizer's update is not per example.
-    return number // parts if number % parts == 0 else number / parts  # pyright: ignore
+    return number // parts if number % parts == 0 else number / parts
 
 
 def amounts(work: Work) -> str:

@@ -61,7 +61,7 @@ class StatefulApply(abc.ABC):
 
     def with_state(self, state: Any) -> Any:
         """Return the same function with other variables."""
-        return dataclasses.replace(self, state=state)  # pyright: ignore
+        return dataclasses.replace(self, state=state)  # pyright: ignore[reportArgumentType]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
