@@ -212,6 +212,7 @@ def layout(
         `axes` of `prune.NByM` and `prune.Units`.
 
     Raises:
+        TypeError: `apply_kwargs` come without an `apply_fn`.
         ValueError: `prunable` names an unknown leaf, or `batch` is missing.
 
     >>> def model(params, x):
