@@ -219,6 +219,33 @@ def shrunk(net: Network) -> Any:
     return plan.sizes(), prune.shrink(net.params, plan, state), plan.masks(net.params)
 
 
+def fluctuating(net: Network) -> Any:
+    groups = prune.groups(net.params, net.apply_fn, net.batches[0])
+    found = prune.fluctuation(net.params, net.apply_fn, net.batches[0])
+    plan = prune.plan(groups, found.importance, 0.25, kinds=("unit",))
+    has_biases = any(reader.bias for reader in found.readers.values())
+    return found.importance, found.compensated(net.params, plan) if has_biases else None
+
+
+def repaired(net: Network, way: str) -> Any:
+    statistics = jaxeff.collect(net.params, net.apply_fn, net.batches[0], criterion="wanda", hessians=True)
+    whole = {"embedding": False} if "embedding" in net.params else {}
+    scores = prune.scored(net.params, statistics, "wanda", prunable=whole)
+    if way == "sparsegpt":
+        return prune.sparsegpt(net.params, statistics, 0.5, prunable=whole)
+    if way == "reconstruct":
+        return prune.reconstruct(net.params, prune.masks(scores, 0.5, scope="unit"), statistics)
+    return prune.masks(scores, 0.5, scope="unit", allocation=prune.owl(scores, 0.5))
+
+
+def in_turn(net: Network) -> Any:
+    def half(params: Any, statistics: Any) -> Any:
+        masks = prune.masks(prune.scored(params, statistics, "wanda"), 0.5, scope="unit")
+        return prune.apply(params, masks), masks
+
+    return prune.block_by_block(net.params, net.apply_fn, [*net.batches], half)
+
+
 def sensitivities(net: Network, **options: Any) -> Any:
     found = prune.sensitivity(
         net.params,
@@ -332,6 +359,11 @@ ROWS: dict[str, Row] = {
     "sensitivity of blocks": functools.partial(sensitivities, pattern=prune.Block((2, 2))),
     "sensitivity of units": functools.partial(sensitivities, pattern=prune.Units()),
     "shrink": shrunk,
+    "fluctuation": fluctuating,
+    "sparsegpt": functools.partial(repaired, way="sparsegpt"),
+    "reconstruct": functools.partial(repaired, way="reconstruct"),
+    "masks by OWL": functools.partial(repaired, way="owl"),
+    "block_by_block": in_turn,
     "cost.count": counted,
     "cost.memory": lambda net: cost.memory(net.params, net.apply_fn, net.batches[0]).parameter_bytes,
     "sparsify": sparsified,
@@ -358,14 +390,16 @@ ROWS: dict[str, Row] = {
 OF_BLOCKS = (
     "collect", *(name for name in ROWS if name.startswith("scores")), "calibrate", "merge",
     "compare_criteria by layer", "masks by layer", "masks of each unit", "masks by LAMP", "masks of blocks",
-    "masks of 2 in 4", "sensitivity", "shrink", "cost.count", "sparsify", "rigl", "analyze",
+    "masks of 2 in 4", "sensitivity", "shrink", "fluctuation", "sparsegpt", "reconstruct",
+    "masks by OWL", "block_by_block", "cost.count", "sparsify", "rigl", "analyze",
 )  # fmt: skip
 """Rows of the transformer: those to which stacked blocks matter."""
 
 
 IN_BOTH = (
     "analyze of weights", "monitor", "pathways", "add_entropy_gradient", "iterative_magnitude",
-    "lottery_ticket", "gradual", "sensitivity of blocks", "sensitivity of units", "sparsify by LAMP",
+    "lottery_ticket", "gradual", "sparsegpt", "reconstruct", "masks by OWL", "fluctuation",
+    "sensitivity of blocks", "sensitivity of units", "sparsify by LAMP",
 )  # fmt: skip
 """Rows of the perceptron in the layout of both alone: made of others, or long to compile."""
 
@@ -382,7 +416,7 @@ def cells() -> Iterator[tuple[str, str, str]]:
 def rows_of(network: str, layout: str) -> tuple[str, ...]:
     if network == "transformer":
         return OF_BLOCKS
-    return tuple(row for row in ROWS if layout == "both" or row not in IN_BOTH)
+    return tuple(row for row in ROWS if row != "block_by_block" and (layout == "both" or row not in IN_BOTH))
 
 
 def assert_equal(found: Any, expected: Any) -> None:

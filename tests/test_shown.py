@@ -64,6 +64,7 @@ RESULTS = {
     "site": lambda: jaxeff.collect(*small()).sites[0],
     "groups": groups,
     "plan": lambda: prune.plan(groups(), prune.scored(deep()[0]), 0.5),
+    "fluctuation": lambda: prune.fluctuation(deep()[0], Deep().apply, deep()[1]),
     "comparison": lambda: jaxeff.compare_criteria(
         *small(), loss_fn=LOSS, targets=jnp.zeros(32, int), criteria=("magnitude", "taylor")
     ),

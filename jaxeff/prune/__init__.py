@@ -30,6 +30,8 @@ from jaxeff.prune._dynamic import rigl as rigl
 from jaxeff.prune._dynamic import sparse_evolution as sparse_evolution
 from jaxeff.prune._experts import ExpertImportance as ExpertImportance
 from jaxeff.prune._experts import expert_importance as expert_importance
+from jaxeff.prune._fluctuation import Fluctuation as Fluctuation
+from jaxeff.prune._fluctuation import fluctuation as fluctuation
 from jaxeff.prune._grouping import groups as groups
 from jaxeff.prune._groups import Group as Group
 from jaxeff.prune._groups import Groups as Groups

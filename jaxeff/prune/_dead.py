@@ -19,14 +19,14 @@ def dead_elements(groups: Groups, report: Report) -> dict[str, Any]:
     """
     rows = rows_by_path(groups, report)
     found = {
-        group.name: _removable(dormant_elements(group, rows, 0)).reshape(*group.blocks, -1)
+        group.name: removable(dormant_elements(group, rows, 0)).reshape(*group.blocks, -1)
         for group in groups.unlocked
         if not group.routed
     }
     return {name: elements for name, elements in found.items() if np.size(elements)}
 
 
-def _removable(dead: np.ndarray) -> np.ndarray:
+def removable(dead: np.ndarray) -> np.ndarray:
     """[blocks, n], dead elements of each block, as many in each, and never all."""
     count = min(int(dead.sum(axis=1).min()), dead.shape[1] - 1)
     return np.stack([np.flatnonzero(row)[:count] for row in dead])

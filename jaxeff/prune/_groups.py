@@ -245,7 +245,7 @@ class Groups(Shown):
         scored = []
         for group in self.groups:
             raw = (
-                _of_elements(group, own[group.name]) if group.name in own else _reduced(group, scores, reduce)
+                _of_elements(group, own[group.name]) if group.name in own else reduced(group, scores, reduce)
             )
             scale = 0.0 if raw is None else NORMALIZATIONS[normalize](raw)
             scored.append(
@@ -321,7 +321,7 @@ def _of_elements(group: Group, given: Any) -> np.ndarray:
     return found
 
 
-def _reduced(group: Group, scores: Mapping[str, jax.Array], reduce: str) -> np.ndarray | None:
+def reduced(group: Group, scores: Mapping[str, Any], reduce: str) -> np.ndarray | None:
     """[*blocks, size], one number an element, over all members with scores."""
     if group.leaves:
         return _of_blocks(group, scores, reduce)

@@ -127,7 +127,7 @@ class Plan(Shown):
         """Return the new size of every axis that changes, by path and axis: to build the smaller module with."""
         return {
             path: {axis: _left(gone, axis) for axis, gone in axes.items()}
-            for path, axes in self._gone().items()
+            for path, axes in self.gone().items()
         }
 
     def sizes(self) -> dict[str, int]:
@@ -161,11 +161,11 @@ class Plan(Shown):
         """
         return {
             path: {axis: _indices(gone, axis) for axis, gone in axes.items()}
-            for path, axes in self._gone().items()
+            for path, axes in self.gone().items()
         }
 
-    def _gone(self) -> dict[str, dict[int, np.ndarray]]:
-        """By path and axis, [...] that broadcasts against the leaf: True where an index goes.
+    def gone(self) -> dict[str, dict[int, np.ndarray]]:
+        """Return by path and axis an array that broadcasts against the leaf: True where an index goes.
 
         Without the leaves of blocks that are left out.
         """
@@ -224,7 +224,7 @@ class Plan(Shown):
                 f"the plan removes experts of {routed[0]!r}, and no mask keeps a router from choosing them: compare "
                 "with the model whose logits for them are -inf, or run what `prune.compact` makes"
             )
-        gone, left_out = self._gone(), self.leaves_left_out()
+        gone, left_out = self.gone(), self.leaves_left_out()
 
         def mask(path: str, leaf: Any) -> jax.Array:
             shape = jnp.shape(leaf)

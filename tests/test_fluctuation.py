@@ -1,0 +1,208 @@
+"""Fluctuation of units equals NumPy's in float64, and what is constant moves into the next bias without a change."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxeff
+from jaxeff import prune
+
+draw = np.random.default_rng(0).standard_normal
+X = jnp.asarray(draw((32, 6)), jnp.float32)
+TOKENS = jnp.asarray(draw((8, 5, 6)), jnp.float32)
+IMAGES = jnp.asarray(draw((4, 8, 8, 3)), jnp.float32)
+
+
+class Perceptron(nn.Module):
+    hidden: int = 8
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="head")(nn.tanh(nn.Dense(self.hidden, name="units")(x)))
+
+
+class Convolutions(nn.Module):
+    size: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), name="units")(x))
+        return nn.Conv(5, (self.size, self.size), name="head")(x).mean((1, 2))
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.MultiHeadDotProductAttention(3, name="attention")(x, x)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(6, name="down")(nn.gelu(nn.Dense(8, name="up")(x))), None
+
+
+class Blocks(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return nn.Dense(2, name="head")(scan(name="blocks")(x, None)[0])
+
+
+def with_constants(variables, *paths, units=(1, 4)):
+    """The same, where these units have no weights that lead in, but a bias."""
+    for path in paths:
+        *modules, name = path.split("/")
+        module = variables["params"]
+        for each in (*modules, name):
+            module = module[each]
+        kernel, bias = module["kernel"], module["bias"]
+        module["kernel"] = kernel.at[..., units, :].set(0) if kernel.ndim > bias.ndim + 1 else kernel
+        module["kernel"] = module["kernel"].at[..., units].set(0)
+        module["bias"] = bias.at[..., units].set(0.7)
+    return variables
+
+
+def removed_and_compensated(model, variables, x):
+    groups, found = (f(variables, model.apply, x) for f in (prune.groups, prune.fluctuation))
+    plan = prune.Plan.of(groups, found.constant)
+    small, small_apply = prune.compact(found.compensated(variables, plan), model.apply, x, plan)
+    return plan, model.apply(variables, x), small_apply(small, x)
+
+
+def test_importance_is_that_of_numpy():
+    """FLAP's equation 5, in float64 from the float32 activations; sums of 32 terms agree to 1e-5."""
+    model, variables = Perceptron(), Perceptron().init(jax.random.key(0), X)
+    found = prune.fluctuation(variables, model.apply, X)
+    params = variables["params"]
+    hidden = np.tanh(np.float64(X) @ np.float64(params["units"]["kernel"]))
+    expected = hidden.var(0) * np.square(np.float64(params["head"]["kernel"])).sum(1)
+    np.testing.assert_allclose(found.importance["units/kernel:1"], expected, 1e-5)
+    np.testing.assert_allclose(found.readers["head/kernel"].mean.ravel(), hidden.mean(0), 1e-5, 1e-6)
+
+
+def test_importance_is_the_error_of_the_compensated_layer():
+    model, variables = Perceptron(), Perceptron().init(jax.random.key(0), X)
+    groups, found = (f(variables, model.apply, X) for f in (prune.groups, prune.fluctuation))
+    for unit in range(8):
+        plan = prune.Plan.of(groups, {"units/kernel:1": [unit]})
+        small = prune.shrink(found.compensated(variables, plan), plan)
+        change = np.asarray(Perceptron(7).apply(small, X) - model.apply(variables, X), np.float64)
+        np.testing.assert_allclose(change.mean(0), 0, atol=1e-6)
+        # Differences of outputs near 1 in float32.
+        np.testing.assert_allclose(
+            np.square(change).sum(1).mean(), found.importance["units/kernel:1"][unit], 1e-4
+        )
+
+
+CASES = {
+    "dense": (Perceptron(), X, ["units"]),
+    "convolution of size 1": (Convolutions(1), IMAGES, ["units"]),
+    "scanned blocks": (Blocks(), X, ["blocks/up"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_constant_units_go_without_a_change(case):
+    model, x, paths = CASES[case]
+    variables = with_constants(model.init(jax.random.key(0), x), *paths)
+    plan, dense, small = removed_and_compensated(model, variables, x)
+    (group,) = plan.groups
+    np.testing.assert_array_equal(plan.removed[group.name], np.broadcast_to([1, 4], (*group.blocks, 2)))
+    np.testing.assert_allclose(small, dense, 1e-5, 1e-5)
+
+
+def test_a_head_with_constant_values_goes_without_a_change():
+    model = Attention()
+    variables = model.init(jax.random.key(0), TOKENS)
+    value = variables["params"]["attention"]["value"]
+    value["kernel"], value["bias"] = value["kernel"].at[:, 1].set(0), value["bias"].at[1].set(0.7)
+    plan, dense, small = removed_and_compensated(model, variables, TOKENS)
+    (group,) = plan.groups
+    assert (group.kind, plan.removed[group.name]) == ("head", (1,))
+    # A softmax adds up to 1 to a few roundings.
+    np.testing.assert_allclose(small, dense, 1e-5, 1e-5)
+
+
+def test_what_a_border_of_zeros_changes_is_not_constant():
+    """Of two constant units, one that emits 0 is as 0 as the padding beside it, and one that emits 0.7 is not."""
+    model = Convolutions(3)
+    variables = with_constants(model.init(jax.random.key(0), IMAGES), "units")
+    variables["params"]["units"]["bias"] = variables["params"]["units"]["bias"].at[4].set(-1.0)
+    plan, dense, small = removed_and_compensated(model, variables, IMAGES)
+    assert list(plan.removed.values()) == [(4,)]
+    np.testing.assert_allclose(small, dense, 1e-5, 1e-5)
+
+
+def test_uses_in_time_count_as_one():
+    """A layer that a scan over time repeats reads what it would read at all positions side by side."""
+    params = {"a": draw((6, 4)), "c": draw((4, 2))}
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+    def at_once(params, x):
+        return jnp.tanh(x @ params["a"]) @ params["c"]
+
+    def in_time(params, x):
+        return jax.lax.scan(lambda _, x: (0, at_once(params, x)), 0, x.swapaxes(0, 1))[1].swapaxes(0, 1)
+
+    one, other = (prune.fluctuation(params, f, TOKENS) for f in (at_once, in_time))
+    np.testing.assert_allclose(other.importance["a:1"], one.importance["a:1"], 1e-5)
+    np.testing.assert_allclose(other.readers["c"].mean, one.readers["c"].mean, 1e-5, 1e-6)
+
+
+def test_an_nnx_model_and_its_own_class():
+    class Model(nnx.Module):
+        def __init__(self, hidden, rngs):
+            self.up, self.down = nnx.Linear(6, hidden, rngs=rngs), nnx.Linear(hidden, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.down(nnx.relu(self.up(x)))
+
+    model = Model(8, nnx.Rngs(0))
+    model.up.kernel[...] = model.up.kernel[...].at[:, 2].set(0)
+    model.up.bias[...] = model.up.bias[...].at[2].set(0.5)
+    groups, found = prune.groups(model, X), prune.fluctuation(model, X)
+    plan = prune.Plan.of(groups, found.constant)
+    assert list(plan.removed.values()) == [(2,)]
+    params, apply_fn = jaxeff.functional(model)
+    small, small_apply = prune.compact(found.compensated(params, plan), apply_fn, X, plan)
+    np.testing.assert_allclose(small_apply(small, X), model(X), 1e-5, 1e-5)
+
+
+def test_no_bias_is_an_error_unless_what_goes_is_zero():
+    def model(params, x):
+        return jax.nn.relu(x @ params["a"] + params["b"]) @ params["c"]
+
+    params = {"a": jnp.zeros((6, 3)), "b": jnp.array([[0.0, 1.0, -1.0]]), "c": jnp.ones((3, 2))}
+    groups, found = (f(params, model, X) for f in (prune.groups, prune.fluctuation))
+    assert found.constant["a:1"].tolist() == [0, 1]
+    dead = prune.Plan.of(groups, {"a:1": [0, 2]})
+    jax.tree.map(np.testing.assert_array_equal, found.compensated(params, dead), params)
+    with pytest.raises(ValueError, match="'c' reads what the plan removes, and has no bias"):
+        found.compensated(params, prune.Plan.of(groups, {"a:1": [1]}))
+
+
+def test_bad_input_is_named():
+    model, variables = Perceptron(), Perceptron().init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match="what 'units/kernel' reads on this batch is not finite"):
+        prune.fluctuation(variables, model.apply, X.at[0, 0].set(jnp.nan))
+    found = prune.fluctuation(variables, model.apply, X)
+    other = Perceptron(9).init(jax.random.key(0), X)
+    plan = prune.Plan.of(prune.groups(other, Perceptron(9).apply, X), {"units/kernel:1": [0]})
+    with pytest.raises(ValueError, match="of another model"):
+        found.compensated(variables, plan)
+
+
+def test_groups_of_which_a_reader_is_not_understood_are_named():
+    def model(params, x):
+        hidden = jax.nn.relu(x @ params["a"])
+        return hidden @ (params["b"] / jnp.linalg.norm(params["b"]))
+
+    params = {"a": jnp.asarray(draw((6, 4))), "b": jnp.asarray(draw((4, 2)))}
+    groups = prune.groups(params, model, X)
+    found = prune.fluctuation(params, model, X)
+    for group in groups.unlocked:
+        assert (group.name in found.importance) != (group.name in found.skipped)
