@@ -33,6 +33,7 @@ _ANALYZE = """\
 _COMPARE = """\
   jaxeff compare before after         what changed between two checkpoints
   jaxeff compare before after --sort path --top 10
+  jaxeff compare before after --filter '*mlp*' --by block
 """
 _PRUNE = """\
   jaxeff prune model --sparsity 0.5 --output pruned
@@ -155,15 +156,14 @@ def _analyze(arguments: argparse.Namespace) -> None:
     _print(
         arguments.json,
         lambda: report.to_json(indent=1),
-        lambda: _table(output, report, checkpoint, arguments),
+        lambda: _table(output.render, report, checkpoint, arguments=arguments),
     )
 
 
-def _table(output: Any, report: Any, checkpoint: Any, arguments: argparse.Namespace) -> str:
+def _table(render: Callable[..., str], *shown: Any, arguments: argparse.Namespace) -> str:
     try:
-        return output.render(
-            report,
-            checkpoint,
+        return render(
+            *shown,
             arguments.sort,
             arguments.top,
             _width(),
@@ -186,7 +186,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     _print(
         arguments.json,
         lambda: comparison.to_json(indent=1),
-        lambda: comparing.render(comparison, arguments.sort, arguments.top, _width()),
+        lambda: _table(comparing.render, comparison, arguments=arguments),
     )
 
 
@@ -304,10 +304,6 @@ def _add_checkpoints(commands: Any) -> None:
         "those with most to spare first"
     )
     _ = analyze.add_argument("--sort", metavar="ORDER", default="path", type=_order(_metrics), help=help_)
-    help_ = "show only layers whose names match, such as '*attention*'; ? stands for one character"
-    _ = analyze.add_argument("--filter", metavar="PATTERN", default="*", help=help_)
-    help_ = "a row for each block, or (the default) for each stack of at least three in a table of more than 20 rows"
-    _ = analyze.add_argument("--by", choices=("stack", "block"), default="stack", help=help_)
     help_ = "show what changed from one checkpoint to another"
     compare = commands.add_parser("compare", help=help_, **_examples(_COMPARE))
     _ = compare.add_argument("a", metavar="A", help=_PATH)
@@ -318,6 +314,10 @@ def _add_checkpoints(commands: Any) -> None:
     help_ = "change (the default) or size, the largest first; or path"
     _ = compare.add_argument("--sort", metavar="ORDER", default="change", type=_order(_changes), help=help_)
     for command, run in ((analyze, _analyze), (compare, _compare)):
+        help_ = "show only layers whose names match, such as '*attention*'; ? stands for one character"
+        _ = command.add_argument("--filter", metavar="PATTERN", default="*", help=help_)
+        help_ = "a row for each block, or (default) for each stack of at least three in a table of more than 20 rows"
+        _ = command.add_argument("--by", choices=("stack", "block"), default="stack", help=help_)
         help_ = "show only the first N rows, and the first N items of each list after them"
         _ = command.add_argument("--top", metavar="N", type=_integer(0, 10**9), help=help_)
         command.set_defaults(command=run, module="jaxeff.checkpoints")

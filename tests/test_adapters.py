@@ -211,8 +211,7 @@ def test_masked_weights_go_back_into_the_model(net):
 
 def test_the_smaller_network_computes_what_the_masked_one_does(net):
     model, batch, _, _ = net
-    params, apply_fn = jaxeff.functional(model)
-    small, small_apply = smaller(params, apply_fn, batch)
+    small, small_apply = smaller(model, batch)
     expected = smaller(WEIGHTS, plain, X)
     assert sorted(leaf.size for leaf in jax.tree.leaves(small)) == sorted(
         leaf.size for leaf in jax.tree.leaves(expected[0])
@@ -222,9 +221,23 @@ def test_the_smaller_network_computes_what_the_masked_one_does(net):
     )
 
 
-def smaller(params, apply_fn, batch):
-    plan = prune.plan(prune.groups(params, apply_fn, batch), prune.scored(params), 0.5)
-    return prune.compact(params, apply_fn, batch, plan)
+def smaller(*model_and_batch):
+    params = model_and_batch[0] if len(model_and_batch) == 3 else jaxeff.functional(model_and_batch[0])[0]
+    plan = prune.plan(prune.groups(*model_and_batch), prune.scored(params), 0.5)
+    return prune.compact(*model_and_batch, plan)
+
+
+def test_compact_resolves_a_model_as_functional_does(net):
+    model, batch, _, _ = net
+    params, apply_fn = jaxeff.functional(model)
+    plan = prune.plan(prune.groups(model, batch), prune.scored(params), 0.5)
+    small, small_apply = prune.compact(params, apply_fn, batch, plan)
+    for given in ((model, batch, plan), (model, (batch,), plan)):
+        ours, our_apply = prune.compact(*given)
+        jax.tree.map(np.testing.assert_array_equal, ours, small)
+        np.testing.assert_array_equal(array(our_apply(ours, batch)), array(small_apply(small, batch)))
+    named, _ = prune.compact(model, batch, plan=plan)
+    jax.tree.map(np.testing.assert_array_equal, named, small)
 
 
 def test_masks_hold_in_the_loops_of_each_library(net):

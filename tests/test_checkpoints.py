@@ -31,7 +31,13 @@ from hypothesis import strategies as st
 
 import jaxeff
 from jaxeff import cli
-from jaxeff.checkpoints import CheckpointError, analyze_checkpoint, compare_checkpoints, open_checkpoint
+from jaxeff.checkpoints import (
+    CheckpointError,
+    analyze_checkpoint,
+    compare_checkpoints,
+    open_checkpoint,
+    write_checkpoint,
+)
 from jaxeff.checkpoints import _comparing as comparing
 from jaxeff.checkpoints import _measuring as measuring
 from jaxeff.checkpoints import _reading as reading
@@ -1175,6 +1181,80 @@ def test_what_changed_between_two(tmp_path: Path, capsys: pytest.CaptureFixture)
     written = json.loads(file.read_text())
     assert written == json.loads(found.to_json())
     assert written["weights"][0]["change"] == found.weights[0].change and written["only_a"] == ["gone"]
+
+
+def llama(blocks: int, scales: dict[str, list[float]]) -> dict[str, np.ndarray]:
+    """Return arrays under Llama's names on the hub; `scales` are factors of a weight's blocks."""
+    names = {"self_attn.q_proj": (8, 8), "mlp.up_proj": (16, 8), "mlp.down_proj": (8, 16)}
+    arrays = {"model.embed_tokens.weight": normal(32, 8, seed=1), "model.norm.weight": normal(8)}
+    for index in range(blocks):
+        for name, shape in names.items():
+            factor = np.float32(scales[name][index] if name in scales else 1)
+            arrays[f"model.layers.{index}.{name}.weight"] = normal(*shape, seed=index) * factor
+        arrays[f"model.layers.{index}.input_layernorm.weight"] = normal(8, seed=index)
+    return arrays
+
+
+def test_fine_tunes_are_compared_by_stack_and_by_block(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    before, blocks = llama(12, {}), range(12)
+    scales = {"mlp.up_proj": [1 + index / 100 for index in blocks], "mlp.down_proj": [0.75] * 12}
+    after = list(llama(12, scales).items())
+    write_checkpoint(tmp_path / "before", before, config={"num_hidden_layers": 12})
+    shards = {"1.safetensors": dict(after[:20]), "2.safetensors": dict(after[20:])}
+    paths = [str(tmp_path / "before"), str(save_shards(tmp_path / "after", shards))]
+
+    def rows(*arguments: str) -> list[list[str]]:
+        assert cli.main(["compare", *paths, *arguments]) == 0
+        lines = capsys.readouterr().out.split("\n\n")[0].split("\n")
+        return [line.split() for line in lines[2:] if line.startswith("model.")]
+
+    def names(*arguments: str) -> list[str]:
+        return [row[0] for row in rows(*arguments)]
+
+    # A weight times s changed by |s - 1|; a stack stands where its most changed block would.
+    stacked = [
+        f"model.layers.0–11.{name}.weight" for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj")
+    ]
+    found = {row[0]: row for row in rows()}
+    assert list(found) == [*stacked[:2], "model.embed_tokens.weight", stacked[2]]
+    assert found[stacked[0]][-2:] == ["2.50e-01", "▄" * 8]
+    assert found[stacked[1]][-2:] == ["0–1.10e-01", "▁▂▃▄▅▆▇█"]
+    assert found["model.embed_tokens.weight"][-2:] == ["0", "–"]
+    up = [f"model.layers.{index}.mlp.up_proj.weight" for index in blocks]
+    assert rows("--by", "block", "--filter", "*up_proj*")[0][-1] == "1.10e-01"
+    assert names("--by", "block", "--filter", "*up_proj*") == up[::-1]
+    assert names("--by", "block", "--filter", "*up_proj*", "--sort", "path") == up
+    assert len(names("--by", "block")) == len(names("--by", "block", "--sort", "size")) == 37
+    assert names("--top", "1") == stacked[:1] and names("--sort", "path")[0] == "model.embed_tokens.weight"
+
+    monkeypatch.delenv("COLUMNS")
+    comparison = compare_checkpoints(*paths)
+    assert cli.main(["compare", *paths, "--top", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "25 of 37 weights left out" in printed and "1 row holds 12 layers" in printed
+    assert cli.main(["compare", *paths, "--by", "block", "--filter", "*up_proj*"]) == 0
+    assert capsys.readouterr().out == comparison.table("*up_proj*", blocks=True) + "\n"
+    with pytest.raises(ValueError, match="no layer matches 'up'"):
+        _ = comparison.table("up")
+    with pytest.raises(SystemExit) as exited:
+        _ = cli.main(["compare", *paths, "--filter", "up"])
+    assert exited.value.code == 2 and "no layer matches 'up'" in capsys.readouterr().err
+
+
+def test_a_stack_hides_no_unknown_change(tmp_path: Path) -> None:
+    before, after = llama(12, {}), llama(12, {"mlp.up_proj": [2.0] * 12})
+    broken = "model.layers.4.mlp.up_proj.weight"
+    before[broken] = np.full_like(before[broken], np.nan)
+    # From 0 to something else: an infinite change, which has no height in the line over depth.
+    before["model.layers.0.mlp.up_proj.weight"] *= 0
+    paths = [save(tmp_path / f"{i}.safetensors", arrays) for i, arrays in enumerate((before, after))]
+    lines = comparing.render(compare_checkpoints(*paths), width=140).splitlines()
+    assert lines[2].split()[0] == broken and lines[2].split()[-2:] == ["?", "–"]
+    assert lines[3].split()[0] == "model.layers.0–3,5–11.mlp.up_proj.weight"
+    assert lines[3].split()[-2:] == ["1.00e+00–inf", "·" + "▄" * 7]
 
 
 def test_formats_compare_with_each_other(tmp_path: Path) -> None:

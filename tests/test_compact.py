@@ -431,10 +431,11 @@ def test_nnx_and_its_state():
     )
     model.eval()
     params, apply_fn = jaxeff.functional(model)
+    given = model, x
     for seed in range(2):
-        plan = random_plan(prune.groups(params, apply_fn, x), seed)
+        plan = random_plan(prune.groups(*given), seed)
         masked = prune.apply(params, plan.masks(params))
-        small, small_apply = prune.compact(params, apply_fn, x, plan)
+        small, small_apply = prune.compact(*given, plan)
         close(small_apply(small, x), apply_fn(masked, x))
         assert jax.tree.map(jnp.shape, small_apply.state) == jax.tree.map(
             jnp.shape, prune.shrink(apply_fn.state, plan)
@@ -442,14 +443,15 @@ def test_nnx_and_its_state():
         report = jaxeff.analyze(small, small_apply, x)
         assert report["conv/kernel"].shape == small["conv"]["kernel"].shape
         params, apply_fn = small, small_apply
+        given = params, apply_fn, x
 
 
 def test_an_equinox_model_without_a_state():
     eqx = pytest.importorskip("equinox")
-    params, apply_fn = jaxeff.functional(eqx.nn.MLP(5, 3, 16, 2, key=jax.random.key(0)))
-    x = normal(4, 5)
-    plan = random_plan(prune.groups(params, apply_fn, x), 0)
-    small, small_apply = prune.compact(params, apply_fn, x, plan)
+    model, x = eqx.nn.MLP(5, 3, 16, 2, key=jax.random.key(0)), normal(4, 5)
+    params, apply_fn = jaxeff.functional(model)
+    plan = random_plan(prune.groups(model, x), 0)
+    small, small_apply = prune.compact(model, x, plan)
     close(small_apply(small, x), apply_fn(prune.apply(params, plan.masks(params)), x))
 
 
@@ -550,6 +552,11 @@ def test_wrong_arguments():
         _ = prune.compact({**params, "c": x}, linear, x, plan)
     with pytest.raises(TypeError, match="`apply_fn` must be callable, got int"):
         _ = prune.compact(params, 3, x, plan)
+    for missing in ((params, linear), (params, linear, x), (params, linear, x, {"a:1": [1]})):
+        with pytest.raises(TypeError, match=r"`plan` must be .* \(params, apply_fn, batch, plan\) or"):
+            _ = prune.compact(*missing)
+    with pytest.raises(TypeError, match="`batch` is missing"):
+        _ = prune.compact(params, linear, plan)
     with pytest.raises(ValueError, match="`apply_fn` failed on these `params`"):
         _ = prune.compact(params, linear, normal(8, 5), plan)
     small, small_apply = prune.compact(params, linear, x, plan)

@@ -1,6 +1,7 @@
 """Models of any make are one function: the same network gives the same report however it is written."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -152,6 +153,59 @@ def test_keywords_reach_an_nnx_model():
 
     (site,) = jaxeff.collect(*jaxeff.functional(Scaled()), np.ones((5, 3)), scale=0.1).sites
     np.testing.assert_allclose(site.post.mean_absolute, np.full((1, 2), np.tanh(0.3)), rtol=1e-6)
+
+
+def _squares(outputs, targets):
+    return jnp.mean((outputs - targets) ** 2, axis=1)
+
+
+LOSS = {"loss_fn": _squares, "targets": jnp.ones((16, 2))}
+# keyword of the user -> the verb, its other arguments, and the argument that was meant; None for one of the model's.
+KEYWORDS = {
+    "critereon": (jaxeff.analyze, {}, "criterion"),
+    "hessian": (jaxeff.collect, {}, "hessians"),
+    "tolerence": (jaxeff.advise, LOSS, "tolerance"),
+    "alow": (prune.groups, {}, "allow"),
+    "sparsitys": (prune.sensitivity, LOSS, "sparsities"),
+    "blocks": (jaxeff.outliers, {}, None),
+    "cache": (jaxeff.cost.count, {}, None),
+    "train": (jaxeff.analyze, {}, None),
+}
+
+
+@pytest.mark.parametrize("keyword", KEYWORDS)
+@pytest.mark.parametrize("kind", ["function", "linen", "nnx"])
+def test_a_mistyped_keyword_of_a_verb_is_told_from_one_of_the_model(kind, keyword):
+    verb, arguments, meant = KEYWORDS[keyword]
+    x = jnp.ones((16, 3))
+    model = {
+        "function": lambda: ({"w": jnp.ones((3, 2))}, lambda params, x: x @ params["w"], x),
+        "linen": lambda: ({"params": nn.Dense(2).init(jax.random.key(0), x)["params"]}, nn.Dense(2).apply, x),
+        "nnx": lambda: (nnx.Linear(3, 2, rngs=nnx.Rngs(0)), x),
+    }[kind]()
+    with pytest.raises(ValueError, match=f"unexpected keyword argument '{keyword}'") as raised:
+        verb(*model, **arguments, **{keyword: 0.5})
+    said = f" Did you mean `{meant}`, an argument of `{verb.__name__}`?"
+    assert (said in str(raised.value)) if meant else ("Did you mean" not in str(raised.value))
+
+
+@pytest.mark.parametrize("verb", [jaxeff.analyze, jaxeff.spectra, jaxeff.outliers, prune.layout])
+def test_a_keyword_without_a_function_to_take_it_is_refused(verb):
+    params = {"w": jnp.ones((3, 2))}
+    with pytest.raises(
+        TypeError, match="no `apply_fn` that could take the keyword 'rng'.*Did you mean `rngs`"
+    ):
+        verb(params, rng=0)
+    with pytest.raises(TypeError, match="could take the keyword 'train'") as raised:
+        verb(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), train=False)
+    assert "Did you mean" not in str(raised.value)
+
+
+def test_a_keyword_of_the_users_own_partial_is_no_argument_of_a_verb():
+    apply_fn = functools.partial(lambda params, x: x @ params["w"], critereon="wanda")
+    with pytest.raises(ValueError, match="'critereon'") as raised:
+        jaxeff.analyze({"w": jnp.ones((3, 2))}, apply_fn, jnp.ones((4, 3)))
+    assert "Did you mean" not in str(raised.value)
 
 
 def test_a_module_in_the_wrong_place_is_named():

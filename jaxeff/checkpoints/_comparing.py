@@ -19,6 +19,7 @@ from jaxeff.checkpoints._reading import Progress, pieces
 from jaxeff.checkpoints._stored import Stored
 from jaxeff.output import text
 from jaxeff.output.shown import Shown
+from jaxeff.output.stacks import Stack, explained, rows_of
 from jaxeff.report._serialization import encoded
 
 _SORTED = {
@@ -74,6 +75,23 @@ class CheckpointComparison(Shown):
 
     def __str__(self) -> str:
         return render(self)
+
+    def table(self, pattern: str = "*", *, blocks: bool = False) -> str:
+        """Return the table, as `print(comparison)` shows it, or the part of it that is of interest.
+
+        In a table of more than 20 weights, at least three that differ only in the number of their block share a row:
+        the lowest and the highest number, and the change over depth.
+
+        Args:
+            pattern: of the paths of the weights to show, such as "*mlp*"; * stands for any text, ? for one character.
+                The text below the rows covers all arrays.
+            blocks: whether each block has a row of its own.
+
+        Raises:
+            TypeError: the pattern is not a string.
+            ValueError: no weight matches the pattern.
+        """
+        return render(self, pattern=pattern, blocks=blocks)
 
     def to_json(self, *, indent: int | None = None) -> str:
         """Return the fields as JSON, with nan as null and infinity as the string "Infinity"."""
@@ -212,17 +230,28 @@ def _relative(apart: float, all_: float) -> float:
 
 
 def render(
-    comparison: CheckpointComparison, order: str = "change", top: int | None = None, width: int = text.WIDTH
+    comparison: CheckpointComparison,
+    order: str = "change",
+    top: int | None = None,
+    width: int = text.WIDTH,
+    *,
+    pattern: str = "*",
+    blocks: bool = False,
 ) -> str:
     """Render the table in an order of ORDERS, and say in which.
 
-    Lists show their first `top` entries, and how many were left out.
+    Lists show their first `top` entries, and how many were left out. `pattern` and `blocks` are as in
+    `CheckpointComparison.table`.
+
+    Raises:
+        ValueError: no weight matches the pattern.
     """
     weights = in_order(comparison.weights, order)
+    shown = [weights[index] for index in text.matching([weight.path for weight in weights], pattern)]
     reshaped = [f"{name} {list(one)} -> {list(two)}" for name, one, two in comparison.reshaped]
     return "\n".join(
         [
-            *_table(weights, top, width),
+            *_table(shown, top, width, blocks),
             "",
             *text.wrapped(
                 f"{_SORTED[order]} {_summary(comparison)}" if weights else _summary(comparison), width
@@ -245,31 +274,43 @@ def in_order(weights: Sequence[WeightChange], order: str) -> list[WeightChange]:
         return list(weights)
     if order == "size":
         return sorted(weights, key=lambda weight: -math.prod(weight.shape))
-    return sorted(weights, key=lambda weight: -math.inf if math.isnan(weight.change) else -weight.change)
+    return sorted(weights, key=lambda weight: (not math.isnan(weight.change), -weight.change))
 
 
-_HEADER = ("layer", "shape", "util. A", "util. B", "gini A", "gini B", "change")
+_HEADER = ("layer", "shape", "util. A", "util. B", "gini A", "gini B", "change", "depth")
 _DISPENSABLE = ("gini A", "gini B", "shape")
+_LEFT = ("shape", "depth")
 
 
-def _table(weights: Sequence[WeightChange], top: int | None, width: int) -> list[str]:
+def _table(weights: Sequence[WeightChange], top: int | None, width: int, blocks: bool) -> list[str]:
     if not weights:
         return text.wrapped("No weight has one name and one shape in both.", width)
-    rest = text.left_out(len(weights), top, "weights")
-    cells = [_cells(weight) for weight in weights[:top]]
+    # Unknown changes do not hide in the range of the others.
+    alike = [(weight.path, (weight.shape, math.isnan(weight.change))) for weight in weights]
+    kept = rows_of(alike, blocks)[:top]
+    cells = [_cells(stack, [weights[index] for index in stack.members]) for stack in kept]
+    legend = explained(
+        kept, "the lowest and the highest number, and the change over depth", "comparison.table(blocks=True)"
+    )
     return [
-        *(text.aligned([_HEADER, *cells], width, dispensable=_DISPENSABLE, left=("shape",)) if cells else []),
-        *rest,
+        *(text.aligned([_HEADER, *cells], width, dispensable=_DISPENSABLE, left=_LEFT) if cells else []),
+        *text.left_out(len(weights), sum(len(stack.members) for stack in kept), "weights"),
+        *(line for each in legend for line in text.wrapped(each, width)),
     ]
 
 
-def _cells(weight: WeightChange) -> tuple[str, ...]:
+def _cells(stack: Stack, weights: Sequence[WeightChange]) -> tuple[str, ...]:
+    changes = [weight.change for weight in weights]
     return (
-        weight.path,
-        "x".join(map(str, weight.shape)),
-        *map(text.percent, weight.utilization),
-        *map(text.decimal, weight.gini),
-        _change(weight.change),
+        stack.part(range(len(weights))),
+        "x".join(map(str, weights[0].shape)),
+        *(
+            text.ranged(side, text.percent)
+            for side in zip(*(weight.utilization for weight in weights), strict=True)
+        ),
+        *(text.ranged(side, text.decimal) for side in zip(*(weight.gini for weight in weights), strict=True)),
+        text.ranged(changes, _change),
+        text.sparkline(changes) if len(weights) > 1 else text.UNKNOWN,
     )
 
 

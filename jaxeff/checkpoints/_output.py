@@ -41,7 +41,7 @@ def render(
     Raises:
         ValueError: no layer matches the pattern.
     """
-    found = set(_table.matching(report.snapshot(), pattern))
+    found = set(text.matching([row.path for row in report.snapshot().rows], pattern))
     shown = [index for index in in_order(report, order) if index in found]
     table = _table.render(report.snapshot(), shown, width, top, blocks=blocks)
     return "\n".join([table, *_left_out(checkpoint, width)])

@@ -6,7 +6,7 @@ A library is imported only where one of its models came, which has imported it a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxeff.model.apply import ModelApply, NNXApply, StatefulApply
-from jaxeff.model.functions import bound_module
+from jaxeff.model.functions import bound_module, near_keyword
 from jaxeff.model.keras_models import restore_keras, split_keras
 from jaxeff.model.named_arrays import is_haliax, restore_haliax, restore_penzai, split_haliax, split_penzai
 from jaxeff.model.params import is_a, is_variables, named_leaves
@@ -112,8 +112,22 @@ def restore(model: Any, params: Any) -> Any:
     return adapter.restore(model, params)
 
 
-def resolve(params: Any, apply_fn: Any, batch: Any) -> tuple[Any, Any, Any]:
-    """Return `(params, apply_fn, batch)` of `(model, batch)`; anything else is unchanged."""
+def resolve(
+    params: Any, apply_fn: Any, batch: Any, apply_kwargs: Mapping[str, Any] | None = None
+) -> tuple[Any, Any, Any]:
+    """Return `(params, apply_fn, batch)` of `(model, batch)`; anything else is unchanged.
+
+    Raises:
+        TypeError: `apply_kwargs` come without an `apply_fn` that could take them.
+    """
+    params, apply_fn, batch = _resolved(params, apply_fn, batch)
+    if apply_fn is None and apply_kwargs:
+        message = f"there is no `apply_fn` that could take the keyword {next(iter(apply_kwargs))!r}"
+        raise TypeError(f"{message}.{near_keyword(message)}")
+    return params, apply_fn, batch
+
+
+def _resolved(params: Any, apply_fn: Any, batch: Any) -> tuple[Any, Any, Any]:
     if apply_fn is not None and batch is not None:
         if not callable(apply_fn) and _found(params) is not None:
             raise TypeError(

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
+import inspect
+import traceback
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol
 
@@ -207,13 +210,33 @@ def named_misfit(apply: Callable, variables: Any, batch: tuple) -> Any:
         return apply(variables, *batch)
     except MISFITS as error:
         shapes = ", ".join(str(jax.tree.map(jnp.shape, item)) for item in batch)
+        near = near_keyword(str(error)) if isinstance(error, TypeError) else ""
         raise ValueError(
             f"`apply_fn` failed on these `params` and a `batch` of shape {shapes}. It raised "
-            f"{type(error).__name__}: {first_line(error)}. `batch` is the model's input as `apply_fn` "
+            f"{type(error).__name__}: {first_line(error)}.{near} `batch` is the model's input as `apply_fn` "
             "takes it (a tuple is several positional inputs); a function that wants a variables dict gets "
             "all of it as `params`, batch_stats and other collections included; keyword arguments and `rngs` "
             "are passed on."
         ) from error
+
+
+def near_keyword(message: str) -> str:
+    """Return a question about a keyword that a message quotes, if the user's call has one with nearly that name.
+
+    All verbs pass what they do not know on as `apply_kwargs`, so the outermost call that has it is the user's.
+    """
+    verbs = [
+        frame
+        for frame, _ in traceback.walk_stack(inspect.currentframe())
+        if str(frame.f_globals.get("__name__")).startswith("jaxeff.") and "apply_kwargs" in frame.f_locals
+    ]
+    if not verbs:
+        return ""
+    code, passed_on = verbs[-1].f_code, verbs[-1].f_locals["apply_kwargs"]
+    own = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    quoted = [name for name in passed_on if repr(name) in message]
+    near = [match for name in quoted for match in difflib.get_close_matches(name, own, 1, cutoff=0.75)]
+    return f" Did you mean `{near[0]}`, an argument of `{code.co_name}`?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -120,6 +120,23 @@ def folded_cells(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return [(stack.part(range(len(stack.members))), *rows[stack.members[0]][1:]) for stack in stacks]
 
 
+def explained(rows: Sequence[Stack], holds: str, table: str) -> list[str]:
+    """Return the sentence that explains rows of several layers; nothing if there are none.
+
+    Args:
+        holds: what such a row shows.
+        table: the call that gives each block a row of its own.
+    """
+    several = [stack for stack in rows if len(stack.members) > 1]
+    if not several:
+        return []
+    hold = "1 row holds" if len(several) == 1 else f"{len(several)} rows hold"
+    return [
+        f"({hold} {sum(len(stack.members) for stack in several):,} layers of stacked blocks: {holds}. "
+        f"`{table}`, or `--by block`, has a row for each.)"
+    ]
+
+
 def folded(rows: Sequence[tuple[str, Hashable]]) -> list[Stack]:
     """Return the stacks of at least three layers, each at the place of its first, and every other layer alone.
 

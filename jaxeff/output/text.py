@@ -143,6 +143,22 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern.replace("[", "[[]"))
 
 
+def matching(paths: Sequence[str], pattern: str) -> list[int]:
+    """Return the indices of the layers whose paths match a pattern, as in `matches`.
+
+    Raises:
+        TypeError: the pattern is not a string.
+        ValueError: no layer matches, though there are layers.
+    """
+    if not isinstance(pattern, str):
+        raise TypeError(f"`pattern` must be a string, such as '*/attention/*', got {pattern!r}")
+    found = [index for index, path in enumerate(paths) if matches(path, pattern)]
+    if paths and not found:
+        shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
+        raise ValueError(f"no layer matches {pattern!r}, where * stands for anything; there are {shown}")
+    return found
+
+
 def some(names: Sequence[str], most: int = 3) -> str:
     """Join the first of several names, and say how many there are besides.
 
@@ -213,10 +229,10 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 def sparkline(values: Sequence[float], width: int = 8) -> str:
     """Draw numbers as bars of a line of text, from the lowest to the highest of them.
 
-    More numbers than `width` are averaged with their neighbors; what is nan is a dot.
+    More numbers than `width` are averaged with their neighbors; what is nan or infinite is a dot.
 
-    >>> sparkline([1, 2, 3, 2, 8]), sparkline([1, 1, math.nan]), len(sparkline(range(100)))
-    ('▁▂▃▂█', '▄▄·', 8)
+    >>> sparkline([1, 2, 3, 2, 8]), sparkline([1, 1, math.nan, math.inf]), len(sparkline(range(100)))
+    ('▁▂▃▂█', '▄▄··', 8)
     """
     count = min(len(values), width)
     edges = [round(part * len(values) / max(count, 1)) for part in range(count + 1)]
@@ -227,7 +243,7 @@ def sparkline(values: Sequence[float], width: int = 8) -> str:
 
 
 def _mean(values: Sequence[float]) -> float:
-    finite = [value for value in values if not math.isnan(value)]
+    finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
 
 

@@ -21,6 +21,7 @@ from jaxeff.graph.program import Program, flatten
 from jaxeff.graph.remaining import Input, Kept
 from jaxeff.graph.resizing import Resized
 from jaxeff.graph.skipping import without
+from jaxeff.model.adapters import resolve_both
 from jaxeff.model.apply import StatefulApply, check_apply, has_array
 from jaxeff.model.functions import bound_module, content, named_misfit
 from jaxeff.prune._named import GONE, in_modules, map_named, named_variables, stand_in, without_leaves
@@ -238,9 +239,9 @@ def _abstract(leaf: Any, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
 
 def compact(
     params: Any,
-    apply_fn: Callable,
-    batch: Any,
-    plan: Plan,
+    apply_fn: Callable | Any,
+    batch: Any = None,
+    plan: Plan | None = None,
     *,
     rngs: Any = None,
     **apply_kwargs: Any,
@@ -256,7 +257,8 @@ def compact(
     `prune.groups(..., allow="replay")` opens.
 
     Args:
-        params, apply_fn, rngs, apply_kwargs: as `prune.groups` takes them.
+        params, apply_fn, rngs, apply_kwargs: as `prune.groups` takes them. Or a model, followed by the batch and the
+            plan: `compact(model, batch, plan)`.
         batch: to check the smaller model with, as `prune.groups` takes it. Batches of other shapes are traced anew,
             as `jax.jit` does.
         plan: from `prune.plan`, for this model.
@@ -267,6 +269,7 @@ def compact(
         `apply_fn` returns; the collections that a Linen module with `mutable` updates are smaller.
 
     Raises:
+        TypeError: an argument has the wrong type or is missing.
         ValueError: the plan is of another model, or the program cannot run without what the plan removes, for
             example because a size is written into the code. The message names the operation and its line. Or
             something is returned that was made inside a block that the plan leaves out.
@@ -279,6 +282,14 @@ def compact(
     >>> small_params["a"].shape, small_apply(small_params, x).shape
     ((3, 2), (8, 2))
     """
+    if plan is None and isinstance(batch, Plan):
+        batch, plan = None, batch
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"`plan` must be what `prune.plan` makes, a `prune.Plan`, got {type(plan).__name__}: pass (params, "
+            "apply_fn, batch, plan) or (model, batch, plan)"
+        )
+    params, apply_fn, batch = resolve_both(params, apply_fn, batch)
     check_apply(apply_fn)
     large_state: Any = apply_fn.state if isinstance(apply_fn, StatefulApply) else {}
     state = large_state  # Without arrays in it, it is passed on as it is: an Equinox model without state has None.

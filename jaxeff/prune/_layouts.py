@@ -212,6 +212,7 @@ def layout(
         `axes` of `prune.NByM` and `prune.Units`.
 
     Raises:
+        TypeError: `apply_kwargs` come without an `apply_fn`.
         ValueError: `prunable` names an unknown leaf, or `batch` is missing.
 
     >>> def model(params, x):
@@ -224,7 +225,7 @@ def layout(
     >>> found["blocks/q"].axes
     Axes(inputs=(1,), units=(2,), layers=(0,))
     """
-    params, apply_fn, batch = resolve(params, apply_fn, batch)
+    params, apply_fn, batch = resolve(params, apply_fn, batch, apply_kwargs)
     params = Params.of(params)
     named = params.named
     if apply_fn is None:

@@ -20,7 +20,7 @@ from jax.core import Tracer
 
 from jaxeff.output import files
 from jaxeff.output.shown import Shown
-from jaxeff.output.text import some
+from jaxeff.output.text import matching, some
 from jaxeff.report import _notebook as notebook
 from jaxeff.report import _scalars as scalars
 from jaxeff.report import _serialization as serialization
@@ -248,7 +248,8 @@ class Report(Shown):
         """
         snapshot = self.snapshot()
         table.check_columns(snapshot, columns or {})
-        return table.render(snapshot, table.matching(snapshot, pattern), blocks=blocks, columns=columns)
+        shown = matching([row.path for row in snapshot.rows], pattern)
+        return table.render(snapshot, shown, blocks=blocks, columns=columns)
 
     def scalars(self, *patterns: str) -> dict[str, float]:
         """Return about a dozen numbers of the model under flat names, for any tracker; more by pattern.

@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from jaxeff.model.roles import whole_numbers
-from jaxeff.output.stacks import PLAIN, Row, Stack, alone, folded, named, rows_of
+from jaxeff.output.stacks import PLAIN, Row, Stack, alone, explained, folded, named, rows_of
 from jaxeff.output.text import (
     UNKNOWN,
     WIDTH,
     aligned,
     decimal,
     left_out,
-    matches,
     number,
     percent,
     ranged,
@@ -77,23 +76,6 @@ def render(
     return "\n".join(lines)
 
 
-def matching(report: Snapshot, pattern: str) -> list[int]:
-    """Return the indices of the layers whose paths match a glob pattern, in forward order.
-
-    Raises:
-        TypeError: the pattern is not a string.
-        ValueError: no layer matches, though there are layers.
-    """
-    if not isinstance(pattern, str):
-        raise TypeError(f"`pattern` must be a string, such as '*/attention/*', got {pattern!r}")
-    paths = [row.path for row in report.rows]
-    found = [index for index, path in enumerate(paths) if matches(path, pattern)]
-    if paths and not found:
-        shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
-        raise ValueError(f"no layer matches {pattern!r}, where * stands for anything; there are {shown}")
-    return found
-
-
 def fold(rows: Sequence[Row], shown: Sequence[int], blocks: bool = False) -> list[Stack]:
     """Return what each row of the table holds: a stack of layers at the place of its first, or a single layer.
 
@@ -110,15 +92,8 @@ def fold(rows: Sequence[Row], shown: Sequence[int], blocks: bool = False) -> lis
 
 def legend(folded: Sequence[Stack]) -> list[str]:
     """Return the sentence that explains rows of several layers; nothing if there are none."""
-    several = [stack for stack in folded if len(stack.members) > 1]
-    if not several:
-        return []
-    rows = "1 row holds" if len(several) == 1 else f"{len(several)} rows hold"
-    return [
-        f"({rows} {sum(len(stack.members) for stack in several):,} layers of stacked blocks: the lowest and the "
-        "highest number, sums of weights, bytes, MACs and dead units, and utilization over depth. "
-        "`report.table(blocks=True)`, or `--by block`, has a row for each.)"
-    ]
+    holds = "the lowest and the highest number, sums of weights, bytes, MACs and dead units, and utilization over depth"
+    return explained(folded, holds, "report.table(blocks=True)")
 
 
 def line(rows: Sequence[LayerReport], stack: Stack) -> tuple[str, ...]:
