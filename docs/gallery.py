@@ -117,7 +117,7 @@ def _report(state: TrainState, images) -> jaxeff.Report:
 
 
 def _smaller(model, images, removed: float) -> prune.BeforeAndAfter:
-    """The network beside one of so many fewer units, which no training has mended."""
+    """The network beside one with fewer units, without training after the removal."""
     variables, apply_fn = model
     plan = prune.plan(prune.groups(variables, apply_fn, images), prune.scored(variables), removed)
     small = prune.shrink(variables, plan)

@@ -130,7 +130,7 @@ def test_copies_of_keys_and_values_are_not_in_the_cache():
 def test_sizes_that_cannot_be():
     groups = large("mlp")[2]
     with pytest.raises(
-        ValueError, match="`sizes` names 'Dense_2/kernel:1', which is no group that may shrink"
+        ValueError, match="`sizes` names 'Dense_2/kernel:1', which is not a group that may shrink"
     ):
         groups.costs({"Dense_2/kernel:1": 2})
     for size in (0, 10, 2.5):

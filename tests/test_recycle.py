@@ -241,7 +241,7 @@ def test_bad_input():
     for tau in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="`tau` must be from 0 to 1"):
             prune.recycle(params, groups, report, key=key, tau=tau)
-    with pytest.raises(ValueError, match="'end:0', which is no group of units"):
+    with pytest.raises(ValueError, match="'end:0', which is not a group of units"):
         prune.recycle(params, groups, report, key=key, units={"end:0": [0]})
     for units in ([8], [-1], [0.5], np.ones(7, bool), np.ones((1, 8), bool)):
         with pytest.raises(ValueError, match="or indices below 8"):

@@ -477,7 +477,7 @@ def test_plans_by_layer_and_over_all():
         ({"sparsity": 1.0}, "`sparsity` must be in"),
         ({"sparsity": float("nan")}, "`sparsity` must be in"),
         ({"sparsity": "0.5"}, "`sparsity` must be in .*, got '0.5'"),
-        ({"sparsity": {"w9:1": 0.5}}, "`sparsity` names 'w9:1', which is no group that may shrink: w0:1"),
+        ({"sparsity": {"w9:1": 0.5}}, "`sparsity` names 'w9:1', which is not a group that may shrink: w0:1"),
         ({"sparsity": {"w0:1": 0.5}, "scope": "global"}, "`sparsity` by group is for scope 'layer'"),
         ({"scope": "all"}, "`scope` must be 'layer' or 'global'"),
         ({"round_to": 0}, "`round_to` must be whole and at least 1"),
@@ -509,7 +509,7 @@ def test_wrong_arguments(arguments, message):
         ({"w0:1": "01"}, "must be a list of whole numbers"),
         ({"w0:1": 3}, "must be a list of whole numbers"),
         ({"w0:0": [0]}, "'w0:0', which is locked: input of the model"),
-        ({"nothing": [0]}, "'nothing', which is no group"),
+        ({"nothing": [0]}, "'nothing', which is not a group"),
     ],
 )
 def test_elements_that_cannot_go(removed, message):

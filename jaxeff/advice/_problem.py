@@ -21,7 +21,7 @@ from jaxeff.model.params import Params, batch_size, named_leaves
 from jaxeff.numerics.meshes import by_compiler
 
 HELD_OUT = 4
-"""One example in so many is set aside."""
+"""One example in this number is set aside."""
 _FEWEST = 2 * HELD_OUT
 
 

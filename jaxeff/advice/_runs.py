@@ -54,12 +54,12 @@ class Runs:
             self._step()
 
     def keeping(self, forwards: int) -> AbstractContextManager[None]:
-        """A stage that leaves so many for what follows."""
+        """A stage that leaves this number of runs to those after it."""
         return self.at_most(self.left - forwards)
 
     @contextmanager
     def at_most(self, forwards: int) -> Iterator[None]:
-        """A stage that ends, without an error, where it has spent so many."""
+        """A stage that ends, without an error, once it has spent this number of runs."""
         outer = self._limit
         self._limit = min(outer, self.count + forwards)
         try:

@@ -285,7 +285,7 @@ class Labels:
         return [*self.factors(major[:, 0], depth + 1), *below]
 
     def cut(self, labels: IntArray, rows: int) -> tuple[IntArray, IntArray] | None:
-        """Labels as a product of so many rows and of columns; None where they cannot be one."""
+        """Split labels into a product of this number of rows and of columns; None if they are no such product."""
         if len(labels) % rows or self.is_product(self.find(labels)).any():
             return None
         major, minor = self.fresh(rows), self.fresh(len(labels) // rows)

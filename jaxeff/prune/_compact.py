@@ -128,7 +128,7 @@ class CompactApply(StatefulApply):
                 block = found.get(frozenset(numbers[path] for path in group.leaves[element]))
                 if block is None:
                     raise ValueError(
-                        f"`plan` leaves out {group.names[element]!r}, which is no residual block of what `apply_fn` "
+                        f"`plan` leaves out {group.names[element]!r}, which is not a residual block of what `apply_fn` "
                         "computes for this batch and these keyword arguments"
                     )
                 blocks.append(block)

@@ -198,7 +198,7 @@ class Groups(Shown):
         for name, size in given.items():
             if name not in unlocked:
                 raise ValueError(
-                    f"`sizes` names {name!r}, which is no group that may shrink: {', '.join(unlocked)}"
+                    f"`sizes` names {name!r}, which is not a group that may shrink: {', '.join(unlocked)}"
                 )
             if not 1 <= size <= unlocked[name].size or size != int(size):
                 raise ValueError(f"`sizes` must be from 1 to {unlocked[name].size} for {name!r}, got {size}")
@@ -298,7 +298,7 @@ def _scores(importance: Any, shapes: Shapes) -> dict[str, jax.Array]:
     named = {path: score for path, score in named_variables(importance).items() if jnp.ndim(score)}
     for path, score in named.items():
         if path not in shapes:
-            raise ValueError(f"`importance` is of another model: {path!r} is no leaf of this one")
+            raise ValueError(f"`importance` is of another model: {path!r} is not a leaf of this one")
         if jnp.shape(score) != shapes[path]:
             raise ValueError(
                 f"`importance` of {path!r} has shape {jnp.shape(score)}, and the leaf has {shapes[path]}"

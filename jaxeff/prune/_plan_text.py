@@ -167,7 +167,7 @@ def _indices(group: Group) -> int:
 
 def _path(found: Any, shapes: Shapes) -> str:
     if _of(str, found) not in shapes:
-        raise _damaged(f"{reprlib.repr(found)} is no leaf")
+        raise _damaged(f"{reprlib.repr(found)} is not a leaf")
     return found
 
 

@@ -282,7 +282,7 @@ def _by_group(argument: str, value: Any, unlocked: Mapping[str, Group], default:
     given = value if isinstance(value, Mapping) else dict.fromkeys(unlocked, value)
     if unknown := given.keys() - unlocked.keys():
         raise ValueError(
-            f"`{argument}` names {sorted(unknown)[0]!r}, which is no group that may shrink: "
+            f"`{argument}` names {sorted(unknown)[0]!r}, which is not a group that may shrink: "
             f"{', '.join(unlocked)}"
         )
     return {name: given.get(name, default) for name in unlocked}

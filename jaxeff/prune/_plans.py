@@ -67,7 +67,7 @@ class Plan(Shown):
         for name in removed:
             if name not in known:
                 raise ValueError(
-                    f"`removed` names {name!r}, which is no group: print the groups to see their names"
+                    f"`removed` names {name!r}, which is not a group: print the groups to see their names"
                 )
             if known[name].locked is not None:
                 raise ValueError(f"`removed` names {name!r}, which is locked: {known[name].locked}")

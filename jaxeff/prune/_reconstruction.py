@@ -36,7 +36,7 @@ def reconstruct(
         masks: from `prune.masks`, or any other, True = kept. A leaf whose mask is one boolean stays as it is.
         statistics: from `jaxeff.collect(..., hessians=True)`, of these params.
         damping: d, as a fraction of the mean of the diagonal of H.
-        iterations: at most so many; all units of a layer may converge before.
+        iterations: the most for each layer; it stops before if all of its units have converged.
 
     Returns:
         Params that are 0 where a mask is False, of the same types.

@@ -134,7 +134,7 @@ def rows_by_path(groups: Groups, report: Report) -> dict[str, list[LayerReport]]
     for row in report.single().rows:
         rows.setdefault(re.sub(r"\[[\d,]+\]$", "", row.path), []).append(row)
     if unknown := sorted(rows.keys() - groups.params.keys()):
-        raise ValueError(f"`report` is of another model: {unknown[0]!r} is no leaf of the groups'")
+        raise ValueError(f"`report` is of another model: {unknown[0]!r} is not a leaf of the groups'")
     return rows
 
 
@@ -191,7 +191,7 @@ def _given(groups: Groups, name: str, elements: Any, rows: Mapping[str, Sequence
     group = next((group for group in groups.unlocked if group.name == name and not group.routed), None)
     if group is None:
         raise ValueError(
-            f"`units` names {name!r}, which is no group of units that may be recycled: print the groups"
+            f"`units` names {name!r}, which is not a group of units that may be recycled: print the groups"
         )
     if not _clear(group, rows):
         raise ValueError(

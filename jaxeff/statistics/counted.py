@@ -105,5 +105,5 @@ def cleared(array: jax.Array, counts: jax.Array | None) -> jax.Array:
 
 
 def number(elements: int, counts: jax.Array | None) -> int | jax.Array:
-    """Return how many of so many elements count, of which every part of the mask has equally many."""
+    """Return how many of an array's elements count; each element of the mask stands for equally many of them."""
     return elements if counts is None else jnp.sum(counts) * (elements // math.prod(counts.shape))
