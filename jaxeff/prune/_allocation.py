@@ -108,7 +108,7 @@ def owl(scores: Any, sparsity: float, *, multiple: float = 5.0, spread: float = 
     """
     if multiple <= 0:
         raise ValueError(
-            f"`multiple` must be positive, got {multiple}: a score is an outlier if it is above this multiple of the mean"
+            f"`multiple` must be positive, got {multiple}: an outlier is a score above this multiple of the mean"
         )
     if not 0 <= spread <= sparsity or not sparsity + spread < 1:
         raise ValueError(
