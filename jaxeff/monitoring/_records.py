@@ -79,6 +79,22 @@ class Attention:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class SpectralRanks:
+    """Ranks of the matrices of every weight, as in `jaxeff.spectra`; nan if one is not finite or all 0.
+
+    Attributes:
+        paths: of the matrices, with an index where a scan or a batched product stacks several.
+        effective_rank: [matrices], exp(-sum p ln p) with p = s / sum s, of the singular values s.
+        stable_rank: [matrices], sum s^2 / max s^2.
+    """
+
+    paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    effective_rank: jax.Array
+    stable_rank: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Vitals:
     """The numbers of one check. Those that cost more are of the latest report.
 
