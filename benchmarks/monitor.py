@@ -5,7 +5,8 @@ python benchmarks/monitor.py --network transformer --mode donated --steps 1 --re
 
 LeNet-300-100 on 512 images; a transformer of 4 layers of width 256 on 16 x 128 tokens. The mode is `jitted`, a
 compiled step called ten times; `donated`, the same step donating its state; `eager`, without `jit`; or `looped`, ten
-steps in one program, which finds out at each step whether to check. The others are told.
+steps in one program, which finds out at each step whether to check and is given the parameters before the step in
+place of the updates. The others are told.
 
 At `every`, a monitor adds less than runs differ by, so its parts are measured in ten steps each: steps that only wait,
 steps that all check, and steps that all check and make a report, with `--spectra` also of ranks.
@@ -72,14 +73,15 @@ def prepare(network: str, every: int, mode: str = "jitted") -> Prepared:
         return own, jax.jit(optimizer.init)(own), state
 
     def step(watch: jaxeff.Monitor | None, carry):
-        params, state, monitor = carry
-        gradients = jax.grad(loss)(params)
-        updates, state = optimizer.update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
+        before, state, monitor = carry
+        gradients = jax.grad(loss)(before)
+        updates, state = optimizer.update(gradients, state, before)
+        params = optax.apply_updates(before, updates)
         if watch is not None:
-            trees = {"gradients": gradients, "updates": updates}
-            # The host knows at which steps it calls, but not those of a loop inside a program.
-            known = None if mode == "looped" else watch.every == 1
+            if mode == "looped":  # The host does not know at which of the steps it calls.
+                known, trees = None, {"gradients": gradients, "params_before": before}
+            else:
+                known, trees = watch.every == 1, {"gradients": gradients, "updates": updates}
             monitor = watch.update(monitor, params, model.apply, inputs, **trees, check_now=known)
         return params, state, monitor
 

@@ -162,6 +162,7 @@ class Monitor:
         *,
         gradients: Any = None,
         updates: Any = None,
+        params_before: Any = None,
         check_now: bool | None = None,
         **analysis: Any,
     ) -> MonitorState:
@@ -174,14 +175,21 @@ class Monitor:
         Args:
             gradients: like `params`. To see what clipping hides, pass them as they are before it.
             updates: like `params`: what the optimizer adds to them.
+            params_before: like `params`: those before the step, in place of `updates`, which are then the difference,
+                up to rounding. It makes a step cheaper that decides while it runs whether to check.
             check_now: whether to check at this step, if that is known outside of the compiled step, such as by a static
                 argument. Steps that do not check are then compiled without the check, and make no updates for it.
 
         Raises:
             TypeError: `state` is not a MonitorState.
-            ValueError: `state` belongs to another model, or `gradients` or `updates` are not like `params`.
+            ValueError: `state` belongs to another model, or to a monitor with another `spectra`; `gradients`, `updates`
+                or `params_before` are not like `params`; or `updates` and `params_before` are both given.
         """
         _check_state(state)
+        if updates is not None and params_before is not None:
+            raise ValueError(
+                "pass `updates` or `params_before`, not both: the updates are `params - params_before`"
+            )
         step = state.packing.first(state.rows) + 1
 
         def check() -> tuple[Any, ...]:
@@ -204,7 +212,7 @@ class Monitor:
                 analyzed_now,
                 lambda: (held.analyzed, held.report, held.ranks),
             )
-            trees = {"gradients": gradients, "updates": updates}
+            trees = {"gradients": gradients, "updates": updates, "params_before": params_before}
             effective = _effective_params(report)
             vitals = monitoring.measure(state.leaves, given, statistics, effective, **trees, tau=self.tau)
             contents = _Contents(step, step, analyzed, report, vitals, held.first, held.vitals, ranks)

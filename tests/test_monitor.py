@@ -407,6 +407,25 @@ def test_without_spectra_there_are_no_ranks_and_such_states_are_refused():
         watch.update(_start(), PARAMS, MODEL.apply, BATCH)
 
 
+@pytest.mark.parametrize("network", ["linen", "stacked blocks"])
+def test_params_before_a_step_stand_for_its_updates(network):
+    watch = jaxeff.monitor(every=2)
+    before, apply_fn, batch = NETWORKS[network]()
+    start = watch.init(before, apply_fn, batch)
+
+    def train(way):
+        def step(carry, _):
+            params, state = carry
+            new = jax.tree.map(lambda leaf: leaf + 0.125 * jnp.sign(leaf), params)
+            given = params if way == "params_before" else jax.tree.map(jnp.subtract, new, params)
+            return (new, watch.update(state, new, apply_fn, batch, **{way: given})), None
+
+        return watch.scalars(jax.lax.scan(step, (before, start), length=3)[0][1], "updates/*", "params/*")
+
+    found, expected = train("params_before"), train("updates")
+    assert found == pytest.approx(expected, rel=1e-6, nan_ok=True) and found["updates/norm"] > 0
+
+
 def test_elements_that_are_not_finite_are_counted_and_events_name_them():
     watch = jaxeff.monitor(every=1)
     bad = _with("head", "kernel", lambda kernel: kernel.at[0, :2].set(jnp.nan))
@@ -432,6 +451,16 @@ def test_trees_unlike_the_params_are_refused():
         ValueError, match=r"`gradients` must have the leaves of `params`: 'head/bias'.*no such leaf"
     ):
         watch.update(_start(), PARAMS, MODEL.apply, BATCH, gradients={"hidden": PARAMS["params"]["hidden"]})
+
+
+def test_updates_are_passed_in_one_way():
+    watch = jaxeff.monitor(every=1)
+    with pytest.raises(ValueError, match="pass `updates` or `params_before`, not both"):
+        watch.update(_start(), PARAMS, MODEL.apply, BATCH, updates=PARAMS, params_before=PARAMS)
+    with pytest.raises(ValueError, match=r"`params_before` must have the leaves of `params`: 'head/bias'"):
+        watch.update(
+            _start(), PARAMS, MODEL.apply, BATCH, params_before={"hidden": PARAMS["params"]["hidden"]}
+        )
 
 
 def _scaled_attention(factor):
