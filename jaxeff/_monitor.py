@@ -337,8 +337,10 @@ def monitor(
         growth: report an event if the dead or dormant units of a layer have grown by this fraction of its units.
         collapse: report an event if the effective weights of a layer have fallen to this fraction of their
             number at the start.
-        largest_logit: report an event if an attention logit is at least this large. Runs in which one passed 1e4
-            diverged (Wortsman et al. 2023; ViT-22B, Dehghani et al. 2023, saw 5e4).
+        largest_logit: report an event if an attention logit is at least this large. All runs of Wortsman et al. (2023,
+            arXiv:2309.14322, section 3.3) with one above 1e4 diverged, and loss suffered from 1e3 where logits were
+            set; without normalized queries and keys, ViT-22B saw more than 5e4 (Dehghani et al. 2023,
+            arXiv:2302.05442, appendix B).
         entropy_collapse: report an event if the mean entropy of an attention has fallen to this fraction of that at
             the start (entropy collapse: Zhai et al. 2023).
         update_ratio: report an event if the norm of a weight's update, over that of the weight, is outside of these
