@@ -277,8 +277,8 @@ def test_activations_are_those_computed_by_hand(way):
         assert found[f"activations/dead_units/{path}"] == np.sum(mean == 0)
         assert found[f"activations/dormant_units/{path}"] == np.sum(mean <= 0.5 * mean.mean())
         assert found[f"activations/zero_fraction/{path}"] == pytest.approx(np.mean(a == 0))
-        outlier = np.abs(a).max() / np.sqrt(np.mean(a**2))
-        assert found[f"activations/outlier_ratio/{path}"] == pytest.approx(outlier, rel=1e-5)
+        crest = np.abs(a).max() / np.sqrt(np.mean(a**2))
+        assert found[f"activations/crest_factor/{path}"] == pytest.approx(crest, rel=1e-5)
     assert 0 < found["activations/dormant_units"] < 24
     zeros = np.mean(emitted == 0), np.mean(head == 0)
     assert found["activations/zero_fraction"] == pytest.approx(np.average(zeros, weights=(24, 5)))

@@ -21,7 +21,7 @@ USUAL = (
     "activations/dead_units",
     "activations/dormant_units",
     "activations/zero_fraction",
-    "activations/outlier_ratio",
+    "activations/crest_factor",
     "attention/largest_logit",
     "attention/entropy",
     "attention/lowest_entropy",
@@ -120,13 +120,13 @@ def _activations(vitals: Vitals, report: Report) -> Iterator[tuple[str, float]]:
     yield "activations/dead_units", float(np.sum(found.dead[read]))
     yield "activations/dormant_units", float(np.sum(found.dormant[read]))
     yield "activations/zero_fraction", float(np.average(found.zero_fraction[read], weights=units))
-    yield "activations/outlier_ratio", float(np.max(found.outlier_ratio[read]))
+    yield "activations/crest_factor", float(np.max(found.crest_factor[read]))
     for at in read:
         path = rows[at].path
         yield f"activations/dead_units/{path}", float(found.dead[at])
         yield f"activations/dormant_units/{path}", float(found.dormant[at])
         yield f"activations/zero_fraction/{path}", float(found.zero_fraction[at])
-        yield f"activations/outlier_ratio/{path}", float(found.outlier_ratio[at])
+        yield f"activations/crest_factor/{path}", float(found.crest_factor[at])
 
 
 def _attention(vitals: Vitals, report: Report) -> Iterator[tuple[str, float]]:

@@ -52,13 +52,13 @@ class Activations:
         dead: units that emitted only 0.
         dormant: tau-dormant units.
         zero_fraction: fraction of the values that are exactly 0.
-        outlier_ratio: max |a| over the root mean square of a.
+        crest_factor: max |a| over the root mean square of a.
     """
 
     dead: jax.Array
     dormant: jax.Array
     zero_fraction: jax.Array
-    outlier_ratio: jax.Array
+    crest_factor: jax.Array
 
 
 @jax.tree_util.register_dataclass
