@@ -1,14 +1,15 @@
 """What `jaxeff.monitor` adds to a training step of AdamW, given the gradients and updates, in CPU seconds.
 
 python benchmarks/monitor.py [--network lenet-300-100] [--mode jitted] [--every 100] [--repeats 15]
-python benchmarks/monitor.py --network transformer --mode donated --steps 1 --repeats 5
+python benchmarks/monitor.py --network transformer --mode donated --steps 1 --repeats 5 [--spectra]
 
 LeNet-300-100 on 512 images; a transformer of 4 layers of width 256 on 16 x 128 tokens. The mode is `jitted`, a
 compiled step called ten times; `donated`, the same step donating its state; `eager`, without `jit`; or `looped`, ten
-steps in one program, which finds out at each step whether to check. The others are told.
+steps in one program, which finds out at each step whether to check and is given the parameters before the step in
+place of the updates. The others are told.
 
 At `every`, a monitor adds less than runs differ by, so its parts are measured in ten steps each: steps that only wait,
-steps that all check, and steps that all check and make a report.
+steps that all check, and steps that all check and make a report, with `--spectra` also of ranks.
 """
 
 from __future__ import annotations
@@ -72,14 +73,15 @@ def prepare(network: str, every: int, mode: str = "jitted") -> Prepared:
         return own, jax.jit(optimizer.init)(own), state
 
     def step(watch: jaxeff.Monitor | None, carry):
-        params, state, monitor = carry
-        gradients = jax.grad(loss)(params)
-        updates, state = optimizer.update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
+        before, state, monitor = carry
+        gradients = jax.grad(loss)(before)
+        updates, state = optimizer.update(gradients, state, before)
+        params = optax.apply_updates(before, updates)
         if watch is not None:
-            trees = {"gradients": gradients, "updates": updates}
-            # The host knows at which steps it calls, but not those of a loop inside a program.
-            known = None if mode == "looped" else watch.every == 1
+            if mode == "looped":  # The host does not know at which of the steps it calls.
+                known, trees = None, {"gradients": gradients, "params_before": before}
+            else:
+                known, trees = watch.every == 1, {"gradients": gradients, "updates": updates}
             monitor = watch.update(monitor, params, model.apply, inputs, **trees, check_now=known)
         return params, state, monitor
 
@@ -109,14 +111,16 @@ def prepare(network: str, every: int, mode: str = "jitted") -> Prepared:
 NEVER = 10**8
 
 
-def parts(prepared: Prepared, repeats: int, steps: int = 10) -> dict[str, list[float]]:
+def parts(
+    prepared: Prepared, repeats: int, steps: int = 10, *, spectra: bool = False
+) -> dict[str, list[float]]:
     """CPU seconds of steps: plain, with a monitor that waits, checks, or analyzes in each; and of one report."""
     monitor = jaxeff.monitor
     functions = {
         "plain": prepared.steps(None, steps),
         "waiting": prepared.steps(monitor(every=NEVER), steps),
         "checking": prepared.steps(monitor(every=1, report_every=NEVER), steps),
-        "analyzing": prepared.steps(monitor(every=1, report_every=1), steps),
+        "analyzing": prepared.steps(monitor(every=1, report_every=1, spectra=spectra), steps),
         "report": prepared.analysis,
     }
     return timing.interleaved(functions, repeats, timing.seconds)
@@ -146,10 +150,11 @@ def main() -> None:
     _ = parser.add_argument("--repeats", type=int, default=15)
     _ = parser.add_argument("--steps", type=int, default=10)
     _ = parser.add_argument("--mode", choices=("jitted", "donated", "eager", "looped"), default="jitted")
+    _ = parser.add_argument("--spectra", action="store_true")
     chosen = parser.parse_args()
     prepared = prepare(chosen.network, chosen.every, chosen.mode)
     print(timing.machine(), chosen.network, chosen.mode)
-    found = parts(prepared, chosen.repeats, chosen.steps)
+    found = parts(prepared, chosen.repeats, chosen.steps, spectra=chosen.spectra)
     for name in ("plain", "waiting", "checking", "analyzing"):
         print(
             f"{name}: {timing.spread([1e3 / chosen.steps * seconds for seconds in found[name]], ' ms')} a step"

@@ -25,7 +25,7 @@ from jaxeff.model.params import Params
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.summation import two_sum
 from jaxeff.output.progress import progress_bar
-from jaxeff.statistics import Stability, Statistics, check_alike
+from jaxeff.statistics import Ranges, Stability, Statistics, check_alike
 
 STABLE = 0.95
 """Scores are not stable if their rank correlation over the last doubling of the batches is below this."""
@@ -41,6 +41,7 @@ def calibrate(
     seed: int | jax.Array = 0,
     where: Callable | None = None,
     hessians: bool = False,
+    ranges: bool = False,
     progress: bool = True,
     rngs: Any = None,
     **apply_kwargs: Any,
@@ -63,6 +64,8 @@ def calibrate(
         seed: of the random signs that estimate a Hessian; each batch draws its own.
         where: a function of a batch that returns which of its examples or positions count, as in `jaxeff.collect`.
         hessians: also sum X^T X of the inputs of each dense layer, as in `jaxeff.collect`.
+        ranges: also count the sizes of each layer's inputs for `jaxeff.outliers`, as in `jaxeff.collect`. Errors of
+            rounding are of inputs that each batch scales by its own largest.
         progress: show a progress bar if stderr is a terminal.
         rngs, **apply_kwargs: passed to `apply_fn`, the same for each batch.
 
@@ -88,7 +91,7 @@ def calibrate(
 
     def bind(batch: Any, targets: Any) -> Run:
         run = prepare(params, apply_fn, batch, criteria, loss_fn, targets, rngs, apply_kwargs)
-        return dataclasses.replace(run, hessians=hessians)
+        return dataclasses.replace(run, hessians=hessians, ranges=ranges)
 
     key = jax.random.key(seed)
     sums: _CompensatedSums | None = None
@@ -181,15 +184,28 @@ def _add(sums: _CompensatedSums, found: Statistics) -> _CompensatedSums:
 def _added(sums: _CompensatedSums, found: Statistics) -> _CompensatedSums:
     """Add, keeping the rounding errors apart, so that thousands of batches add up as exactly as one."""
 
-    def add(path: Any, total: jax.Array, error: jax.Array, found: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def add(path: Any, total: Any, error: Any, found: Any) -> tuple[Any, Any]:
+        if isinstance(
+            total, Ranges
+        ):  # relative to the largest input, with counts that stop: they add by themselves
+            return total + found, error
         if any(getattr(key, "name", None) in ("maximum", "largest") for key in path[-2:]):
             return jnp.maximum(total, found), error
         high, low = two_sum(total, found)
         return high, error + low
 
-    added = jax.tree_util.tree_map_with_path(add, sums.total, sums.error, found)
-    total, error = jax.tree.transpose(jax.tree.structure(sums.total), jax.tree.structure((0, 0)), added)
+    totals, structure = jax.tree_util.tree_flatten_with_path(sums.total, is_leaf=_is_ranges)
+    errors, others = (jax.tree.leaves(tree, is_leaf=_is_ranges) for tree in (sums.error, found))
+    added = [
+        add(path, total, error, other)
+        for (path, total), error, other in zip(totals, errors, others, strict=True)
+    ]
+    total, error = (jax.tree.unflatten(structure, each) for each in zip(*added, strict=True))
     return _CompensatedSums(total, error)
+
+
+def _is_ranges(node: Any) -> bool:
+    return isinstance(node, Ranges)
 
 
 def _rounded(sums: _CompensatedSums) -> Statistics:

@@ -22,7 +22,7 @@ from jaxeff._saving import saved_by_flax
 from jaxeff.importance import Criterion, named
 from jaxeff.model.params import Params
 from jaxeff.monitoring import Event as Event
-from jaxeff.monitoring import LeafLayout, Limits, Packing, Vitals
+from jaxeff.monitoring import LeafLayout, Limits, Packing, SpectralRanks, Vitals
 from jaxeff.output.shown import Shown, described
 from jaxeff.report import Report
 from jaxeff.statistics import Statistics
@@ -43,6 +43,7 @@ class _Contents:
     vitals: Vitals
     first: Vitals
     previous: Vitals
+    ranks: SpectralRanks | None
 
 
 @jax.tree_util.register_dataclass
@@ -86,6 +87,11 @@ class MonitorState(Shown):
         return self._contents.report
 
     @property
+    def ranks(self) -> SpectralRanks | None:
+        """Effective and stable rank of every weight at the step of `report`; None without `spectra=True`."""
+        return self._contents.ranks
+
+    @property
     def vitals(self) -> Vitals:
         """Numbers of the latest check."""
         return self._contents.vitals
@@ -126,6 +132,7 @@ class Monitor:
     criterion: str | Criterion | Callable[..., jax.Array]
     loss_fn: Callable[..., jax.Array] | None
     tau: float
+    spectra: bool
     limits: Limits
 
     def init(self, params: Any, apply_fn: Any, batch: Any, **analysis: Any) -> MonitorState:
@@ -138,10 +145,11 @@ class Monitor:
         """
         given, statistics = self._run(params, apply_fn, batch, analysis)
         report = self._analyze(given, apply_fn, batch, analysis, statistics)
+        ranks = self._ranks(given, statistics)
         leaves = monitoring.layout(given, statistics)
         vitals = monitoring.measure(leaves, given, statistics, _effective_params(report), tau=self.tau)
         start = np.zeros((), np.int32)
-        contents = _Contents(start, start, start, report, vitals, vitals, vitals)
+        contents = _Contents(start, start, start, report, vitals, vitals, vitals, ranks)
         packing = Packing.of(contents)
         return MonitorState(packing.pack(contents), packing, leaves)
 
@@ -154,6 +162,7 @@ class Monitor:
         *,
         gradients: Any = None,
         updates: Any = None,
+        params_before: Any = None,
         check_now: bool | None = None,
         **analysis: Any,
     ) -> MonitorState:
@@ -166,14 +175,21 @@ class Monitor:
         Args:
             gradients: like `params`. To see what clipping hides, pass them as they are before it.
             updates: like `params`: what the optimizer adds to them.
+            params_before: like `params`: those before the step, in place of `updates`, which are then the difference,
+                up to rounding. It makes a step cheaper that decides while it runs whether to check.
             check_now: whether to check at this step, if that is known outside of the compiled step, such as by a static
                 argument. Steps that do not check are then compiled without the check, and make no updates for it.
 
         Raises:
             TypeError: `state` is not a MonitorState.
-            ValueError: `state` belongs to another model, or `gradients` or `updates` are not like `params`.
+            ValueError: `state` belongs to another model, or to a monitor with another `spectra`; `gradients`, `updates`
+                or `params_before` are not like `params`; or `updates` and `params_before` are both given.
         """
         _check_state(state)
+        if updates is not None and params_before is not None:
+            raise ValueError(
+                "pass `updates` or `params_before`, not both: the updates are `params - params_before`"
+            )
         step = state.packing.first(state.rows) + 1
 
         def check() -> tuple[Any, ...]:
@@ -181,15 +197,25 @@ class Monitor:
             if monitoring.layout(given, statistics) != state.leaves:
                 raise ValueError(_ANOTHER_MODEL)
             held = state._contents
-            analyzed, report = _if(
+            if self.spectra != (held.ranks is not None):
+                raise ValueError(
+                    f"`state` is of a monitor with `spectra={not self.spectra}`, this one has {self.spectra}: "
+                    "make a state with its `init`, or a monitor with the same `spectra`"
+                )
+
+            def analyzed_now() -> tuple[Any, ...]:
+                report = self._analyze(given, apply_fn, batch, analysis, statistics, held.report)
+                return step, report, self._ranks(given, statistics)
+
+            analyzed, report, ranks = _if(
                 step % self.report_every == 0,
-                lambda: (step, self._analyze(given, apply_fn, batch, analysis, statistics, held.report)),
-                lambda: (held.analyzed, held.report),
+                analyzed_now,
+                lambda: (held.analyzed, held.report, held.ranks),
             )
-            trees = {"gradients": gradients, "updates": updates}
+            trees = {"gradients": gradients, "updates": updates, "params_before": params_before}
             effective = _effective_params(report)
             vitals = monitoring.measure(state.leaves, given, statistics, effective, **trees, tau=self.tau)
-            contents = _Contents(step, step, analyzed, report, vitals, held.first, held.vitals)
+            contents = _Contents(step, step, analyzed, report, vitals, held.first, held.vitals, ranks)
             return state.packing.pack(contents)
 
         wait = functools.partial(state.packing.with_first, state.rows, step)
@@ -200,8 +226,9 @@ class Monitor:
     def scalars(self, state: MonitorState, *patterns: str) -> dict[str, float]:
         """Return about a dozen numbers of the latest check under flat names, for any tracker; more by pattern.
 
-        Names begin with 'gradients/', 'params/', 'updates/', 'activations/' or 'attention/'. Gradients and updates are
-        there if they were passed to `update`. The numbers of the report are `state.report.scalars()`.
+        Names begin with 'gradients/', 'params/', 'updates/', 'activations/', 'attention/' or 'spectra/'. Gradients and
+        updates are there if they were passed to `update`, spectra with `spectra=True`; these are of the latest report,
+        whose own numbers are `state.report.scalars()`.
 
         Args:
             *patterns: of names, in which * stands for any text and ? for one character: "updates/ratio/*" is the
@@ -213,7 +240,7 @@ class Monitor:
         """
         _check_state(state)
         held = state._contents
-        return monitoring.scalars(state.leaves, held.vitals, held.report.single(), patterns)
+        return monitoring.scalars(state.leaves, held.vitals, held.report.single(), held.ranks, patterns)
 
     def events(self, state: MonitorState) -> tuple[Event, ...]:
         """Return the early signs of trouble at the latest check, by weight in forward order, then by attention.
@@ -256,6 +283,9 @@ class Monitor:
             raise ValueError(_ANOTHER_MODEL)
         return report
 
+    def _ranks(self, params: Params, statistics: Statistics) -> SpectralRanks | None:
+        return monitoring.spectral_ranks(params, statistics) if self.spectra else None
+
 
 _ANOTHER_MODEL = "`state` belongs to another model: make one with `init(params, apply_fn, batch)`"
 
@@ -282,6 +312,7 @@ def monitor(
     report_every: int | None = None,
     criterion: str | Criterion | Callable[..., jax.Array] = "activation",
     loss_fn: Callable[..., jax.Array] | None = None,
+    spectra: bool = False,
     tau: float = 0.025,
     growth: float = 0.1,
     collapse: float = 0.5,
@@ -299,12 +330,17 @@ def monitor(
         report_every: steps between two reports, which cost more; a multiple of `every`, and ten times as many by
             default.
         criterion, loss_fn: of the reports, as in `jaxeff.analyze`; `targets` go to `init` and `update`.
+        spectra: whether reports also measure the effective rank (Roy and Vetterli 2007) and the stable rank of every
+            weight, as `jaxeff.spectra` does. They decompose each weight, in time that grows with the cube of its
+            smaller side.
         tau: a unit is dormant if its mean |a| is at most `tau` times that of the layer's units (Sokar et al. 2023).
         growth: report an event if the dead or dormant units of a layer have grown by this fraction of its units.
         collapse: report an event if the effective weights of a layer have fallen to this fraction of their
             number at the start.
-        largest_logit: report an event if an attention logit is at least this large. Runs in which one passed 1e4
-            diverged (Wortsman et al. 2023; ViT-22B, Dehghani et al. 2023, saw 5e4).
+        largest_logit: report an event if an attention logit is at least this large. All runs of Wortsman et al. (2023,
+            arXiv:2309.14322, section 3.3) with one above 1e4 diverged, and loss suffered from 1e3 where logits were
+            set; without normalized queries and keys, ViT-22B saw more than 5e4 (Dehghani et al. 2023,
+            arXiv:2302.05442, appendix B).
         entropy_collapse: report an event if the mean entropy of an attention has fallen to this fraction of that at
             the start (entropy collapse: Zhai et al. 2023).
         update_ratio: report an event if the norm of a weight's update, over that of the weight, is outside of these
@@ -327,6 +363,10 @@ def monitor(
     >>> numbers = watch.scalars(state)
     >>> numbers["gradients/norm"] == numbers["params/norm"], numbers["activations/dead_units"]
     (True, 0.0)
+    >>> params = {"w": jnp.diag(jnp.array([2.0, 1.0]))}
+    >>> state = monitor(every=10, spectra=True).init(params, lambda params, x: x @ params["w"], jnp.ones((1, 2)))
+    >>> state.ranks.paths, state.ranks.stable_rank
+    (('w',), array([1.25], dtype=float32))
     """
     report_every = 10 * every if report_every is None else report_every
     for name, value in (("every", every), ("report_every", report_every)):
@@ -347,4 +387,4 @@ def monitor(
         raise ValueError(f"`update_ratio` must be a lower and an upper limit, got {update_ratio!r}")
     _ = named(criterion, with_loss=loss_fn is not None)
     limits = Limits(growth, collapse, largest_logit, entropy_collapse, (low, high))
-    return Monitor(int(every), int(report_every), criterion, loss_fn, tau, limits)
+    return Monitor(int(every), int(report_every), criterion, loss_fn, tau, spectra, limits)

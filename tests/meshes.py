@@ -290,7 +290,7 @@ def recipe(which: Any, net: Network, **options: Any) -> Any:
 
 
 def monitored(net: Network) -> Any:
-    watch = jaxeff.monitor(every=1, report_every=1)
+    watch = jaxeff.monitor(every=1, report_every=1, spectra=True)
 
     def step(state: Any, params: Any, batch: Any) -> Any:
         trees = {"gradients": jax.tree.map(jnp.sin, params), "updates": jax.tree.map(jnp.cos, params)}
@@ -299,7 +299,7 @@ def monitored(net: Network) -> Any:
     state = watch.init(net.params, net.apply_fn, net.batches[0])
     state = jax.jit(step)(state, net.params, net.batches[0])
     # Apart, since the state packs small numbers with large ones.
-    return state.report, state.vitals, state.first
+    return state.report, state.vitals, state.first, state.ranks
 
 
 def compared(net: Network, scope: str) -> Any:

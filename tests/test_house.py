@@ -19,14 +19,14 @@ statistics
 importance cost
 report
 layers
-monitoring
 _saving
 _collect
 _calibrate _analyze
-_compare_criteria _monitor
+_compare_criteria
 checkpoints prune
 advice quantization spectral
-_pathways _advise
+monitoring
+_pathways _advise _monitor
 demo
 plot
 cli

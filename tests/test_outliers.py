@@ -1,5 +1,6 @@
 """`jaxeff.outliers` against NumPy: ranges of inputs and errors of rounding, in every layout, and what has no number."""
 
+import functools
 from pathlib import Path
 
 import devices
@@ -191,6 +192,42 @@ def test_batches_and_uses_add():
     x = x / 20  # far from where tanh rounds to 1
     twice = jaxeff.outliers(params, lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"], x)["w"].inputs
     _assert_inputs(twice, np.concatenate([x, np.tanh(x @ weight)]), rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:the scores of")
+def test_batches_calibrated_are_one_batch():
+    x, params = np.asarray(_heavy(9, 4)), {"w": normal(4, 4, seed=1)}
+    largest = x[np.argmax(np.abs(x).max(1))][None]
+    # Each batch is rounded with a scale of its own, so each holds the largest input.
+    batches = [np.concatenate([part, largest]) for part in (x[:2], x[2:5], x[5:])]
+
+    def model(params, x):
+        return x @ params["w"]
+
+    (found,) = jaxeff.calibrate(params, model, batches, ranges=True, progress=False).sites
+    (expected,) = jaxeff.collect(params, model, np.concatenate(batches), ranges=True).sites
+    for name in ("counts", "channels"):
+        np.testing.assert_array_equal(getattr(found.ranges, name), getattr(expected.ranges, name))
+    for name in ("square", "fourth", "int8", "fp8"):
+        np.testing.assert_allclose(getattr(found.ranges, name), getattr(expected.ranges, name), rtol=1e-5)
+    for name in ("absolute_sum", "maximum"):
+        np.testing.assert_allclose(getattr(found.input, name), getattr(expected.input, name), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:the scores of")
+def test_ranges_calibrated_are_those_merged_whatever_the_sizes_of_batches():
+    x, params = np.asarray(_heavy(9, 4)), {"w": normal(4, 4, seed=1), "v": normal(4, 2, seed=2)}
+    batches = [x[:3] / 50, x[3:6], 0 * x[6:], x[6:] / 7]
+
+    def model(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["v"]
+
+    found = jaxeff.calibrate(params, model, batches, ranges=True, progress=False)
+    collected = (jaxeff.collect(params, model, batch, ranges=True) for batch in batches)
+    expected = functools.reduce(jaxeff.merge, collected)
+    for one, other in zip(found.sites, expected.sites, strict=True):
+        for field in ("counts", "channels", "square", "fourth", "int8", "fp8"):
+            np.testing.assert_allclose(getattr(one.ranges, field), getattr(other.ranges, field), rtol=1e-6)
 
 
 def test_counts_stop_and_say_so():

@@ -15,6 +15,7 @@ from jaxeff.model.params import Params
 from jaxeff.model.roles import ParamInfo
 from jaxeff.monitoring._records import Activations, Attention, LeafLayout, Norms, Vitals
 from jaxeff.numerics.meshes import by_compiler
+from jaxeff.numerics.precision import widened
 from jaxeff.report import Activity
 from jaxeff.statistics import Derivatives, SiteStatistics, Statistics
 from jaxeff.statistics.sums import sums
@@ -67,6 +68,7 @@ def measure(
     *,
     gradients: Any = None,
     updates: Any = None,
+    params_before: Any = None,
     tau: float,
 ) -> Vitals:
     """Measure one check.
@@ -75,15 +77,16 @@ def measure(
         leaves: from `layout`.
         statistics: of a forward pass.
         effective_params: of the latest report.
-        gradients, updates: trees like `params`; None if not known.
+        gradients, updates, params_before: trees like `params`; None if not known.
         tau: of dormant units.
 
     Raises:
         ValueError: a tree has other leaves than `params`.
     """
-    trees = [params, _like(params, leaves, "gradients", gradients), _like(params, leaves, "updates", updates)]
-    own = [None if tree is None else [tree.named[leaf.path] for leaf in leaves] for tree in trees]
-    norms, activations, attention = _measured(leaves, tau, own, statistics)
+    given = {"gradients": gradients, "updates": updates, "params_before": params_before}
+    trees = [params, *(_like(params, leaves, name, tree) for name, tree in given.items())]
+    *own, before = [None if tree is None else [tree.named[leaf.path] for leaf in leaves] for tree in trees]
+    norms, activations, attention = _measured(leaves, tau, own, before, statistics)
     of_params, of_gradients, of_updates = norms
     return Vitals(of_params, of_gradients, of_updates, activations, attention, effective_params)
 
@@ -107,8 +110,13 @@ def _measured(
     leaves: tuple[LeafLayout, ...],
     tau: float,
     trees: Sequence[Any],
+    before: Sequence[Any] | None,
     statistics: Statistics,
 ) -> tuple[list[Norms], Activations, Attention]:
+    params, gradients, updates = trees
+    if before is not None:
+        updates = [widened(new) - widened(old) for new, old in zip(params, before, strict=True)]
+    trees = [params, gradients, updates]
     norms = [_norms(leaves, tree) for tree in trees]
     return norms, _activations(statistics, tau), _attention(statistics)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxeff.monitoring._records import LeafLayout, Norms, Vitals
+from jaxeff.monitoring._records import LeafLayout, Norms, SpectralRanks, Vitals
 from jaxeff.report import Report
 from jaxeff.report._scalars import chosen
 
@@ -21,23 +21,30 @@ USUAL = (
     "activations/dead_units",
     "activations/dormant_units",
     "activations/zero_fraction",
-    "activations/outlier_ratio",
+    "activations/crest_factor",
     "attention/largest_logit",
     "attention/entropy",
     "attention/lowest_entropy",
+    "spectra/effective_rank",
+    "spectra/stable_rank",
 )
 """What is worth a chart. Those that a step does not have are left out."""
 
 
 def scalars(
-    leaves: Sequence[LeafLayout], vitals: Vitals, report: Report, patterns: tuple[str, ...]
+    leaves: Sequence[LeafLayout],
+    vitals: Vitals,
+    report: Report,
+    ranks: SpectralRanks | None,
+    patterns: tuple[str, ...],
 ) -> dict[str, float]:
     """Return the usual numbers of a check, or all whose names match one of the patterns.
 
     Args:
-        vitals, report: on the host.
+        vitals, report, ranks: on the host.
     """
-    return chosen(dict(_every(leaves, vitals, report)), patterns, USUAL)
+    every = dict(_every(leaves, vitals, report))
+    return chosen(every | dict(_ranks(ranks)), patterns, USUAL)
 
 
 def _every(leaves: Sequence[LeafLayout], vitals: Vitals, report: Report) -> Iterator[tuple[str, float]]:
@@ -113,13 +120,13 @@ def _activations(vitals: Vitals, report: Report) -> Iterator[tuple[str, float]]:
     yield "activations/dead_units", float(np.sum(found.dead[read]))
     yield "activations/dormant_units", float(np.sum(found.dormant[read]))
     yield "activations/zero_fraction", float(np.average(found.zero_fraction[read], weights=units))
-    yield "activations/outlier_ratio", float(np.max(found.outlier_ratio[read]))
+    yield "activations/crest_factor", float(np.max(found.crest_factor[read]))
     for at in read:
         path = rows[at].path
         yield f"activations/dead_units/{path}", float(found.dead[at])
         yield f"activations/dormant_units/{path}", float(found.dormant[at])
         yield f"activations/zero_fraction/{path}", float(found.zero_fraction[at])
-        yield f"activations/outlier_ratio/{path}", float(found.outlier_ratio[at])
+        yield f"activations/crest_factor/{path}", float(found.crest_factor[at])
 
 
 def _attention(vitals: Vitals, report: Report) -> Iterator[tuple[str, float]]:
@@ -134,6 +141,17 @@ def _attention(vitals: Vitals, report: Report) -> Iterator[tuple[str, float]]:
         yield f"attention/largest_logit/{path}", float(found.largest_logit[at])
         yield f"attention/entropy/{path}", float(found.entropy[at])
         yield f"attention/lowest_entropy/{path}", float(found.lowest_entropy[at])
+
+
+def _ranks(ranks: SpectralRanks | None) -> Iterator[tuple[str, float]]:
+    if ranks is None:
+        return
+    for quantity in ("effective_rank", "stable_rank"):
+        values = getattr(ranks, quantity)
+        known = values[np.isfinite(values)]
+        yield f"spectra/{quantity}", float(np.mean(known)) if known.size else float("nan")
+        for path, value in zip(ranks.paths, values, strict=True):
+            yield f"spectra/{quantity}/{path}", float(value)
 
 
 def attention_paths(report: Report) -> list[str]:

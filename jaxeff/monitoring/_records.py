@@ -52,13 +52,13 @@ class Activations:
         dead: units that emitted only 0.
         dormant: tau-dormant units.
         zero_fraction: fraction of the values that are exactly 0.
-        outlier_ratio: max |a| over the root mean square of a.
+        crest_factor: max |a| over the root mean square of a.
     """
 
     dead: jax.Array
     dormant: jax.Array
     zero_fraction: jax.Array
-    outlier_ratio: jax.Array
+    crest_factor: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -75,6 +75,22 @@ class Attention:
     largest_logit: jax.Array
     entropy: jax.Array
     lowest_entropy: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SpectralRanks:
+    """Ranks of the matrices of every weight, as in `jaxeff.spectra`; nan if one is not finite or all 0.
+
+    Attributes:
+        paths: of the matrices, with an index where a scan or a batched product stacks several.
+        effective_rank: [matrices], exp(-sum p ln p) with p = s / sum s, of the singular values s.
+        stable_rank: [matrices], sum s^2 / max s^2.
+    """
+
+    paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    effective_rank: jax.Array
+    stable_rank: jax.Array
 
 
 @jax.tree_util.register_dataclass

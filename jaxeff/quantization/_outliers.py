@@ -81,8 +81,8 @@ def outliers(
     Args:
         params: as in `jaxeff.analyze`.
         apply_fn, batch: as in `jaxeff.analyze`; without them, weights alone.
-        statistics: from `jaxeff.collect(..., ranges=True)`, instead of `apply_fn` and `batch`; add those of several
-            batches with `jaxeff.merge`.
+        statistics: from `jaxeff.collect(..., ranges=True)`, or of several batches from
+            `jaxeff.calibrate(..., ranges=True)`, instead of `apply_fn` and `batch`.
         where: which examples or positions of the batch count, as in `jaxeff.collect`.
         rngs, **apply_kwargs: passed to `apply_fn`.
 

@@ -1,4 +1,4 @@
-"""Each weight as the matrices that its products read: inputs times units, on the host."""
+"""Each weight as the matrices that its products read: inputs times units."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxeff.model.roles import last_name
 from jaxeff.prune import Axes
+from jaxeff.prune._layouts import Leaf
 from jaxeff.statistics import HeadSlices
 
 _ASSUMED = "which axes are inputs was assumed from its name: pass `apply_fn` and `batch`"
@@ -57,6 +58,10 @@ class Heads(NamedTuple):
     name: str
 
 
+def has_matrices(leaf: Leaf) -> bool:
+    return leaf.role in ("weight", "embedding") and 0 not in leaf.shape
+
+
 def roles(path: str, shape: Sequence[int], axes: Axes | None) -> Roles:
     """Return what the axes of a weight are, from the program where it is known, else from the weight's name.
 
@@ -86,8 +91,14 @@ def _others(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(axis for axis in range(len(shape)) if axis not in axes)
 
 
+def stacked(weight: Any, found: Roles) -> Any:
+    """Return all matrices of a weight at once, [matrices, rows, columns]."""
+    count, columns = (math.prod(weight.shape[axis] for axis in axes) for axes in (found.batch, found.columns))
+    return weight.transpose((*found.batch, *found.rows, *found.columns)).reshape(count, -1, columns)
+
+
 def matrices(path: str, weight: np.ndarray, found: Roles, heads: Heads | None = None) -> Iterator[Matrix]:
-    """Return the matrices of a weight one after the other.
+    """Return the matrices of a weight one after the other, on the host.
 
     Args:
         heads: the parts of the heads, for one matrix of each instead of one of all.

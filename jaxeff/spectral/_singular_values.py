@@ -1,8 +1,12 @@
-"""The singular values of one matrix, in float64 on the host, where nothing is compiled."""
+"""The singular values of one matrix, in float64 on the host, where nothing is compiled, and what they say."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+from jaxeff.numerics.summation import namespace
 
 _PIECE = 1 << 22  # elements that are widened to float64 at a time
 _SMALLEST = 1e-11  # of the largest eigenvalue: below it, a Gram matrix in float64 knows less than four digits
@@ -43,15 +47,17 @@ def _scaled(matrix: np.ndarray, largest: float) -> np.ndarray:
     return matrix.astype(np.float64) / largest
 
 
-def effective_rank(values: np.ndarray) -> float:
-    """exp(-sum p ln p), p = s / sum s, of singular values that are not all 0."""
-    shares = values[values > 0] / np.sum(values)
-    return float(np.exp(-np.sum(shares * np.log(shares))))
+def effective_rank(values: Any) -> Any:
+    """exp(-sum p ln p), p = s / sum s (Roy and Vetterli, 2007), over the last axis; nan if all are 0."""
+    xp = namespace(values)
+    shares = values / xp.sum(values, -1, keepdims=True)
+    return xp.exp(-xp.sum(shares * xp.log(xp.where(shares > 0, shares, 1)), -1))
 
 
-def stable_rank(values: np.ndarray) -> float:
-    """sum s^2 / max s^2, of singular values that are not all 0."""
-    return float(np.sum(np.square(values / np.max(values))))
+def stable_rank(values: Any) -> Any:
+    """sum s^2 / max s^2, over the last axis; nan if all are 0."""
+    xp = namespace(values)
+    return xp.sum(xp.square(values / xp.max(values, -1, keepdims=True)), -1)
 
 
 def energy_beyond_edge(values: np.ndarray, rows: int, columns: int) -> float:

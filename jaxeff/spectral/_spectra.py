@@ -18,7 +18,7 @@ from jaxeff.numerics import placement
 from jaxeff.prune import Layout
 from jaxeff.prune import _layouts as layouts
 from jaxeff.spectral import _singular_values as numbers
-from jaxeff.spectral._matrices import Heads, Matrix, matrices, roles
+from jaxeff.spectral._matrices import Heads, Matrix, has_matrices, matrices, roles
 from jaxeff.spectral._null import null
 from jaxeff.spectral._output_rank import output_rank, second_moments_of
 from jaxeff.spectral._records import Spectrum
@@ -26,7 +26,6 @@ from jaxeff.spectral._result import Spectra
 from jaxeff.statistics import Statistics, check_params
 from jaxeff.statistics.observe import observe
 
-_ROLES = ("weight", "embedding")
 _NUMBERS = ("utilization", "effective_rank", "stable_rank", "energy_beyond_edge")
 _NOT_FINITE = "it holds nan or infinity"
 _ZERO = "all of its weights are 0"
@@ -118,7 +117,7 @@ def _rows(
     order = layout if statistics is None else [info.path for info in statistics.params]
     for path in order:
         leaf = layout[path]
-        if leaf.role not in _ROLES or 0 in leaf.shape:
+        if not has_matrices(leaf):
             continue
         found = roles(path, leaf.shape, leaf.axes)
         own = tuple(size for axis, size in enumerate(leaf.shape) if axis not in found.batch)
@@ -163,8 +162,8 @@ def _spectrum(matrix: Matrix, shape: tuple[int, ...], note: str | None) -> Spect
         **known,
         singular_values=values,
         utilization=numbers.utilization(elements),
-        effective_rank=numbers.effective_rank(values),
-        stable_rank=numbers.stable_rank(values),
+        effective_rank=float(numbers.effective_rank(values)),
+        stable_rank=float(numbers.stable_rank(values)),
         energy_beyond_edge=numbers.energy_beyond_edge(values, rows, columns),
         null=expected,
         reason=_ONE if len(values) == 1 else None,
