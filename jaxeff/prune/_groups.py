@@ -16,7 +16,7 @@ from jaxeff.graph.coupling_work import Amount
 from jaxeff.numerics.precision import widened
 from jaxeff.output.shown import Shown
 from jaxeff.output.stacks import folded_cells, rows_of
-from jaxeff.output.text import aligned, some
+from jaxeff.output.text import WIDTH, aligned, some, wrapped
 from jaxeff.prune._named import named_variables
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -98,6 +98,11 @@ class Group:
         return self.kind in WHOLE or self.routed > 0
 
     @property
+    def place(self) -> str:
+        """The module that holds all of its members, such as 'block0/attention'; '' if there is none."""
+        return "/".join(os.path.commonprefix([member.path.split("/")[:-1] for member in self.members]))
+
+    @property
     def variables(self) -> int:
         """How many variables of `Groups.amounts` are this group's: its size, or for each of its blocks 1 or 0."""
         return len(self.leaves) or 1
@@ -109,8 +114,7 @@ class Group:
         """What it is, such as 'layers/attention: 9 heads in each of 30 blocks'."""
         if self.leaves:
             return f"{self.name}: {self.size} {_PLURALS[self.kind]}"
-        parts = [member.path.split("/")[:-1] for member in self.members]
-        place = "/".join(os.path.commonprefix(parts) or parts[0]) or self.members[0].path
+        place = self.place or "/".join(self.members[0].path.split("/")[:-1]) or self.members[0].path
         stacked = f" in each of {' x '.join(map(str, self.blocks))} blocks" if self.blocks else ""
         return f"{place}: {self.size} {_PLURALS[self.kind]}{stacked}"
 
@@ -267,7 +271,8 @@ class Groups(Shown):
             )
         locked = [(group.name, str(group.size), group.locked or "") for group in self.groups if group.locked]
         within = [group.name for group in self.unlocked if group.left_whole]
-        whole = [f"Whole in a plan unless named or their kind is: {', '.join(within)}", ""] if within else []
+        said = f"Whole in a plan unless named or their kind is: {', '.join(within)}"
+        whole = [*wrapped(said, WIDTH), ""] if within else []
         return "\n".join(
             [
                 *aligned([_FREE, *free], left=_FREE, gap=2),
@@ -280,6 +285,7 @@ class Groups(Shown):
 
 _FREE = ("group", "kind", "size", "weights of each", "importance", "members")
 _LOCKED = ("locked", "size", "why")
+_MEMBERS = 48
 
 
 def _size(group: Group) -> str:
@@ -290,8 +296,12 @@ def _summary(groups: Sequence[Group]) -> tuple[str, str]:
     """Return the range of importance of groups that share a row, and what the first of them holds."""
     found = [group.importance for group in groups if group.importance is not None]
     low, high = min((each.min() for each in found), default=0), max((each.max() for each in found), default=0)
-    names = groups[0].names or [member.name for member in groups[0].members]
-    return f"{low:.3g} to {high:.3g}" if found else "-", some(names)
+    names = groups[0].names or [
+        member.name.removeprefix(f"{groups[0].place}/") for member in groups[0].members
+    ]
+    # As many as leave a table of short names within the width of a page.
+    most = next((most for most in (3, 2) if len(some(names, most)) <= _MEMBERS), 1)
+    return f"{low:.3g} to {high:.3g}" if found else "-", some(names, most)
 
 
 def _scores(importance: Any, shapes: Shapes) -> dict[str, jax.Array]:
