@@ -35,7 +35,7 @@ class Entry:
         package: the package on PyPI that it comes from.
         build: makes the model. Imports the package.
         published: multiply-accumulates of one example as published, in millions; None where there is no such figure.
-        published_build: makes the model at the size of its published figure; only traced.
+        published_build: makes the model at its published size; only traced.
         large: whether it runs only where `--models` names it.
     """
 
@@ -115,19 +115,19 @@ APPLICATIONS: Mapping[str, tuple[float | None, int]] = {
     "MobileNetV3Large": (219, 224),
     "EfficientNetB0": (390, 224),
     "EfficientNetB1": (700, 240),
-    "EfficientNetB2": (1000, 260),
+    "EfficientNetB2": (None, 260),
     "EfficientNetB3": (1800, 300),
-    "EfficientNetB4": (4200, 380),
-    "EfficientNetB5": (9900, 456),
-    "EfficientNetB6": (19000, 528),
+    "EfficientNetB4": (4400, 380),
+    "EfficientNetB5": (10300, 456),
+    "EfficientNetB6": (19100, 528),
     "EfficientNetB7": (37000, 600),
     "EfficientNetV2B0": (720, 224),
     "EfficientNetV2B1": (1200, 240),
     "EfficientNetV2B2": (1700, 260),
     "EfficientNetV2B3": (3000, 300),
-    "EfficientNetV2S": (8800, 384),
-    "EfficientNetV2M": (24000, 480),
-    "EfficientNetV2L": (53000, 480),
+    "EfficientNetV2S": (8400, 384),
+    "EfficientNetV2M": (24700, 480),
+    "EfficientNetV2L": (56300, 480),
     "ResNet50": (3800, 224),
     "ResNet101": (7600, 224),
     "ResNet152": (11300, 224),
@@ -150,7 +150,12 @@ APPLICATIONS: Mapping[str, tuple[float | None, int]] = {
     "NASNetMobile": (564, 224),
     "NASNetLarge": (23800, 331),
 }
-"""Published multiply-accumulates in millions, from the papers, and the side of the images they are of."""
+"""Published multiply-accumulates in millions, and the side of the images they are of.
+
+From the papers or their authors' repositories (MobileNet, EfficientNet B0 and B7, EfficientNetV2, ResNet, ConvNeXt,
+NASNet), from torchvision (other EfficientNets, VGG, InceptionV3) and from imgclsmob (DenseNet, InceptionResNetV2,
+Xception).
+"""
 
 LARGE = ("B5", "B6", "B7", "V2M", "V2L", "tLarge", "tXLarge", "tBase", "152", "InceptionResNetV2")
 
@@ -390,7 +395,14 @@ HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     "DenseNet": ("image", {"stackwise_num_repeats": [2, 3], "growth_rate": 8, **IMAGE}, {}),
     "CSPNet (cross stage)": (
         "image",
-        {**CSP, "block_type": "bottleneck_block", "stage_type": "csp", **IMAGE},
+        {
+            **CSP,
+            "block_type": "bottleneck_block",
+            "stage_type": "csp",
+            "bottle_ratio": [0.5],
+            "expand_ratio": [2.0],
+            **IMAGE,
+        },
         {},
     ),
     "CSPNet (dark)": ("image", {**CSP, "block_type": "dark_block", "stage_type": "dark", **IMAGE}, {}),
@@ -497,7 +509,7 @@ def sequence() -> jax.Array:
 
 
 RESNETS = {"ResNet18": 1820, "ResNet34": 3670, "ResNet50": 4090, "ResNet101": 7800, "ResNet152": 11500}
-"""Multiply-accumulates in millions at 224 pixels, with the stride in the 3 x 3 convolutions, as in torchvision."""
+"""Multiply-accumulates in millions at 224 pixels, with the stride in the 3 x 3 convolutions, from torchvision."""
 
 
 def of_haiku() -> dict[str, Entry]:
@@ -583,9 +595,8 @@ def of_jax_resnet() -> dict[str, Entry]:
     figures = {
         **RESNETS,
         "WideResNet50": 11400,
-        "ResNeXt50": 4250,
-        "ResNetD50": 4300,
-        "ResNeSt50": 5400,
+        "ResNeXt50": 4290,
+        "ResNeSt50Fast": 4340,
     }
 
     def make(name: str, side: int) -> Built:
