@@ -542,52 +542,17 @@ def of_haiku() -> dict[str, Entry]:
 def of_flaxmodels() -> dict[str, Entry]:
     def vision(name: str, side: int) -> Built:
         models = importlib.import_module("flaxmodels")
-        module = getattr(models, name)(output="logits", pretrained=None, normalize=False)
+        # VGG's dense layers take images of 224 pixels and no others.
+        options = {"include_head": side == 224} if name.startswith("VGG") else {}
+        module = getattr(models, name)(output="logits", pretrained=None, normalize=False, **options)
         return linen(module, images(side), train=False)
 
     found = {}
     for name in (*RESNETS, "VGG16", "VGG19"):
         figure = {**RESNETS, "VGG16": 15500, "VGG19": 19600}[name]
-        # VGG's dense layers need images of at least 32 pixels; the figure is of 224.
         small, whole = (functools.partial(vision, name, side) for side in (32, 224))
         found[f"flaxmodels/{name}"] = Entry("flaxmodels", small, figure, whole, name == "ResNet152")
 
-    def gpt2(head: bool) -> Built:
-        part = importlib.import_module("flaxmodels.gpt2.gpt2")
-        config = importlib.import_module(
-            "flaxmodels.gpt2.third_party.huggingface_transformers.configuration_gpt2"
-        )
-        made = config.GPT2Config(vocab_size=64, n_positions=16, n_ctx=16, n_embd=32, n_layer=2, n_head=4)
-        vars(part)["get_config"] = lambda name: made
-        kind = part.GPT2LMHeadModel if head else part.GPT2Model
-        module = kind(pretrained=None)
-        ids = tokens()
-        variables = drawn(lambda key, x: module.init({"params": key, "dropout": key}, input_ids=x), ids)
-        output = "logits" if head else "last_hidden_state"
-        return Built(variables, lambda v, x: module.apply(v, input_ids=x, training=False)[output], ids)
-
-    for head in (False, True):
-        found[f"flaxmodels/GPT2{'LMHead' if head else ''}Model"] = Entry(
-            "flaxmodels", functools.partial(gpt2, head)
-        )
-
-    def stylegan(part: str) -> Built:
-        models = importlib.import_module("flaxmodels.stylegan2")
-        draw = np.random.default_rng(0)
-        if part == "Discriminator":
-            module = models.Discriminator(resolution=16, fmap_base=256, fmap_max=32)
-            return linen(module, images(16, 4))
-        module = models.Generator(resolution=16, fmap_base=256, fmap_max=32, z_dim=16, w_dim=16)
-        z = jnp.asarray(draw.normal(size=(2, 16)), jnp.float32)
-        variables = drawn(lambda key, z: module.init({"params": key, "noise": key}, z, noise_mode="none"), z)
-
-        def apply_fn(variables: Any, z: jax.Array) -> jax.Array:
-            return module.apply(variables, z, noise_mode="none", train=False)
-
-        return Built(variables, apply_fn, z)
-
-    for part in ("Discriminator", "Generator"):
-        found[f"flaxmodels/StyleGAN2 {part}"] = Entry("flaxmodels", functools.partial(stylegan, part))
     return found
 
 
@@ -691,7 +656,9 @@ EQUIMO = {
 
 
 def equimo(name: str, side: int) -> Built:
-    options = {"img_size": side} if "vit" in name else {}
+    options: dict[str, Any] = {"img_size": side} if "vit" in name else {}
+    if name.startswith("lowformer"):
+        options["attention_type"] = "softmax"
     model = getattr(importlib.import_module("equimo.models"), name)(key=jax.random.key(0), **options)
     return functional(model, images(side, channels_first=True), key=jax.random.key(1))
 
