@@ -244,6 +244,34 @@ CSP: dict[str, Any] = {
     "stackwise_num_filters": [16, 24, 32],
 }
 
+LINEAR: dict[str, Any] = {
+    **GROUPED,
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+T5GEMMA: dict[str, Any] = {
+    "vocabulary_size": 64,
+    "sliding_window": 4,
+    "query_pre_attn_scalar": 8.0,
+    **{
+        f"{side}_{key}": value
+        for side in ("encoder", "decoder")
+        for key, value in {
+            "hidden_dim": 32,
+            "intermediate_dim": 48,
+            "num_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        }.items()
+    },
+}
+
 HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     "Bert": ("text", TEXT, {"segment_ids": 0}),
     "Albert": ("text", {**TEXT, "embedding_dim": 16}, {"segment_ids": 0}),
@@ -301,6 +329,36 @@ HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
         {},
     ),
     "Qwen3Moe": ("text", {**MOE, "head_dim": 8, "moe_intermediate_dim": 24}, {}),
+    "Qwen3_5": ("text", LINEAR, {}),
+    "Qwen3_5Moe": (
+        "text",
+        {
+            **{k: v for k, v in LINEAR.items() if k != "intermediate_dim"},
+            "moe_intermediate_dim": 24,
+            "shared_expert_intermediate_size": 24,
+            "num_experts": 4,
+            "top_k": 2,
+        },
+        {},
+    ),
+    "Gemma4": (
+        "text",
+        {**GROUPED, "head_dim": 8, "image_size": 16, "sliding_window_size": 4, "sliding_window_pattern": 2},
+        {"position_ids": 0},
+    ),
+    "PaliGemma": (
+        "text with images",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "image_size": 16,
+            "vit_patch_size": 8,
+            "vit_num_heads": 4,
+            "vit_hidden_dim": 32,
+            "vit_num_layers": 2,
+        },
+        {"response_mask": 0},
+    ),
     "SmolLM3": ("text", SMOL, {}),
     "RWKV7": (
         "text",
@@ -318,7 +376,21 @@ HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
         {},
     ),
     "T5": ("both", TEXT, {}),
+    "T5Gemma": ("both", T5GEMMA, {}),
+    "T5Gemma2": ("both", T5GEMMA, {}),
     "Bart": ("both", TEXT, {}),
+    "EdRec": (
+        "both",
+        {
+            "vocab_size": 64,
+            "num_layers_enc": 2,
+            "num_layers_dec": 2,
+            "hidden_dim": 32,
+            "intermediate_dim": 48,
+            "num_heads": 4,
+        },
+        {},
+    ),
     "ViT": (
         "image",
         {**{k: v for k, v in SEEN.items() if k != "intermediate_dim"}, "mlp_dim": 48, **IMAGE},
@@ -415,6 +487,71 @@ HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     "CLIPTextEncoder": ("unmasked", {**TEXT, "embedding_dim": 32, "max_sequence_length": 8}, {}),
     "SigLIPVisionEncoder": ("image", {**SEEN, **IMAGE}, {}),
     "SigLIPTextEncoder": ("unmasked", {**TEXT, "embedding_dim": 32, "max_sequence_length": 8}, {}),
+    "HGNetV2": (
+        "image",
+        {
+            "depths": [1, 1],
+            "embedding_size": 16,
+            "hidden_sizes": [32, 48],
+            "stem_channels": [3, 8, 16],
+            "hidden_act": "relu",
+            "use_learnable_affine_block": False,
+            "stackwise_stage_filters": [[16, 8, 32, 1, 2, 3], [32, 16, 48, 1, 2, 3]],
+            "apply_downsample": [False, True],
+            "use_lightweight_conv_block": [False, True],
+            **IMAGE,
+        },
+        {},
+    ),
+    "VideoPrism": (
+        "video",
+        {
+            "num_frames": 2,
+            "patch_size": 8,
+            "hidden_dim": 32,
+            "intermediate_dim": 48,
+            "num_heads": 4,
+            "num_spatial_layers": 2,
+            "num_temporal_layers": 2,
+            "num_auxiliary_layers": 0,
+            **IMAGE,
+        },
+        {},
+    ),
+    "Flux": (
+        "diffusion",
+        {
+            "input_channels": 16,
+            "hidden_size": 32,
+            "mlp_ratio": 2.0,
+            "num_heads": 4,
+            "depth": 1,
+            "depth_single_blocks": 1,
+            "axes_dim": [2, 2, 4],
+            "theta": 10000,
+            "use_bias": True,
+            "image_shape": (4, 16),
+            "text_shape": (6, 16),
+            "image_ids_shape": (4, 3),
+            "text_ids_shape": (6, 3),
+            "y_shape": (8,),
+        },
+        {},
+    ),
+    "Moonshine": (
+        "waves",
+        {
+            "vocabulary_size": 64,
+            "filter_dim": 32,
+            "encoder_num_layers": 2,
+            "decoder_num_layers": 2,
+            "hidden_dim": 32,
+            "intermediate_dim": 48,
+            "encoder_num_heads": 4,
+            "decoder_num_heads": 4,
+        },
+        {},
+    ),
     "Whisper": ("speech", {**TEXT, "max_encoder_sequence_length": 16, "max_decoder_sequence_length": 8}, {}),
 }
 """For each name: what it reads, its arguments, and further inputs."""
@@ -426,8 +563,13 @@ def hub(name: str) -> Built:
     kind = name.partition(" ")[0]
     model = getattr(models, kind if kind.endswith("Encoder") else f"{kind}Backbone")(**arguments)
     ids, ones = tokens(), jnp.ones((2, 8), jnp.int32)
+
+    def noise(*shape: int) -> jax.Array:
+        return jnp.asarray(np.random.default_rng(0).normal(size=(2, *shape)), jnp.float32)
+
     batch = {
         "text": {"token_ids": ids, "padding_mask": ones},
+        "text with images": {"token_ids": ids, "padding_mask": ones, "images": images(16)},
         "unmasked": {"token_ids": ids},
         "both": {
             f"{side}_{what}": array
@@ -436,8 +578,24 @@ def hub(name: str) -> Built:
         },
         "image": images(32),
         "pixels": {"pixel_values": images(32)},
+        "video": noise(2, 32, 32, 3),
+        "diffusion": {
+            "image": noise(4, 16),
+            "image_ids": noise(4, 3),
+            "text": noise(6, 16),
+            "text_ids": noise(6, 3),
+            "y": noise(8),
+            "timesteps": noise(),
+            "guidance": noise(),
+        },
+        "waves": {
+            "encoder_input_values": noise(1600, 1),
+            "encoder_padding_mask": jnp.ones((2, 1600), bool),
+            "decoder_token_ids": ids,
+            "decoder_padding_mask": ones.astype(bool),
+        },
         "speech": {
-            "encoder_features": jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 80)), jnp.float32),
+            "encoder_features": noise(16, 80),
             "decoder_token_ids": ids,
             "decoder_padding_mask": ones,
         },

@@ -359,6 +359,19 @@ def _convolution(remaining: Remaining, operation: Operation) -> Mapping[str, Any
     return {"feature_group_count": data[numbers.lhs_spec[1]] // kernel[numbers.rhs_spec[1]]}
 
 
+def _tile(remaining: Remaining, operation: Operation) -> Mapping[str, Any]:
+    """Whole copies go, and the same elements of every copy that stays."""
+    before, after = remaining.kept(operation.inputs[0]), remaining.kept(operation.outputs[0])
+    reps = []
+    for times, elements, mask in zip(operation.params["reps"], before, after, strict=True):
+        copies = mask.reshape(times, -1)
+        stay = copies.any(1)
+        if not (copies[stay] == elements).all():
+            raise MisfitError("copies of one dimension lose different elements", operation)
+        reps.append(int(stay.sum()))
+    return {"reps": tuple(reps)}
+
+
 _REWRITES: Mapping[str, Rewrite] = {
     "broadcast_in_dim": _shape_of_output("shape"),
     "conv_general_dilated": _convolution,
@@ -368,6 +381,7 @@ _REWRITES: Mapping[str, Rewrite] = {
     "iota": _shape_of_output("shape"),
     "reshape": _shape_of_output("new_sizes"),
     "split": _split,
+    "tile": _tile,
 }
 _WITH_BODIES = {"scan": Resized._scan, "while": Resized._while, "cond": Resized._cond}
 _CALLS = {
