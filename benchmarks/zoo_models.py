@@ -688,7 +688,7 @@ def of_haiku() -> dict[str, Entry]:
     for name, published in RESNETS.items():
         for version in (False, True):
             small, whole = (functools.partial(haiku_resnet, name, side, version) for side in (32, 224))
-            figure = published if not version and name in ("ResNet18", "ResNet34") else None
+            figure = None if version else published
             large = name == "ResNet152"
             found[f"haiku/{name}{'V2' if version else ''}"] = Entry("dm-haiku", small, figure, whole, large)
     return found

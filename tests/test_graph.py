@@ -340,7 +340,9 @@ def test_part_of_a_weight_is_never_paired_as_the_whole(function, weight, reason)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_rows_beside_those_of_data_are_values_and_not_weights(rows, axis):
     def function(p, x):
-        return jax.nn.relu(jnp.concatenate([p["tokens"], x] if axis == 0 else [p["tokens"].T, x], axis) @ p["w"])
+        return jax.nn.relu(
+            jnp.concatenate([p["tokens"], x] if axis == 0 else [p["tokens"].T, x], axis) @ p["w"]
+        )
 
     params = {"tokens": jnp.ones((rows, 4)), "w": W if axis == 0 else jnp.ones((4 + rows, 4))}
     statistics = jaxeff.collect(params, function, jnp.ones((8 if axis == 0 else 4, 4)))
