@@ -151,7 +151,7 @@ def test_parts_of_a_split_may_lose_unequally():
 @pytest.mark.parametrize("removed", [{"a:1": [0, 2]}, {"c:0": [1]}, {"a:1": [3], "c:0": [0, 2]}])
 @pytest.mark.parametrize("along", [0, 1])
 def test_copies_and_what_is_copied_may_go(along, removed):
-    """Grouped queries share keys that are tiled: three copies of four units, one after the other or beside each other."""
+    """Three copies of four units, beside each other or in a dimension of their own, as keys of grouped queries."""
 
     def model(params, x):
         y = jnp.tanh(x @ params["a"])
