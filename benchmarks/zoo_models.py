@@ -813,10 +813,34 @@ EQUIMO = {
 """Names, and the side of the images that each is given."""
 
 
+EQUIMO_SMALL: Mapping[str, tuple[int, Mapping[str, Any]]] = {
+    "Vssd": (64, {"dim": 16, "d_state": 8, "depths": [1, 1, 1, 1], "num_heads": [2, 4, 4, 8]}),
+    "PartialFormer": (
+        64,
+        {"dim": 16, "num_heads": [2, 4], "depths": [1, 1], "foreground_ratios": 0.5, "patch_size": 4},
+    ),
+    "FasterViT": (
+        64,
+        {
+            "dim": 16,
+            "in_dim": 8,
+            "num_heads": [2, 4],
+            "hat": [True, False],
+            "depths": [1, 1],
+            "window_size": [4, 4],
+            "ct_size": 2,
+        },
+    ),
+}
+"""Classes at small sizes: the side of the images that each is given, and its arguments."""
+
+
 def equimo(name: str, side: int) -> Built:
     options: dict[str, Any] = {"img_size": side} if "vit" in name else {}
     if name.startswith("lowformer"):
         options["attention_type"] = "softmax"
+    if name in EQUIMO_SMALL:
+        options = {"img_size": side, "in_channels": 3, **EQUIMO_SMALL[name][1]}
     model = getattr(importlib.import_module("equimo.models"), name)(key=jax.random.key(0), **options)
     return functional(model, images(side, channels_first=True), key=jax.random.key(1))
 
@@ -853,7 +877,7 @@ def of_equinox() -> dict[str, Entry]:
 
     images_of = {
         f"equimo/{name}": Entry("equimo", functools.partial(equimo, name, side))
-        for name, side in EQUIMO.items()
+        for name, side in {**EQUIMO, **{name: side for name, (side, _) in EQUIMO_SMALL.items()}}.items()
     }
     return {"equinox/MLP": Entry("equinox", mlp), **found, **images_of}
 
