@@ -229,7 +229,7 @@ SMOL: dict[str, Any] = {
 }
 MOE: dict[str, Any] = {**GROUPED, "num_experts": 4, "top_k": 2}
 RESNET: dict[str, Any] = {
-    "input_conv_filters": [16],
+    "input_conv_filters": [64],
     "input_conv_kernel_sizes": [7],
     "stackwise_num_filters": [64, 96],
     "stackwise_num_blocks": [2, 2],
@@ -451,7 +451,7 @@ HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
         "image",
         {
             **RESNET,
-            "input_conv_filters": [8, 8, 16],
+            "input_conv_filters": [32, 32, 64],
             "input_conv_kernel_sizes": [3, 3, 3],
             "block_type": "basic_block_vd",
             **IMAGE,
