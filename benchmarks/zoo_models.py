@@ -163,6 +163,7 @@ LARGE = ("B5", "B6", "B7", "V2M", "V2L", "tLarge", "tXLarge", "tBase", "152", "I
 def application(name: str, side: int, **options: Any) -> Built:
     import keras
 
+    keras.utils.set_random_seed(0)
     model = getattr(keras.applications, name)(weights=None, input_shape=(side, side, 3), **options)
     return functional(model, images(side))
 
@@ -559,6 +560,7 @@ HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
 
 def hub(name: str) -> Built:
     models = importlib.import_module("keras_hub").models
+    importlib.import_module("keras").utils.set_random_seed(0)
     reads, arguments, more = HUB[name]
     kind = name.partition(" ")[0]
     model = getattr(models, kind if kind.endswith("Encoder") else f"{kind}Backbone")(**arguments)
