@@ -59,7 +59,7 @@ class Row:
         matrices: weights of two axes or more.
         unpaired: those that were not paired with an operation, and the reason.
         unused: those that the model does not read.
-        macs: multiply-accumulates in millions of one example at the published size, and as published.
+        macs: multiply-accumulates in millions of one example at the published size, and as published; None if unknown.
         uncounted: operations that the count leaves out.
         groups: how many there are, and how many may shrink.
         left: share of the parameters that is left.
@@ -74,7 +74,7 @@ class Row:
     matrices: int = 0
     unpaired: dict[str, str] = dataclasses.field(default_factory=dict)
     unused: list[str] = dataclasses.field(default_factory=list)
-    macs: tuple[float, float] | None = None
+    macs: tuple[float, float | None] | None = None
     uncounted: dict[str, int] = dataclasses.field(default_factory=dict)
     groups: tuple[int, int] = (0, 0)
     left: float = 1.0
@@ -123,8 +123,7 @@ def _run(entry: Entry, row: Row) -> None:
     plan = half(groups)
     if plan.removed:
         row.error, row.left = timed("compact", lambda: compared(model, plan))
-    if entry.published is not None and entry.published_build is not None:
-        build = entry.published_build
+    if (build := entry.published_build) is not None:
         row.macs = timed("count", lambda: counted(row, build())), entry.published
 
 
@@ -325,12 +324,16 @@ def _count(truths: Iterable[bool]) -> str:
 def _line(name: str, row: Row) -> str:
     if row.failure is not None:
         return f"| {name} | failed | | | | | | | | |"
-    macs, published = ("", "") if row.macs is None else (f"{one:,.4g}" for one in row.macs)
+    macs, published = ("", "") if row.macs is None else map(_number, row.macs)
     error, left = ("", "") if row.error is None else (f"{row.error:.0e}", f"{row.left:.2f}")
     return (
         f"| {name} | {row.params:,} | {row.leaves[1]} of {row.leaves[0]} | {100 * row.analyzed:.4g} % | {macs} | "
         f"{published} | {row.groups[1]} of {row.groups[0]} | {left} | {error} | {sum(row.seconds.values()):.0f} |"
     )
+
+
+def _number(number: float | None) -> str:
+    return "unknown" if number is None else f"{number:,.4g}"
 
 
 def _said(row: Row) -> list[str]:

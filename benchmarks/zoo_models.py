@@ -35,7 +35,7 @@ class Entry:
         package: the package on PyPI that it comes from.
         build: makes the model. Imports the package.
         published: multiply-accumulates of one example as published, in millions; None where there is no such figure.
-        published_build: makes the model at the size of its published figure; only traced.
+        published_build: makes the model at its published size; only traced.
         large: whether it runs only where `--models` names it.
     """
 
@@ -115,19 +115,19 @@ APPLICATIONS: Mapping[str, tuple[float | None, int]] = {
     "MobileNetV3Large": (219, 224),
     "EfficientNetB0": (390, 224),
     "EfficientNetB1": (700, 240),
-    "EfficientNetB2": (1000, 260),
+    "EfficientNetB2": (None, 260),
     "EfficientNetB3": (1800, 300),
-    "EfficientNetB4": (4200, 380),
-    "EfficientNetB5": (9900, 456),
-    "EfficientNetB6": (19000, 528),
+    "EfficientNetB4": (4400, 380),
+    "EfficientNetB5": (10300, 456),
+    "EfficientNetB6": (19100, 528),
     "EfficientNetB7": (37000, 600),
     "EfficientNetV2B0": (720, 224),
     "EfficientNetV2B1": (1200, 240),
     "EfficientNetV2B2": (1700, 260),
     "EfficientNetV2B3": (3000, 300),
-    "EfficientNetV2S": (8800, 384),
-    "EfficientNetV2M": (24000, 480),
-    "EfficientNetV2L": (53000, 480),
+    "EfficientNetV2S": (8400, 384),
+    "EfficientNetV2M": (24700, 480),
+    "EfficientNetV2L": (56300, 480),
     "ResNet50": (3800, 224),
     "ResNet101": (7600, 224),
     "ResNet152": (11300, 224),
@@ -150,7 +150,12 @@ APPLICATIONS: Mapping[str, tuple[float | None, int]] = {
     "NASNetMobile": (564, 224),
     "NASNetLarge": (23800, 331),
 }
-"""Published multiply-accumulates in millions, from the papers, and the side of the images they are of."""
+"""Published multiply-accumulates in millions, and the side of the images they are of.
+
+From the papers or their authors' repositories (MobileNet, EfficientNet B0 and B7, EfficientNetV2, ResNet, ConvNeXt,
+NASNet), from torchvision (other EfficientNets, VGG, InceptionV3) and from imgclsmob (DenseNet, InceptionResNetV2,
+Xception).
+"""
 
 LARGE = ("B5", "B6", "B7", "V2M", "V2L", "tLarge", "tXLarge", "tBase", "152", "InceptionResNetV2")
 
@@ -158,6 +163,7 @@ LARGE = ("B5", "B6", "B7", "V2M", "V2L", "tLarge", "tXLarge", "tBase", "152", "I
 def application(name: str, side: int, **options: Any) -> Built:
     import keras
 
+    keras.utils.set_random_seed(0)
     model = getattr(keras.applications, name)(weights=None, input_shape=(side, side, 3), **options)
     return functional(model, images(side))
 
@@ -224,7 +230,7 @@ SMOL: dict[str, Any] = {
 }
 MOE: dict[str, Any] = {**GROUPED, "num_experts": 4, "top_k": 2}
 RESNET: dict[str, Any] = {
-    "input_conv_filters": [16],
+    "input_conv_filters": [64],
     "input_conv_kernel_sizes": [7],
     "stackwise_num_filters": [64, 96],
     "stackwise_num_blocks": [2, 2],
@@ -237,6 +243,34 @@ CSP: dict[str, Any] = {
     "stackwise_depth": [1, 2, 2],
     "stackwise_strides": [1, 2, 2],
     "stackwise_num_filters": [16, 24, 32],
+}
+
+LINEAR: dict[str, Any] = {
+    **GROUPED,
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+T5GEMMA: dict[str, Any] = {
+    "vocabulary_size": 64,
+    "sliding_window": 4,
+    "query_pre_attn_scalar": 8.0,
+    **{
+        f"{side}_{key}": value
+        for side in ("encoder", "decoder")
+        for key, value in {
+            "hidden_dim": 32,
+            "intermediate_dim": 48,
+            "num_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        }.items()
+    },
 }
 
 HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
@@ -296,6 +330,36 @@ HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
         {},
     ),
     "Qwen3Moe": ("text", {**MOE, "head_dim": 8, "moe_intermediate_dim": 24}, {}),
+    "Qwen3_5": ("text", LINEAR, {}),
+    "Qwen3_5Moe": (
+        "text",
+        {
+            **{k: v for k, v in LINEAR.items() if k != "intermediate_dim"},
+            "moe_intermediate_dim": 24,
+            "shared_expert_intermediate_size": 24,
+            "num_experts": 4,
+            "top_k": 2,
+        },
+        {},
+    ),
+    "Gemma4": (
+        "text",
+        {**GROUPED, "head_dim": 8, "image_size": 16, "sliding_window_size": 4, "sliding_window_pattern": 2},
+        {"position_ids": 0},
+    ),
+    "PaliGemma": (
+        "text with images",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "image_size": 16,
+            "vit_patch_size": 8,
+            "vit_num_heads": 4,
+            "vit_hidden_dim": 32,
+            "vit_num_layers": 2,
+        },
+        {"response_mask": 0},
+    ),
     "SmolLM3": ("text", SMOL, {}),
     "RWKV7": (
         "text",
@@ -313,7 +377,21 @@ HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
         {},
     ),
     "T5": ("both", TEXT, {}),
+    "T5Gemma": ("both", T5GEMMA, {}),
+    "T5Gemma2": ("both", T5GEMMA, {}),
     "Bart": ("both", TEXT, {}),
+    "EdRec": (
+        "both",
+        {
+            "vocab_size": 64,
+            "num_layers_enc": 2,
+            "num_layers_dec": 2,
+            "hidden_dim": 32,
+            "intermediate_dim": 48,
+            "num_heads": 4,
+        },
+        {},
+    ),
     "ViT": (
         "image",
         {**{k: v for k, v in SEEN.items() if k != "intermediate_dim"}, "mlp_dim": 48, **IMAGE},
@@ -374,7 +452,7 @@ HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
         "image",
         {
             **RESNET,
-            "input_conv_filters": [8, 8, 16],
+            "input_conv_filters": [32, 32, 64],
             "input_conv_kernel_sizes": [3, 3, 3],
             "block_type": "basic_block_vd",
             **IMAGE,
@@ -390,7 +468,14 @@ HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     "DenseNet": ("image", {"stackwise_num_repeats": [2, 3], "growth_rate": 8, **IMAGE}, {}),
     "CSPNet (cross stage)": (
         "image",
-        {**CSP, "block_type": "bottleneck_block", "stage_type": "csp", **IMAGE},
+        {
+            **CSP,
+            "block_type": "bottleneck_block",
+            "stage_type": "csp",
+            "bottle_ratio": [0.5],
+            "expand_ratio": [2.0],
+            **IMAGE,
+        },
         {},
     ),
     "CSPNet (dark)": ("image", {**CSP, "block_type": "dark_block", "stage_type": "dark", **IMAGE}, {}),
@@ -403,6 +488,71 @@ HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     "CLIPTextEncoder": ("unmasked", {**TEXT, "embedding_dim": 32, "max_sequence_length": 8}, {}),
     "SigLIPVisionEncoder": ("image", {**SEEN, **IMAGE}, {}),
     "SigLIPTextEncoder": ("unmasked", {**TEXT, "embedding_dim": 32, "max_sequence_length": 8}, {}),
+    "HGNetV2": (
+        "image",
+        {
+            "depths": [1, 1],
+            "embedding_size": 16,
+            "hidden_sizes": [32, 48],
+            "stem_channels": [3, 8, 16],
+            "hidden_act": "relu",
+            "use_learnable_affine_block": False,
+            "stackwise_stage_filters": [[16, 8, 32, 1, 2, 3], [32, 16, 48, 1, 2, 3]],
+            "apply_downsample": [False, True],
+            "use_lightweight_conv_block": [False, True],
+            **IMAGE,
+        },
+        {},
+    ),
+    "VideoPrism": (
+        "video",
+        {
+            "num_frames": 2,
+            "patch_size": 8,
+            "hidden_dim": 32,
+            "intermediate_dim": 48,
+            "num_heads": 4,
+            "num_spatial_layers": 2,
+            "num_temporal_layers": 2,
+            "num_auxiliary_layers": 0,
+            **IMAGE,
+        },
+        {},
+    ),
+    "Flux": (
+        "diffusion",
+        {
+            "input_channels": 16,
+            "hidden_size": 32,
+            "mlp_ratio": 2.0,
+            "num_heads": 4,
+            "depth": 1,
+            "depth_single_blocks": 1,
+            "axes_dim": [2, 2, 4],
+            "theta": 10000,
+            "use_bias": True,
+            "image_shape": (4, 16),
+            "text_shape": (6, 16),
+            "image_ids_shape": (4, 3),
+            "text_ids_shape": (6, 3),
+            "y_shape": (8,),
+        },
+        {},
+    ),
+    "Moonshine": (
+        "waves",
+        {
+            "vocabulary_size": 64,
+            "filter_dim": 32,
+            "encoder_num_layers": 2,
+            "decoder_num_layers": 2,
+            "hidden_dim": 32,
+            "intermediate_dim": 48,
+            "encoder_num_heads": 4,
+            "decoder_num_heads": 4,
+        },
+        {},
+    ),
     "Whisper": ("speech", {**TEXT, "max_encoder_sequence_length": 16, "max_decoder_sequence_length": 8}, {}),
 }
 """For each name: what it reads, its arguments, and further inputs."""
@@ -410,12 +560,18 @@ HUB: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
 
 def hub(name: str) -> Built:
     models = importlib.import_module("keras_hub").models
+    importlib.import_module("keras").utils.set_random_seed(0)
     reads, arguments, more = HUB[name]
     kind = name.partition(" ")[0]
     model = getattr(models, kind if kind.endswith("Encoder") else f"{kind}Backbone")(**arguments)
     ids, ones = tokens(), jnp.ones((2, 8), jnp.int32)
+
+    def noise(*shape: int) -> jax.Array:
+        return jnp.asarray(np.random.default_rng(0).normal(size=(2, *shape)), jnp.float32)
+
     batch = {
         "text": {"token_ids": ids, "padding_mask": ones},
+        "text with images": {"token_ids": ids, "padding_mask": ones, "images": images(16)},
         "unmasked": {"token_ids": ids},
         "both": {
             f"{side}_{what}": array
@@ -424,8 +580,24 @@ def hub(name: str) -> Built:
         },
         "image": images(32),
         "pixels": {"pixel_values": images(32)},
+        "video": noise(2, 32, 32, 3),
+        "diffusion": {
+            "image": noise(4, 16),
+            "image_ids": noise(4, 3),
+            "text": noise(6, 16),
+            "text_ids": noise(6, 3),
+            "y": noise(8),
+            "timesteps": noise(),
+            "guidance": noise(),
+        },
+        "waves": {
+            "encoder_input_values": noise(1600, 1),
+            "encoder_padding_mask": jnp.ones((2, 1600), bool),
+            "decoder_token_ids": ids,
+            "decoder_padding_mask": ones.astype(bool),
+        },
         "speech": {
-            "encoder_features": jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 80)), jnp.float32),
+            "encoder_features": noise(16, 80),
             "decoder_token_ids": ids,
             "decoder_padding_mask": ones,
         },
@@ -497,7 +669,7 @@ def sequence() -> jax.Array:
 
 
 RESNETS = {"ResNet18": 1820, "ResNet34": 3670, "ResNet50": 4090, "ResNet101": 7800, "ResNet152": 11500}
-"""Multiply-accumulates in millions at 224 pixels, with the stride in the 3 x 3 convolutions, as in torchvision."""
+"""Multiply-accumulates in millions at 224 pixels, with the stride in the 3 x 3 convolutions, from torchvision."""
 
 
 def of_haiku() -> dict[str, Entry]:
@@ -518,7 +690,7 @@ def of_haiku() -> dict[str, Entry]:
     for name, published in RESNETS.items():
         for version in (False, True):
             small, whole = (functools.partial(haiku_resnet, name, side, version) for side in (32, 224))
-            figure = published if not version and name in ("ResNet18", "ResNet34") else None
+            figure = None if version else published
             large = name == "ResNet152"
             found[f"haiku/{name}{'V2' if version else ''}"] = Entry("dm-haiku", small, figure, whole, large)
     return found
@@ -530,52 +702,17 @@ def of_haiku() -> dict[str, Entry]:
 def of_flaxmodels() -> dict[str, Entry]:
     def vision(name: str, side: int) -> Built:
         models = importlib.import_module("flaxmodels")
-        module = getattr(models, name)(output="logits", pretrained=None, normalize=False)
+        # VGG's dense layers take images of 224 pixels and no others.
+        options = {"include_head": side == 224} if name.startswith("VGG") else {}
+        module = getattr(models, name)(output="logits", pretrained=None, normalize=False, **options)
         return linen(module, images(side), train=False)
 
     found = {}
     for name in (*RESNETS, "VGG16", "VGG19"):
         figure = {**RESNETS, "VGG16": 15500, "VGG19": 19600}[name]
-        # VGG's dense layers need images of at least 32 pixels; the figure is of 224.
         small, whole = (functools.partial(vision, name, side) for side in (32, 224))
         found[f"flaxmodels/{name}"] = Entry("flaxmodels", small, figure, whole, name == "ResNet152")
 
-    def gpt2(head: bool) -> Built:
-        part = importlib.import_module("flaxmodels.gpt2.gpt2")
-        config = importlib.import_module(
-            "flaxmodels.gpt2.third_party.huggingface_transformers.configuration_gpt2"
-        )
-        made = config.GPT2Config(vocab_size=64, n_positions=16, n_ctx=16, n_embd=32, n_layer=2, n_head=4)
-        vars(part)["get_config"] = lambda name: made
-        kind = part.GPT2LMHeadModel if head else part.GPT2Model
-        module = kind(pretrained=None)
-        ids = tokens()
-        variables = drawn(lambda key, x: module.init({"params": key, "dropout": key}, input_ids=x), ids)
-        output = "logits" if head else "last_hidden_state"
-        return Built(variables, lambda v, x: module.apply(v, input_ids=x, training=False)[output], ids)
-
-    for head in (False, True):
-        found[f"flaxmodels/GPT2{'LMHead' if head else ''}Model"] = Entry(
-            "flaxmodels", functools.partial(gpt2, head)
-        )
-
-    def stylegan(part: str) -> Built:
-        models = importlib.import_module("flaxmodels.stylegan2")
-        draw = np.random.default_rng(0)
-        if part == "Discriminator":
-            module = models.Discriminator(resolution=16, fmap_base=256, fmap_max=32)
-            return linen(module, images(16, 4))
-        module = models.Generator(resolution=16, fmap_base=256, fmap_max=32, z_dim=16, w_dim=16)
-        z = jnp.asarray(draw.normal(size=(2, 16)), jnp.float32)
-        variables = drawn(lambda key, z: module.init({"params": key, "noise": key}, z, noise_mode="none"), z)
-
-        def apply_fn(variables: Any, z: jax.Array) -> jax.Array:
-            return module.apply(variables, z, noise_mode="none", train=False)
-
-        return Built(variables, apply_fn, z)
-
-    for part in ("Discriminator", "Generator"):
-        found[f"flaxmodels/StyleGAN2 {part}"] = Entry("flaxmodels", functools.partial(stylegan, part))
     return found
 
 
@@ -583,9 +720,8 @@ def of_jax_resnet() -> dict[str, Entry]:
     figures = {
         **RESNETS,
         "WideResNet50": 11400,
-        "ResNeXt50": 4250,
-        "ResNetD50": 4300,
-        "ResNeSt50": 5400,
+        "ResNeXt50": 4290,
+        "ResNeSt50Fast": 4340,
     }
 
     def make(name: str, side: int) -> Built:
@@ -679,8 +815,34 @@ EQUIMO = {
 """Names, and the side of the images that each is given."""
 
 
+EQUIMO_SMALL: Mapping[str, tuple[int, Mapping[str, Any]]] = {
+    "Vssd": (64, {"dim": 16, "d_state": 8, "depths": [1, 1, 1, 1], "num_heads": [2, 4, 4, 8]}),
+    "PartialFormer": (
+        64,
+        {"dim": 16, "num_heads": [2, 4], "depths": [1, 1], "foreground_ratios": 0.5, "patch_size": 4},
+    ),
+    "FasterViT": (
+        64,
+        {
+            "dim": 16,
+            "in_dim": 8,
+            "num_heads": [2, 4],
+            "hat": [True, False],
+            "depths": [1, 1],
+            "window_size": [4, 4],
+            "ct_size": 2,
+        },
+    ),
+}
+"""Classes at small sizes: the side of the images that each is given, and its arguments."""
+
+
 def equimo(name: str, side: int) -> Built:
-    options = {"img_size": side} if "vit" in name else {}
+    options: dict[str, Any] = {"img_size": side} if "vit" in name else {}
+    if name.startswith("lowformer"):
+        options["attention_type"] = "softmax"
+    if name in EQUIMO_SMALL:
+        options = {"img_size": side, "in_channels": 3, **EQUIMO_SMALL[name][1]}
     model = getattr(importlib.import_module("equimo.models"), name)(key=jax.random.key(0), **options)
     return functional(model, images(side, channels_first=True), key=jax.random.key(1))
 
@@ -717,7 +879,7 @@ def of_equinox() -> dict[str, Entry]:
 
     images_of = {
         f"equimo/{name}": Entry("equimo", functools.partial(equimo, name, side))
-        for name, side in EQUIMO.items()
+        for name, side in {**EQUIMO, **{name: side for name, (side, _) in EQUIMO_SMALL.items()}}.items()
     }
     return {"equinox/MLP": Entry("equinox", mlp), **found, **images_of}
 

@@ -148,6 +148,23 @@ def test_parts_of_a_split_may_lose_unequally():
     close(small_apply(small, normal(8, 4)), model(prune.apply(params, plan.masks(params)), normal(8, 4)))
 
 
+@pytest.mark.parametrize("removed", [{"a:1": [0, 2]}, {"c:0": [1]}, {"a:1": [3], "c:0": [0, 2]}])
+@pytest.mark.parametrize("along", [0, 1])
+def test_copies_and_what_is_copied_may_go(along, removed):
+    """Three copies of four units, beside each other or in a dimension of their own, as keys of grouped queries."""
+
+    def model(params, x):
+        y = jnp.tanh(x @ params["a"])
+        copied = jnp.tile(y[:, None], (1, 3, 1)) if along == 0 else jnp.tile(y, (1, 3))
+        return (copied.reshape(len(x), 12) * params["c"][None]) @ params["b"]
+
+    params, x = {"a": normal(4, 4), "b": normal(12, 3), "c": normal(12)}, normal(8, 4)
+    plan = prune.Plan.of(prune.groups(params, model, x), removed)
+    small, small_apply = prune.compact(params, model, x, plan)
+    assert small["c"].size == (4 - len(removed.get("a:1", ()))) * (3 - len(removed.get("c:0", ())))
+    close(small_apply(small, x), model(prune.apply(params, plan.masks(params)), x))
+
+
 def test_numbers_stay_those_of_the_large_model():
     def model(params, x):
         return (x @ params["a"]) @ params["b"] / params["a"].shape[1]
@@ -188,6 +205,7 @@ STACKED = {
     "pairs": lambda y: jnp.tanh(y.reshape(-1, 4, 2)).reshape(-1, 8)[:, ::-1],
     "halves": lambda y: jnp.concatenate([jnp.tanh(y[:, :4]), 0.5 * y[:, 4:]], -1),
     "turned": lambda y: jnp.concatenate([0.5 * y[:, 4:], jnp.tanh(y[:, :4])], -1),
+    "copied": lambda y: jnp.tile(jnp.tanh(y), (1, 2)).reshape(-1, 2, 8).sum(1),
 }
 
 

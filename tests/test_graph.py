@@ -316,6 +316,11 @@ NOT_READ = {
         "matrices",
     ),
     "multiplied by another weight": (lambda p, x: x @ (V + p["w"] @ p["w"]), W, "axes"),
+    "beside data, and sorted by data": (
+        lambda p, x: (jnp.concatenate([p["w"], x]), jax.lax.sort((x[:4], p["w"]), num_keys=1)),
+        W,
+        "consumed by sort",
+    ),
 }
 
 
@@ -329,6 +334,21 @@ def test_a_weight_stays_one_under_what_does_not_depend_on_the_batch(function, we
 def test_part_of_a_weight_is_never_paired_as_the_whole(function, weight, reason):
     statistics = jaxeff.collect({"w": weight}, function, jnp.ones((8, 4)))
     assert not statistics.sites and reason in statistics.params[0].reason
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rows_beside_those_of_data_are_values_and_not_weights(rows, axis):
+    def function(p, x):
+        return jax.nn.relu(
+            jnp.concatenate([p["tokens"], x] if axis == 0 else [p["tokens"].T, x], axis) @ p["w"]
+        )
+
+    params = {"tokens": jnp.ones((rows, 4)), "w": W if axis == 0 else jnp.ones((4 + rows, 4))}
+    statistics = jaxeff.collect(params, function, jnp.ones((8 if axis == 0 else 4, 4)))
+    assert [site.path for site in statistics.sites] == ["w"]
+    (tokens,) = (info for info in statistics.params if info.path == "tokens")
+    assert (tokens.role, tokens.reason) == ("consumed by concatenate", None)
 
 
 def test_a_mask_among_the_inputs_is_pointed_out():

@@ -400,6 +400,24 @@ def test_state_that_the_model_does_not_read():
         _ = prune.groups(drawn(module, x), module.apply, x, train=True, mutable=["batch_stats"])
 
 
+def test_state_that_the_model_does_not_read_and_that_no_group_sizes():
+    """Three blocks in a row, and three numbers that nothing reads: each is a size of its own."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            _ = self.variable("constants", "numbers", jnp.ones, (3,))
+            x = nn.Dense(8)(x)
+            for _ in range(3):
+                x = x + nn.Dense(8)(nn.relu(nn.Dense(12)(x)))
+            return nn.Dense(2)(x)
+
+    module, x = Model(), normal(2, 5)
+    groups = prune.groups(drawn(module, x), module.apply, x)
+    assert [group.size for group in groups if group.kind == "block"] == [3]
+    assert [group.name for group in groups if group.size == 3 and group.members] == ["constants/numbers:0"]
+
+
 # --- Importance and plans ------------------------------------------------------------------------------
 
 

@@ -359,6 +359,12 @@ def _convolution(remaining: Remaining, operation: Operation) -> Mapping[str, Any
     return {"feature_group_count": data[numbers.lhs_spec[1]] // kernel[numbers.rhs_spec[1]]}
 
 
+def _tile(remaining: Remaining, operation: Operation) -> Mapping[str, Any]:
+    """Whole copies go, and the same elements of every copy that stays, since copies have a label of their own."""
+    before, after = map(remaining.shape, (operation.inputs[0], operation.outputs[0]))
+    return {"reps": tuple(size // max(each, 1) for each, size in zip(before, after, strict=True))}
+
+
 _REWRITES: Mapping[str, Rewrite] = {
     "broadcast_in_dim": _shape_of_output("shape"),
     "conv_general_dilated": _convolution,
@@ -368,6 +374,7 @@ _REWRITES: Mapping[str, Rewrite] = {
     "iota": _shape_of_output("shape"),
     "reshape": _shape_of_output("new_sizes"),
     "split": _split,
+    "tile": _tile,
 }
 _WITH_BODIES = {"scan": Resized._scan, "while": Resized._while, "cond": Resized._cond}
 _CALLS = {

@@ -346,6 +346,9 @@ def _read_gather(use: Use, dims: Dims, shape: Sequence[int]) -> _Reading | str:
 _READERS = {"dot_general": _read_dot, "conv_general_dilated": _read_conv, "gather": _read_gather}
 
 
+_JOINS = "concatenate"
+
+
 def _like_a_mask(use: Use, leaf: Leaf) -> bool:
     """Return whether a matrix meets data elementwise, like a weight under a mask, and unlike a norm's scale."""
     if use.operation is None or use.operation.name not in ("mul", "select_n"):
@@ -359,7 +362,8 @@ def _without_site(
 ) -> None:
     roles = [use.role for use in uses]
     elementwise = [role for role in roles if role not in (OPAQUE, OUTPUT, CONTRACTION, CONSTANT_CONTRACTION)]
-    opaque = [use.consumer for use in uses if use.role == OPAQUE]
+    # Rows beside those of data (the tokens of a model's own) are values, as a bias is, and have no inputs.
+    opaque = sorted((use.consumer for use in uses if use.role == OPAQUE), key=lambda name: name == _JOINS)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         others[index] = "random key"
     elif not leaf.floating:
@@ -368,7 +372,7 @@ def _without_site(
         unpaired[index] = "multiplied by an input of its own shape (a mask? pass it as a keyword argument)"
     elif elementwise:
         others[index] = elementwise[0]
-    elif sum(size > 1 for size in leaf.shape) < 2:
+    elif sum(size > 1 for size in leaf.shape) < 2 or opaque[:1] == [_JOINS]:
         others[index] = f"consumed by {opaque[0]}" if opaque else OUTPUT if roles else "unused"
     elif opaque:
         why = UNPAIRED.get(opaque[0])
