@@ -161,13 +161,17 @@ def test_erk_and_lamp_see_blocks():
 
 
 def _outlier_ratios(multiple):
-    arrays = {
-        **{f"blocks/{name}[{i}]": SCORES["blocks"][name][i] for name in ("q", "out") for i in range(BLOCKS)},
-        "head": SCORES["head"],
-    }
-    arrays = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
-    ratios = {name: np.mean(array > multiple * array.mean()) for name, array in arrays.items()}
-    return ratios, {name: array.size for name, array in arrays.items()}
+    """By layer the ratio of its block, and its own size."""
+    ratios, sizes = {}, {}
+    blocks = [
+        {f"blocks/{name}[{i}]": SCORES["blocks"][name][i] for name in ("q", "out")} for i in range(BLOCKS)
+    ]
+    for block in (*blocks, {"head": SCORES["head"]}):
+        arrays = {name: np.asarray(array, np.float64) for name, array in block.items()}
+        whole = np.concatenate([array.ravel() for array in arrays.values()])
+        ratios |= dict.fromkeys(arrays, np.mean(whole > multiple * whole.mean()))
+        sizes |= {name: array.size for name, array in arrays.items()}
+    return ratios, sizes
 
 
 @pytest.mark.parametrize(("multiple", "spread"), [(2.0, 0.08), (3.0, 0.2)])
@@ -191,6 +195,19 @@ def test_owl_removes_as_much_in_all_and_less_where_outliers_are():
     masks = prune.masks(SCORES, 0.6, allocation=found)
     for i, name in enumerate(NAMES["q"]):
         assert np.sum(~masks["blocks"]["q"][i]) == round(found[name] * sizes[name])
+
+
+def test_owl_of_listed_blocks_is_that_of_stacked_ones():
+    listed = {
+        f"layers_{i}": {"mixer": {"q": SCORES["blocks"]["q"][i]}, "out": SCORES["blocks"]["out"][i]}
+        for i in range(BLOCKS)
+    }
+    found = prune.owl({"net": listed | {"head": SCORES["head"]}}, 0.6, multiple=2.0)
+    expected = prune.owl(SCORES, 0.6, multiple=2.0)
+    for i in range(BLOCKS):
+        assert found[f"net/layers_{i}/mixer/q"] == pytest.approx(expected[f"blocks/q[{i}]"])
+        assert found[f"net/layers_{i}/out"] == pytest.approx(expected[f"blocks/out[{i}]"])
+    assert found["net/head"] == pytest.approx(expected["head"])
 
 
 def test_owl_of_layers_alike_is_uniform():

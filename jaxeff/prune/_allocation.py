@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -79,24 +80,26 @@ def lamp(scores: Array) -> Array:
 
 
 def owl(scores: Any, sparsity: float, *, multiple: float = 5.0, spread: float = 0.08) -> dict[str, float]:
-    """Outlier-weighed layerwise sparsity: layers with more outliers among their scores lose less.
+    """Outlier-weighed layerwise sparsity: blocks with more outliers among their scores lose less.
 
-    A layer's outlier ratio r is the share of its scores above `multiple` times their mean. Its sparsity is
-    s - spread (r - m) / max |r - m|, with m the mean of r over all weights, so that s of all weights go. Each weight
-    is a layer of its own; the published method takes all of a transformer block as one.
+    The outlier ratio r of a block is the share of its scores above `multiple` times their mean. The sparsity of all its
+    weights is s - spread (r - m) / max |r - m|, with m the mean of r over all weights, so that s of all weights go.
+
+    A block is what one step of a scan reads, or the module whose name ends in a number: 'layers_3', 'layers/3'. A
+    weight in neither is a block of its own.
 
     Args:
         scores: as `prune.masks` takes them; published with the criterion `wanda`.
         sparsity: s, the fraction of all weights to remove.
         multiple: of the mean, above which a score is an outlier.
-        spread: the largest difference between the sparsity of a layer and s.
+        spread: the largest difference between the sparsity of a block and s.
 
     Returns:
         By layer, the fraction to remove, for `allocation` of `prune.masks`. Each of the layers that a scan stacks
         has its own: 'blocks/q[3]'.
 
     Raises:
-        ValueError: there are no scores, an argument is out of range, or `spread` would take a layer out of [0, 1).
+        ValueError: there are no scores, an argument is out of range, or `spread` would take a block out of [0, 1).
 
     References:
         Yin et al., Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High
@@ -116,26 +119,59 @@ def owl(scores: Any, sparsity: float, *, multiple: float = 5.0, spread: float = 
             "choose a `spread` that is at most `sparsity` and less than 1 - `sparsity`"
         )
     plain = unboxed(scores)
-    ratios: dict[str, float] = {}
-    sizes: dict[str, int] = {}
-    for (path, score), axes in zip(by_path(plain).items(), axes_of(scores), strict=True):
-        if not jnp.ndim(score):
-            continue
-        stacked = axes.layers if axes else ()
-        names = layer_names(path, jnp.shape(score), stacked)
-        ratios |= zip(names, _outlier_ratio(score, multiple, stacked).ravel().tolist(), strict=True)
-        sizes |= dict.fromkeys(names, math.prod(jnp.shape(score)) // len(names))
-    if not ratios:
+    named = [
+        (path, score, axes.layers if axes else ())
+        for (path, score), axes in zip(by_path(plain).items(), axes_of(scores), strict=True)
+        if jnp.ndim(score)
+    ]
+    if not named:
         raise ValueError("`scores` holds no scores: every leaf is a single number")
-    found = np.array([*ratios.values()])
-    deviation = found - np.average(found, weights=[*sizes.values()])
+    blocks = _blocks(named)
+    members = np.concatenate([each.ravel() for each in blocks])
+    own = [tuple(axis for axis in range(score.ndim) if axis not in stacked) for _, score, stacked in named]
+
+    def per_block(sums: Iterable[Any]) -> np.ndarray:
+        """[blocks], of the sums of each layer of each leaf."""
+        return np.bincount(members, np.concatenate([np.ravel(np.asarray(each, np.float64)) for each in sums]))
+
+    scored = [(score, axes) for (_, score, _), axes in zip(named, own, strict=True)]
+    sizes = per_block(
+        np.full(each.shape, score.size / each.size) for each, (score, _) in zip(blocks, scored, strict=True)
+    )
+    means = per_block(jnp.sum(score, axes, jnp.float32) for score, axes in scored) / sizes
+    edges = [np.expand_dims(multiple * means[each], axes) for each, axes in zip(blocks, own, strict=True)]
+    outliers = per_block(
+        jnp.sum(score > jnp.asarray(edge, jnp.float32), axes)
+        for (score, axes), edge in zip(scored, edges, strict=True)
+    )
+    deviation = outliers / sizes - outliers.sum() / sizes.sum()
     largest = np.max(np.abs(deviation))
-    scale = spread / largest if largest else 0.0
-    return dict(zip(ratios, (sparsity - scale * deviation).tolist(), strict=True))
+    fractions = sparsity - deviation * (spread / largest if largest else 0.0)
+    names = [name for path, score, stacked in named for name in layer_names(path, score.shape, stacked)]
+    return dict(zip(names, fractions[members].tolist(), strict=True))
 
 
-def _outlier_ratio(scores: Array, multiple: float, layers: tuple[int, ...]) -> np.ndarray:
-    """Of each of the layers that a leaf stacks."""
-    own = tuple(axis for axis in range(scores.ndim) if axis not in layers)
-    mean = jnp.mean(scores, own, jnp.float32, keepdims=True)
-    return np.asarray(jnp.mean(scores > multiple * mean, own), np.float64)
+def _blocks(named: Sequence[tuple[str, Array, tuple[int, ...]]]) -> list[np.ndarray]:
+    """Return for each leaf the number of the block that each of its layers belongs to, [*stacked]."""
+    numbers: dict[Hashable, int] = {}
+    found = []
+    for (_, score, stacked), module in zip(named, _modules([path for path, _, _ in named]), strict=True):
+        shape = tuple(score.shape[axis] for axis in stacked)
+        each = [numbers.setdefault((module, index), len(numbers)) for index in np.ndindex(shape)]
+        found.append(np.array(each).reshape(shape))
+    return found
+
+
+def _modules(paths: Sequence[str]) -> list[str]:
+    """Return for each path the module that makes it part of a block; for stacked blocks, what all of them lie in.
+
+    >>> _modules(["net/layers_0/q", "net/layers_0/mlp/up", "net/layers_1/q", "net/blocks/q", "net/head"])
+    ['layers_0', 'layers_0', 'layers_1', 'blocks', 'head']
+    """
+    shared = len(os.path.commonprefix([path.split("/")[:-1] for path in paths]))
+    modules = []
+    for path in paths:
+        parts = path.split("/")[shared:]
+        end = next((i for i, part in enumerate(parts) if part[-1:].isdigit()), 0)
+        modules.append("/".join(parts[: end + 1]))
+    return modules
