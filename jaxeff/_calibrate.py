@@ -64,8 +64,8 @@ def calibrate(
         seed: of the random signs that estimate a Hessian; each batch draws its own.
         where: a function of a batch that returns which of its examples or positions count, as in `jaxeff.collect`.
         hessians: also sum X^T X of the inputs of each dense layer, as in `jaxeff.collect`.
-        ranges: also count the sizes of each layer's inputs for `jaxeff.outliers`, as in `jaxeff.collect`. Errors of
-            rounding are of inputs that each batch scales by its own largest.
+        ranges: also count the sizes of each layer's inputs for `jaxeff.outliers`, as in `jaxeff.collect`. For rounding
+            errors, each batch is scaled by its own largest input.
         progress: show a progress bar if stderr is a terminal.
         rngs, **apply_kwargs: passed to `apply_fn`, the same for each batch.
 
@@ -185,9 +185,8 @@ def _added(sums: _CompensatedSums, found: Statistics) -> _CompensatedSums:
     """Add, keeping the rounding errors apart, so that thousands of batches add up as exactly as one."""
 
     def add(path: Any, total: Any, error: Any, found: Any) -> tuple[Any, Any]:
-        if isinstance(
-            total, Ranges
-        ):  # relative to the largest input, with counts that stop: they add by themselves
+        # Ranges are relative to the largest input and stop at a bound: they add by their own rule.
+        if isinstance(total, Ranges):
             return total + found, error
         if any(getattr(key, "name", None) in ("maximum", "largest") for key in path[-2:]):
             return jnp.maximum(total, found), error

@@ -175,8 +175,9 @@ class Monitor:
         Args:
             gradients: like `params`. To see what clipping hides, pass them as they are before it.
             updates: like `params`: what the optimizer adds to them.
-            params_before: like `params`: those before the step, in place of `updates`, which are then the difference,
-                up to rounding. It makes a step cheaper that decides while it runs whether to check.
+            params_before: like `params`: the parameters before the step, in place of `updates`. The updates are then
+                what the stored parameters changed by: 0 where bfloat16 rounds an update away. This is cheaper in a step
+                that decides while it runs whether to check.
             check_now: whether to check at this step, if that is known outside of the compiled step, such as by a static
                 argument. Steps that do not check are then compiled without the check, and make no updates for it.
 
@@ -199,8 +200,8 @@ class Monitor:
             held = state._contents
             if self.spectra != (held.ranks is not None):
                 raise ValueError(
-                    f"`state` is of a monitor with `spectra={not self.spectra}`, this one has {self.spectra}: "
-                    "make a state with its `init`, or a monitor with the same `spectra`"
+                    f"`state` comes from a monitor with `spectra={not self.spectra}`, and this one has "
+                    f"`spectra={self.spectra}`: make a new state with this monitor's `init`"
                 )
 
             def analyzed_now() -> tuple[Any, ...]:
@@ -378,6 +379,8 @@ def monitor(
     for name, value in fractions.items():
         if not 0 < value <= 1:
             raise ValueError(f"`{name}` must be a fraction above 0, up to 1, got {value!r}")
+    if not isinstance(spectra, bool):
+        raise TypeError(f"`spectra` must be True or False, got {spectra!r}")
     if not 0 <= tau < 1:
         raise ValueError(f"`tau` must be a fraction from 0, below 1, got {tau!r}")
     if not largest_logit > 0:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def run(script: str | Path, devices: int, *arguments: str) -> str:
-    """What the script, a file or Python itself, prints where the processor stands for so many devices."""
+    """Return what a script, a file or the text of one, prints on a processor that is split into devices."""
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",

@@ -11,9 +11,15 @@ import jaxeff
 from jaxeff import prune
 
 draw = np.random.default_rng(0).standard_normal
-X = jnp.asarray(draw((32, 6)), jnp.float32)
-TOKENS = jnp.asarray(draw((8, 5, 6)), jnp.float32)
-IMAGES = jnp.asarray(draw((4, 8, 8, 3)), jnp.float32)
+
+
+def normal(*shape):
+    return jnp.asarray(draw(shape), jnp.float32)
+
+
+X = normal(32, 6)
+TOKENS = normal(8, 5, 6)
+IMAGES = normal(4, 8, 8, 3)
 
 
 class Perceptron(nn.Module):
@@ -139,8 +145,7 @@ def test_what_a_border_of_zeros_changes_is_not_constant():
 
 def test_uses_in_time_count_as_one():
     """A layer that a scan over time repeats reads what it would read at all positions side by side."""
-    params = {"a": draw((6, 4)), "c": draw((4, 2))}
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    params = {"a": normal(6, 4), "c": normal(4, 2)}
 
     def at_once(params, x):
         return jnp.tanh(x @ params["a"]) @ params["c"]
@@ -172,6 +177,94 @@ def test_an_nnx_model_and_its_own_class():
     np.testing.assert_allclose(small_apply(small, X), model(X), 1e-5, 1e-5)
 
 
+def softplus_bias(w, h, x):
+    return h @ w["c"] + jax.nn.softplus(w["d"])
+
+
+NOT_ITS_OWN = {
+    "shared by two layers": lambda w, h, x: (h @ w["c"] + w["d"], x @ w["e"] + w["d"]),
+    "returned as well": lambda w, h, x: (h @ w["c"] + w["d"], w["d"]),
+    "doubled": lambda w, h, x: h @ w["c"] + 2 * w["d"],
+    "learned at another rate": lambda w, h, x: h @ w["c"] + 0.01 * w["d"],
+    "made positive": softplus_bias,
+    "a scale as well": lambda w, h, x: (h @ w["c"] + w["d"]) * w["d"],
+    "of transposed units": lambda w, h, x: (
+        jnp.einsum("ni,iab->nba", h, w["c"].reshape(6, 2, 2)) + w["d"].reshape(1, 2, 2)
+    ),
+    "none": lambda w, h, x: h @ w["c"],
+}
+
+
+@pytest.mark.parametrize("case", NOT_ITS_OWN)
+def test_a_bias_that_is_not_the_layers_own_takes_nothing_over(case):
+    w = {"a": normal(6, 6), "b": jnp.zeros((1, 6)).at[0, 2].set(3.0), "c": normal(6, 4), "d": normal(1, 4)}
+    w = w | {"a": w["a"].at[:, 2].set(0), "e": normal(6, 4)}
+
+    def model(w, x):
+        return NOT_ITS_OWN[case](w, jax.nn.relu(x @ w["a"] + w["b"]), x)
+
+    found = prune.fluctuation(w, model, X)
+    plan = prune.Plan.of(prune.groups(w, model, X), {"a:1": [2]})
+    with pytest.raises(ValueError, match="'c' reads what the plan removes, and has no bias of its own"):
+        found.compensated(w, plan)
+
+
+def test_a_layer_used_twice_has_its_bias_twice():
+    w = {"a": normal(6, 6).at[:, 2].set(0), "b": jnp.zeros((1, 6)).at[0, 2].set(3.0), "c": normal(6, 6)}
+    w = w | {"d": normal(1, 6)}
+
+    def model(w, x):
+        layer = lambda x: jax.nn.relu(x @ w["a"] + w["b"]) @ w["c"] + w["d"]  # noqa: E731
+        return layer(jnp.tanh(layer(x)))
+
+    found = prune.fluctuation(w, model, X)
+    plan = prune.Plan.of(prune.groups(w, model, X), {"a:1": [2]})
+    assert 2 in found.constant["a:1"]
+    small = prune.shrink(found.compensated(w, plan), plan)
+    np.testing.assert_allclose(model(small, X), model(w, X), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("layer", ["padded", "spread", "valid"])
+def test_only_convolutions_that_meet_zeros_tell_constants_from_zeros(layer):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(8, (1, 1), name="units")(x))
+            if layer == "spread":
+                return nn.ConvTranspose(5, (1, 1), strides=(2, 2), name="head")(x)
+            size, padding = ((1, 1), 1) if layer == "padded" else ((3, 3), "VALID")
+            return nn.Conv(5, size, padding=padding, name="head")(x)
+
+    variables = with_constants(Model().init(jax.random.key(0), IMAGES), "units")
+    if layer != "valid":
+        assert not prune.fluctuation(variables, Model().apply, IMAGES).constant
+        return
+    plan, dense, small = removed_and_compensated(Model(), variables, IMAGES)
+    assert list(plan.removed.values()) == [(1, 4)]
+    np.testing.assert_allclose(small, dense, 1e-5, 1e-5)
+
+
+def test_one_example_and_a_layer_that_does_not_run_tell_nothing():
+    def model(w, x):
+        hidden = jax.nn.relu(x @ w["a"])
+        return jax.lax.cond(x.sum() > 0, lambda h: h @ w["c"], lambda h: jnp.zeros((len(h), 2)), hidden)
+
+    w = {"a": normal(6, 4), "c": normal(4, 2)}
+    assert not prune.fluctuation(w, model, -jnp.abs(X)).constant
+    with pytest.raises(ValueError, match="`batch` holds one value of each unit"):
+        prune.fluctuation(Perceptron().init(jax.random.key(0), X), Perceptron().apply, X[:1])
+
+
+def test_blocks_and_experts_are_scored_elsewhere():
+    variables = Blocks().init(jax.random.key(0), X)
+    groups, found = (f(variables, Blocks().apply, X) for f in (prune.groups, prune.fluctuation))
+    (blocks,) = [group for group in groups if group.kind == "block"]
+    assert "prune.block_influence" in found.skipped[blocks.name]
+    plan = prune.Plan.of(groups, {blocks.name: [0]})
+    with pytest.raises(ValueError, match="did not score: its elements are whole blocks"):
+        found.compensated(variables, plan)
+
+
 def test_no_bias_is_an_error_unless_what_goes_is_zero():
     def model(params, x):
         return jax.nn.relu(x @ params["a"] + params["b"]) @ params["c"]
@@ -181,19 +274,21 @@ def test_no_bias_is_an_error_unless_what_goes_is_zero():
     assert found.constant["a:1"].tolist() == [0, 1]
     dead = prune.Plan.of(groups, {"a:1": [0, 2]})
     jax.tree.map(np.testing.assert_array_equal, found.compensated(params, dead), params)
-    with pytest.raises(ValueError, match="'c' reads what the plan removes, and has no bias"):
+    with pytest.raises(ValueError, match="'c' reads what the plan removes, and has no bias of its own"):
         found.compensated(params, prune.Plan.of(groups, {"a:1": [1]}))
 
 
 def test_bad_input_is_named():
     model, variables = Perceptron(), Perceptron().init(jax.random.key(0), X)
-    with pytest.raises(ValueError, match="what 'units/kernel' reads on this batch is not finite"):
+    with pytest.raises(ValueError, match="the inputs of 'units/kernel' are not finite on this batch"):
         prune.fluctuation(variables, model.apply, X.at[0, 0].set(jnp.nan))
     found = prune.fluctuation(variables, model.apply, X)
     other = Perceptron(9).init(jax.random.key(0), X)
     plan = prune.Plan.of(prune.groups(other, Perceptron(9).apply, X), {"units/kernel:1": [0]})
     with pytest.raises(ValueError, match="of another model"):
         found.compensated(variables, plan)
+    with pytest.raises(ValueError, match="of another model: 'units/kernel:1' has elements"):
+        found.compensated(other, plan)
 
 
 def test_groups_of_which_a_reader_is_not_understood_are_named():
@@ -201,7 +296,7 @@ def test_groups_of_which_a_reader_is_not_understood_are_named():
         hidden = jax.nn.relu(x @ params["a"])
         return hidden @ (params["b"] / jnp.linalg.norm(params["b"]))
 
-    params = {"a": jnp.asarray(draw((6, 4))), "b": jnp.asarray(draw((4, 2)))}
+    params = {"a": normal(6, 4), "b": normal(4, 2)}
     groups = prune.groups(params, model, X)
     found = prune.fluctuation(params, model, X)
     for group in groups.unlocked:

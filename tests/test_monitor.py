@@ -403,7 +403,7 @@ def test_without_spectra_there_are_no_ranks_and_such_states_are_refused():
     assert _start().ranks is None
     assert not any(name.startswith("spectra") for name in WATCH.scalars(_start(), "*"))
     watch = jaxeff.monitor(every=1, spectra=True)
-    with pytest.raises(ValueError, match="`state` is of a monitor with `spectra=False`"):
+    with pytest.raises(ValueError, match="`state` comes from a monitor with `spectra=False`"):
         watch.update(_start(), PARAMS, MODEL.apply, BATCH)
 
 

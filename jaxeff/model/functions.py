@@ -221,21 +221,19 @@ def named_misfit(apply: Callable, variables: Any, batch: tuple) -> Any:
 
 
 def near_keyword(message: str) -> str:
-    """Return a question about a keyword that a message quotes, if the user's call has one with nearly that name.
+    """Return a question if the message quotes a keyword that is nearly an argument of the user's call, else ''.
 
-    All verbs pass what they do not know on as `apply_kwargs`, so the outermost call that has it is the user's.
+    The user's call is the outermost one into jaxeff. Verbs pass keywords that they do not know on as `apply_kwargs`.
     """
-    verbs = [
+    own = [
         frame
         for frame, _ in traceback.walk_stack(inspect.currentframe())
-        if str(frame.f_globals.get("__name__")).startswith("jaxeff.") and "apply_kwargs" in frame.f_locals
+        if str(frame.f_globals.get("__name__")).startswith("jaxeff.")
     ]
-    if not verbs:
-        return ""
-    code, passed_on = verbs[-1].f_code, verbs[-1].f_locals["apply_kwargs"]
-    own = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    code, passed_on = own[-1].f_code, own[-1].f_locals.get("apply_kwargs", ())
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     quoted = [name for name in passed_on if repr(name) in message]
-    near = [match for name in quoted for match in difflib.get_close_matches(name, own, 1, cutoff=0.75)]
+    near = [match for name in quoted for match in difflib.get_close_matches(name, arguments, 1, cutoff=0.75)]
     return f" Did you mean `{near[0]}`, an argument of `{code.co_name}`?" if near else ""
 
 

@@ -239,7 +239,7 @@ def _abstract(leaf: Any, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
 
 def compact(
     params: Any,
-    apply_fn: Callable | Any,
+    apply_fn: Callable | Any = None,
     batch: Any = None,
     plan: Plan | None = None,
     *,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff import graph
+from jaxeff.graph.plain_biases import plain_bias
 from jaxeff.model.adapters import resolve_both
 from jaxeff.model.apply import Model, from_apply
 from jaxeff.model.params import Params
@@ -36,8 +37,8 @@ class Reader:
 
     Attributes:
         mean: of each input, in the layout of the weight, with size 1 on its other axes.
-        axes: of the weight, that its outputs and stacked layers do not lie along.
-        bias: path of the bias that is added to its outputs; None if there is none.
+        axes: of the weight that are neither outputs nor stacked layers.
+        bias: path of the bias that is added to its outputs as it is, and used nowhere else; None if there is none.
     """
 
     mean: np.ndarray
@@ -54,7 +55,7 @@ class Fluctuation(Shown):
         constant: by group the elements that emit the same on all of the batch, for `Plan.of`; of stacked blocks
             equally many of each block.
         skipped: by group of units, why nothing is known of it.
-        readers: by path.
+        readers: by path, the `Reader` of each weight whose inputs are known.
     """
 
     importance: Mapping[str, np.ndarray]
@@ -66,19 +67,17 @@ class Fluctuation(Shown):
         """Return params whose biases hold what the plan's units give to the layers that read them, on average.
 
         b_j + sum of mean(x_i) W_ij over the inputs i that go. Make the network smaller after that: `prune.shrink` or
-        `prune.compact` of these params. What a constant unit emits is then kept as it was.
+        `prune.compact` of these params. The outputs without constant units are then those with them, up to the rounding
+        of the bias.
 
         Raises:
-            ValueError: a layer that reads what goes has no bias, or a bias of another shape than its outputs; the
-                plan is of another model, or removes from groups of which nothing is known.
+            ValueError: a layer that reads what goes has no bias of its own that is added to its outputs as it is; the
+                plan is of another model, or removes from groups that were not scored.
         """
         plan.check(params)
+        self._check(plan)
         named = Params.of(params).named
         added: dict[str, Any] = {}
-        for group in plan.groups:
-            if group.name not in self.importance:
-                why = self.skipped.get(group.name, "nothing is known of what its elements emit")
-                raise ValueError(f"`plan` removes from {group.name!r}: {why}")
         for path, removed in self._removed(plan).items():
             reader = self.readers[path]
             lost = np.where(removed, reader.mean, 0)
@@ -86,19 +85,29 @@ class Fluctuation(Shown):
                 continue
             if reader.bias is None:
                 raise ValueError(
-                    f"{path!r} reads what the plan removes, and has no bias to add it to: remove only what "
-                    "emits 0 (`prune.Plan.dead`), or do without `compensated`"
+                    f"{path!r} reads what the plan removes, and has no bias of its own that is added to its outputs as "
+                    "it is: leave these groups out of the plan, remove only what emits 0 (`prune.Plan.dead`), or do "
+                    "without `compensated`"
                 )
             weight, bias = named[path], named[reader.bias]
             change = by_compiler(functools.partial(_change, reader.axes, lost), weight, like=bias)
-            if change.shape != jnp.shape(bias):
-                raise ValueError(
-                    f"{reader.bias!r} has shape {jnp.shape(bias)}, and the outputs of {path!r} {change.shape}: it "
-                    "cannot take over what they lose"
-                )
-            added[reader.bias] = added.get(reader.bias, 0) + change
+            added[reader.bias] = change.reshape(jnp.shape(bias))
         changed = {path: (named[path] + change).astype(named[path].dtype) for path, change in added.items()}
         return rebuilt(params, changed, lambda leaf: leaf)
+
+    def _check(self, plan: Plan) -> None:
+        for group in plan.groups:
+            own, shape = self.importance.get(group.name), (*group.blocks, group.size)
+            if own is None:
+                why = self.skipped.get(group.name, "no such group")
+                raise ValueError(
+                    f"`plan` removes from {group.name!r}, which `prune.fluctuation` did not score: {why}. Leave it out "
+                    "of the plan, and remove it in a second one"
+                )
+            if own.shape != shape:
+                raise ValueError(
+                    f"`plan` is of another model: {group.name!r} has elements {own.shape} here, and {shape} there"
+                )
 
     def _removed(self, plan: Plan) -> dict[str, np.ndarray]:
         """By path of a reader, True where an input goes, in the layout of the weight."""
@@ -120,7 +129,7 @@ class Fluctuation(Shown):
             for name, each in self.importance.items()
         ]
         lines = aligned([_HEADER, *folded_cells(rows)], left=("group", "size"), gap=2)
-        return "\n".join([*lines, *(f"Unknown of {name}: {why}" for name, why in self.skipped.items())])
+        return "\n".join([*lines, *(f"Not scored: {name} ({why})" for name, why in self.skipped.items())])
 
 
 _ROUNDINGS = 8
@@ -128,27 +137,35 @@ _HEADER = ("group", "size", "importance", "constant")
 
 
 def fluctuation(
-    params: Any, apply_fn: Callable | Any = None, batch: Any = None, *, rngs: Any = None, **apply_kwargs: Any
+    params: Any,
+    apply_fn: Callable | Any = None,
+    batch: Any = None,
+    *,
+    allow: Iterable[str] = (),
+    rngs: Any = None,
+    **apply_kwargs: Any,
 ) -> Fluctuation:
     """Return how much of what each unit gives to the next layers changes over the batch (FLAP).
 
     The importance of a unit is the sum of var(x_i) sum_j W_ij^2 over the inputs x_i that carry it and all weights W
-    that read them. If the mean of x_i goes to the bias, this is the mean squared error of the layer's outputs without
-    the unit, as far as its inputs are independent. `Fluctuation.compensated` does that with the biases.
+    that read them. With the mean of x_i in the bias, which `Fluctuation.compensated` puts there, this is the squared
+    error that removing the unit causes, summed over outputs and averaged over examples, if inputs are uncorrelated.
 
-    A unit is constant if all that read it read the same on the whole batch: removed and compensated, it changes
-    nothing there. If a convolution wider than 1 reads it, only one that emits 0 counts, since a border of zeros may
-    stand beside it. Units of which some reader is not understood have no importance, and `skipped` says why.
+    A unit is constant if every layer that reads it receives the same value on the whole batch. Removed and compensated,
+    it changes the outputs there by rounding alone. If a convolution that pads its input or spreads it apart reads it,
+    only a unit that emits 0 counts: zeros stand beside it. What is constant on few examples need not be so on others:
+    pass as many as stand for the data.
 
     Args:
-        params, apply_fn, batch, rngs, apply_kwargs: as in `prune.groups`.
+        params, apply_fn, batch, allow, rngs, apply_kwargs: as in `prune.groups`.
 
     Raises:
-        ValueError: what some weight reads is not finite.
+        ValueError: the inputs of a weight are not finite, or the batch holds one value of each unit.
 
     References:
         An, Zhao, Yu, Tang and Wang, Fluctuation-based Adaptive Structured Pruning for Large Language Models, 2023,
-        arXiv:2312.11983, equation 5. It scores the inputs of a block's last layers alone.
+        arXiv:2312.11983, equation 5. FLAP scores the inputs of a block's last layers alone, and standardizes the
+        scores of each layer.
 
     >>> from jaxeff import prune
     >>> model = lambda w, x: jax.nn.relu(x @ w["a"] + w["b"]) @ w["c"] + w["d"]
@@ -166,14 +183,12 @@ def fluctuation(
     (Array([6.], dtype=float32), True)
     """
     params, apply_fn, batch = resolve_both(params, apply_fn, batch)
-    known = groups(params, apply_fn, batch, rngs=rngs, **apply_kwargs)
+    known = groups(params, apply_fn, batch, allow=allow, rngs=rngs, **apply_kwargs)
     inputs = _inputs(from_apply(Params.of(params), apply_fn, batch, rngs, apply_kwargs))
     scores = {path: each.score for path, each in inputs.read.items()}
     varies = {path: each.varies for path, each in inputs.read.items()}
     importance, constant, skipped = {}, {}, {}
     for group in known.unlocked:
-        if group.leaves or group.routed or group.kind == "block":
-            continue
         reading = inputs.readers_of(group)
         if isinstance(reading, str):
             skipped[group.name] = reading
@@ -215,6 +230,10 @@ class _Inputs(NamedTuple):
 
     def readers_of(self, group: Group) -> Group | str:
         """Return the group with only those members that read its elements, or why they are not known."""
+        if group.kind == "block":
+            return "its elements are whole blocks, which `prune.block_influence` scores"
+        if group.routed:
+            return "its elements are experts, which `prune.expert_importance` scores"
         readers = []
         for member in group.members:
             path, axis = member.path, member.axis
@@ -257,8 +276,15 @@ def _inputs(model: Model) -> _Inputs:
     for site, one in zip(uses, run(jax.tree.leaves((model.params, model.inputs))), strict=True):
         path = found.leaves[site.leaf].path
         seen[path] = seen[path] + one if path in seen else one
+    if seen and max(float(one.count.max()) for one in seen.values()) <= 1:
+        raise ValueError(
+            "`batch` holds one value of each unit, by which all of them are constant: pass more examples"
+        )
+    unknown |= {path: "did not run on this batch" for path, one in seen.items() if not one.count.all()}
     read = {
-        path: _read(path, model.named[path], sites[path][0], found.leaves, one) for path, one in seen.items()
+        path: _read(found, sites[path], model.named[path], one)
+        for path, one in seen.items()
+        if path not in unknown
     }
     return _Inputs({path: those[0].unit_axes for path, those in sites.items()}, read, unknown)
 
@@ -269,7 +295,7 @@ def _refusal(uses: Sequence[graph.Site]) -> str | None:
     if site.kind == "embedding" and len(uses) == 1:
         return "its rows are looked up"
     if len({(use.unit_axes, use.activation.bias, use.kind) for use in uses}) > 1:
-        return "its uses are different"
+        return "is used in different ways"
     if site.groups > 1:
         return "it is a grouped convolution"
     if site.input_axes & site.unit_axes:
@@ -283,22 +309,34 @@ def _reduce(leaves: Sequence[graph.Leaf], sites: Sequence[graph.Site], array: ja
     return [deviations.of_inputs(site, leaves[site.leaf].shape, array) for site in sites]
 
 
-def _read(path: str, weight: Any, site: graph.Site, leaves: Sequence[graph.Leaf], seen: Deviations) -> _Read:
+def _read(found: graph.Graph, sites: Sequence[graph.Site], weight: Any, seen: Deviations) -> _Read:
+    site, rounding = sites[0], _ROUNDINGS * float(jnp.finfo(seen.mean.dtype).eps)
     mean, variance = (np.asarray(each, np.float64) for each in (seen.mean, seen.variance))
     if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
-        raise ValueError(f"what {path!r} reads on this batch is not finite")
-    units, stacked = site.unit_axes, {loop.axis for loop in site.loops}
+        raise ValueError(
+            f"the inputs of {found.leaves[site.leaf].path!r} are not finite on this batch: leave out examples with nan "
+            "or infinity, or check `params`"
+        )
+    units, stacked = tuple(site.unit_axes), {loop.axis for loop in site.loops}
     axes = tuple(axis for axis in range(weight.ndim) if axis not in units and axis not in stacked)
-    squares = np.asarray(
-        by_compiler(lambda w: jnp.sum(jnp.square(widened(w)), tuple(units), keepdims=True), weight)
-    )
-    wide = site.kind == "conv" and any(weight.shape[axis] > 1 for axis in axes if axis not in site.input_axes)
+    squares = np.asarray(by_compiler(lambda w: jnp.sum(jnp.square(widened(w)), units, keepdims=True), weight))
     # What is the same but for rounding, such as a constant that a softmax weighs, is constant.
-    varies = ((variance > np.square(_ROUNDINGS * np.finfo(np.float32).eps * mean)) | ((mean != 0) & wide)) & (
-        squares > 0
+    moves = variance > np.square(rounding * mean)
+    varies = (moves | ((mean != 0) & _meets_zeros(found, site))) & (squares > 0)
+    bias = plain_bias(found, sites)
+    reader = Reader(mean, axes, None if bias is None else found.leaves[bias].path)
+    return _Read(reader, variance * squares, varies)
+
+
+def _meets_zeros(found: graph.Graph, site: graph.Site) -> bool:
+    """Return whether a convolution puts zeros beside its inputs or between them."""
+    operations = [use.operation for use in found.provenance.uses if use.leaf == site.leaf]
+    return any(
+        any(map(any, operation.params["padding"]))
+        or any(size > 1 for size in operation.params["lhs_dilation"])
+        for operation in operations
+        if operation is not None and operation.name == "conv_general_dilated"
     )
-    bias = None if site.activation.bias is None else leaves[site.activation.bias].path
-    return _Read(Reader(mean, axes, bias), variance * squares, varies)
 
 
 def _change(axes: tuple[int, ...], lost: np.ndarray, weight: jax.Array) -> jax.Array:

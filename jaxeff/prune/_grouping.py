@@ -173,7 +173,7 @@ def _named(found: list[Group]) -> tuple[Group, ...]:
 def _check_state(found: Iterable[Group], state: Mapping[str, Any]) -> None:
     """Refuse state that is not read and may have to shrink: running averages, in a trace of training."""
     found = tuple(found)
-    # Blocks are counted, and their leaves go whole.
+    # A group of blocks has as many elements as blocks, which is not the size of an array.
     sizes = {group.size for group in found if group.locked is None and group.members}
     for group in found:
         path = group.members[0].path if group.members else ""

@@ -1,4 +1,4 @@
-"""The singular values of one matrix, in float64 on the host, where nothing is compiled, and what they say."""
+"""The singular values of one matrix, in float64 on the host; and what singular values say, in NumPy or JAX."""
 
 from __future__ import annotations
 
