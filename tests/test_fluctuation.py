@@ -153,6 +153,27 @@ def test_uses_in_time_count_as_one():
     np.testing.assert_allclose(other.readers["c"].mean, one.readers["c"].mean, 1e-5, 1e-6)
 
 
+@pytest.mark.parametrize("used", [[2], [1, 2, 4]])
+def test_only_iterations_that_use_a_weight_count(used):
+    """One token at a time, of which a condition lets some through: mean and spread are NumPy's of those."""
+    params = {"a": jnp.asarray(draw((6, 4)), jnp.float32), "c": jnp.asarray(draw((4, 2)), jnp.float32)}
+
+    def model(params, x):
+        def step(_, each):
+            use, x = each
+            return 0, jax.lax.cond(
+                use, lambda: jnp.tanh(x @ params["a"]) @ params["c"], lambda: jnp.zeros((1, 2))
+            )
+
+        return jax.lax.scan(step, 0, (jnp.isin(jnp.arange(5), jnp.array(used)), x[:, None]))[1]
+
+    found = prune.fluctuation(params, model, TOKENS[0])
+    hidden = np.tanh(np.float64(TOKENS[0])[used] @ np.float64(params["a"]))
+    expected = hidden.var(0) * np.square(np.float64(params["c"])).sum(1)
+    np.testing.assert_allclose(found.readers["c"].mean.ravel(), hidden.mean(0), 1e-5, 1e-6)
+    np.testing.assert_allclose(found.importance["a:1"], expected, 1e-5, 1e-7)
+
+
 def test_an_nnx_model_and_its_own_class():
     class Model(nnx.Module):
         def __init__(self, hidden, rngs):

@@ -12,6 +12,7 @@ import pytest
 from flax.training.train_state import TrainState
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from network import normal
 
 import jaxeff
@@ -370,6 +371,19 @@ for tree in trees:
 
 def test_masks_on_eight_devices_are_those_of_one_and_gather_nothing():
     devices.run(_ON_EIGHT, 8)
+
+
+@pytest.mark.parametrize("scope", ["layer", "unit", "global"])
+@pytest.mark.parametrize("spec", [PartitionSpec("d"), PartitionSpec(None, "d")], ids=str)
+def test_masks_on_a_mesh_of_one_device_are_those_without(spec, scope):
+    """The axes of an explicit mesh refuse a reshape across them, even those of size 1."""
+    scores = DRAW.integers(0, 9, (40, 30)).astype(np.float32)
+    expected = prune.masks({"kernel": scores}, 0.4, scope=scope)["kernel"]
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        laid = {"kernel": jax.device_put(scores, NamedSharding(mesh, spec))}
+        for run in (prune.masks, jax.jit(prune.masks, static_argnames="scope")):
+            np.testing.assert_array_equal(run(laid, 0.4, scope=scope)["kernel"], expected)
 
 
 def test_arrays_that_multiply_no_data_have_no_scores_of_statistics():
