@@ -174,6 +174,21 @@ def test_only_iterations_that_use_a_weight_count(used):
     np.testing.assert_allclose(found.importance["a:1"], expected, 1e-5, 1e-7)
 
 
+def test_uses_of_one_weight_count_together():
+    """A weight that is read twice: mean and spread are NumPy's of all that either use reads."""
+    params = {"a": jnp.asarray(draw((6, 4)), jnp.float32), "c": jnp.asarray(draw((4, 2)), jnp.float32)}
+
+    def model(params, *xs):
+        return [jnp.tanh(x @ params["a"]) @ params["c"] for x in xs]
+
+    xs = X[:20], X[20:] + 1
+    found = prune.fluctuation(params, model, xs)
+    hidden = np.tanh(np.float64(np.concatenate(xs)) @ np.float64(params["a"]))
+    expected = hidden.var(0) * np.square(np.float64(params["c"])).sum(1)
+    np.testing.assert_allclose(found.readers["c"].mean.ravel(), hidden.mean(0), 1e-5, 1e-6)
+    np.testing.assert_allclose(found.importance["a:1"], expected, 1e-5)
+
+
 def test_an_nnx_model_and_its_own_class():
     class Model(nnx.Module):
         def __init__(self, hidden, rngs):
