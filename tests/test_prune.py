@@ -197,6 +197,10 @@ WRONG = {
     "scope": (lambda: prune.masks(SCORES, 0.5, scope="model"), "`scope` must be"),
     "allocation": (lambda: prune.masks(SCORES, 0.5, allocation="owl"), "`allocation` with scope"),
     "allocation by path": (lambda: prune.masks(SCORES, 0.5, allocation={"a": 0.5}), "'b'"),
+    "allocation of 1": (
+        lambda: prune.masks(SCORES, 0.5, allocation={"a": 1.0, "b": 0.5}),
+        r"`allocation` must be in \[0, 1\), got 1.0 for 'a'",
+    ),
     "limit": (lambda: prune.masks(SCORES, 0.5, max_sparsity={"c": 0.5}), "'c', which is not pruned"),
     "block": (lambda: prune.masks(SCORES, 0.5, pattern=prune.Block((5, 1))), "does not divide 'a'"),
     "n of m": (
