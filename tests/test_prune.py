@@ -208,6 +208,7 @@ WRONG = {
         "does not divide axis 0 of 'a'",
     ),
     "n": (lambda: prune.NByM(5, 4), "`n` must be"),
+    "none of m": (lambda: prune.NByM(0, 4), "`n` must be from 1"),
     "nan": (lambda: prune.masks({"a": jnp.array([1.0, jnp.nan])}, 0.5), "`importance` of 'a' holds nan"),
     "negative": (lambda: prune.masks({"a": jnp.array([1.0, -1.0])}, 0.5), "`importance` of 'a' holds nan"),
     "other params": (lambda: prune.apply({"w": jnp.ones(2)}, {"v": jnp.ones(2, bool)}), "must match the params"),
