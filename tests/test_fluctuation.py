@@ -1,5 +1,8 @@
 """Fluctuation of units equals NumPy's in float64, and what is constant moves into the next bias without a change."""
 
+import functools
+import operator
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,8 @@ import pytest
 from flax import nnx
 
 import jaxeff
-from jaxeff import prune
+from jaxeff import graph, prune
+from jaxeff.statistics.deviations import Deviations, over_iterations
 
 draw = np.random.default_rng(0).standard_normal
 
@@ -156,6 +160,46 @@ def test_uses_in_time_count_as_one():
     one, other = (prune.fluctuation(params, f, TOKENS) for f in (at_once, in_time))
     np.testing.assert_allclose(other.importance["a:1"], one.importance["a:1"], 1e-5)
     np.testing.assert_allclose(other.readers["c"].mean, one.readers["c"].mean, 1e-5, 1e-6)
+
+
+def test_only_iterations_that_use_a_weight_count():
+    """One token at a time, of which a condition lets some through: mean and spread are NumPy's of those."""
+    used = [1, 2, 4]
+    params = {"a": jnp.asarray(draw((6, 4)), jnp.float32), "c": jnp.asarray(draw((4, 2)), jnp.float32)}
+
+    def model(params, x):
+        def step(_, each):
+            use, x = each
+            return 0, jax.lax.cond(
+                use, lambda: jnp.tanh(x @ params["a"]) @ params["c"], lambda: jnp.zeros((1, 2))
+            )
+
+        return jax.lax.scan(step, 0, (jnp.isin(jnp.arange(5), jnp.array(used)), x[:, None]))[1]
+
+    found = prune.fluctuation(params, model, TOKENS[0])
+    hidden = np.tanh(np.float64(TOKENS[0])[used] @ np.float64(params["a"]))
+    expected = hidden.var(0) * np.square(np.float64(params["c"])).sum(1)
+    np.testing.assert_allclose(found.readers["c"].mean.ravel(), hidden.mean(0), 1e-5, 1e-6)
+    np.testing.assert_allclose(found.importance["a:1"], expected, 1e-5, 1e-7)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 2], [0, 0, 1], [0, 0, 0]], ids=str)
+def test_deviations_of_parts_add_up_to_those_of_all(counts):
+    """Side by side, as a scan leaves them, and one after the other; a part that did not run has zeros."""
+    parts = [draw((count, 6)) + 3 for count in counts]
+    whole = np.concatenate(parts)
+
+    def of(numbers):
+        mean = numbers.sum(0) / max(len(numbers), 1)
+        return Deviations(
+            *map(jnp.float32, (np.full(1, len(numbers)), mean, np.square(numbers - mean).sum(0)))
+        )
+
+    each = [of(part) for part in parts]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    at_once = over_iterations(stacked, [graph.Loop("scan", len(counts), None)])
+    for found in (at_once, functools.reduce(operator.add, each)):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, of(whole))
 
 
 def test_an_nnx_model_and_its_own_class():

@@ -85,6 +85,15 @@ def test_sorted_arrays_have_the_metrics_of_float64(size: int) -> None:
         drawn.assert_as_promised(ours, x, f"{name}, {size}")
 
 
+@pytest.mark.parametrize("size", [1, 2, 1000])
+def test_on_the_host_arrays_have_the_metrics_of_float64(size: int) -> None:
+    for name in drawn.DRAWS:
+        x = drawn.draw(name, 0, size).astype(np.float32)
+        drawn.assert_as_promised(metrics_of(sums_of(_order.spread_on_host(x))), x, f"{name}, {size}")
+        wide = x.astype(np.float64) / (x.max() or 1)
+        assert _order.squares_on_host(x) == pytest.approx(wide.var() * size, rel=1e-6), f"{name}, {size}"
+
+
 def test_counted_arrays_have_the_metrics_of_float64() -> None:
     # Bins of subnormals are wide: what is known of them the bounds of a sketch say.
     coarse = {"subnormal", "smallest", "about the smallest normal", "subnormal and normal"}

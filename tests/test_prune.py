@@ -12,6 +12,7 @@ import pytest
 from flax.training.train_state import TrainState
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from network import normal
 
 import jaxeff
@@ -196,6 +197,10 @@ WRONG = {
     "scope": (lambda: prune.masks(SCORES, 0.5, scope="model"), "`scope` must be"),
     "allocation": (lambda: prune.masks(SCORES, 0.5, allocation="owl"), "`allocation` with scope"),
     "allocation by path": (lambda: prune.masks(SCORES, 0.5, allocation={"a": 0.5}), "'b'"),
+    "allocation of 1": (
+        lambda: prune.masks(SCORES, 0.5, allocation={"a": 1.0, "b": 0.5}),
+        r"`allocation` must be in \[0, 1\), got 1.0 for 'a'",
+    ),
     "limit": (lambda: prune.masks(SCORES, 0.5, max_sparsity={"c": 0.5}), "'c', which is not pruned"),
     "block": (lambda: prune.masks(SCORES, 0.5, pattern=prune.Block((5, 1))), "does not divide 'a'"),
     "n of m": (
@@ -203,6 +208,7 @@ WRONG = {
         "does not divide axis 0 of 'a'",
     ),
     "n": (lambda: prune.NByM(5, 4), "`n` must be"),
+    "none of m": (lambda: prune.NByM(0, 4), "`n` must be from 1"),
     "nan": (lambda: prune.masks({"a": jnp.array([1.0, jnp.nan])}, 0.5), "`importance` of 'a' holds nan"),
     "negative": (lambda: prune.masks({"a": jnp.array([1.0, -1.0])}, 0.5), "`importance` of 'a' holds nan"),
     "other params": (lambda: prune.apply({"w": jnp.ones(2)}, {"v": jnp.ones(2, bool)}), "must match the params"),
@@ -370,6 +376,19 @@ for tree in trees:
 
 def test_masks_on_eight_devices_are_those_of_one_and_gather_nothing():
     devices.run(_ON_EIGHT, 8)
+
+
+@pytest.mark.parametrize("scope", ["layer", "unit", "global"])
+@pytest.mark.parametrize("spec", [PartitionSpec("d"), PartitionSpec(None, "d")], ids=str)
+def test_masks_on_a_mesh_of_one_device_are_those_without(spec, scope):
+    """The axes of an explicit mesh refuse a reshape across them, even those of size 1."""
+    scores = DRAW.integers(0, 9, (40, 30)).astype(np.float32)
+    expected = prune.masks({"kernel": scores}, 0.4, scope=scope)["kernel"]
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        laid = {"kernel": jax.device_put(scores, NamedSharding(mesh, spec))}
+        for run in (prune.masks, jax.jit(prune.masks, static_argnames="scope")):
+            np.testing.assert_array_equal(run(laid, 0.4, scope=scope)["kernel"], expected)
 
 
 def test_arrays_that_multiply_no_data_have_no_scores_of_statistics():

@@ -195,6 +195,15 @@ def test_copies_of_an_array_have_its_metrics_in_closed_form(doublings: int) -> N
         assert_within_bounds(whole, exact_copies(x, 2**doublings), f"{name} 2^{doublings} times")
 
 
+def test_a_sketch_shows_how_many_weights_it_counts() -> None:
+    whole = counted(np.float32([1, 2.5, 0]))
+    assert str(whole) == "Sketch of 3 weights, the largest 2.5"
+    for _ in range(32):
+        whole = merge(whole, whole)
+    assert str(whole) == "Sketch of 12,884,901,888 weights, the largest 2.5"
+    assert str(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), whole)) == "Sketches [2]"
+
+
 # What is no importance, and what is no layer.
 
 

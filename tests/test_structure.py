@@ -153,6 +153,10 @@ PASSES = {
     "tiled": lambda y, c: jnp.tile(y, (1, 2)).reshape(len(y), 2, -1).sum(1) * c,
     "rows added to": lambda y, c: jnp.asarray(y).at[np.array([0, 2])].add(c),
     "rows replaced": lambda y, c: jnp.asarray(y).at[np.array([1, 3])].set(jnp.tanh(y[:2])),
+    "summed after an update": lambda y, c: (
+        y * (jax.lax.dynamic_update_slice(y, jnp.sin(y[:1]), (1, 0)) @ jnp.exp(c))[:, None]
+    ),
+    "padded in front and cut again": lambda y, c: jnp.pad(y, ((0, 0), (2, 0)))[:, 2:] * c,
     "rows summed by segments": lambda y, c: jax.ops.segment_sum(y * c, np.arange(8) // 2, 4),
     "a composite": lambda y, c: jax.lax.composite(lambda z: jnp.tanh(z) * 2, "own.tanh")(y) * c,
     "a batching rule of its own": lambda y, c: _batched_by_hand(y, c),
@@ -175,6 +179,9 @@ LOCKS = {
     "noise": lambda y, c: y + jax.random.normal(jax.random.key(0), y.shape),
     "unstacked": lambda y, c: y * jnp.unstack(y, axis=1)[2][:, None],
     "columns added to": lambda y, c: jnp.asarray(y).at[:, np.array([0, 2])].add(1.0),
+    "summed after an update that is not 0": lambda y, c: (
+        y * (jax.lax.dynamic_update_slice(y, jnp.cos(y[:1]), (1, 0)) @ jnp.exp(c))[:, None]
+    ),
     "matrix of constants": lambda y, c: y @ np.eye(6, dtype=np.float32),
 }
 
@@ -189,6 +196,21 @@ def test_units_pass(name):
         masked, small = prune.apply(params, plan.masks(params)), prune.shrink(params, plan)
         assert small["b"].shape == (4, 3)
         close(model(small, x), model(masked, x))
+
+
+def test_rows_that_weights_place_may_go_where_they_are_added_and_not_where_they_replace():
+    params, x = {"at": normal(5, 8), "row": normal(5, 3)}, normal(4, 8)
+
+    def adds(p, x):
+        return x @ jnp.ones((8, 3)).at[jnp.argmax(p["at"], 1)].add(p["row"])
+
+    def replaces(p, x):
+        return x @ jnp.ones((8, 3)).at[jnp.argmax(p["at"], 1)].set(p["row"])
+
+    plan = prune.Plan.of(prune.groups(params, adds, x), {"at:0": [1, 3]})
+    masked, small = prune.apply(params, plan.masks(params)), prune.shrink(params, plan)
+    close(adds(small, x), adds(masked, x))
+    assert prune.groups(params, replaces, x)["at:0"].locked == "written to by a scatter"
 
 
 @pytest.mark.parametrize("name", LOCKS)

@@ -281,7 +281,7 @@ def _power_of_two(exponent: Any, dtype: Any, xp: Any) -> Any:
     """Return 2^exponent, for exponents from -126 on."""
     if xp is np:
         return np.ldexp(np.ones(exponent.shape, dtype), exponent)
-    return lax.bitcast_convert_type((jnp.maximum(exponent, -126) + 127) << 23, jnp.float32).astype(dtype)
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32).astype(dtype)
 
 
 def _largest_mantissa(largest: Any, dtype: Any, xp: Any) -> Any:

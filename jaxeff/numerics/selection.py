@@ -94,7 +94,7 @@ def thresholds(score: Array, counts: np.ndarray | Array, apart: Axes = ()) -> Th
     return _thresholds(_on_one_cpu([score]), apart, score, jnp.asarray(counts, jnp.int32))
 
 
-def below(score: Array, threshold: Threshold, apart: Axes = (), row: int | Array = 0) -> Array:
+def below(score: Array, threshold: Threshold, apart: Axes, row: int | Array) -> Array:
     """Return which scores of one row a threshold selects.
 
     Args:
