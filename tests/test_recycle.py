@@ -39,7 +39,9 @@ def test_outputs_stay_and_the_units_fire_and_learn():
     params, x = _params(), normal(64, 6, seed=4)
     found = _recycled(params, _model, x)
     assert {name: list(units) for name, units in found.units.items()} == {"a:1": [1, 4]}
-    np.testing.assert_array_equal(_model(found.params, x), _model(params, x))
+    # Both by JAX: the products of NumPy differ in their last bits.
+    dense = _model(jax.tree.map(jnp.asarray, params), jnp.asarray(x))
+    np.testing.assert_array_equal(_model(found.params, jnp.asarray(x)), dense)
     for path, axis in (("a", 1), ("bias", 0), ("b", 0)):
         old, new = (np.moveaxis(np.asarray(tree[path]), axis, 0) for tree in (params, found.params))
         np.testing.assert_array_equal(np.delete(new, [1, 4], 0), np.delete(old, [1, 4], 0))
