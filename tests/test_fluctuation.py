@@ -253,6 +253,36 @@ def test_a_bias_that_is_not_the_layers_own_takes_nothing_over(case):
         found.compensated(w, plan)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_stacked_layers_take_over_each_its_own(shared):
+    w = {
+        "up": normal(3, 6, 6),
+        "b": normal(3, 6),
+        "down": normal(3, 6, 6),
+        "d": normal(6) if shared else normal(3, 6),
+    }
+    w = w | {"up": w["up"].at[:, :, 2].set(0), "b": w["b"].at[:, 2].set(jnp.array([1.0, 2.0, 3.0]))}
+
+    def model(w, x):
+        def block(x, one):
+            hidden = jax.nn.relu(x @ one["up"] + one["b"][None])
+            return x + (hidden @ one["down"] + (w["d"] if shared else one["d"])[None]), None
+
+        own = {name: w[name] for name in w if not (shared and name == "d")}
+        return jax.lax.scan(block, x, own)[0]
+
+    found = prune.fluctuation(w, model, X)
+    plan = prune.Plan.of(prune.groups(w, model, X), {"up:2": [[2]] * 3})
+    if shared:
+        with pytest.raises(
+            ValueError, match="'down' reads what the plan removes, and has no bias of its own"
+        ):
+            found.compensated(w, plan)
+    else:
+        small = prune.shrink(found.compensated(w, plan), plan)
+        np.testing.assert_allclose(model(small, X), model(w, X), 1e-5, 1e-5)
+
+
 def test_a_layer_used_twice_has_its_bias_twice():
     w = {"a": normal(6, 6).at[:, 2].set(0), "b": jnp.zeros((1, 6)).at[0, 2].set(3.0), "c": normal(6, 6)}
     w = w | {"d": normal(1, 6)}

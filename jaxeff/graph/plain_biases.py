@@ -36,6 +36,11 @@ def _plain(found: Graph, site: Site, use: Use, bias: int) -> bool:
     order = _order(seen)
     if order is None or order != _order(site.activation.pre_dims):
         return False
+    # Both stack the same layers, in the same order beside the units.
+    stacked = [loop.axis for loop in site.loops]
+    kept = sorted(site.unit_axes | {axis for axis in stacked if axis is not None})
+    if [loop.axis for loop in use.loops] != [None if axis is None else kept.index(axis) for axis in stacked]:
+        return False
     return _as_stored(found.program, use, operand, found.program.inputs[bias])
 
 
