@@ -194,7 +194,7 @@ def test_batches_and_uses_add():
     _assert_inputs(twice, np.concatenate([x, np.tanh(x @ weight)]), rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:the scores of")
+@pytest.mark.filterwarnings("default:the scores of")
 def test_batches_calibrated_are_one_batch():
     x, params = np.asarray(_heavy(9, 4)), {"w": normal(4, 4, seed=1)}
     largest = x[np.argmax(np.abs(x).max(1))][None]
@@ -214,7 +214,7 @@ def test_batches_calibrated_are_one_batch():
         np.testing.assert_allclose(getattr(found.input, name), getattr(expected.input, name), rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:the scores of")
+@pytest.mark.filterwarnings("default:the scores of")
 def test_ranges_calibrated_are_those_merged_whatever_the_sizes_of_batches():
     x, params = np.asarray(_heavy(9, 4)), {"w": normal(4, 4, seed=1), "v": normal(4, 2, seed=2)}
     batches = [x[:3] / 50, x[3:6], 0 * x[6:], x[6:] / 7]

@@ -344,4 +344,5 @@ def _bytes(operand: Value | Literal) -> int:
 
 
 def _dtype(operand: Value | Literal) -> Any:
-    return operand.dtype if isinstance(operand, Value) else operand.aval.dtype  # pyright: ignore[reportAttributeAccessIssue]
+    array: Any = operand if isinstance(operand, Value) else operand.aval
+    return array.dtype

@@ -285,7 +285,7 @@ class Labels:
         return [*self.factors(major[:, 0], depth + 1), *below]
 
     def cut(self, labels: IntArray, rows: int) -> tuple[IntArray, IntArray] | None:
-        """Split labels into a product of this number of rows and of columns; None if they are no such product."""
+        """Write labels as a product of `rows` rows and some columns; None if they cannot be written so."""
         if len(labels) % rows or self.is_product(self.find(labels)).any():
             return None
         major, minor = self.fresh(rows), self.fresh(len(labels) // rows)

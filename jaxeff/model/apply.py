@@ -61,7 +61,8 @@ class StatefulApply(abc.ABC):
 
     def with_state(self, state: Any) -> Any:
         """Return the same function with other variables."""
-        return dataclasses.replace(self, state=state)  # pyright: ignore[reportArgumentType]
+        own: Any = self  # a dataclass, as every subclass is
+        return dataclasses.replace(own, state=state)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -248,7 +248,8 @@ def bound_module(apply_fn: Callable) -> tuple[nn.Module | None, dict[str, Any]]:
         module, keywords = bound_module(apply_fn.func)
         return module, {**keywords, **apply_fn.keywords}
     if isinstance(apply_fn, type(jax.jit(key_name))):
-        return bound_module(apply_fn.__wrapped__)  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
+        jitted: Any = apply_fn
+        return bound_module(jitted.__wrapped__)
     module = getattr(apply_fn, "__self__", None)
     if isinstance(module, nn.Module) and getattr(apply_fn, "__func__", None) is nn.Module.apply:
         return module, {}
