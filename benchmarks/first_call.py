@@ -121,6 +121,23 @@ def analyze(network: Callable[[], Network]) -> Call:
     return functools.partial(jaxeff.analyze, variables, model.apply, batch)
 
 
+def advise(network: Callable[[], Network]) -> Call:
+    """All of it: compilation, and the runs of the search."""
+    model, variables, batch = network()
+    labels = jnp.arange(len(batch)) % 10
+    loss_fn = optax.softmax_cross_entropy_with_integer_labels
+    return functools.partial(
+        jaxeff.advise, variables, model.apply, batch, loss_fn=loss_fn, targets=labels, progress=False
+    )
+
+
+def advise_second(network: Callable[[], Network]) -> Call:
+    """The runs of the search, once all is compiled."""
+    call = advise(network)
+    _ = call()
+    return call
+
+
 def analyze_second(network: Callable[[], Network]) -> Call:
     """After LeNet-300-100 was analyzed, and the network's own forward pass traced and compiled."""
     _ = jax.block_until_ready((analyze(lenet)(), collect(network)()))
@@ -151,6 +168,8 @@ MEASUREMENTS: dict[str, Callable[[], Call]] = {
     "training-cnn": lambda: training(cnn),
     "collect-cnn": lambda: collect(cnn),
     "analyze-cnn": lambda: analyze(cnn),
+    "advise-cnn": lambda: advise(cnn),
+    "advise-cnn-again": lambda: advise_second(cnn),
     "second-deeper": lambda: analyze_second(deeper),
     "second-cnn": lambda: analyze_second(cnn),
     "weights-deeper": lambda: weights_second(deeper),
@@ -237,6 +256,8 @@ ROWS = {
     "lenet-collect": Row("of which `collect`", "collect-lenet", "training-lenet", "", None),
     "cnn": Row("first `analyze`, a small CNN / training", "analyze-cnn", "training-cnn", "", 1.2),
     "cnn-collect": Row("of which `collect`", "collect-cnn", "training-cnn", "", None),
+    "advise": Row("first `advise`, a small CNN / training", "advise-cnn", "training-cnn", "", None),
+    "advise-again": Row("the same, once compiled", "advise-cnn-again", "training-cnn", "", None),
     "second": Row("second model, beyond its own forward: an MLP", "second-deeper", None, " s", 0.5),
     "second-cnn": Row("the same: a small CNN", "second-cnn", None, " s", 0.5),
     "weights": Row("`analyze(params)` of a second model: an MLP", "weights-deeper", None, " s", 0.3),

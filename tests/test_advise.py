@@ -1,5 +1,6 @@
 """Advice holds on the examples that it is given for: what it finds, what it states, and when it stops."""
 
+import dataclasses
 import json
 
 import devices
@@ -13,6 +14,7 @@ import jaxeff
 from jaxeff import plot, prune
 from jaxeff.advice._allocations import by_score, lamp, uniform
 from jaxeff.advice._interval import mean_and_bound, rise
+from jaxeff.advice._records import LayerAdvice
 from jaxeff.advice._runs import OutOfRuns, OutOfTime, Runs
 from jaxeff.advice._search import Search, farthest, improve
 
@@ -276,6 +278,16 @@ def test_shows_itself(found):
     assert list(found.report) and found.report.criterion == found.weights.criterion
 
 
+def test_listed_and_scanned_blocks_share_a_row(found):
+    listed = [LayerAdvice(f"block{i}/up", "weights", 64, "wanda", 0.5, i / 40) for i in range(20)]
+    scanned = [LayerAdvice(f"blocks/down[{i}]", "weights", 32, "wanda", None, 0.25) for i in range(20)]
+    shown = str(dataclasses.replace(found, layers=(*listed, *scanned)))
+    row = next(line for line in shown.splitlines() if line.startswith("block0–19/up"))
+    assert row.split()[1:] == ["weights", "1.28k", "wanda", "50.0%", "0", "to", "48%"]
+    assert "blocks/down[0–19]" in shown and "block7/up" not in shown
+    assert "[layer] block0–19/up: 24 % goes in the joint allocation, 16 % of all weights" in shown
+
+
 def test_is_drawn(found):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     axes = plot.advice(found)
@@ -322,7 +334,7 @@ def test_a_block_of_a_scan_that_does_nothing_goes():
     assert [elements for elements in found.plan.removed.values()] == [(2,)]
     assert found.units.rise.high == 0
     assert "1 of 4 blocks can be removed" in found.headline()
-    assert "down (4 layers)" in str(found)
+    assert "down[3]" in str(found)
 
 
 # The parts.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 from jaxeff.advice._records import Findings, LayerAdvice, Removal
 from jaxeff.output import text
+from jaxeff.output.stacks import Stack, folded, rows_of
 from jaxeff.report import Recommendation
 from jaxeff.report._notebook import listed, paragraphs, table_of
 
@@ -156,31 +156,27 @@ _HEADER = ("layer", "kind", "size", "criterion", "alone", "jointly")
 
 
 def _rows(found: Findings) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The rows, one for each layer or for all layers that a scan stacks, and a line on what is left out."""
-    rows = [_row(layers) for layers in folded(found.layers)]
-    return rows[:SHOWN], text.left_out(len(rows), min(len(rows), SHOWN), "rows")
+    """Return the rows, one for each layer or for all blocks of a deep model, and the lines below them."""
+    stacks = rows_of(_named(found.layers))
+    kept = stacks[:SHOWN]
+    rows = [_row(stack, [found.layers[index] for index in stack.members]) for stack in kept]
+    several = any(len(stack.members) > 1 for stack in kept)
+    legend = (
+        ["A row of several blocks holds their sizes together, and the range of the rest."] if several else []
+    )
+    return rows, [*text.left_out(len(stacks), len(kept), "rows"), *legend]
 
 
-def folded(layers: Sequence[LayerAdvice]) -> list[list[LayerAdvice]]:
-    """Layers that a scan stacks together, under the path of their leaf."""
-    together: dict[tuple[str, str], list[LayerAdvice]] = {}
-    for layer in layers:
-        together.setdefault((layer.kind, leaf_of(layer.path)), []).append(layer)
-    return list(together.values())
+def _named(layers: Sequence[LayerAdvice]) -> list[tuple[str, Hashable]]:
+    return [(layer.path, (layer.kind, layer.size, layer.criterion)) for layer in layers]
 
 
-def leaf_of(path: str) -> str:
-    return re.sub(r"\[[\d,]+\]$", "", path)
-
-
-def _row(layers: Sequence[LayerAdvice]) -> tuple[str, ...]:
-    first = layers[0]
-    many = len(layers) > 1
+def _row(stack: Stack, layers: Sequence[LayerAdvice]) -> tuple[str, ...]:
     return (
-        f"{leaf_of(first.path)} ({len(layers)} layers)" if many else first.path,
-        first.kind,
+        stack.label,
+        layers[0].kind,
         text.number(sum(layer.size for layer in layers)),
-        first.criterion,
+        layers[0].criterion,
         _range([layer.alone for layer in layers]),
         _range([layer.jointly for layer in layers]),
     )
@@ -255,40 +251,33 @@ def _about_order(found: Findings) -> list[Recommendation]:
 
 def _about_layers(found: Findings) -> list[Recommendation]:
     """Where the most can go, and which layers bear least."""
-    weights = [layers for layers in folded(found.layers) if layers[0].kind == "weights"]
-    total = sum(layer.size for layers in weights for layer in layers)
-    said = []
-    for layers in weights:
-        size = sum(layer.size for layer in layers)
-        alone = [layer.alone for layer in layers if layer.alone is not None]
-        jointly = [layer.jointly for layer in layers if layer.jointly is not None]
-        if len(weights) < 2 or size < 0.001 * total:
-            continue
-        gone = float(np.mean(jointly)) if jointly else 0.0
-        if alone and max(alone) == gone == 0:
-            said.append(
-                (
-                    size,
-                    leaf_of(layers[0].path),
-                    "keep",
-                    "pruned alone, it exceeds the tolerance at every "
-                    "sparsity that was measured: leave it whole.",
-                    gone,
-                )
-            )
-        elif gone:
-            said.append(
-                (
-                    gone * size,
-                    leaf_of(layers[0].path),
-                    "layer",
-                    f"{_share(gone)} goes in the joint allocation, {_share(gone * size / total)} of all "
-                    f"weights{_alone(alone)}.",
-                    gone,
-                )
-            )
-    ranked = sorted((each for each in said if each[0] >= 0.001 * total), key=lambda each: -each[0])
-    return [Recommendation(rule, path, message, {"jointly": gone}) for _, path, rule, message, gone in ranked]
+    layers = [layer for layer in found.layers if layer.kind == "weights"]
+    total = sum(layer.size for layer in layers)
+    stacks = folded(_named(layers))
+    said = [_about(stack.label, [layers[at] for at in stack.members], total) for stack in stacks]
+    known = [each for each in said if each is not None and each[0] >= 0.001 * total]
+    ranked = sorted(known, key=lambda each: -each[0]) if len(stacks) > 1 else []
+    return [recommendation for _, recommendation in ranked]
+
+
+def _about(path: str, layers: Sequence[LayerAdvice], total: int) -> tuple[float, Recommendation] | None:
+    """Return how many weights it is about, and what to do with these layers; None if that was not measured."""
+    size = sum(layer.size for layer in layers)
+    alone = [layer.alone for layer in layers if layer.alone is not None]
+    jointly = [layer.jointly for layer in layers if layer.jointly is not None]
+    gone = float(np.mean(jointly)) if jointly else 0.0
+    if gone:
+        message = (
+            f"{_share(gone)} goes in the joint allocation, {_share(gone * size / total)} of all "
+            f"weights{_alone(alone)}."
+        )
+        return gone * size, Recommendation("layer", path, message, {"jointly": gone})
+    if alone and max(alone) == 0:
+        message = (
+            "pruned alone, it exceeds the tolerance at every sparsity that was measured: leave it whole."
+        )
+        return size, Recommendation("keep", path, message, {"jointly": gone})
+    return None
 
 
 def _alone(alone: Sequence[float]) -> str:
