@@ -84,7 +84,8 @@ class Plan(Shown):
         """Return the plan that removes units which emitted only 0 on the report's batch.
 
         What a unit feeds reads 0 with and without it, so on this batch the smaller model computes the same. A unit
-        that several weights feed counts as dead if all of them emitted only 0. Blocks lose equally many.
+        that several weights feed counts as dead if all of them emitted only 0. A gated unit, a product, is dead
+        already if one of its factors is: `prune.fluctuation` finds these too. Blocks lose equally many.
 
         Args:
             groups: of `prune.groups`.
