@@ -71,6 +71,10 @@ def rows(bench: Bench) -> Iterator[tuple[str, Callable[[], Pruned]]]:
     """Yield the name of each row, and what makes its model."""
     yield "dense", lambda: (bench.params, logits)
     yield from _at_half(bench)
+    yield from _further(bench)
+    yield from _block_by_block(bench)
+    yield from _smaller(bench)
+    yield from _recovered(bench)
     for draw in range(1, DRAWS):
         for name, way in _at_half(bench, draw):
             if name.split(", ")[0] in (
@@ -79,10 +83,6 @@ def rows(bench: Bench) -> Iterator[tuple[str, Callable[[], Pruned]]]:
                 "50 % wanda and reconstruction",
             ):
                 yield f"{name}, draw {draw + 1}", way
-    yield from _further(bench)
-    yield from _block_by_block(bench)
-    yield from _smaller(bench)
-    yield from _recovered(bench)
 
 
 def _at_half(bench: Bench, draw: int = 0) -> Iterator[tuple[str, Callable[[], Pruned]]]:

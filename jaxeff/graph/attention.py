@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
@@ -44,10 +45,9 @@ class Attention:
     """One softmax attention.
 
     Attributes:
-        probabilities: values of the softmax.
-        logits: values whose maximum is the largest logit: the maxima that the softmax subtracts, or the logits
-            themselves if it subtracts none.
-        over: the dimension in which they sum to 1.
+        logits: what the softmax turns into probabilities.
+        over: the dimension in which these sum to 1.
+        base: of the softmax's exponentials.
         head_dims: the dimensions that index heads, in order.
         heads: number of heads.
         units: number of groups of heads that share keys and values, or of heads.
@@ -55,9 +55,9 @@ class Attention:
         loops: the loops around it, as seen by its first member's weight.
     """
 
-    probabilities: Value
     logits: Value
     over: int
+    base: float
     head_dims: tuple[int, ...]
     heads: int
     units: int
@@ -166,10 +166,11 @@ def _moved(operation: Operation, operand: int, dims: Dims, output: int) -> Dims 
 
 
 class _Softmax(NamedTuple):
-    """Where to find the largest logit, and the dimension in which the values sum to 1."""
+    """The logits, the dimension in which the probabilities sum to 1, and the base of the exponentials."""
 
     logits: Value
     over: int
+    base: float
 
 
 def _softmaxes(flow: Flow) -> dict[Value, _Softmax]:
@@ -187,23 +188,24 @@ def _softmax(flow: Flow, division: Operation) -> _Softmax | None:
     """Return the softmax whose exponentials this operation divides by their sum."""
     exponential, divisor = division.inputs
     total = _back(flow, divisor, ("reduce_sum",))
-    numerator = _back(flow, exponential, ("exp", "exp2"))
+    numerator = _back(flow, exponential, _BASES)
     if total is None or numerator is None or len(total.params["axes"]) != 1:
         return None
-    summed = _back(flow, total.inputs[0], ("exp", "exp2"))
+    summed = _back(flow, total.inputs[0], _BASES)
     (over,) = (int(axis) for axis in total.params["axes"])
     if summed is None or value_shape(total.inputs[0]) != value_shape(exponential):
         return None
     logits = _origin(flow, numerator.inputs[0])
     same = summed is numerator or _origin(flow, summed.inputs[0]) is logits
-    if not same or isinstance(logits, Literal):
+    if not same or isinstance(logits, Literal) or logits.shape != value_shape(exponential):
         return None
-    # A softmax that subtracts the maxima has made them anyway.
-    maxima = (reader.outputs[0] for reader in flow.readers(logits) if reader.name == "reduce_max")
-    return _Softmax(next(maxima, logits), over)
+    return _Softmax(logits, over, _BASES[numerator.name])
 
 
-def _back(flow: Flow, value: Value | Literal, names: Sequence[str]) -> Operation | None:
+_BASES = {"exp": math.e, "exp2": 2.0}
+
+
+def _back(flow: Flow, value: Value | Literal, names: Collection[str]) -> Operation | None:
     """Return the operation of one of these names that makes the value, ignoring moves and conversions."""
     while isinstance(value, Value) and value in flow.made_by:
         operation = flow.program.operations[flow.made_by[value]]
@@ -216,9 +218,21 @@ def _back(flow: Flow, value: Value | Literal, names: Sequence[str]) -> Operation
 
 
 def _origin(flow: Flow, value: Value | Literal) -> Value | Literal:
-    """Return the value of an exponent before its maximum is subtracted."""
+    """Return the value of an exponent before its maximum is subtracted, and before it is made wider."""
     shift = _back(flow, value, ("sub",))
-    return value if shift is None else shift.inputs[0]
+    value = value if shift is None else shift.inputs[0]
+    while isinstance(value, Value) and value in flow.made_by:
+        operation = flow.program.operations[flow.made_by[value]]
+        source = operation.inputs[0] if operation.name == "convert_element_type" else None
+        if not isinstance(source, Value) or not _holds(value.dtype, source.dtype):
+            break
+        value = source
+    return value
+
+
+def _holds(wide: Any, narrow: Any) -> bool:
+    """Return whether one dtype has all the floating numbers of another."""
+    return jnp.issubdtype(narrow, jnp.floating) and jnp.promote_types(wide, narrow) == wide
 
 
 def _attention(
@@ -251,7 +265,7 @@ def _attention(
         dims, sizes = tuple(heads.digits), [d for pieces in heads.digits.values() for d in pieces]
         units = math.prod(digit.size for digit in sizes if digit.unit)
         count = math.prod(digit.size for digit in sizes)
-        return Attention(softmax, *softmaxes[softmax], dims, count, units, members, loops)
+        return Attention(*softmaxes[softmax], dims, count, units, members, loops)
     return headless
 
 

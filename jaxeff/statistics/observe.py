@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -239,14 +240,11 @@ def _watch_module(watch: _Watch, path: str, value: Value) -> _Watched:
 
 def _watch_heads(watch: _Watch, attention: graph.Attention) -> tuple[_Watched, _Watched]:
     """Request the entropy of each head, and the largest logit of all."""
-    entropy = _HeadEntropy(attention.over, attention.head_dims)
-    dims = axes.of_data(attention.probabilities.shape)
+    dims = axes.of_data(attention.logits.shape)
     place = Place("an attention", dims, loops=attention.loops, ignored=(attention.over,))
-    logits = place._replace(dims=axes.of_data(attention.logits.shape))
-    # The maxima that a softmax subtracts have no positions to attend to, or one.
-    if attention.logits.shape != attention.probabilities.shape:
-        logits = logits._replace(ignored=())
-    return watch.add(attention.probabilities, entropy, place), watch.add(attention.logits, _largest, logits)
+    entropy = _HeadEntropy(attention.over, attention.base, attention.head_dims)
+    largest = functools.partial(_largest, attention.over)
+    return watch.add(attention.logits, entropy, place), watch.add(attention.logits, largest, place)
 
 
 def _edges(nonlinearity: str) -> tuple[float, float]:
@@ -325,29 +323,42 @@ def _numbered(dim: tuple[axes.Factor, ...]) -> tuple[axes.Factor, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _HeadEntropy:
-    """Sums the entropies of each head's distributions, each over one dimension, and counts them."""
+    """Sums the entropies of each head's distributions, each over one dimension, and counts them.
+
+    Computed from the logits, as probabilities are rarely kept: a compiler makes them anew where values are weighed.
+    The maxima and the sums of exponentials are written as a softmax writes them, so that the compiler shares them.
+    """
 
     over: int
+    base: float
     head_dims: tuple[int, ...]
 
     def __call__(self, array: jax.Array, counts: jax.Array | None) -> jax.Array:
         return by_compiler(self._summed, array, *(() if counts is None else (counts,)))
 
     def _summed(self, array: jax.Array, counts: jax.Array | None = None) -> jax.Array:
-        entropies = jnp.sum(jax.scipy.special.entr(widened(array)), self.over, keepdims=True)
+        logits = widened(array) if self.base == math.e else widened(array) * math.log(self.base)
+        most = jnp.max(logits, self.over, keepdims=True)
+        total = jnp.sum(jnp.exp(logits - most), self.over, keepdims=True)
+        logs = logits - (most + jnp.log(total))
+        parts = jnp.exp(logs)
+        # A masked position has the probability 0, whose logarithm is no number.
+        entropies = -jnp.sum(jnp.where(parts == 0, 0, parts * logs), self.over, keepdims=True)
         entropies = entropies if counts is None else jnp.where(counts, entropies, 0)
         others = tuple(i for i in range(array.ndim) if i not in self.head_dims)
         sums = jnp.ravel(jnp.sum(entropies, others))
         return jnp.append(sums, number(entropies.size // sums.size, counts))
 
 
-def _largest(array: jax.Array, counts: jax.Array | None) -> Largest:
-    def over_all(array: jax.Array, counts: jax.Array | None = None) -> jax.Array:
-        logits = widened(array)
-        lowest = jnp.finfo(logits.dtype).min
-        return jnp.max(logits if counts is None else jnp.where(counts, logits, lowest))
+def _largest(over: int, array: jax.Array, counts: jax.Array | None) -> Largest:
+    """Return the largest logit, from the maxima over one dimension, which a softmax has made anyway."""
 
-    maximum = by_compiler(over_all, array, *(() if counts is None else (counts,)))
+    def of_all(array: jax.Array, counts: jax.Array | None = None) -> jax.Array:
+        maxima = jnp.max(widened(array), over, keepdims=True)
+        lowest = jnp.finfo(maxima.dtype).min
+        return jnp.max(maxima if counts is None else jnp.where(counts, maxima, lowest))
+
+    maximum = by_compiler(of_all, array, *(() if counts is None else (counts,)))
     return Largest(
         maximum, jnp.ones_like(maximum) if counts is None else jnp.any(counts).astype(maximum.dtype)
     )
