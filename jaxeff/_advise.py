@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from jaxeff._collect import Criteria, named
+from jaxeff._collect import Criteria, check_loss_given, named
 from jaxeff.advice import Advice
 from jaxeff.advice._problem import Examples, split
 from jaxeff.advice._runs import OutOfTime, Runs
@@ -16,7 +16,7 @@ from jaxeff.importance import Criterion
 from jaxeff.model.adapters import resolve_both
 from jaxeff.output.progress import progress_bar
 
-CRITERIA = ("magnitude", "wanda", "fisher")
+CRITERIA, OF_LOSS = ("magnitude", "wanda"), ("fisher",)
 RUNS = 300
 
 
@@ -25,12 +25,12 @@ def advise(
     apply_fn: Callable | Any = None,
     batch: Any = None,
     *,
-    loss_fn: Callable,
-    targets: Any,
+    loss_fn: Callable | None = None,
+    targets: Any = None,
     held_out: tuple[Any, Any] | None = None,
     evaluate: Callable[[Any, Callable], Any] | None = None,
     tolerance: float = 0.01,
-    criteria: Criteria = CRITERIA,
+    criteria: Criteria | None = None,
     budget_s: float | None = None,
     max_runs: int = RUNS,
     seed: int = 0,
@@ -51,15 +51,17 @@ def advise(
     Args:
         params, apply_fn, batch: as in `jaxeff.analyze`. The model should run as it serves: dropout off.
         loss_fn: `loss_fn(outputs, targets)`, one loss for each example: [examples], or [examples, ...] to
-            average over the rest.
+            average over the rest. With `evaluate`, only criteria that need gradients read it: leave out both
+            it and `targets` to do without them.
         targets: passed to `loss_fn`.
         held_out: another `(batch, targets)` on which to measure what was found. Unless given, a quarter of
             `batch`, drawn by example, is set aside before the search.
         evaluate: `(params, apply_fn) -> score`, the higher the better, as the measure in place of the loss: a
-            number, or one score for each example, a quarter of which the search then does not see.
+            number, or one score for each example, a quarter of which the search then does not see. Criteria
+            read all of `batch`.
         tolerance: how much worse the pruned network may be on the examples of the search, one standard error
             included, 0 or more: a fraction of the dense loss, or in units of the score for `evaluate`.
-        criteria: criteria whose orders to compare.
+        criteria: criteria whose orders to compare; None for magnitude, wanda and, with `loss_fn`, fisher.
         budget_s: seconds after which the search stops with what it has.
         max_runs: forward passes that may be spent; a gradient counts three.
         seed: of the split, the search and the bootstrap.
@@ -85,10 +87,7 @@ def advise(
     """
     _check_numbers(tolerance, budget_s, max_runs)
     params, apply_fn, batch = resolve_both(params, apply_fn, batch)
-    if not callable(loss_fn):
-        raise TypeError(
-            f"`loss_fn` must be a function (outputs, targets) -> one loss for each example, got {loss_fn!r}"
-        )
+    _check_measure(loss_fn, targets, evaluate)
     if held_out is not None and evaluate is not None:
         raise ValueError(
             "`held_out` is for the loss, and `evaluate` brings its own data: let it return one score for each "
@@ -97,9 +96,10 @@ def advise(
     searched, measured = (
         (Examples(batch, targets, 0), None) if evaluate else split(batch, targets, held_out, seed)
     )
+    chosen = _criteria(criteria, with_loss=loss_fn is not None)
+    check_loss_given(chosen, loss_fn, targets)
     given = Given(
-        params, apply_fn, searched, measured, loss_fn, evaluate, tolerance, _criteria(criteria), seed, rngs,
-        apply_kwargs,
+        params, apply_fn, searched, measured, loss_fn, evaluate, tolerance, chosen, seed, rngs, apply_kwargs,
     )  # fmt: skip
     with progress_bar("Advising", max_runs, progress) as step:
         task = Task(given, Runs(max_runs, budget_s, step))
@@ -122,8 +122,24 @@ def _check_numbers(tolerance: float, budget_s: float | None, max_runs: int) -> N
         raise ValueError(f"`max_runs` must be at least 100 forward passes, got {max_runs}")
 
 
-def _criteria(given: Criteria) -> tuple[Criterion, ...]:
-    found = tuple(each for each in named(given, with_loss=True) if each.name != CONTROL)
+def _check_measure(loss_fn: Any, targets: Any, evaluate: Any) -> None:
+    if evaluate is not None and not callable(evaluate):
+        raise TypeError(f"`evaluate` must be a function (params, apply_fn) -> score, got {evaluate!r}")
+    if evaluate is not None and loss_fn is None and targets is None:
+        return
+    if not callable(loss_fn):
+        raise TypeError(
+            f"`loss_fn` must be a function (outputs, targets) -> one loss for each example, got {loss_fn!r}. A score "
+            "of your own goes to `evaluate`, which needs neither `loss_fn` nor `targets`"
+        )
+    if targets is None:
+        raise ValueError("`targets` is missing: `loss_fn(outputs, targets)` reads them")
+
+
+def _criteria(given: Criteria | None, *, with_loss: bool) -> tuple[Criterion, ...]:
+    if given is None:
+        given = CRITERIA + OF_LOSS if with_loss else CRITERIA
+    found = tuple(each for each in named(given, with_loss=with_loss) if each.name != CONTROL)
     if not found:
         raise ValueError(f"`criteria` must name at least one beside the random control, got {given!r}")
     return found

@@ -208,7 +208,7 @@ def prepare(
     apply_kwargs: Mapping[str, Any],
 ) -> Run:
     """Prepare a model and a loss for the shapes of a batch and its targets."""
-    _check_loss_given(criteria, loss_fn, targets)
+    check_loss_given(criteria, loss_fn, targets)
     params = Params.of(params)
     model = models.from_apply(params, apply_fn, batch, rngs, apply_kwargs)
     needs = _needs(criteria)
@@ -234,7 +234,8 @@ def _weights(model: Model) -> set[str]:
     return {info.path for info in observe.eval_shape(*arguments).params if info.role == "weight"}
 
 
-def _check_loss_given(criteria: Iterable[Criterion], loss_fn: Any, targets: Any) -> None:
+def check_loss_given(criteria: Iterable[Criterion], loss_fn: Any, targets: Any) -> None:
+    """Check that criteria which need gradients have a loss to take them of."""
     for criterion in criteria:
         if criterion.needs_loss and (loss_fn is None or targets is None):
             absent = "loss_fn" if loss_fn is None else "targets"

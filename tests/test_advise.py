@@ -12,11 +12,13 @@ import pytest
 
 import jaxeff
 from jaxeff import plot, prune
+from jaxeff.advice import Rise
 from jaxeff.advice._allocations import by_score, lamp, uniform
 from jaxeff.advice._interval import mean_and_bound, rise
 from jaxeff.advice._records import LayerAdvice
 from jaxeff.advice._runs import OutOfRuns, OutOfTime, Runs
-from jaxeff.advice._search import Search, farthest, improve
+from jaxeff.advice._search import Search, farthest, farthest_setting, improve
+from jaxeff.advice._weights import POINTS, spread
 
 INPUTS, USED, HIDDEN, OUTPUTS = 6, 4, 8, 3
 
@@ -196,6 +198,115 @@ def test_one_score_for_all_examples_has_no_interval():
     assert "no interval" in str(found)
 
 
+def cosines(params, apply_fn):
+    """What a score compares with the dense network: nothing goes at 1, where no loss would have a gradient."""
+    # A one beside the outputs, some of which are 0.
+    pruned, dense = (
+        np.insert(np.asarray(each, np.float64), 0, 1, axis=1)
+        for each in (apply_fn(params, X), model(PARAMS, X))
+    )
+    return np.sum(pruned * dense, 1) / np.linalg.norm(pruned, axis=1) / np.linalg.norm(dense, axis=1)
+
+
+@pytest.fixture(scope="module")
+def by_cosine():
+    with jax.numpy_rank_promotion("allow"):
+        return jaxeff.advise(PARAMS, model, X, evaluate=cosines, tolerance=0.05, progress=False)
+
+
+def test_a_score_needs_no_loss(by_cosine):
+    assert set(by_cosine.reached) == {"magnitude", "wanda", "random"}
+    assert by_cosine.dense == pytest.approx(-1)
+    lower = 1 - np.mean(cosines(prune.apply(PARAMS, by_cosine.masks), model))
+    assert 0 < lower < 0.06
+    searched, held = by_cosine.searched, by_cosine.held_out
+    assert searched + held == len(X)
+    parts = by_cosine.weights.search_rise * searched + by_cosine.weights.rise.mean * held
+    assert parts / len(X) == pytest.approx(lower, abs=1e-6)
+
+
+def test_with_a_loss_a_score_has_the_criteria_of_gradients():
+    found = jaxeff.advise(
+        PARAMS, model, X, loss_fn=squares, targets=TARGETS, evaluate=cosines, tolerance=0.05, max_runs=100,
+        progress=False,
+    )  # fmt: skip
+    assert set(found.reached) == {"magnitude", "wanda", "fisher", "random"}
+
+
+@pytest.mark.parametrize(
+    ("rise", "said"),
+    [
+        (Rise(0.0123, 0.01, 0.02, False, 40), "score lower by 0.0123 (0.0100 to 0.0200)"),
+        (Rise(-0.002, -0.004, 0.001, False, 40), "score higher by 0.0020 (-0.0010 to 0.0040)"),
+    ],
+)
+def test_changes_of_a_score_are_no_scores(by_cosine, rise, said):
+    removal = dataclasses.replace(by_cosine.weights, rise=rise)
+    text = str(dataclasses.replace(by_cosine, weights=removal))
+    assert said in " ".join(text.split())
+    assert "0.05 below the dense score" in " ".join(text.split())
+    assert "loss" not in text
+
+
+def test_a_score_that_fell_by_more_than_the_tolerance_is_said(by_cosine):
+    removal = dataclasses.replace(by_cosine.weights, rise=Rise(0.3, 0.2, 0.4, False, 40))
+    text = " ".join(str(dataclasses.replace(by_cosine, weights=removal)).split())
+    assert "at 0 stayed within 0.05 below the dense score on 120 examples, but not on others" in text
+    assert "Without these weights the score falls by more than the tolerance" in text
+
+
+def looks_up(params, tokens):
+    return jax.nn.relu(params["table"][tokens] @ params["up"]) @ params["down"]
+
+
+def test_tables_that_are_only_looked_up_stay_whole():
+    params = {"table": normal(50, 6), "up": normal(6, 12), "down": normal(12, 4)}
+    tokens = np.random.default_rng(0).integers(5, size=64)
+    targets = np.asarray(looks_up(params, tokens)) + normal(64, 4)
+    found = jaxeff.advise(
+        params,
+        looks_up,
+        tokens,
+        loss_fn=squares,
+        targets=targets,
+        tolerance=0.5,
+        max_runs=120,
+        progress=False,
+    )
+    assert found.weights.total == 6 * 12 + 12 * 4
+    assert np.all(found.masks["table"])
+    assert any("table is only looked up, and stays whole" in note for note in found.notes)
+
+
+def test_tables_that_are_also_multiplied_may_lose_weights():
+    params = {"table": normal(20, 6)}
+    tied = lambda params, tokens: params["table"][tokens] @ params["table"].T  # noqa: E731
+    tokens = np.random.default_rng(0).integers(5, size=64)
+    targets = np.asarray(tied(params, tokens)) + normal(64, 20)
+    found = jaxeff.advise(
+        params, tied, tokens, loss_fn=squares, targets=targets, tolerance=0.5, max_runs=100, progress=False
+    )
+    assert found.weights.total == 20 * 6 and not np.all(found.masks["table"])
+
+
+def test_units_that_no_criterion_scores_stay_whole():
+    params = {"position": normal(9, 6), "up": normal(6, 12), "down": normal(12, 4)}
+
+    def positioned(params, x):
+        return jax.nn.relu((x + params["position"][:4]) @ params["up"]) @ params["down"]
+
+    x = normal(64, 4, 6)
+    (beyond,) = [group for group in prune.groups(params, positioned, x).unlocked if "position" in group.name]
+    targets = np.asarray(positioned(params, x)) + 20 * normal(64, 4, 4)
+    losses = lambda outputs, targets: jnp.mean(jnp.square(outputs - targets), axis=(1, 2))  # noqa: E731
+    found = jaxeff.advise(
+        params, positioned, x, loss_fn=losses, targets=targets, tolerance=0.5, progress=False
+    )
+    assert found.units.total == 12 and found.units.removed
+    assert beyond.name not in {layer.path for layer in found.layers}
+    assert f"{beyond.name} stays whole: no criterion scores it." in found.notes
+
+
 def test_few_held_out_examples_are_said_to_tell_little():
     found = jaxeff.advise(
         PARAMS, model, X[:32], loss_fn=squares, targets=TARGETS[:32], tolerance=0.5, progress=False
@@ -256,9 +367,29 @@ def test_what_cannot_be_is_named(changed, named):
         _ = advise(**changed)
 
 
-def test_a_loss_that_is_no_function_is_refused():
-    with pytest.raises(TypeError, match="`loss_fn` must be a function .* got None"):
-        _ = jaxeff.advise(PARAMS, model, X, loss_fn=None, targets=TARGETS)
+@pytest.mark.parametrize(
+    "given", [{"targets": TARGETS}, {"targets": TARGETS, "evaluate": cosines}, {"loss_fn": 1}, {}]
+)
+def test_a_loss_that_is_no_function_is_refused(given):
+    with pytest.raises(TypeError, match="`loss_fn` must be a function .* got (None|1)"):
+        _ = jaxeff.advise(PARAMS, model, X, **given)
+
+
+def test_a_score_that_is_no_function_is_refused():
+    with pytest.raises(TypeError, match="`evaluate` must be a function .* got 0.9"):
+        _ = jaxeff.advise(PARAMS, model, X, evaluate=0.9)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"loss_fn": squares}, "`targets` is missing"),
+        ({"evaluate": cosines, "criteria": "fisher"}, "`loss_fn` is missing: criterion 'fisher'"),
+    ],
+)
+def test_what_a_loss_needs_is_named(given, named):
+    with pytest.raises(ValueError, match=named):
+        _ = jaxeff.advise(PARAMS, model, X, **given)
 
 
 def test_a_batch_with_too_few_examples_is_refused():
@@ -283,7 +414,7 @@ def test_listed_and_scanned_blocks_share_a_row(found):
     scanned = [LayerAdvice(f"blocks/down[{i}]", "weights", 32, "wanda", None, 0.25) for i in range(20)]
     shown = str(dataclasses.replace(found, layers=(*listed, *scanned)))
     row = next(line for line in shown.splitlines() if line.startswith("block0–19/up"))
-    assert row.split()[1:] == ["weights", "1.28k", "wanda", "50.0%", "0", "to", "48%"]
+    assert row.split()[1:] == ["weights", "1.28k", "wanda", "50%", "0.0–47.5%"]
     assert "blocks/down[0–19]" in shown and "block7/up" not in shown
     assert "[layer] block0–19/up: 24 % goes in the joint allocation, 16 % of all weights" in shown
 
@@ -338,6 +469,26 @@ def test_a_block_of_a_scan_that_does_nothing_goes():
 
 
 # The parts.
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_fractions_of_a_layer_alone_ascend_and_are_not_the_least_where_they_are_few(number):
+    points = spread(number)
+    assert len(points) == number and list(points) == sorted(set(points)) and set(points) <= set(POINTS)
+    assert number > 4 or points[0] > POINTS[0]
+    assert number < 8 or points == POINTS
+
+
+def test_where_no_setting_reaches_anything_the_one_that_costs_less_is_the_best():
+    losses = {"a": 3.0, "b": 2.0, "c": np.nan}
+    search = Search(
+        lambda counts, setting: (losses[setting],) * 2, *[np.ones(2) * 8, np.ones(2), np.ones(2) * 8],
+        allowed=1.0, dense=0.0,
+    )  # fmt: skip
+    for setting in losses:
+        assert farthest(search, uniform(search.sizes), "uniform", 3, setting) is None
+    assert farthest_setting(search, dict.fromkeys(losses, 0.0)) == "b"
+    assert farthest_setting(search, {"a": 0.1, "b": 0.0}) == "a"
 
 
 def test_a_rise_that_is_noise_is_no_gain():

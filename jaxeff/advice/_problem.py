@@ -106,7 +106,7 @@ class Problem:
         params: Params,
         apply_fn: Callable,
         examples: Examples,
-        loss_fn: Callable,
+        loss_fn: Callable | None,
         rngs: Any,
         keywords: Mapping[str, Any],
     ) -> Problem:

@@ -11,7 +11,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,16 @@ def farthest(search: Search, family: Family, start: str, steps: int, setting: An
         else:
             high = middle
     return best
+
+
+def farthest_setting(search: Search, reached: Mapping[str, float]) -> str:
+    """Return the setting that reaches the most; at equal fractions, the one with the lower losses."""
+
+    def rank(name: str) -> tuple[float, float]:
+        losses = [point.loss for point in search.tried if point.setting == name]
+        return reached[name], -float(np.sum(np.nan_to_num(losses, nan=np.inf))) / max(len(losses), 1)
+
+    return max(reached, key=rank)
 
 
 _FIRST_STEP, _LONGER, _SHORTER = 0.25, 1.5, 0.6

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def _weights_sentence(found: Findings) -> str:
             return "Nothing was measured yet of what weights can be zeroed."
         return (
             f"No weights can be zeroed at once within the tolerance of {_tolerance(found)}, as far as "
-            f"{found.searched:,} examples tell: with {_share(least.fraction)} of them at 0, the least that was "
+            f"{_examples(found)} tell: with {_share(least.fraction)} of them at 0, the least that was "
             f"tried, {_change(found, _risen(found, least.loss))}, and {_change(found, _risen(found, least.bound))} "
             "with its standard error."
         )
@@ -85,7 +86,11 @@ def _holds(found: Findings, removal: Removal) -> bool:
 
 
 def _searched(found: Findings, what: str) -> str:
-    return f"{what} stayed within {_tolerance(found)} on {found.searched:,} examples, but not on others"
+    return f"{what} stayed within {_tolerance(found)} on {_examples(found)}, but not on others"
+
+
+def _examples(found: Findings) -> str:
+    return f"{found.searched:,} examples" if found.searched > 1 else "the examples of `evaluate`"
 
 
 def _risen_text(found: Findings, removal: Removal) -> str:
@@ -93,7 +98,7 @@ def _risen_text(found: Findings, removal: Removal) -> str:
     change = _change(found, rise.mean)
     if rise.low is None or rise.high is None:
         return f"{change} by `evaluate`"
-    low, high = sorted([_signed(found, rise.low), _signed(found, rise.high)])
+    low, high = sorted([_signed(found, rise.mean, rise.low), _signed(found, rise.mean, rise.high)])
     examples = f"{rise.examples:,} held-out examples"
     return f"{change} ({_number(found, low)} to {_number(found, high)}) on {examples}"
 
@@ -103,20 +108,24 @@ def _faster(removal: Removal) -> str:
         return "the time was not measured"
     (ratio,) = removal.measured.speedups
     if ratio.percentile_10 <= 1 <= ratio.percentile_90:
-        return f"no faster (measured {ratio.percentile_10:.2f} to {ratio.percentile_90:.2f} times)"
+        spread = f"{ratio.percentile_10:.2f} to {ratio.percentile_90:.2f}"
+        return f"as fast, as far as its timings tell ({spread} times)"
     word = "faster" if ratio.median > 1 else "slower"
     return f"{max(ratio.median, 1 / ratio.median):.2f} times {word}"
 
 
-def _signed(found: Findings, rise: float) -> float:
-    """A rise as it is shown: of the loss, or of the score, which falls where the loss rises."""
-    return -rise if found.by_score else rise
+def _signed(found: Findings, mean: float, rise: float) -> float:
+    """A rise as it is shown: of the loss, or of a score by how much it is lower or higher."""
+    return -rise if found.by_score and mean < 0 else rise
 
 
 def _number(found: Findings, change: float) -> str:
-    if found.by_score or not _relative(found):
-        return f"{change:+.3g}"
-    return f"{100 * change:+.1f}"
+    if _relative(found):
+        return f"{100 * change:+.1f}"
+    # All to the same place, hundredths of the tolerance.
+    places = 2 - math.floor(math.log10(found.tolerance)) if found.tolerance else None
+    shown = f"{change:+.3g}" if places is None else f"{change:+.{max(places, 0)}f}"
+    return shown.removeprefix("+") if found.by_score else shown
 
 
 def _relative(found: Findings) -> bool:
@@ -124,9 +133,10 @@ def _relative(found: Findings) -> bool:
 
 
 def _change(found: Findings, rise: float) -> str:
-    what = "score" if found.by_score else "loss"
-    unit = " %" if _relative(found) else ""
-    return f"{what} {_number(found, _signed(found, rise))}{unit}"
+    number = _number(found, _signed(found, rise, rise))
+    if found.by_score:
+        return f"score {'higher' if rise < 0 else 'lower'} by {number}"
+    return f"loss {number}{' %' if _relative(found) else ''}"
 
 
 def _risen(found: Findings, loss: float) -> float:
@@ -134,11 +144,15 @@ def _risen(found: Findings, loss: float) -> float:
 
 
 def _tolerance(found: Findings) -> str:
-    return f"{100 * found.tolerance:.3g} %" if not found.by_score else f"{found.tolerance:.3g} of the score"
+    if found.by_score:
+        return f"{found.tolerance:.3g} below the dense score"
+    return f"{100 * found.tolerance:.3g} %"
 
 
 def _share(fraction: float) -> str:
     percent = 100 * fraction
+    if 0 < percent < 0.05:
+        return "less than 0.1 %"
     return f"{percent:.1f} %" if percent < 10 or percent > 90 else f"{percent:.0f} %"
 
 
@@ -177,17 +191,15 @@ def _row(stack: Stack, layers: Sequence[LayerAdvice]) -> tuple[str, ...]:
         layers[0].kind,
         text.number(sum(layer.size for layer in layers)),
         layers[0].criterion,
-        _range([layer.alone for layer in layers]),
-        _range([layer.jointly for layer in layers]),
+        # Few fractions were tried of a layer alone.
+        _range([layer.alone for layer in layers], "{:.0%}".format),
+        _range([layer.jointly for layer in layers], text.percent),
     )
 
 
-def _range(values: Sequence[float | None]) -> str:
+def _range(values: Sequence[float | None], formatted: Callable[[float], str]) -> str:
     known = [value for value in values if value is not None]
-    if not known:
-        return text.UNKNOWN
-    low, high = min(known), max(known)
-    return text.percent(low) if low == high else f"{100 * low:.0f} to {100 * high:.0f}%"
+    return text.ranged(known, formatted) if known else text.UNKNOWN
 
 
 def recommendations(found: Findings) -> tuple[Recommendation, ...]:
@@ -283,8 +295,12 @@ def _about(path: str, layers: Sequence[LayerAdvice], total: int) -> tuple[float,
 def _alone(alone: Sequence[float]) -> str:
     if not alone:
         return ""
-    low, high = min(alone), max(alone)
-    return f"; alone it bears {_share(low)}" if low == high else f"; alone its layers bear {_range(alone)}"
+    it_bears = "it bears" if len(alone) == 1 else "its layers bear"
+    return f"; alone {it_bears} {text.ranged([100 * share for share in alone], '{:.0f}'.format, ' to ')} %"
+
+
+def _tried_alone(sparsities: Sequence[float]) -> str:
+    return _joined([f"{100 * sparsity:.0f} %" for sparsity in (0, *sparsities)])
 
 
 def notes(found: Findings) -> list[str]:
@@ -308,8 +324,9 @@ def notes(found: Findings) -> list[str]:
         said += _doubts(found, removal)
     if found.sensitivity is not None:
         said.append(
-            "alone: the largest measured fraction up to which the loss stays within the tolerance with the "
-            "other layers whole. jointly: its fraction when all are pruned together."
+            f"alone: of {_tried_alone(found.sensitivity.sparsities)}, the largest up to which the "
+            f"{'score' if found.by_score else 'loss'} stays within the tolerance with the other layers whole. jointly: "
+            "its fraction when all are pruned together."
         )
     said.append(f"Cost: {found.forwards} forward passes (a gradient counts three), {found.seconds:.1f} s.")
     return said
@@ -324,8 +341,9 @@ def _doubts(found: Findings, removal: Removal) -> list[str]:
     said = []
     if rise.low > found.tolerance:
         said.append(
-            f"Without these {what} it rises by more than the tolerance on held-out examples, to which the search "
-            "did not fit itself: search with more examples, or a smaller tolerance."
+            f"Without these {what} the {'score falls' if found.by_score else 'loss rises'} by more than the tolerance "
+            "on held-out examples, to which the search did not fit itself: search with more examples, or a smaller "
+            "tolerance."
         )
     if wide or few:
         width = _number(found, rise.high - rise.low).lstrip("+") + (" %" if _relative(found) else "")

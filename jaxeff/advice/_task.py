@@ -26,7 +26,7 @@ from jaxeff.advice._weights import CONTROL, Layers, WeightSearch, finite, scored
 from jaxeff.importance import Criterion
 from jaxeff.model.params import Params
 from jaxeff.model.roles import whole_numbers
-from jaxeff.prune import BeforeAndAfter, Groups, Plan, before_and_after, compact, groups
+from jaxeff.prune import BeforeAndAfter, Groups, Layout, Plan, before_and_after, compact, groups
 from jaxeff.prune._layouts import of_statistics
 from jaxeff.prune._sensitivity import check_dense
 from jaxeff.report import Report
@@ -56,7 +56,7 @@ class Given:
     apply_fn: Callable
     searched: Examples
     measured: Examples | None
-    loss_fn: Callable
+    loss_fn: Callable | None
     evaluate: Callable[[Any, Callable], Any] | None
     tolerance: float
     criteria: tuple[Criterion, ...]
@@ -82,7 +82,7 @@ class Task:
             )
         self._statistics, self._scores = self._scored()
         layout = of_statistics(self._statistics, self._params.named)
-        self._layers = Layers.of(self._params, layout, self._scores)
+        self._layers = Layers.of(self._params, self._without_tables(layout), self._scores)
         if not self._layers.names:
             raise ValueError(
                 f"`params` hold no weights to prune: {', '.join(self._params.paths)}."
@@ -119,6 +119,24 @@ class Task:
                 {"params": self._params.tree, "batch": examples.batch, "targets": examples.targets},
             )
         return statistics, {**scores, CONTROL: _at_random(next(iter(scores.values())), given.seed)}
+
+    def _without_tables(self, layout: Layout) -> Layout:
+        """Leave tables whole that are only looked up: rows that no example reads would go at no cost."""
+        uses: dict[str, set[str]] = {}
+        for site in self._statistics.sites:
+            uses.setdefault(site.path, set()).add(site.kind)
+        tables = {
+            leaf.path for leaf in layout.leaves if leaf.prunable and uses.get(leaf.path) == {"embedding"}
+        }
+        self.notes += [
+            f"{path} is only looked up, and stays whole: examples say nothing of rows that none of them reads."
+            for path in sorted(tables)
+        ]
+        leaves = [
+            dataclasses.replace(leaf, prunable=leaf.prunable and leaf.path not in tables)
+            for leaf in layout.leaves
+        ]
+        return Layout(tuple(leaves))
 
     def _prepared(self, criteria: tuple[Criterion, ...]) -> Run:
         given = self.given
@@ -224,6 +242,9 @@ class Task:
                 )
                 criteria = [name for name in self._scores if name != CONTROL]
                 self.units.score({name: self._scores[name] for name in criteria})
+                self.notes += [
+                    f"{name} stays whole: no criterion scores it." for name in sorted(self.units.unscored)
+                ]
                 self.units.start()
                 self.units.improve(self.runs.left, rng)
         self._time()
@@ -339,6 +360,7 @@ class Task:
                     _share(chosen, count, group.size),
                 )  # fmt: skip
                 for group, count in zip(self.units.groups, chosen.counts, strict=True)
+                if group.name not in self.units.unscored
             ]
         return tuple(rows)
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxeff.advice import _allocations as allocations
 from jaxeff.advice._masked import Measure, Removable, Removed
 from jaxeff.advice._runs import Runs
-from jaxeff.advice._search import Point, Search, farthest, improve
+from jaxeff.advice._search import Point, Search, farthest, farthest_setting, improve
 from jaxeff.prune import Group, Groups, Plan
 
 _STEPS = 5  # of each bisection
@@ -40,6 +40,7 @@ class UnitSearch:
         groups: those that may lose elements.
         search: the points that were tried, and the best of them.
         starts: the farthest fraction of each allocation.
+        unscored: names of the groups that stay whole, as nothing tells their elements apart.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class UnitSearch:
         values = np.array([found.weights(group) for group in self.groups], np.float64)
         self.search = Search(self._loss, sizes, values, sizes - 1, allowed=allowed, dense=dense)
         self.starts: dict[str, float] = {}
+        self.unscored: set[str] = set()
         self._ranks: dict[str, list[np.ndarray]] = {}
         self._curves: dict[str, np.ndarray] = {}
         self._reached: dict[str, float] = {}
@@ -80,8 +82,8 @@ class UnitSearch:
             for index, group in enumerate(some.scored(each, normalize="mean").groups):
                 importance = of_blocks.get(index, group.importance)
                 if importance is None or (group.kind == _BLOCK and index not in of_blocks):
-                    # Nothing tells these elements apart.
                     self.search.most[index] = 0
+                    self.unscored.add(group.name)
                     importance = np.zeros((*group.blocks, group.size))
                 importances.append(importance)
             self._ranks[name] = [
@@ -135,12 +137,14 @@ class UnitSearch:
         if width.any():
             for name in self._ranks:
                 self._start("uniform", name, allocations.uniform(width))
-            best = max(self._reached, key=lambda name: self._reached[name])
+            best = self._best()
             family = allocations.by_score(width, values, self._curves[best])
             self._start("global", best, family)
         if self.blocks.any():
-            best = max(self._reached or self._ranks, key=lambda name: self._reached.get(name, 0.0))
-            self._start("blocks", best, allocations.uniform(sizes - width))
+            self._start("blocks", self._best(), allocations.uniform(sizes - width))
+
+    def _best(self) -> str:
+        return farthest_setting(self.search, self._reached) if self._reached else next(iter(self._ranks))
 
     def _start(self, start: str, criterion: str, family: allocations.Family) -> None:
         with self.runs.at_most(_STEPS):
@@ -153,13 +157,15 @@ class UnitSearch:
         """Move removals between groups, from the best point that was found."""
         with self.runs.at_most(runs):
             if not self.search.best.fraction:
-                self.search.best = dataclasses.replace(self.search.best, setting=next(iter(self._ranks)))
+                self.search.best = dataclasses.replace(self.search.best, setting=self._best())
             improve(self.search, rng)
 
     def kinds(self, point: Point) -> dict[str, tuple[int, int]]:
         """Removed and total by kind, in all blocks."""
         kinds: dict[str, tuple[int, int]] = {}
         for group, count in zip(self.groups, point.counts, strict=True):
+            if group.name in self.unscored:
+                continue
             copies = math.prod(group.blocks)
             removed, total = kinds.get(group.kind, (0, 0))
             kinds[group.kind] = removed + int(count) * copies, total + group.size * copies

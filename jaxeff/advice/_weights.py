@@ -15,7 +15,7 @@ from jaxeff import importance
 from jaxeff.advice import _allocations as allocations
 from jaxeff.advice._masked import Measure, Removable, Removed, kept
 from jaxeff.advice._runs import Runs
-from jaxeff.advice._search import Point, Search, farthest, improve
+from jaxeff.advice._search import Point, Search, farthest, farthest_setting, improve
 from jaxeff.importance import Criterion
 from jaxeff.importance._orders import orders
 from jaxeff.model.params import Params
@@ -41,6 +41,17 @@ def scored(
 def finite(scores: list[dict[str, jax.Array]]) -> list[jax.Array]:
     """Return whether all scores of each criterion are finite."""
     return [jnp.stack([jnp.all(jnp.isfinite(score)) for score in each.values()]).all() for each in scores]
+
+
+def spread(number: int) -> tuple[float, ...]:
+    """Return some of the fractions to measure, each from the middle of its share of them.
+
+    That nearly nothing, or nearly all, may go says little of a layer.
+
+    >>> spread(2), spread(4)
+    ((0.5, 0.95), (0.3, 0.7, 0.9, 0.99))
+    """
+    return tuple(POINTS[int((i + 0.5) * len(POINTS) / number)] for i in range(number))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,15 +163,10 @@ class WeightSearch:
     @property
     def criterion(self) -> str:
         """The one whose order goes farthest; at equal fractions, the one with the lower losses."""
-        known = [name for name in self.reached if name != CONTROL]
-        if not known:
-            return next(name for name in self.layers.scores if name != CONTROL)
-
-        def rank(name: str) -> tuple[float, float]:
-            losses = [point.loss for point in self.search.tried if point.setting == name]
-            return self.reached[name], -float(np.sum(np.nan_to_num(losses, nan=np.inf))) / max(len(losses), 1)
-
-        return max(known, key=rank)
+        known = {name: reached for name, reached in self.reached.items() if name != CONTROL}
+        if known:
+            return farthest_setting(self.search, known)
+        return next(name for name in self.layers.scores if name != CONTROL)
 
     def compare_criteria(self) -> None:
         """Bisect along each criterion's order, in each layer alike and over all layers; and at random."""
@@ -183,7 +189,7 @@ class WeightSearch:
         """Prune each layer alone; where there are too many, the largest."""
         sizes, criterion = self.layers.sizes, self.criterion
         number = int(np.clip(_ALONE // len(sizes), 2, len(POINTS)))
-        points = tuple(POINTS[i] for i in np.linspace(0, len(POINTS) - 1, number).round().astype(int))
+        points = spread(number)
         largest = np.argsort(-sizes, kind="stable")[: _ALONE // number]
         losses: list[list[tuple[float, float]]] = []
         with self.runs.at_most(_ALONE):
@@ -191,7 +197,7 @@ class WeightSearch:
                 row = []
                 for point in points:
                     counts = np.zeros(len(sizes))
-                    counts[layer] = round(point * sizes[layer])
+                    counts[layer] = np.round(point * sizes[layer])
                     row.append(self._loss(counts, criterion))
                 losses.append(row)
                 self.measured.append(layer)
