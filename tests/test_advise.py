@@ -251,8 +251,22 @@ def test_changes_of_a_score_are_no_scores(by_cosine, rise, said):
 def test_a_score_that_fell_by_more_than_the_tolerance_is_said(by_cosine):
     removal = dataclasses.replace(by_cosine.weights, rise=Rise(0.3, 0.2, 0.4, False, 40))
     text = " ".join(str(dataclasses.replace(by_cosine, weights=removal)).split())
-    assert "at 0 stayed within 0.05 below the dense score on 120 examples, but not on others" in text
+    assert "at 0 stayed within 0.05 below the dense score on 120 examples, but did not on others" in text
     assert "Without these weights the score falls by more than the tolerance" in text
+
+
+@pytest.mark.parametrize(
+    ("rise", "said"),
+    [
+        (Rise(0.04, 0.01, 0.2, False, 40), "can be zeroed at once: "),
+        (Rise(0.06, 0.01, 0.2, False, 40), "examples, but may not on others: "),
+        (Rise(0.2, 0.06, 0.3, False, 40), "examples, but did not on others: "),
+        (Rise(0.05, None, None, False, 1), "can be zeroed at once: "),
+    ],
+)
+def test_the_headline_promises_what_held_on_other_examples(by_cosine, rise, said):
+    removal = dataclasses.replace(by_cosine.weights, rise=rise)
+    assert said in dataclasses.replace(by_cosine, weights=removal, units=None).headline()
 
 
 def looks_up(params, tokens):
