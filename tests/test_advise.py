@@ -231,6 +231,8 @@ def test_with_a_loss_a_score_has_the_criteria_of_gradients():
         progress=False,
     )  # fmt: skip
     assert set(found.reached) == {"magnitude", "wanda", "fisher", "random"}
+    # Nothing is left for units, which is said.
+    assert found.units is None and "no forward passes were left for them" in str(found)
 
 
 @pytest.mark.parametrize(

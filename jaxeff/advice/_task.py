@@ -303,6 +303,10 @@ class Task:
             )  # fmt: skip
         elif self.units is not None and self.units.search.tried:
             self.notes.append("No units can be removed within the tolerance.")
+        elif self._groups is not None and not interrupted:
+            self.notes.append(
+                "Whole units were left out: no forward passes were left for them. Raise `max_runs`."
+            )
         criterion = best.setting or self.weights.criterion
         return Advice(
             weights, units, self._rows(), self.weights.sensitivity, self.weights.reached, self._tried(),
