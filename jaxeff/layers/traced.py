@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -113,11 +114,16 @@ def _inlined(
 
 
 def _groups(layers: Sequence[Layer]) -> list[list[int]]:
-    """Group layers of equal structure and shapes, which one compiled loop can process."""
+    """Group layers of equal structure and shapes, which one compiled loop can process.
+
+    Large ones must also agree in their paths but for numbers: others may be sharded in another way, and a loop over
+    both would move weights.
+    """
     groups: dict[Hashable, list[int]] = {}
     for index, layer in enumerate(layers):
         leaves, structure = jax.tree.flatten(nameless(layer.arrays))
-        groups.setdefault((structure, *map(jax.typeof, leaves)), []).append(index)
+        like = re.sub(r"\d+", "*", layer.place.path) if layer.size > SMALL else None
+        groups.setdefault((like, structure, *map(jax.typeof, leaves)), []).append(index)
     return list(groups.values())
 
 
