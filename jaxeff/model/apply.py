@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -64,6 +64,10 @@ class StatefulApply(abc.ABC):
         own: Any = self  # a dataclass, as every subclass is
         return dataclasses.replace(own, state=state)
 
+    def axis_name(self, path: str, axis: int) -> str | None:
+        """Return how the model's library calls an axis of a leaf; None where axes have numbers alone."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelApply(StatefulApply):
@@ -72,13 +76,18 @@ class ModelApply(StatefulApply):
     Attributes:
         call: `call(params, state, *batch, **keywords)`.
         state: variables that are not parameters, such as running averages; None if there are none.
+        axes: names of the axes of named arrays, by the path of the leaf; None for an axis without one.
     """
 
     call: Callable[..., Any]
     state: Any = dataclasses.field(default=None, repr=False)
+    axes: Mapping[str, Sequence[str | None]] = dataclasses.field(default_factory=dict, repr=False)
 
     def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
         return self.call(params, self.state, *batch, **keywords)
+
+    def axis_name(self, path: str, axis: int) -> str | None:
+        return self.axes[path][axis] if path in self.axes else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -44,6 +44,9 @@ class QuantizedApply(StatefulApply):
             apply_fn = apply_fn.with_state(rest)
         return apply_fn(filled, *batch, **keywords)
 
+    def axis_name(self, path: str, axis: int) -> str | None:
+        return self.apply_fn.axis_name(path, axis) if isinstance(self.apply_fn, StatefulApply) else None
+
     def _filled(self, path: str, node: Any, weight: Any) -> Any:
         if not _is_quantized(node):
             return weight

@@ -53,6 +53,11 @@ class CompactApply(StatefulApply):
         statics = {name: value for name, value in keywords.items() if name not in arrays}
         return self._compiled(_Statics.of(statics), params, self.state, batch, arrays)
 
+    def axis_name(self, path: str, axis: int) -> str | None:
+        if not isinstance(self.apply_fn, StatefulApply) or path not in self._renamed:
+            return None
+        return self.apply_fn.axis_name(self._renamed[path], axis)
+
     @functools.cached_property
     def _compiled(self) -> Callable:
         # Traced anew for other shapes, and under other settings of JAX, as all that is jitted is.
