@@ -43,7 +43,7 @@ def split_keras(model: Any, training: bool) -> tuple[Any, StatefulApply]:
         return model.stateless_call(*lists, *batch, **{"training": training, **keywords})[0]
 
     quantized = _keras_quantized(model, arrays)
-    params, apply_fn = {**params, **quantized}, ModelApply(call, state or None)
+    params, apply_fn = {**params, **quantized}, ModelApply(call, type(model).call, state or None)
     return dequantized(params, apply_fn) if quantized else (params, apply_fn)
 
 

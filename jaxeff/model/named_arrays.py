@@ -35,7 +35,7 @@ def split_haliax(model: Any, training: bool) -> tuple[Any, StatefulApply]:
     arrays = {path: leaf.array if _is_named(leaf) else leaf for path, leaf in leaves}
     axes = {path: [axis.name for axis in leaf.axes] for path, leaf in leaves if _is_named(leaf)}
     params = {path: leaf for path, leaf in arrays.items() if eqx.is_inexact_array(leaf)}
-    return params, ModelApply(call, axes=axes)
+    return params, ModelApply(call, type(model).__call__, axes=axes)
 
 
 def restore_haliax(model: Any, params: Any) -> Any:
@@ -81,7 +81,9 @@ def split_penzai(model: Any, training: bool) -> tuple[Any, StatefulApply]:
         return bound(*jax.tree.map(_penzai_sized, batch, is_leaf=_is_penzai_array), **keywords)
 
     axes = {path: _penzai_axes(leaf) for path, leaf in _penzai_leaves(found) if _is_penzai_array(leaf)}
-    return _penzai_arrays(variables), ModelApply(call, _penzai_arrays(others) or None, axes)
+    return _penzai_arrays(variables), ModelApply(
+        call, type(model).__call__, _penzai_arrays(others) or None, axes
+    )
 
 
 def restore_penzai(model: Any, params: Any) -> Any:
