@@ -1195,6 +1195,30 @@ def llama(blocks: int, scales: dict[str, list[float]]) -> dict[str, np.ndarray]:
     return arrays
 
 
+def test_names_in_one_checkpoint_are_listed_by_stack_and_by_block(tmp_path: Path) -> None:
+    a, b = llama(12, {}), llama(3, {})
+    for index in range(12):
+        a[f"side.{index}.weight"], b[f"side.{index}.weight"] = normal(2, 3), normal(3, 2)
+        b[f"tail.{index}.weight"] = normal(2, 2)
+    # Of another shape in A alone, so that it shares no entry.
+    a["side.5.weight"] = normal(2, 4)
+    found = compare_checkpoints(
+        *(save(tmp_path / name, arrays) for name, arrays in (("a.safetensors", a), ("b.safetensors", b)))
+    )
+    printed, layers = str(found), "model.layers.3–11"
+    only_a, rest = printed.split("Only in A:\n")[1].split("\n\nOnly in B:\n")
+    assert sorted(only_a.splitlines()) == sorted(
+        f"- {layers}.{name}.weight"
+        for name in ("input_layernorm", "mlp.down_proj", "mlp.up_proj", "self_attn.q_proj")
+    )
+    only_b, reshaped = rest.split("\n\nOf another shape:\n")
+    assert only_b.splitlines() == [f"- tail.{index}.weight" for index in range(12)]
+    assert "- side.5.weight [2, 4] -> [3, 2]" in reshaped.splitlines()
+    assert comparing.render(found, blocks=True).count("- model.layers.") == 9 * 4
+    assert "... 27 of 36 names left out." in comparing.render(found, top=1)
+    assert len(found.only_a) == len(json.loads(found.to_json())["only_a"]) == 36
+
+
 def test_fine_tunes_are_compared_by_stack_and_by_block(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -251,8 +251,8 @@ def check_keywords(function: Callable) -> None:
     if any_keyword and unnamed:
         name = unnamed[0]
         raise TypeError(
-            f"`{verb}` takes `{near[name]}`, and {name!r} would go unnoticed into the `**{any_keyword[0]}` of the model. "
-            f"If that is meant, pass `functools.partial(apply_fn, {name}=...)` as `apply_fn`"
+            f"`{verb}` takes `{near[name]}`, and {name!r} would go unnoticed into the `**{any_keyword[0]}` of the "
+            f"model. If that is meant, pass `functools.partial(apply_fn, {name}=...)` as `apply_fn`"
         )
 
 
