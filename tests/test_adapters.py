@@ -1,6 +1,7 @@
 """One network, written in each library, is one network to jaxeff; each library's tests are skipped where it is not
 installed."""
 
+import os
 import subprocess
 import sys
 
@@ -279,6 +280,34 @@ def test_a_keras_callback_holds_masks_while_keras_trains():
     jax.tree.map(np.testing.assert_array_equal, prune.apply(after, masks), after)
     assert not np.allclose(after["net/first/kernel"], prune.apply(before, masks)["net/first/kernel"])
     assert history.history["loss"][1] < history.history["loss"][0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "error"),
+    [
+        ("numpy", "ValueError: Keras runs on numpy: set the environment variable KERAS_BACKEND to 'jax'"),
+        ("tensorflow", "ImportError: Keras cannot import its backend ("),
+    ],
+)
+def test_keras_without_jax_says_what_to_set(backend, error):
+    pytest.importorskip("keras")
+    # Keras imports a backend once in a process. TensorFlow, its default, is hidden.
+    script = """
+import sys
+from jaxeff import prune
+sys.modules["tensorflow"] = None
+try:
+    prune.keras_callback({})
+except (ImportError, ValueError) as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "KERAS_BACKEND": backend},
+    )
+    assert said.stdout.startswith(error), said.stderr
 
 
 def test_nnx_optimizers_hold_masks():
@@ -649,7 +678,9 @@ def test_a_quantized_keras_model_is_scored_in_units_of_its_weights():
 def test_a_keras_model_quantized_otherwise_is_refused():
     model = keras_net()
     model.quantize("int4")
-    with pytest.raises(ValueError, match="'first' is quantized to int4, and jaxeff reads int8"):
+    with pytest.raises(
+        ValueError, match="'first' is quantized to int4, and jaxeff reads int8: .* before it is quant"
+    ):
         jaxeff.functional(model)
 
 

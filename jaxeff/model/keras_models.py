@@ -11,14 +11,27 @@ from jaxeff.model.apply import ModelApply, StatefulApply
 from jaxeff.model.quantized import dequantized, requantized
 
 
-def split_keras(model: Any, training: bool) -> tuple[Any, StatefulApply]:
-    import keras  # pyright: ignore[reportMissingImports]
+def keras_on_jax() -> Any:
+    """Return the module `keras`.
 
+    Raises:
+        ImportError: Keras, or the backend that it is set to, is not installed.
+        ValueError: it runs on another backend.
+    """
+    remedy = "set the environment variable KERAS_BACKEND to 'jax' before keras is imported"
+    try:
+        import keras  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        if error.name == "keras":
+            raise ImportError("this needs Keras: pip install 'jaxeff[keras]'", name="keras") from error
+        raise ImportError(f"Keras cannot import its backend ({error}): {remedy}", name=error.name) from error
     if keras.backend.backend() != "jax":
-        raise ValueError(
-            f"Keras runs on {keras.backend.backend()}: set the environment variable KERAS_BACKEND to 'jax' before "
-            "keras is imported"
-        )
+        raise ValueError(f"Keras runs on {keras.backend.backend()}: {remedy}")
+    return keras
+
+
+def split_keras(model: Any, training: bool) -> tuple[Any, StatefulApply]:
+    _ = keras_on_jax()
     if not model.variables:
         raise ValueError(f"the Keras model {model.name!r} is not built: call it on a batch first")
     variables = _keras_variables(model)
@@ -61,7 +74,10 @@ def _keras_quantized(model: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
     for layer in _keras_layers(model):
         mode = getattr(layer, "quantization_mode", None)
         if mode not in (None, "int8"):
-            raise ValueError(f"the Keras layer {layer.name!r} is quantized to {mode}, and jaxeff reads int8")
+            raise ValueError(
+                f"the Keras layer {layer.name!r} is quantized to {mode}, and jaxeff reads int8: analyze the model "
+                "before it is quantized, or quantize it to 'int8'"
+            )
     found = {}
     for path, array in arrays.items():
         if (scale := arrays.get(f"{path}_scale")) is None or array.dtype != jnp.int8:
