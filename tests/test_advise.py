@@ -296,14 +296,14 @@ def test_is_drawn(found):
 
 
 def test_batch_norm_is_removed_with_its_statistics():
-    class Normalised(nn.Module):
+    class Normalized(nn.Module):
         @nn.compact
         def __call__(self, x):
             x = nn.Dense(8)(x)
             x = nn.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)(x)
             return nn.Dense(2)(nn.relu(x))
 
-    module, x = Normalised(), normal(64, 4, seed=9)
+    module, x = Normalized(), normal(64, 4, seed=9)
     variables = module.init(jax.random.key(0), x)
     stats = variables["batch_stats"]["BatchNorm_0"]
     variables = {**variables, "batch_stats": {"BatchNorm_0": {**stats, "mean": stats["mean"] - 1.0}}}

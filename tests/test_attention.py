@@ -27,7 +27,7 @@ def _rotate(x):
 
 
 def _rotate_pairs(x):
-    """Rotary positions on neighbours, as LLaMA has them: taken apart and put together again."""
+    """Rotary positions on neighbors, as LLaMA has them: taken apart and put together again."""
     even, odd = jnp.unstack(x.reshape(*x.shape[:-1], -1, 2), axis=-1)
     angle = np.arange(x.shape[1])[:, None] * np.arange(1, x.shape[-1] // 2 + 1) / 10.0
     cos, sin = (f(angle)[None, :, None].astype(np.float32) for f in (np.cos, np.sin))

@@ -160,7 +160,7 @@ def save_msgpack_shards(directory: Path, shards: dict[str, Any]) -> Path:
 def saved_msgpack_shards(path: Path) -> Path:
     arrays = {f"params/{name}": array for name, array in flax_arrays().items()}
     names = sorted(arrays)
-    # Neighbours are in different shards.
+    # Neighbors are in different shards.
     parts = [{name: arrays[name] for name in names[first::2]} for first in range(2)]
     files = [f"flax_model-0000{number}-of-00002.msgpack" for number in (1, 2)]
     return save_msgpack_shards(path / "shards", dict(zip(files, map(tree_of, parts), strict=True)))
@@ -1085,7 +1085,7 @@ def test_a_table_fits_the_terminal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", [60, 160])
 @pytest.mark.parametrize("command", ["analyze", "compare"])
-def test_columns_is_honoured_where_the_output_is_no_terminal(tmp_path, monkeypatch, capsys, command, columns):
+def test_columns_is_honored_where_the_output_is_no_terminal(tmp_path, monkeypatch, capsys, command, columns):
     path = str(save(tmp_path / "m.safetensors", {"encoder/" * 12 + "kernel": normal(64, 64)}))
     arguments = [command, path] if command == "analyze" else [command, path, path]
 

@@ -95,7 +95,7 @@ def test_operations(name):
         "dense general",
         "lifted",
         "fused",
-        "normalised",
+        "normalized",
         "transposed",
         "low rank",
         "multi-query",

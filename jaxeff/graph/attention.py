@@ -103,7 +103,7 @@ def _search(
     found: list[Attention | Headless],
 ) -> None:
     flow = Flow(program, provenance)
-    labels = _labelled(program, by_output, provenance)
+    labels = _labeled(program, by_output, provenance)
     softmaxes = _softmaxes(flow)
     for operation in program.operations:
         for body in operation.bodies:
@@ -114,7 +114,7 @@ def _search(
                 found.append(attention)
 
 
-def _labelled(
+def _labeled(
     program: Program, by_output: Mapping[Value, Site], provenance: Provenance
 ) -> dict[Value, Labels]:
     """Return where the units of the nearest weights stand in each value."""
