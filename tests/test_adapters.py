@@ -310,6 +310,29 @@ except (ImportError, ValueError) as error:
     assert said.stdout.startswith(error), said.stderr
 
 
+def test_a_keras_call_without_a_training_argument_is_run_without_one():
+    keras = pytest.importorskip("keras")
+
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__(name="net")
+            self.first = keras.layers.Dense(HIDDEN, activation="relu", name="first")
+            self.dropout = keras.layers.Dropout(0.5)
+            self.second = keras.layers.Dense(CLASSES, name="second")
+
+        def call(self, inputs):
+            return self.second(self.dropout(self.first(inputs)))
+
+    model = Net()
+    with pytest.raises(ValueError, match="'net' is not built"):
+        jaxeff.functional(model)
+    _ = model(X)
+    for training in (False, True):
+        params, apply_fn = jaxeff.functional(model, training=training)
+        given = dict(zip(params, WEIGHTS.values(), strict=True))
+        np.testing.assert_allclose(apply_fn(given, X), plain(WEIGHTS, X), rtol=1e-5, atol=1e-5)
+
+
 def test_nnx_optimizers_hold_masks():
     model = whole_net()
     params, _ = jaxeff.functional(model)
@@ -393,8 +416,36 @@ def test_verbs_say_what_is_missing():
         jaxeff.collect(NNXNet(nnx.Rngs(0)))
     with pytest.raises(TypeError, match="`batch` is missing"):
         jaxeff.cost.count(WEIGHTS, plain)
-    with pytest.raises(TypeError, match="NNXNet came with two more arguments.*in one tuple"):
+    with pytest.raises(TypeError, match="NNXNet came with two more arguments.*in one tuple.*`targets`"):
         jaxeff.analyze(NNXNet(nnx.Rngs(0)), X, X)
+
+
+@pytest.mark.parametrize("make", [of_nnx, of_equinox, of_keras, of_penzai])
+def test_a_whole_model_in_place_of_its_params_is_told_what_to_pass(make):
+    model, batch, *_ = make()
+    for call in (lambda: prune.scored(model), lambda: jaxeff.analyze(model, lambda params, x: x, batch)):
+        with pytest.raises(
+            TypeError, match=f"is the module {type(model).__name__} itself.*jaxeff.functional"
+        ):
+            call()
+
+
+def test_equinox_modules_of_arrays_alone_are_params():
+    eqx = pytest.importorskip("equinox")
+    model, batch, *_ = of_equinox()
+    arrays, static = eqx.partition(model, eqx.is_inexact_array)
+    apply_fn = lambda arrays, x: jax.vmap(eqx.nn.inference_mode(eqx.combine(arrays, static)))(x)  # noqa: E731
+    assert str(jaxeff.analyze(arrays, apply_fn, batch)) == str(jaxeff.analyze(model, batch))
+
+
+def test_leaves_that_are_no_numbers_are_named():
+    state = nnx.state(NNXNet(nnx.Rngs(0)))
+    with pytest.raises(
+        TypeError, match=r"holds a random key at 'dropout/rngs/.*nnx.state\(model, nnx.Param\)"
+    ):
+        jaxeff.analyze(state)
+    with pytest.raises(TypeError, match="`params` is a str.*analyze_checkpoint"):
+        jaxeff.analyze("model.safetensors")
 
 
 def test_restore_keeps_names_and_shapes():

@@ -133,7 +133,7 @@ def _resolved(params: Any, apply_fn: Any, batch: Any) -> tuple[Any, Any, Any]:
         if not callable(apply_fn) and _found(params) is not None:
             raise TypeError(
                 f"a {type(params).__name__} came with two more arguments: pass (model, batch), with several inputs in "
-                "one tuple, (model, (first, second))"
+                "one tuple, (model, (first, second)); labels are not an input, but `targets`"
             )
         if _is_quantized_pair((params, apply_fn)):
             params, apply_fn = functional((params, apply_fn))

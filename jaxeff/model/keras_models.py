@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ def keras_on_jax() -> Any:
 
 def split_keras(model: Any, training: bool) -> tuple[Any, StatefulApply]:
     _ = keras_on_jax()
-    if not model.variables:
+    if not model.built:
         raise ValueError(f"the Keras model {model.name!r} is not built: call it on a batch first")
     variables = _keras_variables(model)
     arrays = {path: variable.value for path, variable in variables.items()}
@@ -47,13 +48,16 @@ def split_keras(model: Any, training: bool) -> tuple[Any, StatefulApply]:
     # States of random streams have sizes that nothing in the program follows.
     fixed = {path: array for path, array in arrays.items() if path not in {**params, **state}}
 
+    # As Keras's own `fit` passes it: a `call` without the argument gets none.
+    mode = {"training": training} if "training" in inspect.signature(model.call).parameters else {}
+
     def call(params: Any, state: Any, *batch: Any, **keywords: Any) -> Any:
         params = {
             path: leaf["qvalue"] if isinstance(leaf, Mapping) else leaf for path, leaf in params.items()
         }
         values = {**fixed, **params, **(state or {})}
         lists = [[values[path] for path in paths] for paths in (trainable, other)]
-        return model.stateless_call(*lists, *batch, **{"training": training, **keywords})[0]
+        return model.stateless_call(*lists, *batch, **{**mode, **keywords})[0]
 
     quantized = _keras_quantized(model, arrays)
     params, apply_fn = {**params, **quantized}, ModelApply(call, type(model).call, state or None)
