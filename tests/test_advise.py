@@ -182,6 +182,30 @@ def test_time_that_is_up_ends_the_search():
     assert "Nothing was measured" in str(found)
 
 
+def test_a_deep_network_is_advised_on_with_the_fewest_runs():
+    """Its layers alone take them all, and none is left for the units."""
+    params = {f"layer{number:02}": normal(4, 4, seed=number) / 2 for number in range(24)}
+
+    def deep(params, x):
+        for weight in params.values():
+            x = jax.nn.relu(x @ weight) + 0.5
+        return x
+
+    x = normal(16, 4)
+    found = jaxeff.advise(
+        params,
+        deep,
+        x,
+        loss_fn=squares,
+        targets=deep(params, x) + 0.1,
+        criteria=("magnitude",),
+        max_runs=100,
+        progress=False,
+    )
+    assert found.forwards <= 100 and found.interrupted is None
+    assert found.weights is not None and len(found.layers) >= 24
+
+
 def test_scores_take_an_absolute_tolerance():
     found = advise(held_out=None, evaluate=lambda params, apply_fn: -held_out_loss(params), tolerance=0.05)
     assert found.by_score and found.held_out == len(HELD_OUT[1]) // 4
