@@ -116,10 +116,10 @@ def penalties(seeds):
     last = {"sparsity": 0.95, "rounds": 1, "progress": False}
     for name, optimizer in OPTIMIZERS.items():
         for strength in (0.0, 0.3, 1.0, 3.0):
-            penalised = partial(
+            penalized = partial(
                 prune.entropy_regularized, strength=strength, steps=330, fine_tune=110, **last
             )
-            found = [penalised(created(seed, optimizer), step, BATCHES, evaluate) for seed in range(seeds)]
+            found = [penalized(created(seed, optimizer), step, BATCHES, evaluate) for seed in range(seeds)]
             dense = spread([one.dense for one in found])
             print(
                 f"| {name} | {strength:g} | {dense} | {spread([one.rounds[-1].after for one in found])} |",

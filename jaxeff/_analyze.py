@@ -79,7 +79,7 @@ def analyze(
     1.0
     """
     chosen = importance.named(criterion, with_loss=loss_fn is not None)
-    params, apply_fn, batch = resolve(params, apply_fn, batch, apply_kwargs)
+    params, apply_fn, batch = resolve(params, apply_fn, batch, rngs, apply_kwargs)
     params = Params.of(params)
     collected = statistics is None
     sums: Mapping[str, jax.Array] = {}

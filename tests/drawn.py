@@ -32,7 +32,7 @@ def _with_one(x: np.ndarray, index: int, value: float) -> np.ndarray:
     return x
 
 
-def _quantised(generator: Generator, size: int, levels: int) -> np.ndarray:
+def _quantized(generator: Generator, size: int, levels: int) -> np.ndarray:
     magnitudes = _magnitude(generator, size)
     step = np.float32(magnitudes.max() / levels)
     return np.round(magnitudes / step).astype(np.float32) * step
@@ -75,8 +75,8 @@ DRAWS: dict[str, Callable[[Generator, int], np.ndarray]] = {
     "power": lambda g, n: g.random(n) ** g.uniform(1, 30),
     "binary": lambda g, n: (g.random(n) < g.random()) * 0.37,
     "ternary": lambda g, n: g.integers(0, 3, n) * _scale(g),
-    "int4": lambda g, n: _quantised(g, n, 8),
-    "int8": lambda g, n: _quantised(g, n, 127),
+    "int4": lambda g, n: _quantized(g, n, 8),
+    "int8": lambda g, n: _quantized(g, n, 127),
     "nearly constant": lambda g, n: 1 + 10.0 ** g.uniform(-7, -2) * g.random(n),
     "nearly constant, normal": lambda g, n: np.abs(1 + 10.0 ** g.uniform(-7, -2) * g.standard_normal(n)),
     "constant": lambda g, n: np.full(n, _scale(g)),

@@ -115,8 +115,8 @@ def _batch_norm(x: Array, layer: dict, averages: dict) -> Array:
 
 
 def _layer_norm(x: Array, layer: dict) -> Array:
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * layer["scale"] + layer["bias"]
+    centered = x - x.mean(-1, keepdims=True)
+    return centered / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * layer["scale"] + layer["bias"]
 
 
 def _softmax(x: Array) -> Array:

@@ -385,7 +385,7 @@ def fused() -> Network:
     return Network(module, drawn(module, x), (x,), {}, sites)
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """A norm mixes units before the relu: each Dense keeps its own output."""
 
     @nn.compact
@@ -395,8 +395,8 @@ class Normalised(nn.Module):
         return nn.relu(nn.RMSNorm()(nn.Dense(8, name="rms")(x)))
 
 
-def normalised() -> Network:
-    module, x = Normalised(), normal(16, 6)
+def normalized() -> Network:
+    module, x = Normalized(), normal(16, 6)
     sites = tuple(Site(f"{name}/kernel", "dense", "identity", (1,)) for name in ("group", "layer", "rms"))
     return Network(module, drawn(module, x), (x,), {}, sites)
 
@@ -491,7 +491,7 @@ _BUILDERS: Mapping[str, Callable[[], Network]] = {
     "bare": bare,
     "swiglu": swiglu,
     "fused": fused,
-    "normalised": normalised,
+    "normalized": normalized,
     "lstm": recurrent.lstm,
     "optimized lstm": recurrent.optimized_lstm,
     "gru": recurrent.gru,

@@ -46,7 +46,7 @@ STATISTICS = {
 }
 
 
-def _standardised(h, mean, square):
+def _standardized(h, mean, square):
     return (h - mean[None]) * lax.rsqrt(square - mean**2 + 1)[None]
 
 
@@ -62,11 +62,11 @@ HEADS = {
         lambda h, o: nn.relu(h * nn.sigmoid(nn.relu(jnp.mean(h, 0, keepdims=True) @ o) @ o.T)) @ o,
         "relu",
     ),
-    "normalised in a batch": (
-        lambda h, o: nn.relu(_standardised(h, h.mean(0), jnp.mean(h**2, 0))) @ o,
+    "normalized in a batch": (
+        lambda h, o: nn.relu(_standardized(h, h.mean(0), jnp.mean(h**2, 0))) @ o,
         "relu",
     ),
-    "normalised across units": (
+    "normalized across units": (
         lambda h, o: nn.silu(h * lax.rsqrt(jnp.mean(h**2, -1, keepdims=True) + 1)) @ o,
         "identity",
     ),
@@ -138,11 +138,11 @@ def test_a_gradient_penalty_changes_nothing(act):
     def network(w, b, o, x):
         return act(x @ w + b[None]) @ o
 
-    def penalised(w, b, o, x):
+    def penalized(w, b, o, x):
         outputs, pull = jax.vjp(lambda x: network(w, b, o, x), x)
         return outputs, jnp.mean((jnp.linalg.norm(pull(jnp.ones_like(outputs))[0], axis=-1) - 1) ** 2)
 
-    alone, beside = _first_site(network).activation, _first_site(penalised).activation
+    alone, beside = _first_site(network).activation, _first_site(penalized).activation
     assert (beside.nonlinearity, beside.bias) == (alone.nonlinearity, 1)
     assert alone.nonlinearity not in ("pointwise", "identity")
 
@@ -205,7 +205,7 @@ def _batch_normed(kind):
     def function(p, x):
         h = x @ p["w"]
         mean, square = _moments(kind, h)
-        return nn.relu(_standardised(h, mean, square)) @ p["o"]
+        return nn.relu(_standardized(h, mean, square)) @ p["o"]
 
     return function
 
@@ -238,7 +238,7 @@ def test_batch_norm_over_an_axis_name_keeps_the_nonlinearity_behind_it(kind):
 
 
 @pytest.mark.parametrize("kind", ["psum", "pmax", "all_gather"])
-def test_a_normalisation_across_units_over_an_axis_name_ends_the_search(kind):
+def test_a_normalization_across_units_over_an_axis_name_ends_the_search(kind):
     def function(p, x):
         h = x @ p["w"]
         squares = jnp.sum(h**2, -1, keepdims=True)
@@ -258,7 +258,7 @@ def test_a_normalisation_across_units_over_an_axis_name_ends_the_search(kind):
 
 
 def test_batch_norm_of_one_example_keeps_the_nonlinearity_behind_it():
-    head, expected = HEADS["normalised in a batch"]
+    head, expected = HEADS["normalized in a batch"]
     assert _nonlinearities(lambda p, x: head(x @ p["w"], p["o"]), X[:1])["w"] == expected
 
 

@@ -1,6 +1,7 @@
 """One network, written in each library, is one network to jaxeff; each library's tests are skipped where it is not
 installed."""
 
+import os
 import subprocess
 import sys
 
@@ -281,6 +282,57 @@ def test_a_keras_callback_holds_masks_while_keras_trains():
     assert history.history["loss"][1] < history.history["loss"][0]
 
 
+@pytest.mark.parametrize(
+    ("backend", "error"),
+    [
+        ("numpy", "ValueError: Keras runs on numpy: set the environment variable KERAS_BACKEND to 'jax'"),
+        ("tensorflow", "ImportError: Keras cannot import its backend ("),
+    ],
+)
+def test_keras_without_jax_says_what_to_set(backend, error):
+    pytest.importorskip("keras")
+    # Keras imports a backend once in a process. TensorFlow, its default, is hidden.
+    script = """
+import sys
+from jaxeff import prune
+sys.modules["tensorflow"] = None
+try:
+    prune.keras_callback({})
+except (ImportError, ValueError) as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "KERAS_BACKEND": backend},
+    )
+    assert said.stdout.startswith(error), said.stderr
+
+
+def test_a_keras_call_without_a_training_argument_is_run_without_one():
+    keras = pytest.importorskip("keras")
+
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__(name="net")
+            self.first = keras.layers.Dense(HIDDEN, activation="relu", name="first")
+            self.dropout = keras.layers.Dropout(0.5)
+            self.second = keras.layers.Dense(CLASSES, name="second")
+
+        def call(self, inputs):
+            return self.second(self.dropout(self.first(inputs)))
+
+    model = Net()
+    with pytest.raises(ValueError, match="'net' is not built"):
+        jaxeff.functional(model)
+    _ = model(X)
+    for training in (False, True):
+        params, apply_fn = jaxeff.functional(model, training=training)
+        given = dict(zip(params, WEIGHTS.values(), strict=True))
+        np.testing.assert_allclose(apply_fn(given, X), plain(WEIGHTS, X), rtol=1e-5, atol=1e-5)
+
+
 def test_nnx_optimizers_hold_masks():
     model = whole_net()
     params, _ = jaxeff.functional(model)
@@ -364,8 +416,36 @@ def test_verbs_say_what_is_missing():
         jaxeff.collect(NNXNet(nnx.Rngs(0)))
     with pytest.raises(TypeError, match="`batch` is missing"):
         jaxeff.cost.count(WEIGHTS, plain)
-    with pytest.raises(TypeError, match="NNXNet came with two more arguments.*in one tuple"):
+    with pytest.raises(TypeError, match="NNXNet came with two more arguments.*in one tuple.*`targets`"):
         jaxeff.analyze(NNXNet(nnx.Rngs(0)), X, X)
+
+
+@pytest.mark.parametrize("make", [of_nnx, of_equinox, of_keras, of_penzai])
+def test_a_whole_model_in_place_of_its_params_is_told_what_to_pass(make):
+    model, batch, *_ = make()
+    for call in (lambda: prune.scored(model), lambda: jaxeff.analyze(model, lambda params, x: x, batch)):
+        with pytest.raises(
+            TypeError, match=f"is the module {type(model).__name__} itself.*jaxeff.functional"
+        ):
+            call()
+
+
+def test_equinox_modules_of_arrays_alone_are_params():
+    eqx = pytest.importorskip("equinox")
+    model, batch, *_ = of_equinox()
+    arrays, static = eqx.partition(model, eqx.is_inexact_array)
+    apply_fn = lambda arrays, x: jax.vmap(eqx.nn.inference_mode(eqx.combine(arrays, static)))(x)  # noqa: E731
+    assert str(jaxeff.analyze(arrays, apply_fn, batch)) == str(jaxeff.analyze(model, batch))
+
+
+def test_leaves_that_are_no_numbers_are_named():
+    state = nnx.state(NNXNet(nnx.Rngs(0)))
+    with pytest.raises(
+        TypeError, match=r"holds a random key at 'dropout/rngs/.*nnx.state\(model, nnx.Param\)"
+    ):
+        jaxeff.analyze(state)
+    with pytest.raises(TypeError, match="`params` is a str.*analyze_checkpoint"):
+        jaxeff.analyze("model.safetensors")
 
 
 def test_restore_keeps_names_and_shapes():
@@ -649,7 +729,9 @@ def test_a_quantized_keras_model_is_scored_in_units_of_its_weights():
 def test_a_keras_model_quantized_otherwise_is_refused():
     model = keras_net()
     model.quantize("int4")
-    with pytest.raises(ValueError, match="'first' is quantized to int4, and jaxeff reads int8"):
+    with pytest.raises(
+        ValueError, match="'first' is quantized to int4, and jaxeff reads int8: .* before it is quant"
+    ):
         jaxeff.functional(model)
 
 
@@ -676,6 +758,7 @@ def of_keras_lora():
     model = keras_net()
     first = model.get_layer("first")
     first.enable_lora(2, lora_alpha=3)
+    first.lora_kernel_a.assign(drawn(FEATURES, 2))
     first.lora_kernel_b.assign(drawn(2, HIDDEN))
     return model, "net/first/kernel", first.kernel.value if hasattr(first.kernel, "value") else first.kernel
 
@@ -755,11 +838,156 @@ def test_stacked_haliax_blocks_are_layers_and_get_smaller():
     assert report["blocks/stacked/up/weight[2]"].nonlinearity == "gelu_tanh" and not report.unpaired
     params, apply_fn = jaxeff.functional(model)
     scores = prune.scored(params, prunable=prune.layout(model, tokens))
-    plan = prune.plan(prune.groups(model, tokens), scores, {"blocks/stacked/up/weight:1": 0.5})
+    groups = prune.groups(model, tokens)
+    plan = prune.plan(groups, scores, {"blocks/stacked/up/weight:mlp": 0.5})
     small, small_apply = prune.compact(params, apply_fn, tokens, plan)
     assert small["blocks/stacked/up/weight"].size == params["blocks/stacked/up/weight"].size // 2
     masked = apply_fn(prune.apply(params, plan.masks(params)), tokens)
     np.testing.assert_allclose(small_apply(small, tokens).array, masked.array, rtol=1e-4, atol=1e-5)
+    names = [group.name for group in groups]
+    stacked = "blocks/stacked/up/weight"
+    assert names == [
+        "embedding/weight:vocab",
+        "embedding/weight:embed",
+        f"{stacked}:layers",
+        f"{stacked}:mlp",
+    ]
+    assert [group.name for group in prune.groups(small, small_apply, tokens)] == names
+    assert str(prune.Plan.from_json(plan.to_json())) == str(plan)
+    assert groups[f"{stacked}:1"] is groups[f"{stacked}:mlp"]
+    assert ["blocks/stacked/down/weight:mlp", "16", "to", "8"] in [
+        line.split() for line in str(plan).splitlines()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        # Haliax's weights lie (out, in).
+        (of_haliax, ["first/weight:h", "first/weight:f", "second/weight:c"]),
+        (
+            of_penzai,
+            [
+                "net/Affine_0/Linear.weights:features",
+                "net/Affine_0/Linear.weights:features_out",
+                "net/Affine_1/Linear.weights:features_out",
+            ],
+        ),
+    ],
+)
+def test_groups_are_named_by_the_axes_of_named_arrays(make, names):
+    model, batch, _, _, _ = make()
+    groups = prune.groups(model, batch)
+    assert [group.name for group in groups] == names
+    for group in groups:
+        for member in group.members:
+            assert groups[f"{member.path}:{member.axis}"] is groups[member.name] is group
+
+
+def of_levanter():
+    """A GPT-2 as Levanter writes it: a fold over rematerialized blocks, queries, keys and values along one axis."""
+    hax = pytest.importorskip("haliax")
+    eqx = pytest.importorskip("equinox")
+    vocab, embed, mlp, heads, size, qkv, layers, position = (
+        hax.Axis(name, length)
+        for name, length in (
+            ("vocab", 11), ("embed", 8), ("mlp", 12), ("heads", 2), ("head_size", 4), ("qkv", 3), ("layers", 3),
+            ("position", 5),
+        )
+    )  # fmt: skip
+
+    class Block(eqx.Module):
+        norm: hax.nn.LayerNorm
+        attn: hax.nn.Linear
+        proj: hax.nn.Linear
+        up: hax.nn.Linear
+        down: hax.nn.Linear
+
+        @staticmethod
+        def init(key):
+            attn, proj, up, down = jax.random.split(key, 4)
+            return Block(
+                hax.nn.LayerNorm.init(embed),
+                hax.nn.Linear.init(embed, (qkv, heads, size), key=attn, out_first=False),
+                hax.nn.Linear.init((heads, size), embed, key=proj, out_first=False),
+                hax.nn.Linear.init(embed, mlp, key=up, out_first=False),
+                hax.nn.Linear.init(mlp, embed, key=down, out_first=False),
+            )
+
+        def __call__(self, x, mask):
+            query, key, value = self.attn(self.norm(x)).unbind("qkv")
+            key, value = (one.rename({"position": "key_position"}) for one in (key, value))
+            mixed = hax.nn.attention.dot_product_attention(
+                "key_position", "head_size", query, key, value, mask=mask
+            )
+            x = x + self.proj(mixed)
+            return x + self.down(hax.nn.gelu(self.up(self.norm(x))))
+
+    class Model(eqx.Module):
+        tokens: hax.nn.Embedding
+        positions: hax.nn.Embedding
+        blocks: hax.nn.Stacked
+        norm: hax.nn.LayerNorm
+
+        def __call__(self, tokens):
+            mask = hax.nn.attention.causal_mask(position, position.alias("key_position"))
+            x = self.tokens(tokens) + self.positions(hax.arange(position))
+            return self.tokens.unembed(self.norm(self.blocks.fold(x, mask)))
+
+    first, second, third, fourth = jax.random.split(jax.random.key(0), 4)
+    stacked = hax.nn.Stacked.init(layers, Block, gradient_checkpointing=True)
+    model = Model(
+        hax.nn.Embedding.init(vocab, embed, key=first),
+        hax.nn.Embedding.init(position, embed, key=second),
+        stacked(key=jax.random.split(third, 3)),
+        hax.nn.LayerNorm.init(embed),
+    )
+    return model, hax.random.randint(fourth, (hax.Axis("batch", 4), position), 0, 11)
+
+
+def test_a_language_model_of_levanters_shape_is_read_and_gets_smaller():
+    model, tokens = of_levanter()
+    report = jaxeff.analyze(model, tokens)
+    assert not report.unpaired and not report.headless and len(report.rows) == 2 + 4 * 3
+    assert [found.heads for found in report.attentions] == [2]
+    groups = prune.groups(model, tokens)
+    kinds = {group.name.removeprefix("blocks/stacked/"): group.kind for group in groups.unlocked}
+    assert kinds == {"norm/weight:layers": "block", "attn/weight:heads": "head", "up/weight:mlp": "unit"}
+    params, apply_fn = jaxeff.functional(model)
+    scores = prune.scored(params, prunable=prune.layout(model, tokens))
+    plan = prune.plan(groups, scores, 0.5)
+    small, small_apply = prune.compact(model, tokens, plan)
+    masked = apply_fn(prune.apply(params, plan.masks(params)), tokens)
+    np.testing.assert_allclose(small_apply(small, tokens).array, masked.array, rtol=1e-4, atol=1e-5)
+    masked = prune.apply(params, prune.masks(scores, 0.5))
+    restored = jaxeff.restore(model, masked)
+    np.testing.assert_array_equal(restored(tokens).array, apply_fn(masked, tokens).array)
+
+
+def test_penzai_arrays_whose_axes_lie_in_another_order_have_the_right_names():
+    pytest.importorskip("penzai")
+    from penzai import pz
+
+    @pz.pytree_dataclass
+    class Product(pz.nn.Layer):
+        weight: pz.Parameter
+
+        def __call__(self, x, **side):
+            weight = self.weight.value
+            weight = weight.tag("h") if weight.positional_shape else weight
+            return pz.nx.nmap(jnp.dot)(x.untag("f"), weight.untag("f", "h")).tag("h")
+
+    batch = pz.nx.wrap(X).tag("batch", "f")
+    named = pz.nx.wrap(WEIGHTS["first"]).tag("f", "h")
+    # Axes that lost their names stay where they are, and `order_as` moves named ones.
+    for value, names in (
+        (named, ["w:f", "w:h"]),
+        (named.order_as("h", "f"), ["w:h", "w:f"]),
+        (named.untag("h"), ["w:f", "w:1"]),
+    ):
+        groups = prune.groups(Product(pz.Parameter(value=value, label="w")), batch)
+        assert [group.name for group in groups] == names
+        assert [group.size for group in groups] == [{"w:f": FEATURES}.get(name, HIDDEN) for name in names]
 
 
 def test_keras_layers_of_every_kind_are_read():

@@ -184,6 +184,30 @@ def test_time_that_is_up_ends_the_search():
     assert "Nothing was measured" in str(found)
 
 
+def test_a_deep_network_is_advised_on_with_the_fewest_runs():
+    """Its layers alone take them all, and none is left for the units."""
+    params = {f"layer{number:02}": normal(4, 4, seed=number) / 2 for number in range(24)}
+
+    def deep(params, x):
+        for weight in params.values():
+            x = jax.nn.relu(x @ weight) + 0.5
+        return x
+
+    x = normal(16, 4)
+    found = jaxeff.advise(
+        params,
+        deep,
+        x,
+        loss_fn=squares,
+        targets=deep(params, x) + 0.1,
+        criteria=("magnitude",),
+        max_runs=100,
+        progress=False,
+    )
+    assert found.forwards <= 100 and found.interrupted is None
+    assert found.weights is not None and len(found.layers) >= 24
+
+
 def test_scores_take_an_absolute_tolerance():
     found = advise(held_out=None, evaluate=lambda params, apply_fn: -held_out_loss(params), tolerance=0.05)
     assert found.by_score and found.held_out == len(HELD_OUT[1]) // 4
@@ -443,14 +467,14 @@ def test_is_drawn(found):
 
 
 def test_batch_norm_is_removed_with_its_statistics():
-    class Normalised(nn.Module):
+    class Normalized(nn.Module):
         @nn.compact
         def __call__(self, x):
             x = nn.Dense(8)(x)
             x = nn.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)(x)
             return nn.Dense(2)(nn.relu(x))
 
-    module, x = Normalised(), normal(64, 4, seed=9)
+    module, x = Normalized(), normal(64, 4, seed=9)
     variables = module.init(jax.random.key(0), x)
     stats = variables["batch_stats"]["BatchNorm_0"]
     variables = {**variables, "batch_stats": {"BatchNorm_0": {**stats, "mean": stats["mean"] - 1.0}}}

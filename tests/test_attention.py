@@ -27,7 +27,7 @@ def _rotate(x):
 
 
 def _rotate_pairs(x):
-    """Rotary positions on neighbours, as LLaMA has them: taken apart and put together again."""
+    """Rotary positions on neighbors, as LLaMA has them: taken apart and put together again."""
     even, odd = jnp.unstack(x.reshape(*x.shape[:-1], -1, 2), axis=-1)
     angle = np.arange(x.shape[1])[:, None] * np.arange(1, x.shape[-1] // 2 + 1) / 10.0
     cos, sin = (f(angle)[None, :, None].astype(np.float32) for f in (np.cos, np.sin))
@@ -64,6 +64,12 @@ def _fused(p, x, seen=None):
 def _stacked(p, x, seen=None):
     y = (x @ p["qkv"]).reshape(BATCH, LENGTH, 3, HEADS, SIZE)
     return _attend(_rotate(y[:, :, 0]), _rotate(y[:, :, 1]), y[:, :, 2], seen) @ p["out"]
+
+
+def _taken(p, x, seen=None):
+    """Queries, keys and values lie along an axis, and are looked up there, as Haliax unbinds it."""
+    y = jnp.einsum("blw,wchs->blchs", x, p["qkv"])
+    return _attend(*(jnp.take(y, i, axis=2) for i in range(3)), seen) @ p["out"]
 
 
 def _interleaved(p, x, seen=None):
@@ -134,6 +140,12 @@ ATTENTIONS = {
         HEADS,
         {"qkv": (1, _blocks(HEADS, SIZE, 0, WIDTH, 2 * WIDTH)), "out": (0, HEAD)},
     ),
+    "taken": (
+        _taken,
+        {"qkv": (WIDTH, 3, HEADS, SIZE), "out": WHOLE},
+        HEADS,
+        {"qkv": (2, _blocks(HEADS, 1, 0)), "out": (0, HEAD)},
+    ),
     "interleaved": (_interleaved, FUSED, HEADS, {"qkv": (1, _blocks(HEADS, 3 * SIZE, 0)), "out": (0, HEAD)}),
     "grouped": (_grouped, GROUPED, GROUPS, OF_GROUPS),
     "grouped by repetition": (_repeated, GROUPED, GROUPS, OF_GROUPS),
@@ -195,6 +207,12 @@ def _transformed(p, x):
     return _attend(jnp.fft.fft(query).real, jnp.fft.fft(key).real, value) @ p["out"]
 
 
+def _taken_of_one_axis(p, x):
+    """Which of the axis's units are looked up is not known: it holds queries, keys and values."""
+    y = (x @ p["query"]).reshape(BATCH, LENGTH, 3, 2, SIZE)
+    return _attend(*(jnp.take(y, i, axis=2) for i in range(3)))
+
+
 def _pooled(p, x):
     """One softmax over positions, which weighs the rows of what a weight makes."""
     weights = nn.softmax(jnp.tanh(x @ p["key"]) @ p["query"][0])
@@ -213,6 +231,10 @@ HEADLESS = {
     "unknown operation": (
         _transformed,
         "units are not followed through fft, on the way to its logits",
+    ),
+    "part of an axis": (
+        _taken_of_one_axis,
+        "units are not followed through gather, on the way to its logits",
     ),
     "one head": (_pooled, "one head: no dimension of its probabilities is made of a weight's units"),
     "inputs are weighed": (_over_inputs, "its values come from no weight that could be followed"),

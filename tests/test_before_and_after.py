@@ -79,7 +79,7 @@ def by_hand(before, after, score=0.5):
     return prune.BeforeAndAfter(measured(before, 4), measured(after, 1), (32,), "a device")
 
 
-def test_speedups_are_ratios_of_neighbouring_runs():
+def test_speedups_are_ratios_of_neighboring_runs():
     # The machine is slow in the middle: both networks suffer, and their ratio stays.
     found = by_hand([2e-3, 8e-3, 2e-3], [1e-3, 4e-3, 1e-3])
     assert found.speedups == ((2.0, 2.0, 2.0),)

@@ -160,7 +160,7 @@ def save_msgpack_shards(directory: Path, shards: dict[str, Any]) -> Path:
 def saved_msgpack_shards(path: Path) -> Path:
     arrays = {f"params/{name}": array for name, array in flax_arrays().items()}
     names = sorted(arrays)
-    # Neighbours are in different shards.
+    # Neighbors are in different shards.
     parts = [{name: arrays[name] for name in names[first::2]} for first in range(2)]
     files = [f"flax_model-0000{number}-of-00002.msgpack" for number in (1, 2)]
     return save_msgpack_shards(path / "shards", dict(zip(files, map(tree_of, parts), strict=True)))
@@ -1085,7 +1085,7 @@ def test_a_table_fits_the_terminal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", [60, 160])
 @pytest.mark.parametrize("command", ["analyze", "compare"])
-def test_columns_is_honoured_where_the_output_is_no_terminal(tmp_path, monkeypatch, capsys, command, columns):
+def test_columns_is_honored_where_the_output_is_no_terminal(tmp_path, monkeypatch, capsys, command, columns):
     path = str(save(tmp_path / "m.safetensors", {"encoder/" * 12 + "kernel": normal(64, 64)}))
     arguments = [command, path] if command == "analyze" else [command, path, path]
 
@@ -1193,6 +1193,30 @@ def llama(blocks: int, scales: dict[str, list[float]]) -> dict[str, np.ndarray]:
             arrays[f"model.layers.{index}.{name}.weight"] = normal(*shape, seed=index) * factor
         arrays[f"model.layers.{index}.input_layernorm.weight"] = normal(8, seed=index)
     return arrays
+
+
+def test_names_in_one_checkpoint_are_listed_by_stack_and_by_block(tmp_path: Path) -> None:
+    a, b = llama(12, {}), llama(3, {})
+    for index in range(12):
+        a[f"side.{index}.weight"], b[f"side.{index}.weight"] = normal(2, 3), normal(3, 2)
+        b[f"tail.{index}.weight"] = normal(2, 2)
+    # Of another shape in A alone, so that it shares no entry.
+    a["side.5.weight"] = normal(2, 4)
+    found = compare_checkpoints(
+        *(save(tmp_path / name, arrays) for name, arrays in (("a.safetensors", a), ("b.safetensors", b)))
+    )
+    printed, layers = str(found), "model.layers.3–11"
+    only_a, rest = printed.split("Only in A:\n")[1].split("\n\nOnly in B:\n")
+    assert sorted(only_a.splitlines()) == sorted(
+        f"- {layers}.{name}.weight"
+        for name in ("input_layernorm", "mlp.down_proj", "mlp.up_proj", "self_attn.q_proj")
+    )
+    only_b, reshaped = rest.split("\n\nOf another shape:\n")
+    assert only_b.splitlines() == [f"- tail.{index}.weight" for index in range(12)]
+    assert "- side.5.weight [2, 4] -> [3, 2]" in reshaped.splitlines()
+    assert comparing.render(found, blocks=True).count("- model.layers.") == 9 * 4
+    assert "... 27 of 36 names left out." in comparing.render(found, top=1)
+    assert len(found.only_a) == len(json.loads(found.to_json())["only_a"]) == 36
 
 
 def test_fine_tunes_are_compared_by_stack_and_by_block(

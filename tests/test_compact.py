@@ -95,7 +95,7 @@ def test_operations(name):
         "dense general",
         "lifted",
         "fused",
-        "normalised",
+        "normalized",
         "transposed",
         "low rank",
         "multi-query",
@@ -282,6 +282,35 @@ def test_derivatives_of_its_own_stay(function):
         gradient = lambda apply_fn, params: jax.grad(lambda params: apply_fn(params, x).sum())(params)  # noqa: E731
         expected = gradient(model, prune.apply(params, plan.masks(params)))
         close(gradient(small_apply, small), prune.shrink(expected, plan))
+
+
+def _scaled_before(params, x):
+    return jax.lax.scan(lambda x, w: (jax.checkpoint(_block)(x, w), None), x * SCALES, params)[0]
+
+
+def _scaled_within(params, x):
+    def block(x, w):
+        return jax.checkpoint(lambda x, w: _block(x * SCALES, w))(x, w), None
+
+    return jax.lax.scan(block, x, params)[0]
+
+
+def _block(x, w):
+    return x + jax.nn.gelu(x @ w["up"]) @ w["down"]
+
+
+SCALES = jnp.linspace(0.5, 1.5, 4)[None]
+
+
+@pytest.mark.parametrize("model", [_scaled_before, _scaled_within])
+def test_remat_inside_a_scan_runs_beside_constants_of_either_program(model):
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"up": jax.random.normal(keys[0], (3, 4, 6)), "down": jax.random.normal(keys[1], (3, 6, 4))}
+    x = jax.random.normal(keys[2], (5, 4))
+    plan = prune.Plan.of(prune.groups(params, model, x), {"up:2": [0, 3, 4]})
+    small, small_apply = prune.compact(params, model, x, plan)
+    expected = model(prune.apply(params, plan.masks(params)), x)
+    np.testing.assert_allclose(small_apply(small, x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_remat_still_keeps_less():

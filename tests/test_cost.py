@@ -44,7 +44,7 @@ def squared(outputs, targets):
 
 
 class Scanned(nn.Module):
-    """Six Dense layers in a scan, each rematerialised or not."""
+    """Six Dense layers in a scan, each rematerialized or not."""
 
     remat: bool = False
 
@@ -94,8 +94,8 @@ LAYERS = {
     "optimized lstm": (nn.RNN(nn.OptimizedLSTMCell(7)), shape(B, T, D), B * T * 4 * 7 * (D + 7)),
     "gru": (nn.RNN(nn.GRUCell(7)), shape(B, T, D), B * T * 3 * 7 * (D + 7)),
     "scanned": (Scanned(), shape(B, D), B * 6 * D * D),
-    "rematerialised": (nn.remat(nn.Dense)(7), shape(B, D), B * D * 7),
-    "scanned and rematerialised": (Scanned(remat=True), shape(B, D), B * 6 * D * D),
+    "rematerialized": (nn.remat(nn.Dense)(7), shape(B, D), B * D * 7),
+    "scanned and rematerialized": (Scanned(remat=True), shape(B, D), B * 6 * D * D),
     "tied embedding": (Tied(), shape(B, T, dtype=jnp.int32), B * T * D * 11),
 }  # fmt: skip
 
@@ -471,7 +471,7 @@ def test_the_backward_pass_of_a_scan_is_that_of_all_its_iterations():
     assert (hidden, inputs) == (3 * B * T * 7 * 7, 2 * B * T * 7 * D)
 
 
-def test_rematerialised_layers_are_counted_again_in_the_backward_pass():
+def test_rematerialized_layers_are_counted_again_in_the_backward_pass():
     class Remat(nn.Module):
         remat: bool
 
@@ -696,7 +696,7 @@ def test_kept_activations_are_those_of_the_closed_form():
     assert found.with_remat.kept_bytes <= 4 * (B * 7 + B * 5)
 
 
-def test_rematerialisation_keeps_less_and_needs_less_scratch():
+def test_rematerialization_keeps_less_and_needs_less_scratch():
     class Layer(nn.Module):
         @nn.compact
         def __call__(self, x, _):
@@ -719,7 +719,7 @@ def test_rematerialisation_keeps_less_and_needs_less_scratch():
         for remat in (False, True)
     )  # fmt: skip
     assert (plain.own_remat, remat.own_remat) == (False, True)
-    # Told to keep everything, the rematerialised model is the plain one.
+    # Told to keep everything, the rematerialized model is the plain one.
     assert remat.without_remat.kept_bytes == plain.without_remat.kept_bytes
     assert remat.with_remat.kept_bytes < remat.without_remat.kept_bytes / 5
     scratch = remat.with_remat.compiled.scratch_bytes, remat.without_remat.compiled.scratch_bytes

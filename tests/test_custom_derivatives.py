@@ -36,7 +36,7 @@ def _custom_vjp(function):
 WRAPPERS = [_custom_jvp, _custom_vjp, lambda function: _custom_jvp(_custom_vjp(function))]
 
 
-def _quantised(w):
+def _quantized(w):
     scale = jnp.max(jnp.abs(w), 0, keepdims=True) / 127
     return jnp.clip(jnp.round(w / scale), -127, 127) * scale
 
@@ -44,7 +44,7 @@ def _quantised(w):
 # What a function does with a weight, and how its result is applied to x.
 OF_A_WEIGHT = {
     "divided by its maximum": (lambda w: w / jnp.max(jnp.abs(w)), lambda x, w: x @ w),
-    "fake-quantised by units": (_quantised, lambda x, w: x @ w),
+    "fake-quantized by units": (_quantized, lambda x, w: x @ w),
     "one sign and one scale": (lambda w: jnp.sign(w) * jnp.mean(jnp.abs(w)), lambda x, w: x @ w),
     "rounded to 8 bits": (lambda w: w.astype(jnp.float8_e4m3fn).astype(w.dtype), lambda x, w: x @ w),
     "transposed": (lambda w: w.T, lambda x, w: x @ w.T),
@@ -82,7 +82,7 @@ OF_DATA = {
     "moves in front of a nonlinearity": (lambda h: nn.relu(h.reshape(8, 2, 3)), "relu"),
     "a scale for each unit": (lambda h: jnp.tanh(h * jnp.arange(1.0, 7.0)[None]), "tanh"),
     "BatchNorm": (lambda h: nn.relu(h - h.mean(0, keepdims=True)), "relu"),
-    "a normalisation": (lambda h: nn.relu(h / jnp.linalg.norm(h, axis=1, keepdims=True)), "identity"),
+    "a normalization": (lambda h: nn.relu(h / jnp.linalg.norm(h, axis=1, keepdims=True)), "identity"),
     "a split": (lambda h: nn.silu(h[:, :3]) * h[:, 3:], "silu/identity"),
 }
 
@@ -96,10 +96,10 @@ def test_a_nonlinearity_is_found_in_a_custom_derivative(function, expected, wrap
 
 def test_axes_are_followed_through_a_custom_derivative_in_a_scan():
     stack = normal(3, 4, 4)
-    quantise = _straight_through(_quantised)
+    quantize = _straight_through(_quantized)
 
     def function(w, x):
-        return jax.lax.scan(lambda x, w: (nn.relu(x @ quantise(w)), None), x, w)[0]
+        return jax.lax.scan(lambda x, w: (nn.relu(x @ quantize(w)), None), x, w)[0]
 
     assert [site[1:4] for site in _sites(function, stack)] == [({2}, {1}, "relu")]
 
@@ -110,7 +110,7 @@ def test_axes_are_followed_through_a_custom_derivative_in_a_scan():
 @pytest.mark.parametrize("shape", [(4, 6), (4, 4)], ids=["a function", "the identity"])
 def test_a_program_has_the_gradients_of_its_rules(shape):
     # The identity passes its operand on: its rule, a gradient reversed, must not get lost.
-    quantise = _straight_through(_quantised)
+    quantize = _straight_through(_quantized)
     reverse = jax.custom_vjp(lambda w: w)
     reverse.defvjp(lambda w: (w, None), lambda _, gradient: (-gradient,))
     double = jax.custom_vjp(lambda x, w: x @ w)
@@ -120,7 +120,7 @@ def test_a_program_has_the_gradients_of_its_rules(shape):
     )
 
     def loss(w):
-        chosen = quantise(w) if shape == (4, 6) else reverse(w)
+        chosen = quantize(w) if shape == (4, 6) else reverse(w)
         return jnp.sum(jnp.tanh(double(X, chosen)) ** 2)
 
     w = normal(*shape, seed=1)

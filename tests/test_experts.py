@@ -367,7 +367,7 @@ def chosen_returned(w, x):
 
 
 def chosen_and_the_next(w, x):
-    """The probability of the chosen expert and that of its neighbour."""
+    """The probability of the chosen expert and that of its neighbor."""
     probabilities = jax.nn.softmax(x @ w["router"])
     chosen = jnp.argmax(probabilities, -1)
     both = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (2,)))(probabilities, chosen)

@@ -170,8 +170,8 @@ def test_a_nonlinearity_is_named_however_it_is_spelled(name, spelling):
     assert _nonlinearity(spelling) == name
 
 
-def test_spellings_cover_the_catalogue():
-    assert nonlinearities.CATALOGUE.keys() <= SPELLINGS.keys()
+def test_spellings_cover_the_catalog():
+    assert nonlinearities.CATALOG.keys() <= SPELLINGS.keys()
 
 
 def grouped(x, w, groups):
@@ -296,7 +296,7 @@ READ = {
     "masked by a constant": (lambda p, x: jax.nn.relu(x @ (p["w"] * MASK)), W, {}),
     "masked by an argument": (lambda p, x, m: jax.nn.relu(x @ jnp.where(m > 0, p["w"], 0)), W, {"m": MASK}),
     "under noise": (_noisy, W, {"rngs": jax.random.key(0)}),
-    "normalised": (lambda p, x: jax.nn.relu(x @ (p["w"] / jnp.linalg.norm(p["w"]))), W, {}),
+    "normalized": (lambda p, x: jax.nn.relu(x @ (p["w"] / jnp.linalg.norm(p["w"]))), W, {}),
     "scanned": (_scanned(lambda w: w), STACK, {}),
 }
 NOT_READ = {

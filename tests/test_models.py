@@ -189,6 +189,65 @@ def test_a_mistyped_keyword_of_a_verb_is_told_from_one_of_the_model(kind, keywor
     assert (said in str(raised.value)) if meant else ("Did you mean" not in str(raised.value))
 
 
+class _TakesAny(nn.Module):
+    @nn.compact
+    def __call__(self, x, **kwargs):
+        return nn.Dense(2, name="dense")(x)
+
+    def other(self, x, alow, **kwargs):
+        return self(x)
+
+
+class _NNXTakesAny(nnx.Linear):
+    def __call__(self, x, rng=None, **kwargs):
+        return super().__call__(x)
+
+
+@pytest.mark.parametrize("keyword", [name for name, (*_, meant) in KEYWORDS.items() if meant])
+@pytest.mark.parametrize("kind", ["function", "jitted", "linen", "nnx"])
+def test_a_model_that_takes_any_keyword_does_not_swallow_a_mistyped_one_of_a_verb(kind, keyword):
+    verb, arguments, meant = KEYWORDS[keyword]
+    x, module = jnp.ones((16, 3)), _TakesAny()
+    params, plain = {"w": jnp.ones((3, 2))}, lambda params, x, **kwargs: x @ params["w"]
+    model = {
+        "function": (params, plain, x),
+        "jitted": (params, jax.jit(plain), x),
+        "linen": (module.init(jax.random.key(0), x), module.apply, x),
+        "nnx": (_NNXTakesAny(3, 2, rngs=nnx.Rngs(0)), x),
+    }[kind]
+    said = rf"`{verb.__name__}` takes `{meant}`, and '{keyword}' would go unnoticed into the `\*\*kwargs`.*partial"
+    with pytest.raises(TypeError, match=said):
+        verb(*model, **arguments, **{keyword: 0.5})
+
+
+def test_a_keyword_that_is_nearly_a_verbs_reaches_the_model_that_names_or_binds_it():
+    x, seen = jnp.ones((16, 3)), []
+
+    def takes_any(params, x, **kwargs):
+        seen.append(kwargs)
+        return x @ params["w"]
+
+    params = {"w": jnp.ones((3, 2))}
+    _ = prune.groups(params, functools.partial(takes_any, alow=1), x)
+    _ = prune.groups(params, takes_any, x, train=2)
+    _ = prune.groups(params, lambda params, x, alow, **kwargs: takes_any(params, x, alow=alow), x, alow=3)
+    assert seen == [{"alow": 1}, {"train": 2}, {"alow": 3}]
+    module = _TakesAny()
+    variables = module.init(jax.random.key(0), x)
+    assert len(prune.groups(variables, module.apply, x, method="other", alow=1)) == 2
+    network = _NNXTakesAny(3, 2, rngs=nnx.Rngs(0))
+    assert len(prune.groups(network, x, rng=1)) == 2
+    with pytest.raises(TypeError, match="`groups` takes `allow`"):
+        prune.groups(network, x, rng=1, alow=1)
+
+
+@pytest.mark.parametrize("verb", [jaxeff.analyze, jaxeff.spectra, jaxeff.outliers, prune.layout])
+def test_rngs_without_a_function_to_take_them_are_refused(verb):
+    for given in ({"w": jnp.ones((3, 2))}, nnx.Linear(3, 2, rngs=nnx.Rngs(0))):
+        with pytest.raises(TypeError, match="no `apply_fn` that could take the keyword 'rngs'"):
+            verb(given, rngs={"dropout": jax.random.key(0)})
+
+
 @pytest.mark.parametrize("verb", [jaxeff.analyze, jaxeff.spectra, jaxeff.outliers, prune.layout])
 def test_a_keyword_without_a_function_to_take_it_is_refused(verb):
     params = {"w": jnp.ones((3, 2))}

@@ -307,21 +307,21 @@ def test_text_stands_out_from_its_ground(open_page, scheme):
     browser.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )
-    colours = browser.execute_script(
+    colors = browser.execute_script(
         "const s = getComputedStyle(document.documentElement);"
         "return Object.fromEntries(['paper', 'panel', 'ink', 'soft', 'blue', 'orange', 'green']"
         ".map(name => [name, s.getPropertyValue('--' + name).trim()]))"
     )
     for ground in ("paper", "panel"):
         for text in ("ink", "soft", "blue", "orange"):
-            assert _contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+            assert _contrast(colors[text], colors[ground]) >= 4.5, (text, ground)
 
 
 def _contrast(one, other):
     """WCAG 2.2, 1.4.3."""
 
-    def luminance(colour):
-        parts = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    def luminance(color):
+        parts = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
         linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
         return linear @ (0.2126, 0.7152, 0.0722)
 

@@ -411,7 +411,7 @@ def test_a_new_figure_is_sharp_and_saved_as_it_is(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_every_axis_has_a_label_and_colour_bars_are_as_tall_as_their_map(name, picture):
+def test_every_axis_has_a_label_and_color_bars_are_as_tall_as_their_map(name, picture):
     _, axes = picture(name)
     assert axes.get_xlabel() and axes.get_ylabel()
     for bar in axes.child_axes:
@@ -456,8 +456,8 @@ def _inside(axis):
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_lines_have_names_or_colours_in_order(name, picture):
-    """More than ten names would cover a picture, and nobody can tell as many colours apart."""
+def test_lines_have_names_or_colors_in_order(name, picture):
+    """More than ten names would cover a picture, and nobody can tell as many colors apart."""
     _, axes = picture(name)
     legend = axes.get_legend()
     assert legend is None or len(legend.get_texts()) <= 12

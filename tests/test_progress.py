@@ -1,4 +1,4 @@
-"""Bars on standard error: on one line, in colour on a terminal, and nowhere else."""
+"""Bars on standard error: on one line, in color on a terminal, and nowhere else."""
 
 import io
 import re
@@ -15,7 +15,7 @@ from jaxeff.demo import _demo
 from jaxeff.output import progress
 from jaxeff.output.progress import Pace, bytes_bar, progress_bar
 
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -63,11 +63,11 @@ def test_a_bar_stays_on_one_line(bar, step, width, monkeypatch):
     assert width == 40 or all(re.search(r"[0-9-]:[0-9-]{2}", frame) for frame in frames)
 
 
-def test_a_terminal_has_colour_unless_no_color_is_set(monkeypatch):
-    assert COLOUR.search(_shown(monkeypatch, Terminal()))
+def test_a_terminal_has_color_unless_no_color_is_set(monkeypatch):
+    assert COLOR.search(_shown(monkeypatch, Terminal()))
     monkeypatch.setenv("NO_COLOR", "1")
     printed = _shown(monkeypatch, Terminal())
-    assert "Calibrating" in printed and not COLOUR.search(printed)
+    assert "Calibrating" in printed and not COLOR.search(printed)
 
 
 @pytest.mark.parametrize("no_color", [False, True])
@@ -81,7 +81,7 @@ def test_the_command_line_keeps_its_output_plain(no_color, tmp_path, capsys, mon
     assert cli.main(["analyze", str(path)]) == 0
     assert "\x1b" not in capsys.readouterr().out
     assert "Reading weights" in terminal.getvalue()
-    assert bool(COLOUR.search(terminal.getvalue())) != no_color
+    assert bool(COLOR.search(terminal.getvalue())) != no_color
 
 
 def test_what_is_no_terminal_has_no_bar(monkeypatch):

@@ -369,7 +369,7 @@ WRONG = {
     "strength": (ValueError, lambda: digits(
         prune.entropy_regularized, strength=-1.0, fine_tune=1), "`strength` must be 0 or more"),
     "no number": (ValueError, lambda: prune.add_entropy_gradient(jnp.inf), "`strength` must be a number"),
-    "penalised": (ValueError, lambda: prune.add_entropy_gradient(1.0, {"v": True}).init(STATE.params), "'v'"),
+    "penalized": (ValueError, lambda: prune.add_entropy_gradient(1.0, {"v": True}).init(STATE.params), "'v'"),
     "its params": (ValueError, lambda: prune.add_entropy_gradient(1.0).update(
         STATE.params, prune.add_entropy_gradient(1.0).init(STATE.params)), "`params` is missing"),
     "tx": (TypeError, lambda: prune.entropy_regularized(
@@ -492,16 +492,16 @@ def test_the_penalty_concentrates_and_is_gone_in_the_end():
     assert drawn.rounds[0].before > plain.rounds[0].before
     assert jax.tree.structure(drawn.state) == jax.tree.structure(state)
     assert_zero_where_removed(drawn)
-    unpenalised = state
+    unpenalized = state
     for batch in 6 * BATCHES:
-        unpenalised = step(unpenalised, batch)
-    assert plain.dense == float(evaluate(unpenalised))
+        unpenalized = step(unpenalized, batch)
+    assert plain.dense == float(evaluate(unpenalized))
 
 
 # BatchNorm
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     momentum: float = 0.99
     frozen: bool = False
 
@@ -514,8 +514,8 @@ class Normalised(nn.Module):
         return norm(use_running_average=not train)(nn.Dense(5)(x))
 
 
-def normalised(**options):
-    model, rng = Normalised(**options), np.random.default_rng(4)
+def normalized(**options):
+    model, rng = Normalized(**options), np.random.default_rng(4)
     batches = [jnp.asarray(3 + 20 * rng.standard_normal((n, 6)), jnp.float32) for n in (32, 32, 17)]
     variables = model.init(jax.random.key(0), batches[0])
     if model.frozen:
@@ -524,7 +524,7 @@ def normalised(**options):
 
 
 def by_hand(variables, batches, frozen):
-    """Both norms' statistics in float64, each batch normalised by itself on the way."""
+    """Both norms' statistics in float64, each batch normalized by itself on the way."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
     dense = lambda x, name: x @ params[name]["kernel"] + params[name]["bias"]  # noqa: E731
     normal = lambda x: (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)  # noqa: E731
@@ -539,7 +539,7 @@ def by_hand(variables, batches, frozen):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99, 0.999])
 def test_batch_norm_over_all_batches(momentum, frozen):
-    model, variables, batches = normalised(momentum=momentum, frozen=frozen)
+    model, variables, batches = normalized(momentum=momentum, frozen=frozen)
     found = prune.recalibrate(variables, model.apply, batches, train=True)
     names = ("BatchNorm_0", "BatchNorm_1")
     for name, values in zip(names, by_hand(variables, batches, frozen), strict=True):
@@ -552,7 +552,7 @@ def test_batch_norm_over_all_batches(momentum, frozen):
 
 
 def test_what_cannot_be_recalibrated_is_named():
-    model, variables, batches = normalised()
+    model, variables, batches = normalized()
     with pytest.raises(ValueError, match="does not change the means and variances"):
         _ = prune.recalibrate(variables, model.apply, batches)
     with pytest.raises(ValueError, match="`variables` must have"):
@@ -563,13 +563,13 @@ def test_what_cannot_be_recalibrated_is_named():
         _ = prune.recalibrate(variables, model.apply, [X], train=True)
 
 
-class NormalisedState(TrainState):
+class NormalizedState(TrainState):
     batch_stats: Any
 
 
 def test_a_recipe_recalibrates_before_it_evaluates(compilations):
-    model, variables, batches = normalised()
-    state = NormalisedState.create(apply_fn=model.apply, tx=optax.sgd(0.01), **variables)
+    model, variables, batches = normalized()
+    state = NormalizedState.create(apply_fn=model.apply, tx=optax.sgd(0.01), **variables)
 
     def recalibrated(state):
         variables = {"params": state.params, "batch_stats": state.batch_stats}

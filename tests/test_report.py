@@ -367,12 +367,12 @@ def test_a_notebook_leaves_out_columns_that_are_empty_throughout():
     assert ">MACs<" in report_of(layer())._repr_html_()
 
 
-def test_a_notebook_shows_the_table_without_scripts_or_colours():
+def test_a_notebook_shows_the_table_without_scripts_or_colors():
     rows = [layer("<script>alert(1)</script>", dead=2, reason="<b>&")]
     rows += [layer(name, utilization=0.1) for name in "ab" * 40]
     shown = report_of(*rows)._repr_html_()
     assert "<script" not in shown and "<b>" not in shown
-    # What is long scrolls; colours are those of the notebook, dark or light.
+    # What is long scrolls; colors are those of the notebook, dark or light.
     styles = ";".join(re.findall(r'style="(.*?)"', shown))
     assert {style.split(":")[0].strip() for style in styles.split(";")} == {
         "max-height", "overflow", "text-align", "font-weight",
@@ -448,7 +448,7 @@ def test_json_of_an_older_and_a_newer_minor_version_opens():
         {key: value for key, value in row.items() if key != "distribution"} for row in data["layers"]
     ]
     newer = {**data, "schema_minor": 99, "weather": "fine"}
-    newer["layers"] = [{**row, "colour": "blue"} for row in data["layers"]]
+    newer["layers"] = [{**row, "color": "blue"} for row in data["layers"]]
     for changed in (older, newer):
         _assert_same(Report.from_json(json.dumps(changed)), report)
 
@@ -486,7 +486,7 @@ def test_json_that_is_no_report_is_a_value_error_that_says_so(text):
 
 _OVERSIZED = {"utilization": 0.29, "effective_params": 0.29 * 2048}
 
-# rule -> numbers at which it speaks, and their neighbours at which it does not.
+# rule -> numbers at which it speaks, and their neighbors at which it does not.
 RULES = {
     "dead units": ({"dead": 1}, {"dead": 0}),
     # 0.73 - 0.05, and three standard deviations of 2,048 weights: 0.0172.

@@ -108,7 +108,7 @@ def running_sum(params, x):
     return jnp.einsum("etf,efd->td", jnp.cumsum(hidden, axis=0), params["down"])
 
 
-def neighbour(params, x):
+def neighbor(params, x):
     """Each expert reads the units of the next one."""
     hidden = nn.relu(jnp.einsum("td,edf->etf", x, params["up"]))
     return jnp.einsum("etf,efd->td", jnp.roll(hidden, 1, axis=0), params["down"])
@@ -167,7 +167,7 @@ MODELS = {
     shared_bias: (_experts(BLOCKS) | {"shared": normal(HIDDEN)}, ()),
     carried: (_experts(BLOCKS), ()),
     running_sum: (_experts(BLOCKS), ()),
-    neighbour: (_experts(BLOCKS), ()),
+    neighbor: (_experts(BLOCKS), ()),
     backwards: (_experts(BLOCKS), ()),
     gated_backwards: (_experts(BLOCKS), ()),
     normalized: (_experts(BLOCKS), ()),

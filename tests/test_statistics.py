@@ -198,7 +198,7 @@ def test_an_embeddings_input_counts_how_often_each_row_was_looked_up():
     assert float(site.input.count) == 6
 
 
-def _normalise(y, axes):
+def _normalize(y, axes):
     """As LayerNorm (over units) and BatchNorm in training (over everything else) do it."""
     mean = y.mean(axes, keepdims=True)
     return (y - mean) / jnp.sqrt(jnp.square(y - mean).mean(axes, keepdims=True) + 1e-5)
@@ -213,8 +213,8 @@ RULES = {
     "a mask": (lambda y, z: nn.relu(jnp.where(z > 0, y, 0)), lambda y, z: relu(np.where(z > 0, y, 0))),
     "a fixed affine map": (lambda y, z: nn.relu(3 * (y - 0.1)), lambda y, z: relu(3 * (y - 0.1))),
     "batch norm in training": (
-        lambda y, z: nn.relu(_normalise(y, (0, 1))),
-        lambda y, z: relu(np.asarray(_normalise(y, (0, 1)))),
+        lambda y, z: nn.relu(_normalize(y, (0, 1))),
+        lambda y, z: relu(np.asarray(_normalize(y, (0, 1)))),
     ),
     "a gate of its own": (lambda y, z: nn.sigmoid(y) * z, lambda y, z: sigmoid(y)),
     "dropout afterwards": (lambda y, z: nn.relu(y) * (z > 0), lambda y, z: relu(y)),
@@ -225,10 +225,10 @@ RULES = {
     "clipping at both ends": (lambda y, z: jnp.clip(y, -1, 1), lambda y, z: np.clip(y, -1, 1)),
     "a square after relu": (lambda y, z: jnp.square(nn.relu(y)), lambda y, z: relu(y) ** 2),
     "sigmoid spelled out": (lambda y, z: 1 / (1 + jnp.exp(-y)), lambda y, z: sigmoid(y)),
-    "residual and layer norm": (lambda y, z: nn.relu(_normalise(y + z, -1)), lambda y, z: y),
-    "layer norm": (lambda y, z: nn.relu(_normalise(y, -1)), lambda y, z: y),
+    "residual and layer norm": (lambda y, z: nn.relu(_normalize(y + z, -1)), lambda y, z: y),
+    "layer norm": (lambda y, z: nn.relu(_normalize(y, -1)), lambda y, z: y),
     "norm of a group of units": (
-        lambda y, z: nn.relu(_normalise(y.reshape(4, 3, 2, 3), -1)),
+        lambda y, z: nn.relu(_normalize(y.reshape(4, 3, 2, 3), -1)),
         lambda y, z: y,
     ),
     "unit length": (lambda y, z: jnp.tanh(y / jnp.linalg.norm(y, axis=-1, keepdims=True)), lambda y, z: y),

@@ -94,7 +94,7 @@ WHY = {
     "scanned": {"stack/dense/kernel:0": "the iterations of a scan"},
     "dropout": {"second/kernel:1": "random numbers"},
     "experts": {"up:0": "output of the model"},
-    "normalised": {"layer/kernel:1": "reduce_sum over it"},
+    "normalized": {"layer/kernel:1": "reduce_sum over it"},
     "fused": {"stacked/kernel:1": "one element is taken by its position"},
     "mixed": {"forgotten:1": "not read by the model"},
     "local": {"local/kernel:0": "positions of a convolution"},
@@ -145,7 +145,7 @@ PASSES = {
     )[1],
     "jit and remat": lambda y, c: jax.jit(jax.checkpoint(lambda z: z * c))(y),
     "custom gradient": lambda y, c: nn.relu(jax.nn.silu(y)),
-    "normalised over examples": lambda y, c: (y - y.mean(0)[None]) / jnp.sqrt(y.var(0)[None] + 1),
+    "normalized over examples": lambda y, c: (y - y.mean(0)[None]) / jnp.sqrt(y.var(0)[None] + 1),
     "updated": lambda y, c: jax.lax.dynamic_update_slice(y, y[:1] * c, (1, 0)),
     "a mask of all": lambda y, c: jnp.where(np.ones(y.shape[1], bool), y, 0),
     "stacked and unstacked": lambda y, c: sum(jnp.unstack(jnp.stack([y * c, y], axis=-1), axis=-1)),
@@ -507,7 +507,7 @@ def test_plans_by_layer_and_over_all():
     assert make(0.99).sizes() == {"w0:1": 1, "w1:1": 1}
     assert make(0.99, minimum=3).sizes() == {"w0:1": 3, "w1:1": 3}
     assert make(0).removed == {} and make(0).widths() == {}
-    # Normalised, both groups count alike.
+    # Normalized, both groups count alike.
     assert prune.plan(groups, scores, 0.4, scope="global").removed == {"w0:1": (2, 3), "w1:1": (2, 3)}
 
 

@@ -1,4 +1,4 @@
-"""Networks whose layers are lifted, stacked, normalised, masked or boxed, and what they take and give."""
+"""Networks whose layers are lifted, stacked, normalized, masked or boxed, and what they take and give."""
 
 from __future__ import annotations
 

@@ -147,6 +147,7 @@ class UnitSearch:
         return farthest_setting(self.search, self._reached) if self._reached else next(iter(self._ranks))
 
     def _start(self, start: str, criterion: str, family: allocations.Family) -> None:
+        _ = self._reached.setdefault(criterion, 0.0)  # also where no run is left to find more
         with self.runs.at_most(_STEPS):
             found = farthest(self.search, family, start, _STEPS, criterion)
             fraction = 0.0 if found is None else found.fraction

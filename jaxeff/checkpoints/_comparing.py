@@ -80,7 +80,7 @@ class CheckpointComparison(Shown):
         """Return the table, as `print(comparison)` shows it, or the part of it that is of interest.
 
         In a table of more than 20 weights, at least three that differ only in the number of their block share a row:
-        the lowest and the highest number, and the change over depth.
+        the lowest and the highest number, and the change over depth. So do more than 20 names below the table.
 
         Args:
             pattern: of the paths of the weights to show, such as "*mlp*"; * stands for any text, ? for one character.
@@ -248,7 +248,8 @@ def render(
     """
     weights = in_order(comparison.weights, order)
     shown = [weights[index] for index in text.matching([weight.path for weight in weights], pattern)]
-    reshaped = [f"{name} {list(one)} -> {list(two)}" for name, one, two in comparison.reshaped]
+    reshaped = [(name, f" {list(one)} -> {list(two)}") for name, one, two in comparison.reshaped]
+    only_a, only_b = ([(name, "") for name in names] for names in (comparison.only_a, comparison.only_b))
     return "\n".join(
         [
             *_table(shown, top, width, blocks),
@@ -256,16 +257,23 @@ def render(
             *text.wrapped(
                 f"{_SORTED[order]} {_summary(comparison)}" if weights else _summary(comparison), width
             ),
-            *_listed("Only in A:", comparison.only_a, top, width),
-            *_listed("Only in B:", comparison.only_b, top, width),
-            *_listed("Of another shape:", reshaped, top, width),
+            *_listed("Only in A:", only_a, top, width, blocks),
+            *_listed("Only in B:", only_b, top, width, blocks),
+            *_listed("Of another shape:", reshaped, top, width, blocks),
         ]
     )
 
 
-def _listed(title: str, names: Sequence[str], top: int | None, width: int) -> list[str]:
-    lines = text.section(width, title, names[:top]) or ["", title]
-    return [*lines, *text.left_out(len(names), top, "names")] if names else []
+def _listed(
+    title: str, entries: Sequence[tuple[str, str]], top: int | None, width: int, blocks: bool
+) -> list[str]:
+    """Return the section of some names, each with what follows it; blocks whose names are alike share an entry."""
+    if not entries:
+        return []
+    shown = rows_of(entries, blocks)[:top]
+    names = [f"{stack.part(range(len(stack.members)))}{entries[stack.members[0]][1]}" for stack in shown]
+    lines = text.section(width, title, names) or ["", title]
+    return [*lines, *text.left_out(len(entries), sum(len(stack.members) for stack in shown), "names")]
 
 
 def in_order(weights: Sequence[WeightChange], order: str) -> list[WeightChange]:

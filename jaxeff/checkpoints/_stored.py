@@ -175,7 +175,7 @@ def quoted(name: object) -> str:
 
 
 def printable(name: str) -> str:
-    """Return the name with characters that would move or colour a terminal's cursor written as escapes.
+    """Return the name with characters that would move or color a terminal's cursor written as escapes.
 
     >>> printable("a\\x1b[31m")
     'a\\\\x1b[31m'

@@ -103,7 +103,7 @@ def loss_of(call: Call, loss_fn: Callable) -> Callable[[Any, Any, Any], jax.Arra
 
 def without_remat(traced: Traced) -> Traced | None:
     """Return the model with every `jax.checkpoint` told to save everything; None if it has none."""
-    if not _rematerialises(traced.closed.jaxpr):
+    if not _rematerializes(traced.closed.jaxpr):
         return None
     return dataclasses.replace(traced, closed=_keeping(traced.closed))
 
@@ -111,9 +111,9 @@ def without_remat(traced: Traced) -> Traced | None:
 _REMAT = ("remat2", "checkpoint")
 
 
-def _rematerialises(jaxpr: Jaxpr) -> bool:
+def _rematerializes(jaxpr: Jaxpr) -> bool:
     return any(
-        equation.primitive.name in _REMAT or any(map(_rematerialises, _inside(equation)))
+        equation.primitive.name in _REMAT or any(map(_rematerializes, _inside(equation)))
         for equation in jaxpr.eqns
     )
 

@@ -21,7 +21,7 @@ from jaxeff.graph import axes, nonlinearities
 from jaxeff.graph.axes import Dims, Factor
 from jaxeff.graph.flow import Flow
 from jaxeff.graph.program import Operation, Program, Value
-from jaxeff.graph.provenance import Loop, Provenance, contracted, value_shape
+from jaxeff.graph.provenance import Loop, Lost, Provenance, contracted, gathered, value_shape
 from jaxeff.graph.sites import Site
 
 
@@ -103,7 +103,7 @@ def _search(
     found: list[Attention | Headless],
 ) -> None:
     flow = Flow(program, provenance)
-    labels = _labelled(program, by_output, provenance)
+    labels = _labeled(program, by_output, provenance)
     softmaxes = _softmaxes(flow)
     for operation in program.operations:
         for body in operation.bodies:
@@ -114,7 +114,7 @@ def _search(
                 found.append(attention)
 
 
-def _labelled(
+def _labeled(
     program: Program, by_output: Mapping[Value, Site], provenance: Provenance
 ) -> dict[Value, Labels]:
     """Return where the units of the nearest weights stand in each value."""
@@ -162,7 +162,19 @@ def _moved(operation: Operation, operand: int, dims: Dims, output: int) -> Dims 
         return tuple(dim for i, dim in enumerate(dims) if i not in reduced)
     if operation.name == "dot_general":
         return contracted(operation, operand, dims, axes.of_data(value_shape(operation.inputs[1 - operand])))
+    if operation.name == "gather" and operand == 0:
+        return _taken(operation, dims)
     return axes.broadcast(dims, shape, result) if nonlinearities.pointwise(operation) else None
+
+
+def _taken(operation: Operation, dims: Dims) -> Dims | None:
+    """Return the dims of rows that are taken whole; None where the others hold part of an axis that they hold too."""
+    rows = gathered(operation, dims)
+    if isinstance(rows, Lost):
+        return None
+    kept = {factor for dim in rows for factor in dim}
+    gone = {factor.axis for dim in dims for factor in dim if factor not in kept}
+    return None if gone & axes.held(rows) else rows
 
 
 class _Softmax(NamedTuple):

@@ -187,7 +187,7 @@ class _Plan:
         if len(statistics) == len(own):
             self.statistics[output] = frozenset().union(*(self.statistics[x] for x in own))
         elif statistics:
-            self._normalise(operation, output, own, statistics)
+            self._normalize(operation, output, own, statistics)
             return
         held = any(map(self.provenance.holds, operation.inputs))
         if len({self.roots[operand] for operand in own}) == 1 and not held:
@@ -210,7 +210,7 @@ class _Plan:
         if nonlinearities.within_0_and_1(steps, root, output, self.flow.program.constants):
             self.gates.add(output)
 
-    def _normalise(
+    def _normalize(
         self, operation: Operation, output: Value, own: Sequence[Value], statistics: Sequence[Value]
     ) -> None:
         """Handle scaling by a statistic, which takes nothing, or shifting by one, where both take their share."""

@@ -179,7 +179,7 @@ def _gelu_tanh(x: Array) -> Array:
 
 _SELU = 1.0507009873554805
 
-CATALOGUE: Mapping[str, Callable[[Array], Array]] = {
+CATALOG: Mapping[str, Callable[[Array], Array]] = {
     "identity": lambda x: x,
     "relu": _relu,
     "gelu_tanh": _gelu_tanh,
@@ -221,14 +221,14 @@ def recognize(
     """Name the function that the pointwise operations compute from `start` to `end`.
 
     Returns:
-        A name of `CATALOGUE`; 'leaky_relu' for any slope below 1; or 'pointwise' if nothing matches to 1e-3 on the
+        A name of `CATALOG`; 'leaky_relu' for any slope below 1; or 'pointwise' if nothing matches to 1e-3 on the
         grid, or a constant on the way is an array. tanh-gelu and erf-gelu differ by 5e-4 and are distinguished by
         which is nearer.
     """
     curve = _curve(operations, start, end, constants)
     if curve is None:
         return "pointwise"
-    distances = {name: _distance(curve, function(_GRID)) for name, function in CATALOGUE.items()}
+    distances = {name: _distance(curve, function(_GRID)) for name, function in CATALOG.items()}
     nearest = min(distances, key=distances.__getitem__)
     if distances[nearest] < 1e-3:
         return nearest

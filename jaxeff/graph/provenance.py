@@ -352,11 +352,11 @@ def gathered(operation: Operation, dims: Dims) -> Dims | Lost:
 
 
 def contraction_input(operation: Operation, operand: int, dims: Dims) -> tuple[Value | Literal, Dims]:
-    """Return the data that a dot_general contracts with a weight, labelled with the weight's axes."""
+    """Return the data that a dot_general contracts with a weight, labeled with the weight's axes."""
     (contract, batch) = operation.params["dimension_numbers"]
     data = operation.inputs[1 - operand]
-    labelled: list[tuple[Factor, ...]] = list(axes.of_data(value_shape(data)))
+    labeled: list[tuple[Factor, ...]] = list(axes.of_data(value_shape(data)))
     for mine, theirs in ((contract[operand], contract[1 - operand]), (batch[operand], batch[1 - operand])):
         for i, j in zip(mine, theirs, strict=True):
-            labelled[j] = dims[i]
-    return data, tuple(labelled)
+            labeled[j] = dims[i]
+    return data, tuple(labeled)

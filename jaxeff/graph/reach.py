@@ -60,8 +60,8 @@ class Reach:
         self.images: dict[Value, _Image] = {output: _Image(dims, True, output)}
         self.partial: dict[Value, list[tuple[Value, axes.Part]]] = {}
         self.statistics: dict[Value, _Statistic] = {}
-        self.normalised: set[Value] = set()
-        self.normalisers: set[Value] = set()
+        self.normalized: set[Value] = set()
+        self.normalizers: set[Value] = set()
         # In execution order, so that all operands of an operation are known when it is visited.
         pending = sorted(set(flow.read_by.get(output, ())))
         seen = set(pending)
@@ -99,7 +99,7 @@ class Reach:
         return self.influences.of(value).whole >= self.least.whole
 
     def _stands(self, value: Value) -> bool:
-        return not self.images[value].affine and value not in self.normalisers and self._complete(value)
+        return not self.images[value].affine and value not in self.normalizers and self._complete(value)
 
     def _last_step(self, first: Value) -> Value:
         """Return the end of a nonlinearity of several steps (exp, add, divide: a sigmoid), else its first step.
@@ -136,7 +136,7 @@ class Reach:
         return value is ancestor or any(self._descends(source, ancestor) for source in self._sources(value))
 
     def name(self, post: Value) -> str:
-        """Return the catalogue's name of the function from an affine image to `post`, trying the last image first."""
+        """Return the catalog's name of the function from an affine image to `post`, trying the last image first."""
         constants = self.flow.program.constants
         for start in self._affine_starts(post):
             name = nonlinearities.recognize(
@@ -159,8 +159,8 @@ class Reach:
     def _move(self, operation: Operation) -> bool:
         source = operation.inputs[0]
         assert isinstance(source, Value)
-        if source in self.normalised:
-            self.normalised.update(operation.outputs)
+        if source in self.normalized:
+            self.normalized.update(operation.outputs)
             return True
         if source not in self.images and source not in self.statistics:
             return False
@@ -214,15 +214,15 @@ class Reach:
         operands = operation.inputs
         statistics = [self.statistics[x] for x in operands if isinstance(x, Value) and x in self.statistics]
         carried = [isinstance(x, Value) and x in self.images for x in operands]
-        normalised = any(isinstance(x, Value) and x in self.normalised for x in operands)
-        if not (normalised or any(carried) or statistics):
+        normalized = any(isinstance(x, Value) and x in self.normalized for x in operands)
+        if not (normalized or any(carried) or statistics):
             return False
-        if not normalised and not any(carried):
+        if not normalized and not any(carried):
             return self._combine_statistics(operation, statistics)
         # A sum of the output that meets the output again normalizes it; the summed values are not activations.
-        self.normalisers.update(*(statistic.summed for statistic in statistics))
-        if normalised or not all(statistic.per_unit for statistic in statistics):
-            self.normalised.add(result)
+        self.normalizers.update(*(statistic.summed for statistic in statistics))
+        if normalized or not all(statistic.per_unit for statistic in statistics):
+            self.normalized.add(result)
             return True
         return self._combine_images(operation, carried)
 

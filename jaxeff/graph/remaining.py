@@ -118,22 +118,22 @@ class Remaining:
     ):
         allowed = frozenset({DEPTH, SCALE, REPLAY, *((STATISTICS, DERIVATIVE) if derivative else ())})
         # A derivative reads what its function made: what that left out of a maximum it leaves out as well.
-        labelled = _Labelled(Labels(allowed), inputs, LOGIT if derivative else UNKNOWN)
-        walk = Walk(labelled.labels)
-        labelled.tie(walk.run(program, labelled.inputs), outputs)
-        self._described, self._gone = walk.described, labelled.gone()
+        labeled = _Labeled(Labels(allowed), inputs, LOGIT if derivative else UNKNOWN)
+        walk = Walk(labeled.labels)
+        labeled.tie(walk.run(program, labeled.inputs), outputs)
+        self._described, self._gone = walk.described, labeled.gone()
         # Sizes are those of the first block, and of all; positions may be others in each.
         count = max((len(one.blocks) for one in inputs), default=0)
-        self._gone_in_blocks = [labelled.gone(block) for block in range(count)]
+        self._gone_in_blocks = [labeled.gone(block) for block in range(count)]
         self._known: dict[Value, Kept] = {}
-        self._labels, self._routed = labelled.labels, labelled.routed()
-        for lock in labelled.labels.locks:
+        self._labels, self._routed = labeled.labels, labeled.routed()
+        for lock in labeled.labels.locks:
             held = self._gone[lock.labels]
             if lock.only is not None:
                 held &= self._routed[lock.labels] == (lock.only == ROUTED)
             if held.any():
                 raise MisfitError(lock.reason, lock.during)
-        if found := labelled.tied_to_what_stays(self._gone):
+        if found := labeled.tied_to_what_stays(self._gone):
             why = f"axis {found[1]} of {found[0]} is tied to indices that stay"
             raise MisfitError(why, _first_to_tie(program, inputs, allowed))
 
@@ -193,7 +193,7 @@ class Remaining:
         return array
 
 
-class _Labelled:
+class _Labeled:
     """Labels for the inputs of a program, and of which of them it is known whether they stay."""
 
     def __init__(self, labels: Labels, inputs: Sequence[Input], unrouted: int = UNKNOWN):
@@ -305,11 +305,11 @@ def _first_to_tie(program: Program, inputs: Sequence[Input], allowed: frozenset[
     """The operation that ties what is removed to what stays, found by bisection; None where none does."""
 
     def walked(most: int) -> tuple[bool, int, Operation | None]:
-        labelled = _Labelled(Labels(allowed), inputs)
-        walk = _Beginning(labelled.labels, most)
+        labeled = _Labeled(Labels(allowed), inputs)
+        walk = _Beginning(labeled.labels, most)
         with contextlib.suppress(_Halted):
-            _ = walk.run(program, labelled.inputs)
-        return labelled.tied_to_what_stays(labelled.gone()) is not None, *walk.walked
+            _ = walk.run(program, labeled.inputs)
+        return labeled.tied_to_what_stays(labeled.gone()) is not None, *walk.walked
 
     tied, most, last = walked(sys.maxsize)
     if not tied:

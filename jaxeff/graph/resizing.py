@@ -179,13 +179,13 @@ class Resized:
     # is differentiated, and what comes of that is resized in turn.
 
     def _body(self, call: Call, values: dict[Value, Any]) -> Callable[..., tuple[Any, ...]]:
-        constants = {value: values[value] for value in self._constants}
+        outer = dict(values)  # of the program that the call stands in, which may be a loop's body
         outputs = self.remaining.made(call.whole)
 
         def run(*arguments: Any) -> tuple[Any, ...]:
             taken = zip(call.whole.inputs, arguments, strict=True)
             own = {operand: array for operand, array in taken if isinstance(operand, Value)}
-            return tuple(self._steps(call.steps, {**constants, **own}, outputs, call.whole.scope))
+            return tuple(self._steps(call.steps, {**outer, **own}, outputs, call.whole.scope))
 
         return run
 

@@ -113,7 +113,7 @@ class Graph:
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
-    """A contraction's labelled operands, which become a site once its activation is followed."""
+    """A contraction's labeled operands, which become a site once its activation is followed."""
 
     kind: str
     input: Any

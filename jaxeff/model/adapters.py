@@ -113,16 +113,17 @@ def restore(model: Any, params: Any) -> Any:
 
 
 def resolve(
-    params: Any, apply_fn: Any, batch: Any, apply_kwargs: Mapping[str, Any] | None = None
+    params: Any, apply_fn: Any, batch: Any, rngs: Any = None, apply_kwargs: Mapping[str, Any] | None = None
 ) -> tuple[Any, Any, Any]:
     """Return `(params, apply_fn, batch)` of `(model, batch)`; anything else is unchanged.
 
     Raises:
-        TypeError: `apply_kwargs` come without an `apply_fn` that could take them.
+        TypeError: `rngs` or `apply_kwargs` come without an `apply_fn` that could take them.
     """
     params, apply_fn, batch = _resolved(params, apply_fn, batch)
-    if apply_fn is None and apply_kwargs:
-        message = f"there is no `apply_fn` that could take the keyword {next(iter(apply_kwargs))!r}"
+    given = [*(apply_kwargs or {}), *(["rngs"] if rngs is not None else [])]
+    if apply_fn is None and given:
+        message = f"there is no `apply_fn` that could take the keyword {given[0]!r}"
         raise TypeError(f"{message}.{near_keyword(message)}")
     return params, apply_fn, batch
 
@@ -132,7 +133,7 @@ def _resolved(params: Any, apply_fn: Any, batch: Any) -> tuple[Any, Any, Any]:
         if not callable(apply_fn) and _found(params) is not None:
             raise TypeError(
                 f"a {type(params).__name__} came with two more arguments: pass (model, batch), with several inputs in "
-                "one tuple, (model, (first, second))"
+                "one tuple, (model, (first, second)); labels are not an input, but `targets`"
             )
         if _is_quantized_pair((params, apply_fn)):
             params, apply_fn = functional((params, apply_fn))
@@ -189,7 +190,7 @@ def _split_nnx(model: nnx.Module, training: bool) -> tuple[Any, StatefulApply]:
     structure, *parts = nnx.split(copy, nnx.Param, ...)
     # Variables of its own, because an update of the model writes into those that it has.
     params, state = jax.tree.map(lambda leaf: leaf, parts)
-    apply_fn = NNXApply(structure, state)
+    apply_fn = NNXApply(structure, state, type(model).__call__)
     pure = nnx.to_pure_dict(params)
     return dequantized(pure, apply_fn) if holds_quantized(pure) else (params, apply_fn)
 
@@ -272,7 +273,7 @@ def _split_equinox(model: Any, training: bool) -> tuple[Any, StatefulApply]:
         # BatchNorm's documentation names the axis so.
         return jax.vmap(one, axis_name="batch")(keys, *batch)
 
-    return params, ModelApply(call, state)
+    return params, ModelApply(call, type(model).__call__, state)
 
 
 def _restore_equinox(model: Any, params: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ from jaxeff.model.functions import (
     LinenFunction,
     NNXFunction,
     bound_module,
+    check_keywords,
     content,
     merged,
     named_misfit,
@@ -64,6 +65,14 @@ class StatefulApply(abc.ABC):
         own: Any = self  # a dataclass, as every subclass is
         return dataclasses.replace(own, state=state)
 
+    @abc.abstractmethod
+    def model_call(self, keywords: Mapping[str, Any]) -> Callable[..., Any]:
+        """Return the model's own function, which takes these keywords."""
+
+    def axis_name(self, path: str, axis: int) -> str | None:
+        """Return how the model's library calls an axis of a leaf; None where axes have numbers alone."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelApply(StatefulApply):
@@ -71,14 +80,24 @@ class ModelApply(StatefulApply):
 
     Attributes:
         call: `call(params, state, *batch, **keywords)`.
+        called: the function of the model that takes the keywords, without the model's arrays.
         state: variables that are not parameters, such as running averages; None if there are none.
+        axes: names of the axes of named arrays, by the path of the leaf; None for an axis without one.
     """
 
     call: Callable[..., Any]
+    called: Callable[..., Any]
     state: Any = dataclasses.field(default=None, repr=False)
+    axes: Mapping[str, Sequence[str | None]] = dataclasses.field(default_factory=dict, repr=False)
 
     def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
         return self.call(params, self.state, *batch, **keywords)
+
+    def model_call(self, keywords: Mapping[str, Any]) -> Callable[..., Any]:
+        return self.called
+
+    def axis_name(self, path: str, axis: int) -> str | None:
+        return self.axes[path][axis] if path in self.axes else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,10 +107,15 @@ class NNXApply(StatefulApply):
     Attributes:
         structure: graph definition of the model.
         state: all variables that are not parameters: running averages, random streams.
+        called: the model's `__call__`.
     """
 
     structure: Any = dataclasses.field(repr=False)
     state: Any = dataclasses.field(repr=False)
+    called: Callable[..., Any] = dataclasses.field(repr=False)
+
+    def model_call(self, keywords: Mapping[str, Any]) -> Callable[..., Any]:
+        return self.called
 
     def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
         # It gets its own variables, because those from outside may not be written inside jit or grad.
@@ -151,6 +175,7 @@ def bind(
         abstract: whether shapes (`jax.ShapeDtypeStruct`) may replace arrays.
     """
     check_apply(apply_fn)
+    check_keywords(called(apply_fn, keywords))
     batch = batch if isinstance(batch, tuple) else (batch,)
     examples = batch_size(batch, abstract=abstract)
     params = Params.of(params, abstract=abstract)
@@ -196,6 +221,15 @@ def check_apply(apply_fn: Any) -> None:
             f"`apply_fn` must be callable, got {type(apply_fn).__name__}: pass `model.apply`, "
             "`state.apply_fn` or a function f(params, *batch)"
         )
+
+
+def called(apply_fn: Callable, keywords: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the user's own function behind an `apply_fn`, which takes these keywords."""
+    module, bound = bound_module(apply_fn)
+    if module is None:
+        return apply_fn.model_call(keywords) if isinstance(apply_fn, StatefulApply) else apply_fn
+    method = {**bound, **keywords}.get("method") or "__call__"
+    return getattr(module, method) if isinstance(method, str) else method
 
 
 def _call(apply_fn: Callable, whole: bool, statics: tuple, params: Any, inputs: Any) -> Any:

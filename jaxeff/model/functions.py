@@ -225,6 +225,39 @@ def near_keyword(message: str) -> str:
 
     The user's call is the outermost one into jaxeff. Verbs pass keywords that they do not know on as `apply_kwargs`.
     """
+    verb, near = _near_arguments()
+    quoted = [argument for name, argument in near.items() if repr(name) in message]
+    return f" Did you mean `{quoted[0]}`, an argument of `{verb}`?" if quoted else ""
+
+
+def check_keywords(function: Callable) -> None:
+    """Refuse a keyword of the user's call that nearly is an argument of it, and that a `**kwargs` would swallow.
+
+    Args:
+        function: the model's own, which takes the keywords. One that it names is meant for it.
+
+    Raises:
+        TypeError: with the argument that was meant, and how to pass the keyword on.
+    """
+    verb, near = _near_arguments()
+    if not near:
+        return
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # a function of C, which says nothing of its parameters
+        return
+    any_keyword = [name for name, each in parameters.items() if each.kind is each.VAR_KEYWORD]
+    unnamed = [name for name in near if name not in parameters]
+    if any_keyword and unnamed:
+        name = unnamed[0]
+        raise TypeError(
+            f"`{verb}` takes `{near[name]}`, and {name!r} would go unnoticed into the `**{any_keyword[0]}` of the "
+            f"model. If that is meant, pass `functools.partial(apply_fn, {name}=...)` as `apply_fn`"
+        )
+
+
+def _near_arguments() -> tuple[str, dict[str, str]]:
+    """Return the user's call, and the keywords that it passes on to the model, each with the argument it is nearly."""
     own = [
         frame
         for frame, _ in traceback.walk_stack(inspect.currentframe())
@@ -232,9 +265,8 @@ def near_keyword(message: str) -> str:
     ]
     code, passed_on = own[-1].f_code, own[-1].f_locals.get("apply_kwargs", ())
     arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    quoted = [name for name in passed_on if repr(name) in message]
-    near = [match for name in quoted for match in difflib.get_close_matches(name, arguments, 1, cutoff=0.75)]
-    return f" Did you mean `{near[0]}`, an argument of `{code.co_name}`?" if near else ""
+    near = {name: difflib.get_close_matches(name, arguments, 1, cutoff=0.75) for name in passed_on}
+    return code.co_name, {name: matches[0] for name, matches in near.items() if matches}
 
 
 def first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,15 +12,28 @@ from jaxeff.model.apply import ModelApply, StatefulApply
 from jaxeff.model.quantized import dequantized, requantized
 
 
-def split_keras(model: Any, training: bool) -> tuple[Any, StatefulApply]:
-    import keras  # pyright: ignore[reportMissingImports]
+def keras_on_jax() -> Any:
+    """Return the module `keras`.
 
+    Raises:
+        ImportError: Keras, or the backend that it is set to, is not installed.
+        ValueError: it runs on another backend.
+    """
+    remedy = "set the environment variable KERAS_BACKEND to 'jax' before keras is imported"
+    try:
+        import keras  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        if error.name == "keras":
+            raise ImportError("this needs Keras: pip install 'jaxeff[keras]'", name="keras") from error
+        raise ImportError(f"Keras cannot import its backend ({error}): {remedy}", name=error.name) from error
     if keras.backend.backend() != "jax":
-        raise ValueError(
-            f"Keras runs on {keras.backend.backend()}: set the environment variable KERAS_BACKEND to 'jax' before "
-            "keras is imported"
-        )
-    if not model.variables:
+        raise ValueError(f"Keras runs on {keras.backend.backend()}: {remedy}")
+    return keras
+
+
+def split_keras(model: Any, training: bool) -> tuple[Any, StatefulApply]:
+    _ = keras_on_jax()
+    if not model.built:
         raise ValueError(f"the Keras model {model.name!r} is not built: call it on a batch first")
     variables = _keras_variables(model)
     arrays = {path: variable.value for path, variable in variables.items()}
@@ -34,16 +48,19 @@ def split_keras(model: Any, training: bool) -> tuple[Any, StatefulApply]:
     # States of random streams have sizes that nothing in the program follows.
     fixed = {path: array for path, array in arrays.items() if path not in {**params, **state}}
 
+    # As Keras's own `fit` passes it: a `call` without the argument gets none.
+    mode = {"training": training} if "training" in inspect.signature(model.call).parameters else {}
+
     def call(params: Any, state: Any, *batch: Any, **keywords: Any) -> Any:
         params = {
             path: leaf["qvalue"] if isinstance(leaf, Mapping) else leaf for path, leaf in params.items()
         }
         values = {**fixed, **params, **(state or {})}
         lists = [[values[path] for path in paths] for paths in (trainable, other)]
-        return model.stateless_call(*lists, *batch, **{"training": training, **keywords})[0]
+        return model.stateless_call(*lists, *batch, **{**mode, **keywords})[0]
 
     quantized = _keras_quantized(model, arrays)
-    params, apply_fn = {**params, **quantized}, ModelApply(call, state or None)
+    params, apply_fn = {**params, **quantized}, ModelApply(call, type(model).call, state or None)
     return dequantized(params, apply_fn) if quantized else (params, apply_fn)
 
 
@@ -61,7 +78,10 @@ def _keras_quantized(model: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
     for layer in _keras_layers(model):
         mode = getattr(layer, "quantization_mode", None)
         if mode not in (None, "int8"):
-            raise ValueError(f"the Keras layer {layer.name!r} is quantized to {mode}, and jaxeff reads int8")
+            raise ValueError(
+                f"the Keras layer {layer.name!r} is quantized to {mode}, and jaxeff reads int8: analyze the model "
+                "before it is quantized, or quantize it to 'int8'"
+            )
     found = {}
     for path, array in arrays.items():
         if (scale := arrays.get(f"{path}_scale")) is None or array.dtype != jnp.int8:

@@ -33,7 +33,9 @@ def split_haliax(model: Any, training: bool) -> tuple[Any, StatefulApply]:
         return model(*jax.tree.map(_sized, batch, is_leaf=_is_named), **keywords)
 
     arrays = {path: leaf.array if _is_named(leaf) else leaf for path, leaf in leaves}
-    return {path: leaf for path, leaf in arrays.items() if eqx.is_inexact_array(leaf)}, ModelApply(call)
+    axes = {path: [axis.name for axis in leaf.axes] for path, leaf in leaves if _is_named(leaf)}
+    params = {path: leaf for path, leaf in arrays.items() if eqx.is_inexact_array(leaf)}
+    return params, ModelApply(call, type(model).__call__, axes=axes)
 
 
 def restore_haliax(model: Any, params: Any) -> Any:
@@ -78,7 +80,10 @@ def split_penzai(model: Any, training: bool) -> tuple[Any, StatefulApply]:
         bound = pz.bind_variables(structure, filled, unfreeze_as_copy=True)
         return bound(*jax.tree.map(_penzai_sized, batch, is_leaf=_is_penzai_array), **keywords)
 
-    return _penzai_arrays(variables), ModelApply(call, _penzai_arrays(others) or None)
+    axes = {path: _penzai_axes(leaf) for path, leaf in _penzai_leaves(found) if _is_penzai_array(leaf)}
+    return _penzai_arrays(variables), ModelApply(
+        call, type(model).__call__, _penzai_arrays(others) or None, axes
+    )
 
 
 def restore_penzai(model: Any, params: Any) -> Any:
@@ -93,12 +98,25 @@ def _is_penzai_array(value: Any) -> bool:
 
 
 def _penzai_arrays(variables: Any) -> dict[str, Any]:
-    """Return the arrays of variables by label; a tree within one variable continues the label."""
-    return {
-        "/".join([str(variable.label), *map(key_name, keys)]): getattr(leaf, "data_array", leaf)
+    return {path: getattr(leaf, "data_array", leaf) for path, leaf in _penzai_leaves(variables)}
+
+
+def _penzai_leaves(variables: Any) -> list[tuple[str, Any]]:
+    """Return the leaves of variables by label; a tree within one variable continues the label."""
+    return [
+        ("/".join([str(variable.label), *map(key_name, keys)]), leaf)
         for variable in variables
         for keys, leaf in jax.tree_util.tree_flatten_with_path(variable.value, is_leaf=_is_penzai_array)[0]
-    }
+    ]
+
+
+def _penzai_axes(array: Any) -> list[str | None]:
+    rank = jnp.ndim(array.data_array)
+    if is_a(array, "penzai", "NamedArrayView"):
+        names = {axis: name for name, axis in array.data_axis_for_name.items()}
+    else:  # axes without a name come first
+        names = dict(enumerate(array.named_axes, rank - len(array.named_axes)))
+    return [str(names[axis]) if axis in names else None for axis in range(rank)]
 
 
 def _penzai_filled(variables: Any, arrays: Mapping[str, Any]) -> list[Any]:

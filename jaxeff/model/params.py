@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from jaxeff.model.roles import ParamInfo, role_of
 
 Path = str
 _STATIC = {"static": True}
+# An Equinox module of arrays alone, as its `filter` makes, is params too.
+_MODELS = (("keras", "Layer"), ("penzai", "Layer"), ("equinox", "Module"))
 _BOXES = (nnx.Variable, AxisMetadata)  # wrap one value, as nn.Partitioned and nnx.Param do
 
 
@@ -45,7 +48,7 @@ class Params:
             abstract: whether a `jax.ShapeDtypeStruct` may replace an array.
 
         Raises:
-            TypeError: a leaf is not an array of numbers.
+            TypeError: a leaf is not an array of numbers, or the params are a whole model.
             ValueError: there are no leaves, or two have the same path.
 
         >>> found = Params.of({"params": {"w": 1.0}, "batch_stats": {"mean": 0.0}})
@@ -55,7 +58,14 @@ class Params:
         if isinstance(params, Params):
             return params
         tree, state = split_variables(params)
-        return Params(tree, tuple(named_leaves(tree, abstract=abstract)), state, is_variables(params))
+        named = named_leaves(tree, abstract=abstract)
+        for path, leaf in named.items():
+            if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                raise TypeError(
+                    f"`params` holds a random key at {path!r}: pass the parameters alone, as "
+                    "`nnx.state(model, nnx.Param)` gives them, or the model, (model, batch)"
+                )
+        return Params(tree, tuple(named), state, is_variables(params))
 
     @functools.cached_property
     def named(self) -> dict[Path, Any]:
@@ -108,22 +118,30 @@ def named_leaves(params: Any, *, abstract: bool = False) -> dict[Path, Any]:
             f"`params` is a {type(params).__name__}: pass it alone, (state, batch), or its `.params`"
         )
     if isinstance(params, nnx.Module):
-        raise TypeError(
-            f"`params` is the module {type(params).__name__} itself: pass what "
-            "`params, apply_fn = jaxeff.functional(model)` gives"
-        )
+        raise _is_model(params)
     named: dict[Path, Any] = {}
     for path, leaf in leaves_by_path(params):
         if not is_array(leaf, abstract=abstract):
             where = f"holds a {type(leaf).__name__} at {path!r}" if path else f"is a {type(leaf).__name__}"
+            if any(is_a(params, *names) for names in _MODELS):
+                raise _is_model(params)
             order = ", and `apply_fn` comes after it" if callable(leaf) and not path else ""
-            raise TypeError(f"`params` {where}: every leaf must be an array of numbers{order}")
+            is_file = isinstance(params, (str, os.PathLike))
+            file = "; of a file, `checkpoints.analyze_checkpoint(path)`" if is_file else ""
+            raise TypeError(f"`params` {where}: every leaf must be an array of numbers{order}{file}")
         if path in named:
             raise ValueError(f"`params` has two leaves with the path {path!r}")
         named[path] = leaf
     if not named:
         raise ValueError(f"`params` has no arrays, got {params!r}: pass the trained parameters")
     return named
+
+
+def _is_model(params: Any) -> TypeError:
+    return TypeError(
+        f"`params` is the module {type(params).__name__} itself: pass what "
+        "`params, apply_fn = jaxeff.functional(model)` gives"
+    )
 
 
 def batch_size(batch: tuple, *, abstract: bool = False) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxeff.model.apply import StatefulApply
+from jaxeff.model.apply import StatefulApply, called
 from jaxeff.model.functions import bound_module
 from jaxeff.model.params import key_name, split_variables
 
@@ -43,6 +43,12 @@ class QuantizedApply(StatefulApply):
         elif isinstance(apply_fn, StatefulApply):
             apply_fn = apply_fn.with_state(rest)
         return apply_fn(filled, *batch, **keywords)
+
+    def model_call(self, keywords: Mapping[str, Any]) -> Callable[..., Any]:
+        return called(self.apply_fn, keywords)
+
+    def axis_name(self, path: str, axis: int) -> str | None:
+        return self.apply_fn.axis_name(path, axis) if isinstance(self.apply_fn, StatefulApply) else None
 
     def _filled(self, path: str, node: Any, weight: Any) -> Any:
         if not _is_quantized(node):

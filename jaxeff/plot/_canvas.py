@@ -1,4 +1,4 @@
-"""Checks of arguments, axes to draw on, and colours that are distinguishable for the colour-blind."""
+"""Checks of arguments, axes to draw on, and colors that are distinguishable for the color-blind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxeff.report import LayerReport, Report
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#000000")
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#000000")
 """Okabe and Ito, Color Universal Design, 2008, without yellow, which is faint on white."""
 DASHES = ("-", "--", ":", "-.")
 SMALL = 7.0
@@ -25,7 +25,7 @@ NO_LAYER = "There is no layer to draw."
 NO_IMPORTANCE = "No weight has a finite importance above 0."
 
 _DPI = 150  # of a new figure, which is what it is shown and saved with
-_NAMED = 10  # lines that a legend can tell apart; more are coloured by their order
+_NAMED = 10  # lines that a legend can tell apart; more are colored by their order
 _LETTER = 0.6  # mean width of a letter over its height
 
 
@@ -193,8 +193,8 @@ def zoom_to_losses(axes: Axes, dense: float, losses: Any) -> None:
         _ = axes.set_ylim(max(bottom, 0.8 * lowest) if lowest > 0 else bottom, top)
 
 
-def colour_bar(axes: Axes, drawn: Any, label: str) -> Any:
-    """Draw a colour bar beside finished axes, as tall as they are, whatever becomes of their shape."""
+def color_bar(axes: Axes, drawn: Any, label: str) -> Any:
+    """Draw a color bar beside finished axes, as tall as they are, whatever becomes of their shape."""
     bar = axes.figure.colorbar(drawn, cax=axes.inset_axes((1.03, 0.0, 0.04, 1.0)))
     size = text_size(axes)
     bar.ax.tick_params(labelsize=size)
@@ -211,9 +211,9 @@ def shortened(axes: Axes, names: Sequence[str], share: float = 0.5) -> list[str]
 
 
 def name_lines(axes: Axes, lines: Sequence[Any], names: Sequence[str], what: str = "layer") -> None:
-    """Name lines of finished axes in a legend above them; more than ten by colours, with a bar that counts them."""
+    """Name lines of finished axes in a legend above them; more than ten by colors, with a bar that counts them."""
     if len(lines) > _NAMED:
-        _colour_by_order(axes, lines, what)
+        _color_by_order(axes, lines, what)
     else:
         for line, name in zip(lines, shortened(axes, names), strict=True):
             _ = line.set_label(name)
@@ -238,15 +238,15 @@ def legend_above(axes: Axes) -> None:
     )
 
 
-def _colour_by_order(axes: Axes, lines: Sequence[Any], what: str) -> None:
-    colours = _matplotlib("colors").Normalize(1, len(lines))
-    mapped = _matplotlib("cm").ScalarMappable(colours, "viridis")
+def _color_by_order(axes: Axes, lines: Sequence[Any], what: str) -> None:
+    colors = _matplotlib("colors").Normalize(1, len(lines))
+    mapped = _matplotlib("cm").ScalarMappable(colors, "viridis")
     for number, line in enumerate(lines, 1):
         line.set(color=mapped.to_rgba(number), linestyle="-", linewidth=0.8)
-    bar = colour_bar(axes, mapped, f"{what}, first to last")
+    bar = color_bar(axes, mapped, f"{what}, first to last")
     whole_numbers(bar.ax.yaxis)
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Return the style of line number `index`: 28 styles differ, and neighbors differ in colour and dash."""
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
+    """Return the style of line number `index`: 28 styles differ, and neighbors differ in color and dash."""
+    return {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index % len(DASHES)]}

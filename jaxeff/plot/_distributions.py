@@ -11,7 +11,7 @@ import numpy as np
 from jaxeff.metrics import _curve
 from jaxeff.metrics._curve import EDGES, Distribution
 from jaxeff.plot._canvas import (
-    COLOURS,
+    COLORS,
     NO_IMPORTANCE,
     NO_LAYER,
     SMALL,
@@ -95,13 +95,13 @@ def lorenz(report: Report, path: str, ax: Axes | None = None) -> Axes:
         return say(drawn, NO_IMPORTANCE)
     _ = drawn.plot((0, 1), (0, 1), color="gray", linestyle=":", label="all equal")
     if row.distribution is not None:
-        _ = drawn.plot(*_curve.lorenz(row.distribution), color=COLOURS[0], label="weights")
+        _ = drawn.plot(*_curve.lorenz(row.distribution), color=COLORS[0], label="weights")
     label = None if row.distribution is not None else "weights"
-    _ = drawn.plot(*_covered(row.metrics), "o", color=COLOURS[0], label=label)
+    _ = drawn.plot(*_covered(row.metrics), "o", color=COLORS[0], label=label)
     shares = np.concatenate([[0.0], np.cumsum(units)])
-    _ = drawn.plot(np.linspace(0, 1, shares.size), shares / shares[-1], "--", color=COLOURS[2], label="units")
+    _ = drawn.plot(np.linspace(0, 1, shares.size), shares / shares[-1], "--", color=COLORS[2], label="units")
     if row.null is not None:
-        _ = drawn.plot(*_covered(row.null), "D", color=COLOURS[3], fillstyle="none", label="noise")
+        _ = drawn.plot(*_covered(row.null), "D", color=COLORS[3], fillstyle="none", label="noise")
     _ = drawn.set(xlim=(0, 1), ylim=(0, 1))
     _ = finish(drawn, "fraction of weights, faintest first", "share of the importance", path)
     # All curves lie below the diagonal.

@@ -16,13 +16,13 @@ from jaxeff.metrics import Metrics
 from jaxeff.output.stacks import stacks
 from jaxeff.output.text import matches
 from jaxeff.plot._canvas import (
-    COLOURS,
+    COLORS,
     NO_LAYER,
     SMALL,
     any_finite,
     axes_or_new,
     check_kind,
-    colour_bar,
+    color_bar,
     finish,
     legend_above,
     line_style,
@@ -72,9 +72,9 @@ def layers(report: Report, metric: str = "utilization", ax: Axes | None = None) 
         at, marks = zip(*nulls, strict=True)
         between = {"color": "0.75", "linewidth": min(1.0, room / 3), "zorder": 0}
         _ = drawn.hlines(at, [values[index] for index in at], marks, **between)
-        mark = {"color": COLOURS[3], "markersize": 1.6 * size, "markeredgewidth": 1.5}
+        mark = {"color": COLORS[3], "markersize": 1.6 * size, "markeredgewidth": 1.5}
         _ = drawn.plot(marks, at, "|", label="noise", **mark)
-    _ = drawn.plot(values, range(len(rows)), "o", color=COLOURS[0], label="layer", markersize=size)
+    _ = drawn.plot(values, range(len(rows)), "o", color=COLORS[0], label="layer", markersize=size)
     if nulls:
         legend_above(drawn)
     _ = finish(drawn, metric, "layer")
@@ -162,7 +162,7 @@ def units(report: Report, path: str, ax: Axes | None = None, *, columns: int | N
     whole_numbers(drawn.xaxis)
     whole_numbers(drawn.yaxis)
     _ = finish(drawn, x=names[1], y=names[0], title=path)
-    _ = colour_bar(drawn, image, "importance over the mean")
+    _ = color_bar(drawn, image, "importance over the mean")
     return drawn
 
 

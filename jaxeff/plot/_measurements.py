@@ -14,7 +14,7 @@ from jaxeff._compare_criteria import Comparison
 from jaxeff._pathways import Pathways
 from jaxeff.advice import Advice
 from jaxeff.plot._canvas import (
-    COLOURS,
+    COLORS,
     NO_LAYER,
     any_finite,
     axes_or_new,
@@ -99,7 +99,7 @@ def speedups(found: Mapping[float | str, BeforeAndAfter], ax: Axes | None = None
         _ = drawn.errorbar(places, median, bars, marker=".", capsize=3, label=label, **line_style(index))
     macs = [each.before.macs[0] / max(each.after.macs[0], 1) for each in found.values()]
     _ = drawn.plot(places, macs, color="black", linestyle="--", linewidth=1, label="multiply-accumulates")
-    _ = drawn.axhline(1, color="grey", linewidth=1)
+    _ = drawn.axhline(1, color="gray", linewidth=1)
     _ = drawn.set_yscale("log")
     plain_logarithms(drawn.yaxis, "×")
     named = any(isinstance(place, str) for place in places)
@@ -109,7 +109,7 @@ def speedups(found: Mapping[float | str, BeforeAndAfter], ax: Axes | None = None
 
 
 def criteria(comparison: Comparison, ax: Axes | None = None) -> Axes:
-    """Draw the loss over the fraction of weights removed, a line per criterion; grey lines are removal at random.
+    """Draw the loss over the fraction of weights removed, a line per criterion; gray lines are removal at random.
 
     Args:
         comparison: from `jaxeff.compare_criteria`.
@@ -174,7 +174,7 @@ def pathways(pathways: Pathways, ax: Axes | None = None) -> Axes:
         _ = drawn.plot(
             (start[0], end[0]),
             (height[start], height[end]),
-            color=COLOURS[0],
+            color=COLORS[0],
             alpha=0.7,
             linewidth=max(_WIDEST * share / most, _THINNEST),
             solid_capstyle="round",
@@ -195,7 +195,7 @@ def advice(advice: Advice, ax: Axes | None = None) -> Axes:
 
     A star marks what was chosen, and a line what weights at random cost.
 
-    Grey dots are what the search tried from there on, and the dashed line is the tolerance. The losses are those of
+    Gray dots are what the search tried from there on, and the dashed line is the tolerance. The losses are those of
     the examples of the search; the axis shows them near the tolerance, above which they may rise without bound.
 
     Args:

@@ -22,8 +22,8 @@ from jaxeff.graph.remaining import Input, Kept
 from jaxeff.graph.resizing import Resized
 from jaxeff.graph.skipping import without
 from jaxeff.model.adapters import resolve_both
-from jaxeff.model.apply import StatefulApply, check_apply, has_array
-from jaxeff.model.functions import bound_module, content, named_misfit
+from jaxeff.model.apply import StatefulApply, called, check_apply, has_array
+from jaxeff.model.functions import bound_module, check_keywords, content, named_misfit
 from jaxeff.prune._named import GONE, in_modules, map_named, named_variables, stand_in, without_leaves
 from jaxeff.prune._plans import Plan
 from jaxeff.prune._shrinking import shrink
@@ -52,6 +52,14 @@ class CompactApply(StatefulApply):
         arrays = {name: value for name, value in keywords.items() if has_array(value)}
         statics = {name: value for name, value in keywords.items() if name not in arrays}
         return self._compiled(_Statics.of(statics), params, self.state, batch, arrays)
+
+    def model_call(self, keywords: Mapping[str, Any]) -> Callable[..., Any]:
+        return called(self.apply_fn, keywords)
+
+    def axis_name(self, path: str, axis: int) -> str | None:
+        if not isinstance(self.apply_fn, StatefulApply) or path not in self._renamed:
+            return None
+        return self.apply_fn.axis_name(self._renamed[path], axis)
 
     @functools.cached_property
     def _compiled(self) -> Callable:
@@ -291,6 +299,7 @@ def compact(
         )
     params, apply_fn, batch = resolve_both(params, apply_fn, batch)
     check_apply(apply_fn)
+    check_keywords(called(apply_fn, apply_kwargs))
     large_state: Any = apply_fn.state if isinstance(apply_fn, StatefulApply) else {}
     state = large_state  # Without arrays in it, it is passed on as it is: an Equinox model without state has None.
     if isinstance(apply_fn, StatefulApply) and jax.tree.leaves(large_state):

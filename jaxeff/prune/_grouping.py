@@ -100,7 +100,8 @@ def groups(
         len(named),
         [block for one in in_a_row for block in one.blocks],
     )
-    found = [_group(one, paths) for one in coupled]
+    axis_name = apply_fn.axis_name if isinstance(apply_fn, StatefulApply) else lambda path, axis: None
+    found = [_group(one, paths, axis_name) for one in coupled]
     found = _named([*found, *(_group_of_blocks(one, paths, modules) for one in in_a_row)])
     _check_state(found, of_state)
     shapes, state_shapes = (
@@ -139,10 +140,10 @@ def coupled_groups(
     return Coupled(found, program, jax.tree.leaves((model.params, model.inputs)), pairs)
 
 
-def _group(coupled: Any, paths: list[str]) -> Group:
+def _group(coupled: Any, paths: list[str], axis_name: Callable[[str, int], str | None]) -> Group:
     block_axes = coupled.block_axes or [()] * len(coupled.members)
     members = tuple(
-        Member(paths[leaf], axis, indices, axes)
+        Member(paths[leaf], axis, indices, axes, axis_name(paths[leaf], axis))
         for (leaf, axis, indices), axes in zip(coupled.members, block_axes, strict=True)
     )
     locked = "; ".join(coupled.reasons) or None

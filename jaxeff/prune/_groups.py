@@ -46,16 +46,19 @@ class Member:
         axis: of the leaf.
         indices: [size of the group, m]: the m indices along the axis that each element holds.
         block_axes: axes of the leaf that the group's blocks lie along.
+        axis_name: of the axis, in a model of named axes (Haliax, Penzai).
     """
 
     path: str
     axis: int
     indices: np.ndarray
     block_axes: tuple[int, ...] = ()
+    axis_name: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.path}:{self.axis}"
+        """The leaf and the axis, by its name if it has one, else by its number: 'mlp/up/weight:1'."""
+        return f"{self.path}:{self.axis if self.axis_name is None else self.axis_name}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +66,8 @@ class Group:
     """Elements (channels, hidden units, heads, blocks) of which each is removed with all that it holds.
 
     Attributes:
-        name: of its first member, 'path:axis'; where several groups share that, a number follows.
+        name: of its first member, 'path:axis', by the axis's name if it has one; where several groups share that, a
+            number follows.
         size: number of elements.
         members: in the order in which the model uses their leaves.
         locked: why none may be removed; None where they may.
@@ -150,11 +154,15 @@ class Groups(Shown):
         return iter(self.groups)
 
     def __getitem__(self, name: str) -> Group:
-        """Return the group of this name, or the one that holds this axis of a leaf, 'path:axis'."""
+        """Return the group of this name, or the one that holds this axis of a leaf, 'path:axis', by name or number."""
         for group in self.groups:
             if group.name == name:
                 return group
-        holding = [group for group in self.groups if any(member.name == name for member in group.members)]
+        holding = [
+            group
+            for group in self.groups
+            if any(name in (member.name, f"{member.path}:{member.axis}") for member in group.members)
+        ]
         if len(holding) != 1:
             raise KeyError(f"{len(holding)} groups hold {name!r}: print the groups to see their names")
         return holding[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxeff.model.adapters import functional, restore
+from jaxeff.model.keras_models import keras_on_jax
 from jaxeff.prune._masking import apply
 
 
@@ -18,9 +19,10 @@ def keras_callback(masks: Any) -> Any:
         masks: from `prune.masks`, for the params of `jaxeff.functional(model)`.
 
     Raises:
-        ValueError: from `fit`: the masks are of another model.
+        ImportError: Keras, or the backend that it is set to, is not installed.
+        ValueError: Keras runs on another backend. From `fit`: the masks are of another model.
     """
-    import keras  # pyright: ignore[reportMissingImports]
+    keras = keras_on_jax()
 
     class Masks(keras.callbacks.Callback):
         def on_train_begin(self, logs: Any = None) -> None:

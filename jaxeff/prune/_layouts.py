@@ -225,7 +225,7 @@ def layout(
     >>> found["blocks/q"].axes
     Axes(inputs=(1,), units=(2,), layers=(0,))
     """
-    params, apply_fn, batch = resolve(params, apply_fn, batch, apply_kwargs)
+    params, apply_fn, batch = resolve(params, apply_fn, batch, rngs, apply_kwargs)
     params = Params.of(params)
     named = params.named
     if apply_fn is None:

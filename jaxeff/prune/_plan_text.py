@@ -18,7 +18,7 @@ import numpy as np
 from jaxeff.graph.coupling_kinds import GROUP_KINDS
 from jaxeff.prune._groups import Group, Member, Shapes
 
-VERSION = 3
+VERSION = 4
 _MODEL = ("params", "state", "groups")
 # Indices of one group, and of all: evenly spaced ones are two numbers in the text, however many they are.
 _LONGEST, _MOST = 1 << 24, 1 << 26
@@ -103,7 +103,7 @@ def _encoded_group(group: Group) -> dict[str, Any]:
         "routed": group.routed,
         "blocks": list(group.blocks),
         "members": [
-            [m.path, m.axis, [_encoded(column) for column in m.indices.T], list(m.block_axes)]
+            [m.path, m.axis, [_encoded(column) for column in m.indices.T], list(m.block_axes), m.axis_name]
             for m in group.members
         ],
         "leaves": [list(paths) for paths in group.leaves],
@@ -130,17 +130,18 @@ def _decoded_group(name: str, found: Any, shapes: Shapes) -> Group:
 
 
 def _decoded_member(found: Any, size: int, blocks: Sequence[int], shapes: Shapes) -> Member:
-    if len(_of(list, found)) != 4:
+    if len(_of(list, found)) != 5:
         raise _damaged(reprlib.repr(found))
-    path, axis, columns, block_axes = _path(found[0], shapes), _whole(found[1]), _of(list, found[2]), found[3]
-    shape, block_axes = shapes[path], _whole_numbers(block_axes)
+    path, axis, columns = _path(found[0], shapes), _whole(found[1]), _of(list, found[2])
+    shape, block_axes = shapes[path], _whole_numbers(found[3])
+    axis_name = None if found[4] is None else _of(str, found[4])
     fits = max((axis, *block_axes)) < len(shape) and (
         not block_axes or tuple(shape[i] for i in block_axes) == blocks
     )
     if not fits or not columns or not size <= shape[axis] or len(columns) > shape[axis]:
         raise _damaged(f"axis {axis} of {reprlib.repr(path)}")
     indices = np.stack([_decoded(column, size, shape[axis]) for column in columns], axis=1)
-    return Member(path, axis, indices, block_axes)
+    return Member(path, axis, indices, block_axes, axis_name)
 
 
 def _encoded(column: np.ndarray) -> list[int]:

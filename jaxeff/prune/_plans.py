@@ -192,8 +192,9 @@ class Plan(Shown):
             (group.name, group.kind, f"{group.size} to {kept[group.name]}{_each(group)}")
             for group in self.groups
         ]
+        names = {(each.path, each.axis): each.name for group in self.groups for each in group.members}
         leaves = [
-            (f"{path}:{axis}", "", f"{self.shapes[path][axis]} to {size}")
+            (names[path, axis], "", f"{self.shapes[path][axis]} to {size}")
             for path, axes in self.widths().items()
             for axis, size in axes.items()
         ]

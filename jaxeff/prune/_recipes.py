@@ -348,14 +348,14 @@ def entropy_regularized(
     # After an optimizer, updates descend.
     penalty = add_entropy_gradient(-strength, prunable)
     state = copied(state)
-    penalised = replaced(
+    penalized = replaced(
         state,
         tx=optax.chain(state.tx, penalty),
         opt_state=(state.opt_state, penalty.init(state.params)),
     )
     with progress_bar("Training", steps, options.get("progress", True)) as advance:
         training = Training(step, repeated(batches), evaluate, None, advance)
-        trained = training.run(penalised, None, steps)
+        trained = training.run(penalized, None, steps)
     opt_state, counting = trained.opt_state
     if int(counting.step) != steps:
         raise ValueError(

@@ -105,7 +105,7 @@ def outliers(
     >>> found.inputs.median, found.inputs.outlier_channels(1), found.inputs.below(2.0)
     (1.5, [((3,), 26.666666666666668)], 0.5)
     """
-    params, apply_fn, batch = resolve(params, apply_fn, batch, apply_kwargs)
+    params, apply_fn, batch = resolve(params, apply_fn, batch, rngs, apply_kwargs)
     params = Params.of(params)
     if statistics is None and (apply_fn is not None or batch is not None):
         if apply_fn is None or batch is None:

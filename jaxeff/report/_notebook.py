@@ -1,4 +1,4 @@
-"""The HTML of a report in notebooks: one small table, without colours or scripts.
+"""The HTML of a report in notebooks: one small table, without colors or scripts.
 
 `Report.to_html` writes a page with more. Notebooks strip scripts from cells that they have not run themselves.
 """

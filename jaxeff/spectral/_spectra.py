@@ -72,7 +72,7 @@ def spectra(
     >>> print(f"{row.effective_rank_ratio:.2f}, {row.verdict}")
     1.00, indistinguishable from random numbers (normal)
     """
-    params, apply_fn, batch = resolve(params, apply_fn, batch, apply_kwargs)
+    params, apply_fn, batch = resolve(params, apply_fn, batch, rngs, apply_kwargs)
     params = Params.of(params)
     if any(isinstance(leaf, Tracer) for leaf in params.named.values()):
         raise TypeError(

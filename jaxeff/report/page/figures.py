@@ -14,7 +14,7 @@ from jaxeff.report._records import LayerReport, Snapshot
 
 _RANKED = 10
 _NOISE = 0.02  # noise itself may seem to have this much to spare
-_LABELLED = 4
+_LABELED = 4
 
 
 def summary(report: Snapshot) -> dict[str, Any]:
@@ -235,11 +235,11 @@ def cost(layers: Sequence[LayerReport]) -> Chart:
     total = sum(costs) or 1.0
     most = _limit(max([each / total for each in costs], default=0.0))
     scale = _limit(max([spare for _, spare in found], default=0.0))
-    named = sorted(range(len(found)), key=lambda i: -costs[i] * max(found[i][1], 0))[:_LABELLED]
+    named = sorted(range(len(found)), key=lambda i: -costs[i] * max(found[i][1], 0))[:_LABELED]
     heights = [_height(spare / scale) for _, spare in found]
-    labelled = _apart([index for index in named if found[index][1] > 0], heights)
-    names = text.shorten([found[index][0].path for index in labelled], _LABEL)
-    labels = dict(zip(labelled, names, strict=True))
+    labeled = _apart([index for index in named if found[index][1] > 0], heights)
+    names = text.shorten([found[index][0].path for index in labeled], _LABEL)
+    labels = dict(zip(labeled, names, strict=True))
     points = []
     for index, (row, spare) in enumerate(found):
         share = costs[index] / total
