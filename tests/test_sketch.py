@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxeff.metrics import sketch
+from jaxeff.metrics._histogram import histogram, histogram_in_chunks
 from jaxeff.metrics.sketch import count, merge, on_host, summarize
 
 LARGE = 100_003  # prime: no piece divides it
@@ -58,6 +59,26 @@ def test_no_metric_is_farther_off_than_its_bound(size: int) -> None:
         for seed in range(1 if size == LARGE else 2):
             x = drawn.draw(name, seed, size)
             assert_within_bounds(counted(x), drawn.exact(x), f"{name} {seed} of {size}")
+
+
+@pytest.mark.parametrize("size", [2**18 - 1, 2**18, 2**19 + 5])
+def test_chunks_on_the_host_count_what_one_program_counts(size: int) -> None:
+    x = np.random.default_rng(0).lognormal(size=size).astype(np.float32)
+    # The largest place of one bin, so often that the places sum to more than a word.
+    x[: size // 4 * 3] = np.nextafter(np.float32(1), np.float32(0))
+    x[-9:] = 0, -0.0, 1e-42, np.nan, np.inf, -1, -np.inf, 1e-2, 1e-3
+    _same_counts(x)
+    # The largest is subnormal, then there is none.
+    _same_counts(np.where(x > 1, np.float32(1e-40), np.minimum(x, 0)))
+    _same_counts(np.full(size, -0.0, np.float32))
+
+
+def _same_counts(x: np.ndarray) -> None:
+    table, high, largest = histogram_in_chunks(x)
+    expected = jax.jit(histogram)(x)
+    np.testing.assert_array_equal(table, expected.table)
+    np.testing.assert_array_equal(high, np.broadcast_to(expected.high, high.shape))
+    assert largest == expected.largest
 
 
 def test_bounds_are_small_where_no_bin_is_crowded() -> None:

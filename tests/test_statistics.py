@@ -449,6 +449,27 @@ def test_long_sums_are_as_good_as_short_ones():
     assert np.array_equal(found.saturated, ((x <= 0.25) | (x >= 0.5)).sum(0))
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((8, 130, 96), (0, 1)),
+        ((8, 96, 126), (0, 2)),
+        ((1031, 70), (0,)),
+        ((40, 7, 4, 64), (0, 2)),
+        ((70_000,), (0,)),
+    ],
+)
+def test_sums_in_stages_are_those_of_float64(shape, axis):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    x[x < -0.5] = 0
+    found, exact = sums(x, axis, (-0.25, 0.5)), x.astype(np.float64)
+    np.testing.assert_allclose(found.absolute, np.abs(exact).sum(axis), rtol=1e-6)
+    np.testing.assert_allclose(found.square, np.square(exact).sum(axis), rtol=1e-6)
+    assert np.array_equal(found.maximum, np.abs(x).max(axis))
+    assert np.array_equal(found.zeros, (x == 0).sum(axis))
+    assert np.array_equal(found.saturated, ((x <= -0.25) | (x >= 0.5)).sum(axis))
+
+
 def test_units_with_nothing_but_zeros_have_a_zero_fraction_of_1():
     w, x = np.array([[1.0, -1.0]], np.float32), np.ones((3, 1), np.float32)
     (site,) = jaxeff.collect({"w": w}, lambda params, x: nn.relu(x @ params["w"]), x).sites

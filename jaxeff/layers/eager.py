@@ -1,7 +1,8 @@
 """The numbers of layers whose arrays are concrete.
 
 One program of the model scores all but the large layers, and their scores are read on the host, which
-compiles nothing. A large layer, or one that lies in parts, is counted in place.
+compiles nothing. A large layer is scored alone, and on a CPU its scores are counted by a program that all layers share.
+On an accelerator, or where it lies in parts, it is counted in place.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from jaxeff.layers.stacks import (
     unit_axes,
 )
 from jaxeff.metrics import _order, sketch
-from jaxeff.metrics._histogram import Histogram, histogram, histogram_on_host
+from jaxeff.metrics._histogram import Histogram, histogram, histogram_in_chunks, histogram_on_host
 from jaxeff.metrics._records import Metrics
 from jaxeff.metrics._weighted import Spread, effective_units, metrics_of, sums_of
 from jaxeff.numerics.meshes import by_compiler
@@ -123,7 +124,12 @@ def _reduce_alone(
     arrays, at = nameless(layer.arrays), tuple(np.int32(i) for i in index)
     if is_sorted(layer):
         return _sort_alone(criterion, curves, arrays, at, seen)
-    return _count_alone(criterion, _sharding_of(arrays), arrays, at, seen)
+    # Under a mesh, JAX refuses programs of one device's arrays.
+    on_cpu = all(device.platform == "cpu" for device in arrays.weight.devices())
+    if _lies_in_parts(arrays) or not on_cpu or not jax.sharding.get_abstract_mesh().empty:
+        return _count_alone(criterion, _sharding_of(arrays), arrays, at, seen)
+    scores, reduced = _score_alone(criterion, arrays, at, seen)
+    return histogram_in_chunks(to_host(scores)), reduced
 
 
 def _lies_in_parts(arrays: Arrays) -> bool:
@@ -150,6 +156,11 @@ def _sort_alone(
         return read_spread(_order.spread_of(scores.ravel(), scores.size), curves), reduced
 
     return by_compiler(sort, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score_alone(criterion: Criterion, arrays: Arrays, index: Index, seen: Any) -> tuple[jax.Array, Reduced]:
+    return by_compiler(lambda arrays: reduce(criterion, part_of(arrays, index), seen), arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

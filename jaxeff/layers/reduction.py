@@ -71,7 +71,9 @@ def score(criterion: Criterion, arrays: Arrays, seen: Any) -> tuple[jax.Array, R
     factors = jnp.ones(1, scores.dtype)
     if null.is_sampled(criterion):
         factors = null.factors_of(criterion, arrays.weight, arrays.sites, arrays.derivatives, usable)
-    largest = jnp.max(lax.stop_gradient(magnitudes))
+    # Not of the magnitudes, which XLA would store for it.
+    weight = lax.stop_gradient(widened(arrays.weight))
+    largest = jnp.max(lax.max(weight, lax.neg(weight)))
     return scores, Reduced(None, factors, jnp.asarray(usable), largest)
 
 

@@ -78,8 +78,37 @@ def histogram_on_host(x: np.ndarray) -> Histogram:
     found = patterns(x)
     at, places = bins_of(found), found & ((1 << PLACE_BITS) - 1)
     columns = np.bincount(at, minlength=BINS), np.bincount(at, weights=places, minlength=BINS)
-    largest = np.where(found < _INVALID, found, 0).max()
-    return Histogram(np.stack(columns, axis=1).astype(np.uint32), np.uint32(0), largest)
+    return Histogram(np.stack(columns, axis=1).astype(np.uint32), np.uint32(0), _largest_on_host(x))
+
+
+def histogram_in_chunks(x: np.ndarray) -> Histogram:
+    """Count x [...], float32 of any size, on the CPU, by one program for arrays of all shapes."""
+    x = x.reshape(-1)
+    nothing = np.zeros((BINS, 2), np.uint32), np.zeros(BINS, np.uint32)
+    table, high = jax.device_put(nothing, jax.local_devices(backend="cpu")[0])
+    largest = np.uint32(0)
+    for start in range(0, x.size, _UNCROWDED):
+        chunk = x[start : start + _UNCROWDED]
+        largest = np.maximum(largest, _largest_on_host(chunk))
+        padded = chunk if chunk.size == _UNCROWDED else np.pad(chunk, (0, _UNCROWDED - chunk.size))
+        table, high = _add_chunk(table, high, padded, np.int32(chunk.size))
+    return Histogram(table, high, largest)
+
+
+@partial(jax.jit, donate_argnums=(0, 1))
+def _add_chunk(table: Array, high: Array, chunk: Array, size: Array) -> tuple[Array, Array]:
+    """Add the counts of a chunk, whose positions sum to less than a word for each bin."""
+    more, _ = _by_pieces(chunk, size)
+    table += more
+    return table, high + (table[:, 1] < more[:, 1]).astype(jnp.uint32)
+
+
+def _largest_on_host(x: np.ndarray) -> np.ndarray:
+    """Return the largest bit pattern of a valid importance."""
+    largest = x.max(initial=0)
+    if not np.isfinite(largest):
+        largest = x.max(initial=0, where=np.isfinite(x))
+    return np.abs(largest).astype(np.float32).view(np.uint32)
 
 
 def add_words(low: Array, high: Array, more: Array) -> tuple[Array, Array]:
