@@ -53,6 +53,7 @@ def main() -> None:
     assert program.memory_analysis().temp_size_in_bytes < 64e6
     assert not any(word in program.as_text() for word in COPYING)
     reports(automatic)
+    blocks(automatic)
     if jax.__version_info__ >= (0, 10):
         with jax.set_mesh(explicit):
             reports(explicit)
@@ -83,6 +84,43 @@ def reports(mesh: jax.sharding.Mesh) -> None:
             assert int(ours.metrics.zeros) == int(theirs.metrics.zeros)
     forward = gathered(jax.jit(apply_fn).lower(lying, parts).compile().as_text())
     assert len(gathered(program.as_text())) <= len(forward), (gathered(program.as_text()), forward)
+
+
+def blocks(mesh: jax.sharding.Mesh) -> None:
+    """Layers of one shape that lie in different ways, as the matrices into a block and out of it: none moves."""
+    spec = {"into": P(None, "a", "b"), "out": P(None, "b", "a")}
+    shape = (3, 256, 256)
+    stacks = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, own))
+        for name, own in spec.items()
+    }
+    listed = {
+        f"block{i}/{name}": jax.ShapeDtypeStruct(
+            shape[1:], jnp.float32, sharding=NamedSharding(mesh, P(*own[1:]))
+        )
+        for i in range(shape[0])
+        for name, own in spec.items()
+    }
+    batch = jax.ShapeDtypeStruct((16, 256), jnp.float32, sharding=NamedSharding(mesh, P("a")))
+
+    def block(x, p):
+        x = jax.lax.with_sharding_constraint(x, batch.sharding)
+        return x + jax.nn.relu(x @ p["into"]) @ p["out"], None
+
+    def scanned(params, x):
+        return jax.lax.scan(block, x, params)[0]
+
+    def unrolled(params, x):
+        for i in range(shape[0]):
+            x, _ = block(x, {name: params[f"block{i}/{name}"] for name in spec})
+        return x
+
+    for params, apply_fn in ((stacks, scanned), (listed, unrolled)):
+        assert gathered(jax.jit(jaxeff.analyze).lower(params).compile().as_text()) == []
+        forward = gathered(jax.jit(apply_fn).lower(params, batch).compile().as_text())
+        report = jax.jit(lambda params, batch, apply_fn=apply_fn: jaxeff.analyze(params, apply_fn, batch))
+        found = gathered(report.lower(params, batch).compile().as_text())
+        assert len(found) <= len(forward), (found, forward)
 
 
 def gathered(program: str) -> list[str]:

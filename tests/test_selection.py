@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import jaxeff
+from jaxeff import prune
 from jaxeff.numerics import selection
+from jaxeff.numerics.bisection import Wide, bisected_of_many, index_in_row, is_below, pattern
 
 DRAW = np.random.default_rng(0)
 # Shape of the rows, how many values, so that more or less is tied: rows of one piece, of several with and
@@ -67,6 +69,59 @@ def test_candidates_of_any_dtype(dtype, largest, size):
     choose = selection.highest_of_each if largest else selection.lowest_of_each
     (found,) = choose([jnp.asarray(scores, dtype)], [counts], [(0,)], [jnp.asarray(among)])
     np.testing.assert_array_equal(found, oracle(scores, counts, largest, among))
+
+
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 70_000, 131_071, 131_072, 200_000, 263_168])
+def test_counts_in_two_words_select_what_counts_in_one_do(count, largest):
+    # More than 2^16 in one array, so that both words count, and many ties.
+    draw = np.random.default_rng(0).integers
+    scores = [jnp.asarray(draw(9, size=size), jnp.float32) for size in ((512, 512), (1024,))]
+    plain = selection.highest if largest else selection.lowest
+    found = selection.of_many(largest, scores, Wide.of(count), None)
+    for ours, expected in zip(found, plain(scores, count), strict=True):
+        assert np.array_equal(ours, expected)
+
+
+def test_ties_that_share_an_index_go_together():
+    first, second = jnp.zeros((3, 7)), jnp.ones(4)
+    assert index_in_row((3, 7), (), 3).tolist() == [
+        [3 * row + at // 3 for at in range(7)] for row in range(3)
+    ]
+    threshold = bisected_of_many(
+        [pattern(first), pattern(second)],
+        [index_in_row((3, 7), (), 3), index_in_row((4,), (), 3) + 9],
+        Wide.of(5),
+    )
+    # Three ties share the first index, and three the second, which do not all fit.
+    gone = is_below(pattern(first), threshold, index_in_row((3, 7), (), 3))
+    assert np.flatnonzero(gone).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("count", [0, 65_535, 65_536, 2**31, 3 * 2**33 + 5])
+def test_two_words_hold_a_count(count):
+    held = Wide.of(count)
+    assert (int(held.upper) << 16) + int(held.lower) == count and 0 <= int(held.lower) < 2**16
+    of_float = Wide.of(jnp.float32(count))
+    assert (int(of_float.upper) << 16) + int(of_float.lower) == int(np.float32(count))
+    less = held.minus(Wide.of(min(count, 70_001)))
+    assert (int(less.upper) << 16) + int(less.lower) == count - min(count, 70_001)
+    assert bool(less.at_most(held)) and (bool(held.at_most(less)) == (count == 0))
+
+
+@pytest.mark.parametrize("sparsity", [0.5, "traced"])
+def test_a_model_of_many_billion_weights_has_masks_of_all_together(sparsity):
+    # Llama 2 70B's largest leaves, which nothing is computed of.
+    scores = {
+        "up": jax.ShapeDtypeStruct((80, 8192, 28672), jnp.bfloat16),
+        "norm": jax.ShapeDtypeStruct((8,), float),
+    }
+    share = jax.ShapeDtypeStruct((), jnp.float32) if sparsity == "traced" else None
+    made = jax.jit(
+        lambda scores, share: prune.masks(scores, sparsity if share is None else share, scope="global")
+    )
+    found = jax.eval_shape(made, scores, share)
+    assert found["up"].shape == scores["up"].shape and found["up"].dtype == bool
 
 
 def test_a_threshold_says_of_one_row_what_goes():

@@ -84,11 +84,18 @@ def heads_of(
         # Layers lead, whatever their order in the weight.
         along = jnp.moveaxis(gathered(along), _rank(piece.axis, stacked), -1)
         indices = np.asarray(piece.indices)
-        parts.append(reduction.over(along[..., indices], axis=-1))
+        parts.append(reduction.over(_taken(along, indices), axis=-1))
         counts.append(
             score.size // int(np.prod([score.shape[a] for a in (*stacked, piece.axis)])) * indices.shape[1]
         )
     return reduction.last(functools.reduce(reduction.join, parts), sum(counts))
+
+
+def _taken(along: jax.Array, indices: np.ndarray) -> jax.Array:
+    """Return along[..., indices]; without a lookup if they are all in order, which would gather what is sharded."""
+    if np.array_equal(indices.ravel(), np.arange(along.shape[-1])):
+        return along.reshape(*along.shape[:-1], *indices.shape)
+    return along[..., indices]
 
 
 def _rank(axis: int, others: Sequence[int]) -> int:

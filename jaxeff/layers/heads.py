@@ -24,6 +24,7 @@ from jaxeff.layers.stacks import (
     layer_axes,
     nameless,
 )
+from jaxeff.numerics.meshes import kept_in_place
 from jaxeff.numerics.placement import to_host
 from jaxeff.statistics import (
     AttentionStatistics,
@@ -71,7 +72,8 @@ def _over_alike(function: Callable[[Any], Any], members: Sequence[Any]) -> Any:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _heads(criterion: Criterion, slices: tuple[HeadSlices, ...], arrays: tuple[Arrays, ...]) -> jax.Array:
     scores = {
-        piece.path: importance.score(criterion, *each) for piece, each in zip(slices, arrays, strict=True)
+        piece.path: kept_in_place(importance.score(criterion, *each), each.weight)
+        for piece, each in zip(slices, arrays, strict=True)
     }
     stacking = {piece.path: layer_axes(each) for piece, each in zip(slices, arrays, strict=True)}
     return granularity.heads_of(slices, scores, stacking, granularity.REDUCTIONS["sum"])

@@ -28,6 +28,45 @@ class Threshold(NamedTuple):
     first: Array
 
 
+class Wide(NamedTuple):
+    """A count that may pass 2^31: 2^16 upper + lower, as two int32."""
+
+    upper: Array
+    lower: Array
+
+    @classmethod
+    def of(cls, count: int | Array) -> Wide:
+        """Return a count, which may be a whole number in float32, where int32 does not hold it."""
+        if isinstance(count, int):
+            return cls(*(jnp.int32(word) for word in divmod(count, _BASE)))
+        upper = count // _BASE
+        return cls(upper.astype(jnp.int32), (count - upper * _BASE).astype(jnp.int32))
+
+    @classmethod
+    def true_in(cls, truths: Sequence[Array]) -> Wide:
+        """Count what is True in all arrays, which have fewer than 2^31 elements at each index of their first axis."""
+        total = cls(jnp.int32(0), jnp.int32(0))
+        for truth in truths:
+            each = jnp.sum(truth, tuple(range(1, truth.ndim)), dtype=jnp.int32)
+            lower = jnp.sum((each & (_BASE - 1)).astype(jnp.uint32))
+            total = cls(
+                total.upper + jnp.sum(each >> _BITS) + (lower >> _BITS).astype(jnp.int32),
+                total.lower + (lower & (_BASE - 1)).astype(jnp.int32),
+            )
+        return cls(total.upper + (total.lower >> _BITS), total.lower & (_BASE - 1))
+
+    def at_most(self, other: Wide) -> Array:
+        return (self.upper < other.upper) | ((self.upper == other.upper) & (self.lower <= other.lower))
+
+    def minus(self, other: Wide) -> Wide:
+        lower = self.lower - other.lower
+        return Wide(self.upper - other.upper + (lower >> _BITS), lower & (_BASE - 1))
+
+
+_BITS = 16
+_BASE = 1 << _BITS
+
+
 class Candidates(NamedTuple):
     """Scores and the candidates among them, as arrays of one shape."""
 
@@ -53,12 +92,18 @@ def is_below(key: Array, threshold: Threshold, index: Array) -> Array:
     return (key < threshold.limit) | ((key == threshold.limit) & (index < threshold.first))
 
 
-def index_in_row(shape: Axes, apart: Axes) -> Array:
-    """Return the index of each element in its row, in C order, without a reshape that would gather the array."""
+def index_in_row(shape: Axes, apart: Axes, shared: int = 1) -> Array:
+    """Return the index of each element in its row, in C order, without a reshape that would gather the array.
+
+    Args:
+        shared: number of elements side by side that have the same index.
+    """
     index, stride = jnp.zeros(shape, jnp.int32), 1
     for axis in reversed([axis for axis in range(len(shape)) if axis not in apart]):
-        index = index + stride * lax.broadcasted_iota(jnp.int32, shape, axis)
-        stride *= shape[axis]
+        own = lax.broadcasted_iota(jnp.int32, shape, axis) // shared
+        index = index + stride * own
+        stride *= -(-shape[axis] // shared)
+        shared = 1
     return index
 
 
@@ -102,6 +147,27 @@ def bisected(
     size = sum(key.size for key in keys) if apart is None else max(key.size for key in keys)
     firsts = largest_of_each(lambda firsts: at_most(before(firsts), missing), start, size.bit_length())
     return [Threshold(*pair) for pair in zip(limits, firsts, strict=True)]
+
+
+def bisected_of_many(keys: Sequence[Array], indices: Sequence[Array], count: Wide) -> Threshold:
+    """Return the threshold of all arrays together, whose number may pass 2^31.
+
+    Args:
+        indices: from 0 on. Elements may share one; where the ties of one do not all fit, none of them is selected.
+    """
+
+    def largest(truths: Callable[[Array], list[Array]], most: Wide) -> Array:
+        fits = lambda limits: [Wide.true_in(truths(limits[0])).at_most(most)]  # noqa: E731
+        return largest_of_each(fits, [jnp.int32(0)], 31)[0]
+
+    def under(limit: Array) -> list[Array]:
+        return [key < limit for key in keys]
+
+    limit = largest(under, count)
+    missing = count.minus(Wide.true_in(under(limit)))
+    pairs = list(zip(keys, indices, strict=True))
+    first = largest(lambda first: [(key == limit) & (index < first) for key, index in pairs], missing)
+    return Threshold(limit, first)
 
 
 def largest_of_each(holds: Callable[[list[Array]], list[Array]], like: list[Array], bits: int) -> list[Array]:

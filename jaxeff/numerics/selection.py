@@ -17,7 +17,18 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
-from jaxeff.numerics.bisection import Axes, Candidates, Threshold, bisected, index_in_row, is_below, pattern
+from jaxeff.numerics.bisection import (
+    LAST,
+    Axes,
+    Candidates,
+    Threshold,
+    Wide,
+    bisected,
+    bisected_of_many,
+    index_in_row,
+    is_below,
+    pattern,
+)
 from jaxeff.numerics.pieces import in_pieces, of_rows, rows_of
 
 
@@ -25,8 +36,9 @@ def lowest(scores: Sequence[Array], count: int | Array, among: Sequence[Array] |
     """Select the `count` lowest scores of all arrays together; ties are selected by index.
 
     Args:
-        scores: of any shapes, non-negative, fewer than 2^31 in all; compared as float32.
-        count: [], an integer from 0 to their number, which may be traced.
+        scores: of any shapes, non-negative; compared as float32. From 2^31 scores on, a few of equal scores may be
+            left out: fewer than one in 2^30.
+        count: [], an integer from 0 to their number, which may be traced; in float32 where int32 does not hold it.
         among: boolean arrays of the same shapes that mark candidates; at least `count` must be True.
 
     Returns:
@@ -35,7 +47,7 @@ def lowest(scores: Sequence[Array], count: int | Array, among: Sequence[Array] |
     >>> lowest([jnp.array([3.0, 1.0, 1.0]), jnp.array([0.5])], 2)
     [Array([False,  True, False], dtype=bool), Array([ True], dtype=bool)]
     """
-    return _selected(_on_one_cpu(scores), None, False, list(scores), [jnp.asarray(count, jnp.int32)], among)
+    return _of_all(False, scores, count, among)
 
 
 def highest(scores: Sequence[Array], count: int | Array, among: Sequence[Array] | None = None) -> list[Array]:
@@ -44,7 +56,29 @@ def highest(scores: Sequence[Array], count: int | Array, among: Sequence[Array] 
     >>> highest([jnp.array([3.0, 1.0, 3.0])], 1)
     [Array([ True, False, False], dtype=bool)]
     """
-    return _selected(_on_one_cpu(scores), None, True, list(scores), [jnp.asarray(count, jnp.int32)], among)
+    return _of_all(True, scores, count, among)
+
+
+def _of_all(
+    largest: bool, scores: Sequence[Array], count: int | Array, among: Sequence[Array] | None
+) -> list[Array]:
+    if sum(score.size for score in scores) > LAST:
+        return of_many(largest, list(scores), Wide.of(count), among)
+    return _selected(_on_one_cpu(scores), None, largest, list(scores), [jnp.asarray(count, jnp.int32)], among)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def of_many(largest: bool, scores: list[Array], count: Wide, among: Sequence[Array] | None) -> list[Array]:
+    """Select as `lowest` and `highest` do, of more than 2^31 scores."""
+    opens = [None] * len(scores) if among is None else among
+    keys = [Candidates(*pair).keys(largest) for pair in zip(scores, opens, strict=True)]
+    shared = -(-sum(key.size for key in keys) // (LAST >> 1))
+    indices, offset = [], 0
+    for key in keys:
+        indices.append(index_in_row(key.shape, (), shared) + offset)
+        offset += key.size // key.shape[-1] * -(-key.shape[-1] // shared)
+    threshold = bisected_of_many(keys, indices, count)
+    return [is_below(key, threshold, index) for key, index in zip(keys, indices, strict=True)]
 
 
 def lowest_of_each(

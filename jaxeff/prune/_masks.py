@@ -191,14 +191,17 @@ def _of_all(
     for path, may in zip(limited, may_go, strict=True):
         # Weights that a layer must keep are removed after all others.
         scores[path] = jnp.where(may, scores[path], jnp.inf)
-    removed = lowest([*scores.values()], jnp.minimum(count, free))
+    traced = isinstance(count, Tracer)
+    count = jnp.minimum(count, jnp.asarray(free, count.dtype)) if traced else min(count, free)
+    removed = lowest([*scores.values()], count)
     return {path: ~mask for path, mask in zip(groups, removed, strict=True)}
 
 
 def counted(share: Any, size: int) -> Any:
-    """Return round(share x size), in float32 if the share is traced."""
+    """Return round(share x size), computed in float32 if the share is traced, which it stays if int32 is too short."""
     if isinstance(share, Tracer):
-        return jnp.round(share * size).astype(jnp.int32)
+        found = jnp.round(share * float(size))
+        return found if size > np.iinfo(np.int32).max else found.astype(jnp.int32)
     return round(float(share) * size)
 
 
