@@ -26,6 +26,8 @@ from typing import Any
 # No chip is looked for, and several processes may load the library.
 os.environ["TPU_SKIP_MDS_QUERY"] = os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# As on a pod, where a process has several devices: what may be sharded is not put into one loop.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

@@ -235,7 +235,7 @@ def _weights(model: Model) -> set[str]:
 
 
 def check_loss_given(criteria: Iterable[Criterion], loss_fn: Any, targets: Any) -> None:
-    """Check that criteria which need gradients have a loss to take them of."""
+    """Check that criteria which need gradients have a loss to differentiate."""
     for criterion in criteria:
         if criterion.needs_loss and (loss_fn is None or targets is None):
             absent = "loss_fn" if loss_fn is None else "targets"

@@ -115,7 +115,12 @@ def blocks(mesh: jax.sharding.Mesh) -> None:
             x, _ = block(x, {name: params[f"block{i}/{name}"] for name in spec})
         return x
 
-    for params, apply_fn in ((stacks, scanned), (listed, unrolled)):
+    automatic = {f"Dense_{i}/kernel": leaf for i, leaf in enumerate(listed.values())}
+
+    def dense(params, x):
+        return unrolled(dict(zip(listed, params.values(), strict=True)), x)
+
+    for params, apply_fn in ((stacks, scanned), (listed, unrolled), (automatic, dense)):
         assert gathered(jax.jit(jaxeff.analyze).lower(params).compile().as_text()) == []
         forward = gathered(jax.jit(apply_fn).lower(params, batch).compile().as_text())
         report = jax.jit(lambda params, batch, apply_fn=apply_fn: jaxeff.analyze(params, apply_fn, batch))

@@ -295,6 +295,20 @@ def test_the_headline_promises_what_held_on_other_examples(by_cosine, rise, said
     assert said in dataclasses.replace(by_cosine, weights=removal, units=None).headline()
 
 
+def test_a_model_that_takes_no_batch_of_one_is_searched_by_other_criteria():
+    def of_several(params, x):
+        if len(x) < 2:
+            raise ValueError("too few examples.")
+        return model(params, x)
+
+    found = jaxeff.advise(
+        PARAMS, of_several, X, loss_fn=squares, targets=TARGETS, tolerance=0.5, max_runs=100, progress=False
+    )
+    assert set(found.reached) == {"magnitude", "wanda", "random"}
+    (note,) = [note for note in found.notes if note.startswith("Without fisher")]
+    assert "It raised ValueError: too few examples." in note and not note.endswith("..")
+
+
 def looks_up(params, tokens):
     return jax.nn.relu(params["table"][tokens] @ params["up"]) @ params["down"]
 
@@ -315,7 +329,7 @@ def test_tables_that_are_only_looked_up_stay_whole():
     )
     assert found.weights.total == 6 * 12 + 12 * 4
     assert np.all(found.masks["table"])
-    assert any("table is only looked up, and stays whole" in note for note in found.notes)
+    assert any("No single weights of table go: it is only looked up" in note for note in found.notes)
 
 
 def test_tables_that_are_also_multiplied_may_lose_weights():
@@ -413,6 +427,11 @@ def test_what_cannot_be_is_named(changed, named):
 def test_a_loss_that_is_no_function_is_refused(given):
     with pytest.raises(TypeError, match="`loss_fn` must be a function .* got (None|1)"):
         _ = jaxeff.advise(PARAMS, model, X, **given)
+
+
+def test_too_few_scores_are_refused():
+    with pytest.raises(ValueError, match="`evaluate` returned scores of 3 examples"):
+        _ = jaxeff.advise(PARAMS, model, X, evaluate=lambda params, apply_fn: np.ones(3), progress=False)
 
 
 def test_a_score_that_is_no_function_is_refused():

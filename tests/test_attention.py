@@ -342,3 +342,60 @@ def test_saturated_units_are_counted():
         )
         assert int(report["w"].activity.saturated) == saturated
         assert report.scalars("*/saturated_units")["layers/w/saturated_units"] == saturated
+
+
+DISTANCE = np.abs(np.arange(8.0)[:, None] - np.arange(8.0)).astype(np.float32)
+CAUSAL = np.tril(np.ones((8, 8), bool))
+PADDED = (np.arange(8) < 5) & (np.arange(8) < 5)[:, None]
+
+
+def divided(exponentials):
+    return exponentials / jnp.sum(exponentials, -1, keepdims=True)
+
+
+def shifted_before_it_is_turned(logits):
+    turned = logits.swapaxes(-1, -2)
+    return divided(jnp.exp((turned - jnp.max(turned, -2, keepdims=True)).swapaxes(-1, -2)))
+
+
+FORMS = {
+    "softmax": jax.nn.softmax,
+    "large offset": lambda logits: jax.nn.softmax(logits + 1e5),
+    "whole rows masked": lambda logits: jax.nn.softmax(jnp.where(PADDED, logits, -1e30)),
+    "causal": lambda logits: jax.nn.softmax(jnp.where(CAUSAL, logits, -jnp.inf)),
+    "no maximum": lambda logits: divided(jnp.exp(logits)),
+    "another difference": lambda logits: divided(jnp.exp(logits - 2 * DISTANCE)),
+    "masked by a difference": lambda logits: divided(jnp.exp(logits - np.where(CAUSAL, 0, np.float32(1e9)))),
+    "base 2": lambda logits: divided(jnp.exp2(logits - jnp.max(logits, -1, keepdims=True))),
+    "turned": shifted_before_it_is_turned,
+    "bfloat16": lambda logits: jax.nn.softmax(logits.astype(jnp.bfloat16)),
+    "widened": lambda logits: jax.nn.softmax(logits.astype(jnp.bfloat16).astype(jnp.float32)),
+    "widened from 8 bits": lambda logits: jax.nn.softmax(
+        logits.astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+def test_entropy_is_that_of_the_softmax_however_it_is_written(form, promotion):
+    draw = np.random.default_rng(0).standard_normal
+    params = {name: jnp.asarray(draw((16, 16)) / 4, jnp.float32) for name in "qkvo"}
+    x = jnp.asarray(draw((3, 8, 16)), jnp.float32)
+
+    def attention(params, x, watch=lambda probabilities: None):
+        query, key, value = ((x @ params[name]).reshape(3, 8, 4, 4) for name in "qkv")
+        probabilities = form(jnp.einsum("bqhd,bkhd->bhqk", query, key) / 2)
+        watch(probabilities)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(jnp.float32), value)
+        return mixed.reshape(3, 8, 16) @ params["o"]
+
+    seen = []
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion(promotion):
+        _ = attention(params, x, seen.append)
+        (found,) = jaxeff.collect(params, attention, x).attentions
+    p = np.asarray(seen[0], np.float64)
+    expected = -np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0), -1).mean((0, 2))
+    # Probabilities in bfloat16 have three digits.
+    rtol = 1e-2 if seen[0].dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(found.entropy, expected, rtol=rtol)

@@ -109,6 +109,20 @@ def test_two_words_hold_a_count(count):
     assert bool(less.at_most(held)) and (bool(held.at_most(less)) == (count == 0))
 
 
+def test_two_words_count_many_rows():
+    # The low bytes of all rows together pass 2^16 many times over.
+    truths = jnp.arange(300)[None] < jnp.full((70_000, 1), 255)
+    found = Wide.true_in([truths, jnp.ones(3, bool), jnp.zeros((0, 4), bool)])
+    assert (int(found.upper) << 16) + int(found.lower) == 70_000 * 255 + 3
+
+
+@pytest.mark.parametrize("other", [(5, 0), (1 << 20, 4096, 1)])
+def test_many_scores_may_lie_in_any_shape(other):
+    scores = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((80, 8192, 28672), other)]
+    found = jax.eval_shape(lambda scores: selection.lowest(scores, 2**33), scores)
+    assert [mask.shape for mask in found] == [(80, 8192, 28672), other]
+
+
 @pytest.mark.parametrize("sparsity", [0.5, "traced"])
 def test_a_model_of_many_billion_weights_has_masks_of_all_together(sparsity):
     # Llama 2 70B's largest leaves, which nothing is computed of.

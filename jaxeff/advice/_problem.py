@@ -22,7 +22,7 @@ from jaxeff.numerics.meshes import by_compiler
 
 HELD_OUT = 4
 """One example in this number is set aside."""
-_FEWEST = 2 * HELD_OUT
+FEWEST = 2 * HELD_OUT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +57,9 @@ def split(
                 "`held_out` has 1 example: an interval needs at least 2, and says little below 100"
             )
         return Examples(batch, targets, count), Examples(*held_out, number)
-    if count < _FEWEST:
+    if count < FEWEST:
         raise ValueError(
-            f"`batch` has {count} examples, of which a quarter is set aside: pass at least {_FEWEST}, or "
+            f"`batch` has {count} examples, of which a quarter is set aside: pass at least {FEWEST}, or "
             "`held_out=(batch, targets)`"
         )
     order = np.random.default_rng(seed).permutation(count)

@@ -96,7 +96,7 @@ def _risen_text(found: Findings, removal: Removal) -> str:
     rise = removal.rise
     change = _change(found, rise.mean)
     if rise.low is None or rise.high is None:
-        return f"{change} by `evaluate`"
+        return f"{change}"
     low, high = sorted([_signed(found, rise.mean, rise.low), _signed(found, rise.mean, rise.high)])
     examples = f"{rise.examples:,} held-out examples"
     return f"{change} ({_number(found, low)} to {_number(found, high)}) on {examples}"
@@ -108,7 +108,7 @@ def _faster(removal: Removal) -> str:
     (ratio,) = removal.measured.speedups
     if ratio.percentile_10 <= 1 <= ratio.percentile_90:
         spread = f"{ratio.percentile_10:.2f} to {ratio.percentile_90:.2f}"
-        return f"as fast, as far as its timings tell ({spread} times)"
+        return f"no measurable difference in speed ({spread} times)"
     word = "faster" if ratio.median > 1 else "slower"
     return f"{max(ratio.median, 1 / ratio.median):.2f} times {word}"
 
@@ -222,7 +222,7 @@ def _to_remove(found: Findings) -> list[Recommendation]:
         }
         fewer = 1 - measured.after.parameters / max(measured.before.parameters, 1)
         evidence["speedup"] = measured.speedups[0].median
-        what = f": {_share(fewer)} of the parameters less, {_faster(removal)}"
+        what = f": {_share(fewer)} fewer parameters, {_faster(removal)}"
     message = f"`prune.compact(params, apply_fn, batch, advice.plan)` makes the smaller network{what}."
     return [Recommendation("remove units", None, message, evidence, **saved)]
 

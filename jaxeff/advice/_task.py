@@ -17,7 +17,7 @@ from jaxeff._collect import Run, prepare
 from jaxeff.advice._advice import Advice
 from jaxeff.advice._interval import mean_and_bound, rise
 from jaxeff.advice._masked import Removable, Removed, group_members
-from jaxeff.advice._problem import HELD_OUT, Evaluated, Examples, Problem, Rows
+from jaxeff.advice._problem import FEWEST, HELD_OUT, Evaluated, Examples, Problem, Rows
 from jaxeff.advice._records import LayerAdvice, Removal, Tried
 from jaxeff.advice._runs import Runs
 from jaxeff.advice._search import Point, Search
@@ -86,7 +86,7 @@ class Task:
         if not self._layers.names:
             raise ValueError(
                 f"`params` hold no weights to prune: {', '.join(self._params.paths)}."
-                f"{whole_numbers(self._params.described())}"
+                f"{whole_numbers(self._params.described())}{''.join(f' {note}' for note in self.notes)}"
             )
         self._groups = self._removable_groups()
         self._begin()
@@ -129,7 +129,8 @@ class Task:
             leaf.path for leaf in layout.leaves if leaf.prunable and uses.get(leaf.path) == {"embedding"}
         }
         self.notes += [
-            f"{path} is only looked up, and stays whole: examples say nothing of rows that none of them reads."
+            f"No single weights of {path} go: it is only looked up, and examples say nothing of rows that none of "
+            "them reads."
             for path in sorted(tables)
         ]
         leaves = [
@@ -145,15 +146,13 @@ class Task:
                 self._params, given.apply_fn, given.searched.batch, criteria, given.loss_fn,
                 given.searched.targets, given.rngs, given.keywords,
             )  # fmt: skip
-        except ValueError:
+        except ValueError as error:
             # Some models take no batch of one, as the gradient of each example asks for.
             rest = tuple(each for each in criteria if not _takes_single_examples(each))
             if not rest or len(rest) == len(criteria):
                 raise
             left_out = ", ".join(each.name for each in criteria if each not in rest)
-            self.notes.append(
-                f"Without {left_out}, which runs single examples: the model or loss takes none."
-            )
+            self.notes.append(f"Without {left_out}, which runs single examples: {_sentence(error)}")
             return self._prepared(rest)
 
     def _removable_groups(self) -> Groups | None:
@@ -163,7 +162,7 @@ class Task:
                 given.params, given.apply_fn, given.searched.batch, rngs=given.rngs, **given.keywords
             )
         except ValueError as error:
-            self.notes.append(f"Whole units were left out: {error}.")
+            self.notes.append(f"Whole units were left out: {_sentence(error)}")
             return None
         if not may_go(found):
             self.notes.append("No units can be removed: print(jaxeff.prune.groups(...)) says why.")
@@ -195,6 +194,11 @@ class Task:
         self.runs.spend(always=True)
         dense = searched.losses(self._removable, self._without)
         if given.evaluate is not None and dense.ndim:
+            if len(dense) < FEWEST:
+                raise ValueError(
+                    f"`evaluate` returned scores of {len(dense)} examples, of which a quarter is set aside: score at "
+                    f"least {FEWEST}, or return one number"
+                )
             order = np.random.default_rng(given.seed).permutation(len(dense))
             held = np.sort(order[: len(dense) // HELD_OUT])
             rest = np.sort(order[len(dense) // HELD_OUT :])
@@ -259,7 +263,7 @@ class Task:
         try:
             small = compact(given.params, given.apply_fn, batch, plan, rngs=given.rngs, **given.keywords)
         except ValueError as error:
-            self.notes.append(f"The smaller network was not timed: {error}.")
+            self.notes.append(f"The smaller network was not timed: {_sentence(error)}")
             return
         self.runs.spend(TIMING, always=True)
         self._timed = before_and_after(
@@ -385,6 +389,10 @@ class Task:
             for what, search in searches
             for point in search.tried
         )
+
+
+def _sentence(error: ValueError) -> str:
+    return f"{str(error).rstrip('.')}."
 
 
 def _at_random(like: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def finite(scores: list[dict[str, jax.Array]]) -> list[jax.Array]:
 def spread(number: int) -> tuple[float, ...]:
     """Return some of the fractions to measure, each from the middle of its share of them.
 
-    That nearly nothing, or nearly all, may go says little of a layer.
+    Fractions near 0 and 1 tell layers apart least.
 
     >>> spread(2), spread(4)
     ((0.5, 0.95), (0.3, 0.7, 0.9, 0.99))

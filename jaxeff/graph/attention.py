@@ -200,15 +200,15 @@ def _softmax(flow: Flow, division: Operation) -> _Softmax | None:
     """Return the softmax whose exponentials this operation divides by their sum."""
     exponential, divisor = division.inputs
     total = _back(flow, divisor, ("reduce_sum",))
-    numerator = _back(flow, exponential, _BASES)
+    numerator = _in_place(flow, exponential, _BASES)
     if total is None or numerator is None or len(total.params["axes"]) != 1:
         return None
-    summed = _back(flow, total.inputs[0], _BASES)
+    summed = _in_place(flow, total.inputs[0], _BASES)
     (over,) = (int(axis) for axis in total.params["axes"])
     if summed is None or value_shape(total.inputs[0]) != value_shape(exponential):
         return None
-    logits = _origin(flow, numerator.inputs[0])
-    same = summed is numerator or _origin(flow, summed.inputs[0]) is logits
+    logits = _origin(flow, numerator.inputs[0], over)
+    same = summed is numerator or _origin(flow, summed.inputs[0], over) is logits
     if not same or isinstance(logits, Literal) or logits.shape != value_shape(exponential):
         return None
     return _Softmax(logits, over, _BASES[numerator.name])
@@ -229,10 +229,26 @@ def _back(flow: Flow, value: Value | Literal, names: Collection[str]) -> Operati
     return None
 
 
-def _origin(flow: Flow, value: Value | Literal) -> Value | Literal:
-    """Return the value of an exponent before its maximum is subtracted, and before it is made wider."""
-    shift = _back(flow, value, ("sub",))
-    value = value if shift is None else shift.inputs[0]
+def _in_place(flow: Flow, value: Value | Literal, names: Collection[str]) -> Operation | None:
+    """Return the operation of one of these names that makes the value, ignoring conversions."""
+    while isinstance(value, Value) and value in flow.made_by:
+        operation = flow.program.operations[flow.made_by[value]]
+        if operation.name in names:
+            return operation
+        if not nonlinearities.unchanged(operation):
+            return None
+        value = operation.inputs[0]
+    return None
+
+
+def _origin(flow: Flow, value: Value | Literal, over: int) -> Value | Literal:
+    """Return the value of an exponent before its maximum is subtracted, and before it is made wider.
+
+    A softmax is the same without anything that is subtracted from all of its logits.
+    """
+    shift = _in_place(flow, value, ("sub",))
+    if shift is not None and _same_along(flow, shift.inputs[1], over):
+        value = shift.inputs[0]
     while isinstance(value, Value) and value in flow.made_by:
         operation = flow.program.operations[flow.made_by[value]]
         source = operation.inputs[0] if operation.name == "convert_element_type" else None
@@ -242,9 +258,30 @@ def _origin(flow: Flow, value: Value | Literal) -> Value | Literal:
     return value
 
 
+def _same_along(flow: Flow, value: Value | Literal, dimension: int) -> bool:
+    """Return whether a value is seen to be the same at all indices of a dimension."""
+    while isinstance(value, Value) and value.shape[dimension] > 1:
+        made = flow.made_by.get(value)
+        operation = None if made is None else flow.program.operations[made]
+        if operation is None:
+            return False
+        if operation.name == "broadcast_in_dim":
+            kept = [int(each) for each in operation.params["broadcast_dimensions"]]
+            if dimension not in kept:
+                return True
+            dimension = kept.index(dimension)
+        elif not nonlinearities.unchanged(operation):
+            return False
+        value = operation.inputs[0]
+    return isinstance(value, Value) or np.ndim(value.val) == 0
+
+
 def _holds(wide: Any, narrow: Any) -> bool:
     """Return whether one dtype has all the floating numbers of another."""
-    return jnp.issubdtype(narrow, jnp.floating) and jnp.promote_types(wide, narrow) == wide
+    if not (jnp.issubdtype(wide, jnp.floating) and jnp.issubdtype(narrow, jnp.floating)):
+        return False
+    one, other = jnp.finfo(wide), jnp.finfo(narrow)
+    return one.nmant >= other.nmant and one.maxexp >= other.maxexp and one.minexp <= other.minexp
 
 
 def _attention(

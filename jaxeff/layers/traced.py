@@ -116,15 +116,26 @@ def _inlined(
 def _groups(layers: Sequence[Layer]) -> list[list[int]]:
     """Group layers of equal structure and shapes, which one compiled loop can process.
 
-    Large ones must also agree in their paths but for numbers: others may be sharded in another way, and a loop over
-    both would move weights.
+    Large ones that may be sharded must also have the same place in their block: others may be sharded in another
+    way, and a loop over both would move weights.
     """
     groups: dict[Hashable, list[int]] = {}
     for index, layer in enumerate(layers):
         leaves, structure = jax.tree.flatten(nameless(layer.arrays))
-        like = re.sub(r"\d+", "*", layer.place.path) if layer.size > SMALL else None
-        groups.setdefault((like, structure, *map(jax.typeof, leaves)), []).append(index)
+        apart = layer.size > SMALL and (jax.device_count() > 1 or layer_axes(layer.arrays))
+        place = _place_in_block(layer.place.path) if apart else None
+        groups.setdefault((place, structure, *map(jax.typeof, leaves)), []).append(index)
     return list(groups.values())
+
+
+def _place_in_block(path: str) -> str:
+    """Return the path without the numbers of blocks; a number in the last module, as in Dense_0, is no block's.
+
+    >>> _place_in_block("block_3/mlp/Dense_1/kernel")
+    'block_*/mlp/Dense_1/kernel'
+    """
+    *blocks, module, leaf = ["", "", *path.split("/")]
+    return "/".join([*(re.sub(r"\d+", "*", block) for block in blocks if block), module, leaf])
 
 
 def _rows_alike(criterion: Criterion, layers: Sequence[Layer], curves: bool, is_counted: bool) -> _Row:

@@ -70,7 +70,7 @@ class StatefulApply(abc.ABC):
         """Return the model's own function, which takes these keywords."""
 
     def axis_name(self, path: str, axis: int) -> str | None:
-        """Return how the model's library calls an axis of a leaf; None where axes have numbers alone."""
+        """Return the name of a leaf's axis in the model's library; None if it has none."""
         return None
 
 
@@ -229,7 +229,7 @@ def called(apply_fn: Callable, keywords: Mapping[str, Any]) -> Callable[..., Any
     if module is None:
         return apply_fn.model_call(keywords) if isinstance(apply_fn, StatefulApply) else apply_fn
     method = {**bound, **keywords}.get("method") or "__call__"
-    return getattr(module, method) if isinstance(method, str) else method
+    return getattr(module, method, apply_fn) if isinstance(method, str) else method
 
 
 def _call(apply_fn: Callable, whole: bool, statics: tuple, params: Any, inputs: Any) -> Any:

@@ -247,13 +247,18 @@ def check_keywords(function: Callable) -> None:
     except ValueError:  # a function of C, which says nothing of its parameters
         return
     any_keyword = [name for name, each in parameters.items() if each.kind is each.VAR_KEYWORD]
-    unnamed = [name for name in near if name not in parameters]
+    unnamed = [name for name in near if name not in parameters and name not in _WORDS]
     if any_keyword and unnamed:
         name = unnamed[0]
         raise TypeError(
             f"`{verb}` takes `{near[name]}`, and {name!r} would go unnoticed into the `**{any_keyword[0]}` of the "
-            f"model. If that is meant, pass `functools.partial(apply_fn, {name}=...)` as `apply_fn`"
+            f"model. If that is meant, pass `functools.partial(apply_fn, {name}=...)` as `apply_fn`; for a model, of "
+            "`params, apply_fn = jaxeff.functional(model)`"
         )
+
+
+# Keywords of models that are words of their own, though close to an argument of some verb.
+_WORDS = frozenset({"head", "mask", "range", "rng", "score", "shape", "target"})
 
 
 def _near_arguments() -> tuple[str, dict[str, str]]:

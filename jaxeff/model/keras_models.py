@@ -25,6 +25,8 @@ def keras_on_jax() -> Any:
     except ImportError as error:
         if error.name == "keras":
             raise ImportError("this needs Keras: pip install 'jaxeff[keras]'", name="keras") from error
+        if error.name not in ("tensorflow", "torch", "openvino"):
+            raise
         raise ImportError(f"Keras cannot import its backend ({error}): {remedy}", name=error.name) from error
     if keras.backend.backend() != "jax":
         raise ValueError(f"Keras runs on {keras.backend.backend()}: {remedy}")

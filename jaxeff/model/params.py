@@ -18,7 +18,7 @@ from jaxeff.model.roles import ParamInfo, role_of
 
 Path = str
 _STATIC = {"static": True}
-# An Equinox module of arrays alone, as its `filter` makes, is params too.
+# `equinox.filter` makes a module of arrays alone, which is not a model but params.
 _MODELS = (("keras", "Layer"), ("penzai", "Layer"), ("equinox", "Module"))
 _BOXES = (nnx.Variable, AxisMetadata)  # wrap one value, as nn.Partitioned and nnx.Param do
 
@@ -63,7 +63,7 @@ class Params:
             if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 raise TypeError(
                     f"`params` holds a random key at {path!r}: pass the parameters alone, as "
-                    "`nnx.state(model, nnx.Param)` gives them, or the model, (model, batch)"
+                    "`nnx.state(model, nnx.Param)` gives them, or the model, (model, batch); or leave the key out"
                 )
         return Params(tree, tuple(named), state, is_variables(params))
 

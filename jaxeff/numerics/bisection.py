@@ -44,16 +44,17 @@ class Wide(NamedTuple):
 
     @classmethod
     def true_in(cls, truths: Sequence[Array]) -> Wide:
-        """Count what is True in all arrays, which have fewer than 2^31 elements at each index of their first axis."""
+        """Count what is True in all arrays, of at most 2^24 rows along their first axis, each below 2^31 elements."""
         total = cls(jnp.int32(0), jnp.int32(0))
         for truth in truths:
             each = jnp.sum(truth, tuple(range(1, truth.ndim)), dtype=jnp.int32)
-            lower = jnp.sum((each & (_BASE - 1)).astype(jnp.uint32))
-            total = cls(
-                total.upper + jnp.sum(each >> _BITS) + (lower >> _BITS).astype(jnp.int32),
-                total.lower + (lower & (_BASE - 1)).astype(jnp.int32),
-            )
-        return cls(total.upper + (total.lower >> _BITS), total.lower & (_BASE - 1))
+            # Sums of bytes, which stay below a word however many rows there are.
+            low, middle = (jnp.sum((each >> shift & 255).astype(jnp.uint32)) for shift in (0, 8))
+            rest = (low & (_BASE - 1)) + ((middle & 255) << 8) + total.lower.astype(jnp.uint32)
+            carried = (low >> _BITS) + (middle >> 8) + (rest >> _BITS)
+            upper = total.upper + jnp.sum(each >> _BITS) + carried.astype(jnp.int32)
+            total = cls(upper, (rest & (_BASE - 1)).astype(jnp.int32))
+        return total
 
     def at_most(self, other: Wide) -> Array:
         return (self.upper < other.upper) | ((self.upper == other.upper) & (self.lower <= other.lower))
@@ -96,14 +97,14 @@ def index_in_row(shape: Axes, apart: Axes, shared: int = 1) -> Array:
     """Return the index of each element in its row, in C order, without a reshape that would gather the array.
 
     Args:
-        shared: number of elements side by side that have the same index.
+        shared: number of elements side by side along the longest axis that have the same index.
     """
     index, stride = jnp.zeros(shape, jnp.int32), 1
+    longest = max(range(len(shape)), key=shape.__getitem__, default=0)
     for axis in reversed([axis for axis in range(len(shape)) if axis not in apart]):
-        own = lax.broadcasted_iota(jnp.int32, shape, axis) // shared
-        index = index + stride * own
-        stride *= -(-shape[axis] // shared)
-        shared = 1
+        number = shared if axis == longest else 1
+        index = index + stride * (lax.broadcasted_iota(jnp.int32, shape, axis) // number)
+        stride *= -(-shape[axis] // number)
     return index
 
 

@@ -76,7 +76,8 @@ def of_many(largest: bool, scores: list[Array], count: Wide, among: Sequence[Arr
     indices, offset = [], 0
     for key in keys:
         indices.append(index_in_row(key.shape, (), shared) + offset)
-        offset += key.size // key.shape[-1] * -(-key.shape[-1] // shared)
+        longest = max(key.shape)
+        offset += key.size // max(longest, 1) * -(-longest // shared)
     threshold = bisected_of_many(keys, indices, count)
     return [is_below(key, threshold, index) for key, index in zip(keys, indices, strict=True)]
 

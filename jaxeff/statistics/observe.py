@@ -243,7 +243,7 @@ def _watch_heads(watch: _Watch, attention: graph.Attention) -> tuple[_Watched, _
     dims = axes.of_data(attention.logits.shape)
     place = Place("an attention", dims, loops=attention.loops, ignored=(attention.over,))
     entropy = _HeadEntropy(attention.over, attention.base, attention.head_dims)
-    largest = functools.partial(_largest, attention.over)
+    largest = _LargestLogit(attention.over)
     return watch.add(attention.logits, entropy, place), watch.add(attention.logits, largest, place)
 
 
@@ -325,9 +325,7 @@ def _numbered(dim: tuple[axes.Factor, ...]) -> tuple[axes.Factor, ...]:
 class _HeadEntropy:
     """Sums the entropies of each head's distributions, each over one dimension, and counts them.
 
-    Computed from the logits, as probabilities are rarely kept: a compiler makes them anew where values are weighed.
-    The maxima and the sums of exponentials are written as a softmax writes them, so that the compiler shares them.
-    """
+    Probabilities are rarely kept, so logits are read, whose maxima and sums the compiler shares with the softmax."""
 
     over: int
     base: float
@@ -340,28 +338,32 @@ class _HeadEntropy:
         logits = widened(array) if self.base == math.e else widened(array) * math.log(self.base)
         most = jnp.max(logits, self.over, keepdims=True)
         total = jnp.sum(jnp.exp(logits - most), self.over, keepdims=True)
-        logs = logits - (most + jnp.log(total))
-        parts = jnp.exp(logs)
-        # A masked position has the probability 0, whose logarithm is no number.
-        entropies = -jnp.sum(jnp.where(parts == 0, 0, parts * logs), self.over, keepdims=True)
+        # -ln p, from the largest logit down: exact where all are equal, as in a row that is masked whole.
+        surprise = most - logits + jnp.log(total)
+        parts = jnp.exp(-surprise)
+        # A masked position has the probability 0, whose logarithm is -inf.
+        entropies = jnp.sum(jnp.where(parts == 0, 0, parts * surprise), self.over, keepdims=True)
         entropies = entropies if counts is None else jnp.where(counts, entropies, 0)
         others = tuple(i for i in range(array.ndim) if i not in self.head_dims)
         sums = jnp.ravel(jnp.sum(entropies, others))
         return jnp.append(sums, number(entropies.size // sums.size, counts))
 
 
-def _largest(over: int, array: jax.Array, counts: jax.Array | None) -> Largest:
-    """Return the largest logit, from the maxima over one dimension, which a softmax has made anyway."""
+@dataclasses.dataclass(frozen=True)
+class _LargestLogit:
+    """The largest logit, from the maxima over one dimension, which a softmax has made anyway."""
 
-    def of_all(array: jax.Array, counts: jax.Array | None = None) -> jax.Array:
-        maxima = jnp.max(widened(array), over, keepdims=True)
+    over: int
+
+    def __call__(self, array: jax.Array, counts: jax.Array | None) -> Largest:
+        maximum = by_compiler(self._of_all, array, *(() if counts is None else (counts,)))
+        seen = jnp.ones_like(maximum) if counts is None else jnp.any(counts).astype(maximum.dtype)
+        return Largest(maximum, seen)
+
+    def _of_all(self, array: jax.Array, counts: jax.Array | None = None) -> jax.Array:
+        maxima = jnp.max(widened(array), self.over, keepdims=True)
         lowest = jnp.finfo(maxima.dtype).min
         return jnp.max(maxima if counts is None else jnp.where(counts, maxima, lowest))
-
-    maximum = by_compiler(of_all, array, *(() if counts is None else (counts,)))
-    return Largest(
-        maximum, jnp.ones_like(maximum) if counts is None else jnp.any(counts).astype(maximum.dtype)
-    )
 
 
 def _attention_statistics(
