@@ -23,8 +23,10 @@ from jaxeff.layers.stacks import (
     Layer,
     layer_axes,
     nameless,
+    part_of,
+    positions,
 )
-from jaxeff.numerics.meshes import kept_in_place
+from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.placement import to_host
 from jaxeff.statistics import (
     AttentionStatistics,
@@ -71,9 +73,34 @@ def _over_alike(function: Callable[[Any], Any], members: Sequence[Any]) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _heads(criterion: Criterion, slices: tuple[HeadSlices, ...], arrays: tuple[Arrays, ...]) -> jax.Array:
+    """Return [units]; blocks that the weights stack lead."""
+
+    def every(arrays: tuple[Arrays, ...]) -> jax.Array:
+        (stack, *others) = {tuple(each.weight.shape[axis] for axis in layer_axes(each)) for each in arrays}
+        if not stack or others:
+            return _of_arrays(criterion, slices, arrays)
+
+        def block(step: jax.Array) -> jax.Array:
+            return _of_arrays(criterion, own, tuple(part_of(each, tuple(step)) for each in arrays))
+
+        # One block's scores at a time. The scores of all at once, XLA would gather from the devices of a mesh.
+        own = tuple(_in_block(piece, each) for piece, each in zip(slices, arrays, strict=True))
+        rows = lax.map(block, positions(arrays[0]))
+        return rows.reshape(*stack, *rows.shape[1:])
+
+    return by_compiler(every, arrays)
+
+
+def _in_block(slices: HeadSlices, arrays: Arrays) -> HeadSlices:
+    """Return the slices of one of the layers that a weight stacks."""
+    return dataclasses.replace(
+        slices, axis=slices.axis - sum(axis < slices.axis for axis in layer_axes(arrays))
+    )
+
+
+def _of_arrays(criterion: Criterion, slices: Sequence[HeadSlices], arrays: Sequence[Arrays]) -> jax.Array:
     scores = {
-        piece.path: kept_in_place(importance.score(criterion, *each), each.weight)
-        for piece, each in zip(slices, arrays, strict=True)
+        piece.path: importance.score(criterion, *each) for piece, each in zip(slices, arrays, strict=True)
     }
     stacking = {piece.path: layer_axes(each) for piece, each in zip(slices, arrays, strict=True)}
     return granularity.heads_of(slices, scores, stacking, granularity.REDUCTIONS["sum"])

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec
 
 
@@ -29,13 +28,6 @@ def laid_like(array: jax.Array, other: Any) -> jax.Array:
     if jnp.shape(array) != jnp.shape(other):
         return array
     return gathered(array) if wanted is None else jax.sharding.reshard(array, wanted)
-
-
-def kept_in_place(array: jax.Array, weight: Any) -> jax.Array:
-    """Return an array of a weight's shape, which the compiler then lays out like the weight."""
-    if _explicit(weight) is not None or jax.sharding.get_abstract_mesh().manual_axes:
-        return array
-    return shard_alike(array, weight)[0]
 
 
 def zeros_of(shapes: Any) -> Any:
