@@ -25,7 +25,7 @@ def keras_on_jax() -> Any:
     except ImportError as error:
         if error.name == "keras":
             raise ImportError("this needs Keras: pip install 'jaxeff[keras]'", name="keras") from error
-        if error.name not in ("tensorflow", "torch", "openvino"):
+        if (error.name or "").partition(".")[0] not in ("tensorflow", "torch", "openvino"):
             raise
         raise ImportError(f"Keras cannot import its backend ({error}): {remedy}", name=error.name) from error
     if keras.backend.backend() != "jax":
