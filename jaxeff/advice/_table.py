@@ -96,7 +96,7 @@ def _risen_text(found: Findings, removal: Removal) -> str:
     rise = removal.rise
     change = _change(found, rise.mean)
     if rise.low is None or rise.high is None:
-        return f"{change}"
+        return change
     low, high = sorted([_signed(found, rise.mean, rise.low), _signed(found, rise.mean, rise.high)])
     examples = f"{rise.examples:,} held-out examples"
     return f"{change} ({_number(found, low)} to {_number(found, high)}) on {examples}"

@@ -38,11 +38,11 @@ def softmaxes_of(flow: Flow) -> dict[Value, Softmax]:
 def _softmax(flow: Flow, division: Operation) -> Softmax | None:
     """Return the softmax whose exponentials this operation divides by their sum."""
     exponential, divisor = division.inputs
-    total = _back(flow, divisor, ("reduce_sum",))
-    numerator = _in_place(flow, exponential, _BASES)
+    total = _back(flow, divisor, ("reduce_sum",), moved=True)
+    numerator = _back(flow, exponential, _BASES)
     if total is None or numerator is None or len(total.params["axes"]) != 1:
         return None
-    summed = _in_place(flow, total.inputs[0], _BASES)
+    summed = _back(flow, total.inputs[0], _BASES)
     (over,) = (int(axis) for axis in total.params["axes"])
     if summed is None or value_shape(total.inputs[0]) != value_shape(exponential):
         return None
@@ -56,25 +56,19 @@ def _softmax(flow: Flow, division: Operation) -> Softmax | None:
 _BASES = {"exp": math.e, "exp2": 2.0}
 
 
-def _back(flow: Flow, value: Value | Literal, names: Collection[str]) -> Operation | None:
-    """Return the operation of one of these names that makes the value, ignoring moves and conversions."""
+def _back(
+    flow: Flow, value: Value | Literal, names: Collection[str], *, moved: bool = False
+) -> Operation | None:
+    """Return the operation of one of these names that makes the value, ignoring conversions.
+
+    Args:
+        moved: whether to ignore moves of its elements too.
+    """
     while isinstance(value, Value) and value in flow.made_by:
         operation = flow.program.operations[flow.made_by[value]]
         if operation.name in names:
             return operation
-        if not (axes.moves(operation) or nonlinearities.unchanged(operation)):
-            return None
-        value = operation.inputs[0]
-    return None
-
-
-def _in_place(flow: Flow, value: Value | Literal, names: Collection[str]) -> Operation | None:
-    """Return the operation of one of these names that makes the value, ignoring conversions."""
-    while isinstance(value, Value) and value in flow.made_by:
-        operation = flow.program.operations[flow.made_by[value]]
-        if operation.name in names:
-            return operation
-        if not nonlinearities.unchanged(operation):
+        if not (nonlinearities.unchanged(operation) or (moved and axes.moves(operation))):
             return None
         value = operation.inputs[0]
     return None
@@ -85,7 +79,7 @@ def _origin(flow: Flow, value: Value | Literal, over: int) -> Value | Literal:
 
     A softmax is the same without anything that is subtracted from all of its logits.
     """
-    shift = _in_place(flow, value, ("sub",))
+    shift = _back(flow, value, ("sub",))
     if shift is not None and _same_along(flow, shift.inputs[1], over):
         value = shift.inputs[0]
     while isinstance(value, Value) and value in flow.made_by:

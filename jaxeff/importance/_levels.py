@@ -92,7 +92,7 @@ def heads_of(
 
 
 def _taken(along: jax.Array, indices: np.ndarray) -> jax.Array:
-    """Return along[..., indices]; without a lookup if they are all in order, which would gather what is sharded."""
+    """Return along[..., indices]. If these are all in order, reshape: a lookup would gather what is sharded."""
     if np.array_equal(indices.ravel(), np.arange(along.shape[-1])):
         return along.reshape(*along.shape[:-1], *indices.shape)
     return along[..., indices]

@@ -129,13 +129,13 @@ def _groups(layers: Sequence[Layer]) -> list[list[int]]:
 
 
 def _place_in_block(path: str) -> str:
-    """Return the path without the numbers of blocks; a number in the last module, as in Dense_0, is no block's.
+    """Return the path with * for the numbers of blocks. The last module keeps its own, as in Dense_0.
 
     >>> _place_in_block("block_3/mlp/Dense_1/kernel")
     'block_*/mlp/Dense_1/kernel'
     """
-    *blocks, module, leaf = ["", "", *path.split("/")]
-    return "/".join([*(re.sub(r"\d+", "*", block) for block in blocks if block), module, leaf])
+    modules = path.split("/")
+    return "/".join([*(re.sub(r"\d+", "*", block) for block in modules[:-2]), *modules[-2:]])
 
 
 def _rows_alike(criterion: Criterion, layers: Sequence[Layer], curves: bool, is_counted: bool) -> _Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ def keras_on_jax() -> Any:
     """
     remedy = "set the environment variable KERAS_BACKEND to 'jax' before keras is imported"
     try:
-        import keras  # pyright: ignore[reportMissingImports]
+        keras = importlib.import_module("keras")
     except ImportError as error:
         if error.name == "keras":
             raise ImportError("this needs Keras: pip install 'jaxeff[keras]'", name="keras") from error

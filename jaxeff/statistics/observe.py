@@ -243,8 +243,8 @@ def _watch_heads(watch: _Watch, attention: graph.Attention) -> tuple[_Watched, _
     dims = axes.of_data(attention.logits.shape)
     place = Place("an attention", dims, loops=attention.loops, ignored=(attention.over,))
     entropy = _HeadEntropy(attention.over, attention.base, attention.head_dims)
-    largest = _LargestLogit(attention.over)
-    return watch.add(attention.logits, entropy, place), watch.add(attention.logits, largest, place)
+    watched = watch.add(attention.logits, entropy, place)
+    return watched, watch.add(attention.logits, _LargestLogit(attention.over), place)
 
 
 def _edges(nonlinearity: str) -> tuple[float, float]:
@@ -323,9 +323,7 @@ def _numbered(dim: tuple[axes.Factor, ...]) -> tuple[axes.Factor, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _HeadEntropy:
-    """Sums the entropies of each head's distributions, each over one dimension, and counts them.
-
-    Probabilities are rarely kept, so logits are read, whose maxima and sums the compiler shares with the softmax."""
+    """Sums the entropies of each head's distributions, each over one dimension, and counts them."""
 
     over: int
     base: float
@@ -336,6 +334,7 @@ class _HeadEntropy:
 
     def _summed(self, array: jax.Array, counts: jax.Array | None = None) -> jax.Array:
         logits = widened(array) if self.base == math.e else widened(array) * math.log(self.base)
+        # As a softmax writes them, so that the compiler shares them; the probabilities are rarely kept.
         most = jnp.max(logits, self.over, keepdims=True)
         total = jnp.sum(jnp.exp(logits - most), self.over, keepdims=True)
         # -ln p, from the largest logit down: exact where all are equal, as in a row that is masked whole.
