@@ -704,7 +704,8 @@ def test_damaged_orbax(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "x", tree_of(GOOD))
     tree = (tmp_path / "x" / "_METADATA").read_text()
-    for text in ("{", "[]", "{}", tree.replace('"key": "a"', '"key": "nope"'), tree[:100]):
+    names = [tree.replace('"key": "a"', f'"key": "{name}"') for name in ("nope", "\\ud800")]
+    for text in ("{", "[]", "{}", *names, tree[:100]):
         _ = (tmp_path / "x" / "_METADATA").write_text(text)
         _ = refused(["analyze", str(tmp_path / "x")], capsys)
     _ = (tmp_path / "x" / "_METADATA").write_text(tree)

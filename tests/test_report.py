@@ -463,6 +463,11 @@ def _text(**changes):
     return json.dumps({**report_of(layer()).to_dict(), **changes})
 
 
+def _layer_text(**changes):
+    (row,) = report_of(layer(dead=2)).to_dict()["layers"]
+    return _text(layers=[{**row, **changes}])
+
+
 BAD_JSON = {
     "no JSON": "{",
     "empty": "",
@@ -473,6 +478,9 @@ BAD_JSON = {
     "layers are incomplete": _text(layers=[{"path": "a"}]),
     "no model": _text(model=None),
     "a word for a number": _text(model={**report_of(layer()).to_dict()["model"], "utilization": "much"}),
+    "fewer axes than the units have": _layer_text(shape=[]),
+    "an axis before the first": _layer_text(unit_axes=[-1]),
+    "infinitely many weights": _layer_text(nonfinite_weights="Infinity"),
 }
 
 

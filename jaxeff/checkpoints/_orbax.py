@@ -52,6 +52,8 @@ def list_tree(directory: Path) -> dict[tuple[str, ...], Stored]:
         leaves = dict(map(_leaf, tree["tree_metadata"].values()))
         is_whole = tree.get("store_array_data_equal_to_fill_value") is True
         driver = "zarr3" if tree.get("use_zarr3") else "zarr"
+        # JSON can spell names that UTF-8, and so a file system, cannot.
+        _ = "".join(name for keys in leaves for name in keys).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{quoted(directory)} has no tree of Orbax in its {_TREE} ({_first_line(error)})"

@@ -138,13 +138,17 @@ def _check(
     for row in rows:
         _ = jnp.dtype(row.dtype)
         _check_scalars(row, LayerNumbers, row.path)
-        _check_count(row.nonfinite_weights)
+        for count in (row.nonfinite_weights, row.metrics.nonfinite, row.metrics.zeros):
+            _check_count(count)
+        if not all(0 <= axis < len(row.shape) for axis in row.unit_axes):
+            raise ValueError(f"{row.path!r}: unit axes {row.unit_axes} of the shape {row.shape}")
         if row.units.shape != row.unit_shape:
             raise ValueError(
                 f"{row.path!r}: units of shape {row.units.shape} where {row.unit_shape} should be"
             )
     for other in others:
         _check_scalars(other, OtherNumbers, other.path)
+        _check_count(other.nonfinite)
     activities = [row.activity for row in rows if row.activity is not None]
     for activity in (*activities, *(module.activity for module in modules)):
         _check_activity(activity)
@@ -169,6 +173,8 @@ def _check_activity(activity: Activity) -> None:
         len(shape) != activity.rank or math.prod(shape) != activity.units for shape in shapes
     ):
         raise ValueError(f"sums of shapes {reprlib.repr(shapes)} for units of shape {activity.shape}")
+    if not np.all(np.isfinite(activity.count)):
+        raise ValueError(f"{activity.count} where a count of values should be")
 
 
 def encoded(node: Any) -> Any:
