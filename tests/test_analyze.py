@@ -209,7 +209,7 @@ def _spellings(network):
         "apply": lambda: (variables, module.apply),
         "equal module": lambda: (variables, Square().apply),
         "state": lambda: ({"params": state.params}, state.replace(step=1).apply_fn),
-        "changed arrays": lambda: (jax.tree.map(np.negative, variables), module.apply),
+        "changed arrays": lambda: (jax.tree.map(jnp.negative, variables), module.apply),
         "lambda": lambda: (variables, lambda v, x: Square().apply(v, x)),
         "jitted": lambda: (variables, jax.jit(Square().apply)),
     }
@@ -217,8 +217,9 @@ def _spellings(network):
 
 @pytest.mark.parametrize("name", ["apply", "equal module", "state", "changed arrays", "jitted"])
 def test_equal_models_compile_once(name, square, report, compilations):
+    arguments = _spellings(square)[name]()
     with compilations() as compiled:
-        jax.block_until_ready(jaxeff.analyze(*_spellings(square)[name](), square.batch))
+        jax.block_until_ready(jaxeff.analyze(*arguments, square.batch))
     assert compiled.count == 0
 
 
