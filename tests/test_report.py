@@ -499,6 +499,7 @@ RULES = {
     "dead units": ({"dead": 1}, {"dead": 0}),
     # 0.73 - 0.05, and three standard deviations of 2,048 weights: 0.0172.
     "below null": ({"utilization": 0.662}, {"utilization": 0.664}),
+    "concentration": ({"utilization": 0.662}, {"utilization": 0.664}),
     "layer redundancy": ({"redundancy": 0.61}, {"redundancy": 0.59}),
     "model utilization": (_OVERSIZED, {"effective_params": 0.31 * 2048}),
     "model sparsity": ({"relative_sparsity_1e2": 0.51}, {"relative_sparsity_1e2": 0.49}),
@@ -514,7 +515,8 @@ def test_a_rule_speaks_at_its_threshold_and_not_beside_it(rule, speaks, silent):
     assert rule in spoken
     assert rule not in {advice.rule for advice in report_of(layer(**silent)).recommendations()}
     advice = spoken[rule]
-    assert advice.path == (None if rule.startswith("model") or rule == "at null" else "dense/kernel")
+    of_model = rule.startswith("model") or rule in ("concentration", "at null")
+    assert advice.path == (None if of_model else "dense/kernel")
     assert advice.evidence and all(math.isfinite(number) for number in advice.evidence.values())
 
 
@@ -535,7 +537,7 @@ def test_evidence_is_what_the_report_says():
 def test_below_null_says_where_the_chain_rule_puts_it():
     wide = layer(utilization=0.3, effective_units=_scalar(10.0), effective_fan_in=_scalar(61.0))
     sparse = layer(utilization=0.3, effective_units=_scalar(31.0), effective_fan_in=_scalar(20.0))
-    for row, advice in ((wide, "a narrower layer"), (sparse, "masks on single weights")):
+    for row, advice in ((wide, "fewer units"), (sparse, "masks on single weights")):
         (found,) = [found for found in report_of(row).recommendations() if found.rule == "below null"]
         assert advice in found.message
 
@@ -654,7 +656,7 @@ def test_what_is_shown_is_grouped_by_stack_and_worth_something():
     # One line for the twenty blocks, and none for a unit of 256 bytes.
     assert {each.path for each in dead} == {"large/kernel", "blocks_0/kernel"}
     (blocks,) = [each for each in dead if each.path == "blocks_0/kernel"]
-    assert "So do 19 more layers." in blocks.message and blocks.saved_bytes == 20 * 4 * 256
+    assert "The same holds for 19 more layers." in blocks.message and blocks.saved_bytes == 20 * 4 * 256
     assert len(shown) <= 7
 
 
@@ -663,7 +665,7 @@ def test_layers_that_are_joined_twice_are_counted_once():
     rows = [layer(f"blocks_{i}/{name}", dead=4) for name in "abcdefgh" for i in range(3)]
     snapshot = report_of(*rows).snapshot()
     (dead,) = [each for each in grouped(recommend(snapshot), snapshot) if each.rule == "dead units"]
-    assert dead.message.count("So do") == 1 and dead.message.endswith(" So do 23 more layers.")
+    assert dead.message.count("The same") == 1 and dead.message.endswith(" holds for 23 more layers.")
 
 
 def test_many_recommendations_are_shown_in_seven_lines():

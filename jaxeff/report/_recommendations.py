@@ -88,7 +88,7 @@ def recommend(
         leaf = row.path if row.path in measured else _leaf(row.path)
         found += [measured.pop(leaf)] if leaf in measured else []
     found += measured.values()
-    return (*sorted(found, key=_worth, reverse=True), *_of_model(report, limits))
+    return (*sorted(found, key=_worth, reverse=True), *_on_concentration(found), *_of_model(report, limits))
 
 
 SHOWN, _LEAST = 7, 0.001  # recommendations to show, and of the model's bytes that one must be worth
@@ -141,9 +141,7 @@ def _one_of(several: Sequence[Recommendation]) -> Recommendation:
 
 
 def _besides(layers: int) -> str:
-    if layers < 3:
-        return " So does 1 more layer." * (layers - 1)
-    return f" So do {layers - 1:,} more layers."
+    return f" The same holds for {layers - 1:,} more layer{'s' * (layers > 2)}." * (layers > 1)
 
 
 def _worth(advice: Recommendation) -> tuple[int, int]:
@@ -211,16 +209,15 @@ def _below_null(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
     fan_in = float(row.effective_fan_in) * row.unit_count / row.size
     where = (
         f"most of it among the units ({float(row.effective_units):,.0f} effective of {row.unit_count:,}): "
-        "a narrower layer"
+        "try fewer units"
         if units < fan_in
         else f"most of it within the units ({float(row.effective_fan_in):,.0f} effective weights each of "
-        f"{row.size // row.unit_count:,}): masks on single weights"
+        f"{row.size // row.unit_count:,}): try masks on single weights"
     )
     yield Recommendation(
         "below null",
         row.path,
-        f"utilization {utilization:.1%}, null {null:.1%}; {where}. "
-        "Measure the loss as you remove: concentration is a reason to try, not a proof.",
+        f"utilization {utilization:.1%}, null {null:.1%}; {where}.",
         {
             "utilization": utilization,
             "null_utilization": null,
@@ -229,6 +226,19 @@ def _below_null(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
         },
         **_saved([row], 1 - utilization / null),
     )
+
+
+def _on_concentration(found: Iterable[Recommendation]) -> Iterator[Recommendation]:
+    """Say once what holds for all layers below their null."""
+    layers = sum(each.rule == "below null" for each in found)
+    if layers:
+        yield Recommendation(
+            "concentration",
+            None,
+            "layers below their null are a reason to try, not a proof: measure the loss as you remove. Units that a residual "
+            "connection shares go from all of its layers at once; `prune.groups` says which.",
+            {"layers": layers},
+        )
 
 
 def _layer_redundancy(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
