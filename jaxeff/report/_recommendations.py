@@ -235,8 +235,8 @@ def _on_concentration(found: Iterable[Recommendation]) -> Iterator[Recommendatio
         yield Recommendation(
             "concentration",
             None,
-            "layers below their null are a reason to try, not a proof: measure the loss as you remove. Units that a residual "
-            "connection shares go from all of its layers at once; `prune.groups` says which.",
+            "layers below their null are a reason to try, not a proof: measure the loss as you remove. Units that a "
+            "residual connection shares go from all of its layers at once; `prune.groups` says which.",
             {"layers": layers},
         )
 
