@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jaxeff import importance
 from jaxeff.importance import Criterion, Score
@@ -23,6 +26,7 @@ from jaxeff.statistics.derivatives import QUANTITIES, Need, derive
 from jaxeff.statistics.observe import observe
 from jaxeff.statistics.relevance import PROPAGATIONS, weight_relevance
 from jaxeff.statistics.unit_gradients import gate_moments
+from jaxeff.statistics.weight_loss import Alone
 
 Where = Any
 """A mask, a function of the batch that makes it, or None."""
@@ -180,7 +184,9 @@ class Run:
         totals = {quantity: frozenset(names) for quantity, names in wanted.items()}
         arguments = self.model.params, arrays
         plain = tuple(sorted((name, found) for name, found in totals.items() if name in QUANTITIES))
-        derivatives = derive(objective, plain, *arguments, key)
+        derivatives, alone = derive(objective, plain, *arguments, key)
+        if alone is not None:
+            _check_alone(alone)
         conservation: dict[str, Conservation] = {}
         for name in sorted(totals.keys() & PROPAGATIONS.keys()):
             rule = PROPAGATIONS[name]
@@ -222,6 +228,26 @@ def prepare(
         example = objectives.objective(one, loss_fn, first_targets, weights)
         objective = objectives.with_example(objective, example)
     return Run(model, criteria, objective)
+
+
+_APART = 0.05
+"""Share of the losses by which an example may differ when it runs alone: more than bfloat16 rounds off."""
+
+
+def _check_alone(found: Alone) -> None:
+    """Warn if examples that run alone have other losses than in their batch. Under `jit` nothing is known."""
+    if isinstance(found.size, Tracer):
+        return
+    alone, together = (np.asarray(each, np.float64) for each in (found.alone, found.together))
+    close = np.abs(alone - together) <= _APART * (np.abs(together) + float(found.size))
+    if not close.all():
+        at = int(np.argmin(close))
+        warnings.warn(
+            f"the loss of an example is {together[at]:.3g} in its batch and {alone[at]:.3g} alone: it depends on other "
+            "examples, as under BatchNorm in training mode or along the edges of a graph, or on random numbers. "
+            "Criterion 'fisher' runs each example alone, so do not trust its scores here",
+            stacklevel=2,
+        )
 
 
 def _needs(criteria: Iterable[Criterion]) -> tuple[Need, ...]:

@@ -302,6 +302,32 @@ def test_a_softmax_over_classes_is_no_attention():
         assert statistics.attentions == statistics.headless == ()
 
 
+def _mixture(p, x):
+    """Experts side by side, weighed by a router."""
+    gates = nn.softmax(x @ p["router"])
+    return jnp.einsum("beh,ehd,be->bd", nn.relu(jnp.einsum("bd,edh->beh", x, p["up"])), p["down"], gates)
+
+
+MIXTURE = {"router": normal(4, 3), "up": normal(3, 4, 5), "down": normal(3, 5, 4)}
+
+
+def test_a_router_that_weighs_experts_is_no_attention():
+    statistics = jaxeff.collect(MIXTURE, _mixture, normal(6, 4))
+    assert statistics.attentions == statistics.headless == ()
+
+
+def test_weights_that_units_give_to_positions_are_one_head():
+    """A dense synthesizer (Tay et al. 2020): each token's units are its logits of the positions."""
+
+    def network(p, x):
+        weights = nn.softmax(jnp.einsum("bqi,ik->bqk", x, p["logits"]))
+        return jnp.einsum("bqk,bkd->bqd", weights, x @ p["value"])
+
+    params = {"logits": normal(4, LENGTH), "value": normal(4, 4)}
+    statistics = jaxeff.collect(params, network, normal(BATCH, LENGTH, 4))
+    assert statistics.attentions == () and "one head" in statistics.headless[0].reason
+
+
 # Levels
 
 

@@ -537,3 +537,38 @@ def test_the_smaller_model_runs_at_other_batches_and_types():
     close(small_apply(small, words), of_blocks(small, words))
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), small)
     np.testing.assert_allclose(small_apply(narrow, words), of_blocks(narrow, words), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("block", "both"),
+    [
+        (lambda up, down: {"up": up, "down": down}, lambda p: (p["up"], p["down"])),
+        (lambda up, down: (up, down), lambda p: p),
+        (lambda up, down: up, lambda p: (p, p.T)),
+    ],
+    ids=["dict", "tuple", "leaf"],
+)
+def test_scores_of_params_with_the_name_of_a_block_are_not_taken_for_those_of_blocks(block, both):
+    def apply_fn(params, x):
+        for name in ("a", "b"):
+            up, down = both(params[name])
+            x = x + jnp.tanh(x @ up) @ down
+        return x
+
+    params = {name: block(normal(WIDTH, 6, seed=i), normal(6, WIDTH)) for i, name in enumerate("ab")}
+    groups = prune.groups(params, apply_fn, normal(3, WIDTH))
+    scores = prune.scored(params)
+    scored = {group.name: group for group in groups.scored(scores)}
+    assert scored["a"].kind == "block" and {group.kind for group in scored.values()} == {
+        "block",
+        "unit",
+        "stream",
+    }
+    for group in (group for group in scored.values() if group.kind == "unit"):
+        name = group.name[0]
+        up, down = (np.abs(np.float64(leaf)) for leaf in both(params[name]))
+        whole = up.sum(0) + (down.sum(1) if len(jax.tree.leaves(params[name])) > 1 else 0)
+        np.testing.assert_allclose(group.importance, whole, rtol=1e-6)
+    # One number for each block still is the importance of blocks.
+    (own,) = (group for group in groups.scored({**scores, "a": [0.5, 0.25]}) if group.name == "a")
+    np.testing.assert_array_equal(own.importance, [0.5, 0.25])

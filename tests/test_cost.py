@@ -823,3 +823,35 @@ def test_what_xla_says_is_named_as_such():
     found = cost.compiled(lambda x, y: x @ y, shape(8, 4), shape(4, 2))
     assert found.flops == 2 * 8 * 4 * 2 and found.devices == 1
     assert found.peak_bytes >= found.argument_bytes + found.output_bytes == 4 * (32 + 8 + 16)
+
+
+# What an example is
+
+
+def _messages(params, batch):
+    sent = (batch["nodes"] @ params["w"])[batch["from"]]
+    return jax.ops.segment_sum(sent, batch["to"], num_segments=batch["nodes"].shape[0])
+
+
+GRAPH = {"from": np.arange(12) % 6, "nodes": np.ones((6, D)), "to": np.arange(12) % 6}
+
+
+@pytest.mark.parametrize(
+    ("function", "batch", "examples"),
+    [
+        (_messages, GRAPH, 6),
+        (lambda p, b: _messages(p, b).sum(0), GRAPH, None),
+        (lambda p, b: b["x"] @ p["w"] + b["mask"][0, 0], {"mask": np.ones((1, 1)), "x": np.ones((B, D))}, B),
+        (lambda p, x, mask: {"sum": mask.sum(), "y": x @ p["w"]}, (np.ones((B, D)), np.ones((T, T))), B),
+    ],
+    ids=["nodes", "a whole graph", "a mask first", "a mask last"],
+)
+def test_examples_are_the_axis_that_inputs_share_with_outputs(function, batch, examples):
+    params = {"w": np.ones((D, 4), np.float32)}
+    batch = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == float else x, batch)
+    counted = cost.count(params, function, batch)
+    rows = B if examples == B else 6
+    assert counted.total.macs == rows * D * 4
+    assert counted.per_example == (None if examples is None else counted.total / examples)
+    (row,) = jaxeff.analyze(params, function, batch).rows
+    assert row.macs == (None if examples is None else D * 4)

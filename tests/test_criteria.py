@@ -498,3 +498,88 @@ def test_what_cannot_be_differentiated_is_named():
             loss_fn=squared,
             targets=np.zeros((2, 3)),
         )
+
+
+# Examples that do not stand alone, and complex numbers
+
+
+def _graph(params, batch):
+    """Sum messages along the edges of a graph."""
+    sent = (batch["nodes"] @ params["message"])[batch["from"]]
+    received = jax.ops.segment_sum(sent, batch["to"], num_segments=batch["nodes"].shape[0])
+    return jnp.tanh(received + batch["nodes"] @ params["own"])
+
+
+def _of_batch(params, x):
+    h = x @ params["w"]
+    return (h - h.mean(0, keepdims=True)) / (h.std(0, keepdims=True) + 0.1)
+
+
+GRAPH = {"nodes": normal(6, 4), "from": np.arange(12) % 6, "to": (np.arange(12) * 5 + 1) % 6}
+GRAPH_PARAMS = {"message": normal(4, 3, seed=1), "own": normal(4, 3, seed=2)}
+
+
+@pytest.mark.parametrize(
+    ("function", "params", "batch", "warns"),
+    [
+        (_graph, GRAPH_PARAMS, GRAPH, True),
+        (_of_batch, {"w": normal(4, 3)}, normal(6, 4), True),
+        (lambda p, x: jnp.tanh(x @ p["w"]), {"w": normal(4, 3)}, normal(6, 4), False),
+    ],
+    ids=["edges", "batch norm", "alone"],
+)
+def test_fisher_warns_where_an_example_alone_has_another_loss(function, params, batch, warns, recwarn):
+    targets = normal(6, 3, seed=3)
+    loss_fn = lambda outputs, targets: jnp.mean((outputs - targets) ** 2, -1)  # noqa: E731
+    jaxeff.collect(params, function, batch, criterion="fisher", loss_fn=loss_fn, targets=targets)
+    assert [("alone" in str(each.message)) for each in recwarn] == [True] * warns
+
+
+COMPLEX = {name: normal(*size, seed=i) for i, (name, size) in enumerate(
+    {"real": (3, 4), "imaginary": (3, 4), "out": (4, 2)}.items()
+)}  # fmt: skip
+
+
+TURN = np.exp(1j * np.arange(4.0))[None].astype(np.complex64)
+
+
+def _complex(p, x):
+    """Two weights that make one complex matrix, as in S5."""
+    return (x @ (p["real"] + 1j * p["imaginary"]) * TURN @ p["out"]).real
+
+
+def test_complex_activations_count_by_their_absolute_values():
+    p, x = {name: np.float64(leaf) for name, leaf in COMPLEX.items()}, normal(7, 3, seed=4)
+    targets, loss_fn = normal(7, 2), lambda outputs, targets: jnp.mean((outputs - targets) ** 2, -1)
+    made = np.float64(x) @ (p["real"] + 1j * p["imaginary"])
+    turned = made * TURN
+
+    def scores(criterion, **keywords):
+        given = {"loss_fn": loss_fn, "targets": targets} if importance.CRITERIA[criterion].needs_loss else {}
+        statistics = jaxeff.collect(COMPLEX, _complex, x, criterion=criterion, **given, **keywords)
+        return statistics, importance.scores(COMPLEX, statistics, criterion)
+
+    _, activation = scores("activation")
+    for name in ("real", "imaginary"):
+        np.testing.assert_allclose(activation[name], np.abs(p[name]) * np.abs(made).mean(0), rtol=1e-5)
+    statistics, wanda = scores("wanda", hessians=True)
+    rms = np.sqrt((np.abs(turned) ** 2).mean(0))
+    np.testing.assert_allclose(wanda["out"], np.abs(p["out"]) * rms[:, None], rtol=1e-5)
+    # The squared outputs of a real weight are w^T Re(X* X) w.
+    (products,) = (site.second_moments for site in statistics.sites if site.path == "out")
+    np.testing.assert_allclose(products.sum, (turned.conj().T @ turned).real, rtol=1e-4, atol=1e-5)
+
+    def loss(p, rows):
+        return jnp.mean(loss_fn(_complex(p, x[rows]), targets[rows]))
+
+    _, fisher = scores("fisher")
+    squares = sum(np.float64(jax.grad(loss)(COMPLEX, slice(n, n + 1))["out"]) ** 2 for n in range(7))
+    np.testing.assert_allclose(fisher["out"], p["out"] ** 2 * squares / 7, rtol=1e-4)
+
+    def scaled(gates):
+        made = x @ (COMPLEX["real"] + 1j * COMPLEX["imaginary"]) * (1 + gates)
+        return loss_fn((made * TURN @ COMPLEX["out"]).real, targets).mean()
+
+    _, unit_taylor = scores("unit_taylor")
+    of_units = np.abs(jax.grad(scaled)(jnp.zeros((1, 4)))[0])
+    np.testing.assert_allclose(np.sum(unit_taylor["real"], 0), of_units, rtol=1e-4)

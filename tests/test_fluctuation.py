@@ -375,3 +375,18 @@ def test_groups_of_which_a_reader_is_not_understood_are_named():
     found = prune.fluctuation(params, model, X)
     for group in groups.unlocked:
         assert (group.name in found.importance) != (group.name in found.skipped)
+
+
+def test_a_table_that_is_looked_up_twice_reads_nothing():
+    """Source and target of a translation share their embeddings."""
+    params = {"table": normal(9, 4), "hidden": normal(4, 6), "out": normal(6, 3)}
+
+    def network(p, source, target):
+        return jnp.tanh((p["table"][source] + p["table"][target]) @ p["hidden"]) @ p["out"]
+
+    batch = jnp.arange(12).reshape(4, 3) % 9, jnp.arange(12).reshape(4, 3) % 7
+    found = prune.fluctuation(params, network, batch)
+    assert set(found.importance) == {"table:1", "hidden:1"}
+    emitted = np.tanh(np.float64(params["table"][batch[0]] + params["table"][batch[1]]) @ params["hidden"])
+    expected = emitted.reshape(12, 6).var(0) * (np.float64(params["out"]) ** 2).sum(1)
+    np.testing.assert_allclose(found.importance["hidden:1"], expected, rtol=1e-5)

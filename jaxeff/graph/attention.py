@@ -193,11 +193,14 @@ def _attention(
         found = softmax is not None and contract[side] == (softmaxes[softmax].over,)
         if softmax is None or not found or not isinstance(data, Value) or not flow.provenance.is_data(data):
             continue
+        (over,), (weighed,) = contract[side], contract[1 - side]
+        if _of_units(labels.get(softmax, {}), over) and _of_units(labels.get(data, {}), weighed):
+            continue  # a router, which weighs experts
         if data not in labels:
             headless = _headless(flow, labels, data, "its values")
             continue
         shared = dict(zip(batch[side], batch[1 - side], strict=True))
-        heads = _Heads.of(labels.get(softmax, {}), labels[data], shared, softmax.shape)
+        heads = _Heads.of(labels.get(softmax, {}), labels[data], shared, softmax.shape, over)
         if heads is None:
             headless = _headless(flow, labels, softmax, "its logits")
             continue
@@ -213,8 +216,9 @@ def _attention(
 def _headless(flow: Flow, labels: Mapping[Value, Labels], value: Value, what: str) -> Headless:
     """Return why a value has no heads: the nearest operations before it at which a weight's units were lost."""
     names: set[str] = set()
-    leaves: set[int] = set()
-    pending = [value]
+    # Units that stand in the value itself are those of the dimension that is summed over.
+    leaves = set(labels.get(value, {}))
+    pending = [] if leaves else [value]
     seen = set(pending)
     while pending:
         made = flow.made_by.get(pending.pop())
@@ -252,15 +256,11 @@ class _Heads:
     digits: Mapping[int, tuple[_Digit, ...]]
 
     @staticmethod
-    def of(queries: Labels, values: Labels, shared: Mapping[int, int], shape: Sequence[int]) -> _Heads | None:
+    def of(
+        queries: Labels, values: Labels, shared: Mapping[int, int], shape: Sequence[int], over: int
+    ) -> _Heads | None:
         """Find the heads from the labels of the probabilities and of the values that they weigh."""
-        own = {
-            i
-            for variants in queries.values()
-            for dims in variants
-            for i, dim in enumerate(dims)
-            if _held(dim)
-        }
+        own = {i for i in range(len(shape)) if i != over and _of_units(queries, i)}
         digits: dict[int, tuple[_Digit, ...]] = {}
         for i in sorted(own):
             factors = _value_factors(values, shared.get(i))
@@ -341,6 +341,11 @@ class _Heads:
         units = found.setdefault(leaf, {}).setdefault(axis, [set() for _ in starts.ravel()])
         for unit, start in zip(units, starts.ravel().tolist(), strict=True):
             unit.update(range(start, start + block))
+
+
+def _of_units(labels: Labels, dim: int) -> bool:
+    """Whether units of a weight stand in a dimension."""
+    return any(_held(dims[dim]) for variants in labels.values() for dims in variants)
 
 
 def _held(dim: Sequence[Factor]) -> bool:

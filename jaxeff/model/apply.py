@@ -148,6 +148,22 @@ class Bound:
             return self.function.without_capture()(params, inputs)[0]
         return self.call(params, inputs)
 
+    def shapes(self) -> Any:
+        """Return the shapes of the outputs."""
+        if self.function is not None and self.hashable:
+            return output_shapes(self.function, self.params, self.inputs)
+        return jax.eval_shape(self.plain, self.params, self.inputs)
+
+
+def output_shapes(function: Function, params: Any, inputs: Any) -> Any:
+    """Return the shapes of what a function returns; equal functions are traced once."""
+    return _outputs.eval_shape(function, params, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _outputs(function: Function, params: Any, inputs: Any) -> Any:
+    return function.without_capture()(params, inputs)[0]
+
 
 def from_apply(params: Any, apply_fn: Callable, batch: Any, rngs: Any, keywords: Mapping[str, Any]) -> Model:
     """Bind a user's apply function to its arguments, checking each."""
@@ -177,11 +193,10 @@ def bind(
     check_apply(apply_fn)
     check_keywords(called(apply_fn, keywords))
     batch = batch if isinstance(batch, tuple) else (batch,)
-    examples = batch_size(batch, abstract=abstract)
     params = Params.of(params, abstract=abstract)
     state: Any = params.state
-    module, bound = bound_module(apply_fn)
-    keywords = {**bound, **keywords, **({} if rngs is None else {"rngs": rngs})}
+    module, own = bound_module(apply_fn)
+    keywords = {**own, **keywords, **({} if rngs is None else {"rngs": rngs})}
     if isinstance(keywords.get("mutable"), list):
         keywords["mutable"] = tuple(keywords["mutable"])
     arrays = {name: value for name, value in keywords.items() if has_array(value)}
@@ -203,7 +218,9 @@ def bind(
         for _ in jax.tree.leaves(part)
     )
     call = functools.partial(_call, apply_fn, params.is_variables, statics)
-    return Bound(call, function, identity is not None, params.paths, params.tree, inputs, origins, examples)
+    bound = Bound(call, function, identity is not None, params.paths, params.tree, inputs, origins, None)
+    examples = batch_size(batch, bound.shapes, abstract=abstract)
+    return dataclasses.replace(bound, batch_size=examples)
 
 
 def check_apply(apply_fn: Any) -> None:

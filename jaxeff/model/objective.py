@@ -7,7 +7,6 @@ that compute the same are equal.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.model.apply import Model
+from jaxeff.model.apply import Model, output_shapes
 from jaxeff.model.functions import MISFITS, Function, TracedFunction, first_line, traced
 from jaxeff.numerics.meshes import gathered
 
@@ -43,8 +42,12 @@ class Objective:
 
     def mean_loss(self, outputs: Any, arrays: Arrays) -> jax.Array:
         """Return the mean loss of a batch's outputs; losses per example or per position are averaged."""
+        return jnp.mean(self.losses(outputs, arrays))
+
+    def losses(self, outputs: Any, arrays: Arrays) -> jax.Array:
+        """Return what the loss gives of a batch's outputs: their mean, or losses per example or per position."""
         assert self.loss is not None, "checked where the objective is made"
-        return jnp.mean(self.loss(outputs, (arrays.targets, arrays.constants))[0])
+        return self.loss(outputs, (arrays.targets, arrays.constants))[0]
 
 
 @jax.tree_util.register_dataclass
@@ -122,7 +125,7 @@ def _traced_loss(model: Model, loss_fn: Callable, targets: Any) -> tuple[TracedF
     """Trace `loss_fn(outputs, targets)`; return its program, and the arrays that it closed over."""
     if not callable(loss_fn):
         raise TypeError(f"`loss_fn` must be a function (outputs, targets), got {type(loss_fn).__name__}")
-    outputs = _outputs.eval_shape(model.function, model.params, model.inputs)
+    outputs = output_shapes(model.function, model.params, model.inputs)
     try:
         loss, constants = traced(loss_fn, outputs, targets)
     except MISFITS as error:
@@ -134,18 +137,16 @@ def _traced_loss(model: Model, loss_fn: Callable, targets: Any) -> tuple[TracedF
     return loss, constants
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _outputs(function: Function, params: Any, inputs: Any) -> Any:
-    return function.without_capture()(params, inputs)[0]
-
-
 def _check_loss(loss: TracedFunction, batch_size: int | None) -> None:
     found = [variable.aval for variable in loss.closed.jaxpr.outvars]
     shapes = [aval.shape[:1] for aval in found if jnp.issubdtype(aval.dtype, jnp.floating)]
     if len(found) != 1 or shapes not in ([()], [(batch_size,)]):
+        each = f"one loss for each of the {batch_size} examples (or of their positions)"
+        if batch_size is None:
+            each = "nothing else: no output has the first axis of an array of `batch`, which would be its examples"
         raise ValueError(
             f"`loss_fn` returned {', '.join(map(str, found)) or 'nothing'}: return one floating array, the "
-            f"mean loss (a scalar), or one loss for each of the {batch_size} examples (or of their positions)"
+            f"mean loss (a scalar), or {each}"
         )
 
 

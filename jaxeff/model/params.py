@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -107,6 +107,7 @@ def named_leaves(params: Any, *, abstract: bool = False) -> dict[Path, Any]:
     """Return the leaves of `params` by path ('block_0/Dense_0/kernel'), each checked to be an array.
 
     Args:
+        outputs: gives what the model returns, or its shapes. Without it the first array decides.
         abstract: whether a `jax.ShapeDtypeStruct` may replace an array.
 
     Raises:
@@ -144,8 +145,13 @@ def _is_model(params: Any) -> TypeError:
     )
 
 
-def batch_size(batch: tuple, *, abstract: bool = False) -> int | None:
-    """Return the leading size of the first array of a batch; None if the batch holds only single numbers.
+def batch_size(
+    batch: tuple, outputs: Callable[[], Any] | None = None, *, abstract: bool = False
+) -> int | None:
+    """Return the leading size of a batch's arrays; None if the batch holds only single numbers.
+
+    Where arrays differ, as nodes and edges of a graph do, it is the first one that an output has as well, and
+    None if no output has any: then the arrays do not tell what an example is.
 
     Args:
         abstract: whether a `jax.ShapeDtypeStruct` may replace an array.
@@ -168,7 +174,10 @@ def batch_size(batch: tuple, *, abstract: bool = False) -> int | None:
             sizes.append(shape[0])
     if not jax.tree.leaves(batch):
         raise ValueError("`batch` holds no arrays: pass the model's input")
-    return sizes[0] if sizes else None
+    if len(set(sizes)) < 2 or outputs is None:
+        return sizes[0] if sizes else None
+    returned = {leaf.shape[0] for leaf in jax.tree.leaves(outputs()) if jnp.ndim(leaf)}
+    return next((size for size in sizes if size in returned), None)
 
 
 def is_array(leaf: Any, *, abstract: bool = False) -> bool:

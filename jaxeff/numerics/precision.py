@@ -14,8 +14,13 @@ def wide(dtype: Any) -> Any:
     >>> wide(jnp.bfloat16).__name__
     'float32'
     """
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+    return jnp.float64 if dtype in (jnp.float64, jnp.complex128) else jnp.float32
 
 
 def widened(x: jax.Array) -> jax.Array:
     return x.astype(wide(x.dtype))
+
+
+def sized(x: jax.Array) -> jax.Array:
+    """Return x in the precision of sums; of complex numbers, their absolute values."""
+    return widened(jnp.abs(x) if jnp.iscomplexobj(x) else x)

@@ -292,7 +292,7 @@ def _inputs(model: Model) -> _Inputs:
 def _refusal(uses: Sequence[graph.Site]) -> str | None:
     """Why the inputs of a weight with these uses are not read."""
     site = uses[0]
-    if site.kind == "embedding" and len(uses) == 1:
+    if all(use.kind == "embedding" for use in uses):
         return "its rows are looked up"
     if len({(use.unit_axes, use.activation.bias, use.kind) for use in uses}) > 1:
         return "is used in different ways"

@@ -248,7 +248,11 @@ class Groups(Shown):
         _known("normalize", normalize, NORMALIZATIONS)
         names = {group.name for group in self.groups}
         own = (
-            {name: importance[name] for name in names & set(importance)}
+            {
+                name: importance[name]
+                for name in names & set(importance)
+                if _is_of_elements(importance[name], self.shapes.get(name))
+            }
             if isinstance(importance, Mapping)
             else {}
         )
@@ -326,6 +330,18 @@ def _scores(importance: Any, shapes: Shapes) -> dict[str, jax.Array]:
                 f"`importance` of {path!r} holds nan or negative scores: pass non-negative numbers"
             )
     return named
+
+
+def _is_of_elements(given: Any, shape: tuple[int, ...] | None) -> bool:
+    """Whether an entry under a group's name is of its elements, and not the scores of params of that name.
+
+    Args:
+        shape: of the leaf of that name; None if there is none.
+    """
+    if isinstance(given, Mapping):
+        return False
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(given)]
+    return not any(shapes) or (len(shapes) == 1 and shapes[0] != shape)
 
 
 def _of_elements(group: Group, given: Any) -> np.ndarray:

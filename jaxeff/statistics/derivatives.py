@@ -15,7 +15,7 @@ from jaxeff.model.objective import Arrays, Objective
 from jaxeff.numerics.meshes import laid_like
 from jaxeff.statistics.example_gradients import example_gradient
 from jaxeff.statistics.records import Derivatives, Moments
-from jaxeff.statistics.weight_loss import Wanted, WeightLoss, Weights, added, floating, moments
+from jaxeff.statistics.weight_loss import Alone, Wanted, WeightLoss, Weights, added, floating, moments
 
 Need = tuple[str, str]
 """A quantity of `Derivatives`, and which of its sums: ('gradient', 'square_sum')."""
@@ -34,8 +34,8 @@ def derive(
     params: Any,
     arrays: Arrays,
     key: jax.Array,
-) -> dict[str, Derivatives]:
-    """Return every requested quantity of every weight, by path.
+) -> tuple[dict[str, Derivatives], Alone | None]:
+    """Return every requested quantity of every weight, by path; and losses of examples alone, if any needs those.
 
     Args:
         wanted: quantities, and which of their sums.
@@ -43,10 +43,11 @@ def derive(
     """
     weight_loss = WeightLoss(objective, params, arrays)
     found = {name: QUANTITIES[name](weight_loss, totals, key) for name, totals in wanted}
-    return {
+    by_path = {
         path: Derivatives(**{name: moments[i] for name, moments in found.items()})
         for i, (path, _) in enumerate(objective.weights)
     }
+    return by_path, None if objective.example is None else weight_loss.alone_and_together()
 
 
 def _gradient(weight_loss: WeightLoss, wanted: Wanted, key: jax.Array) -> list[Moments]:

@@ -17,7 +17,7 @@ from jaxeff.graph import axes
 from jaxeff.graph.axes import Dims
 from jaxeff.metrics._histogram import BINS, PLACE_BITS, ZERO_BIN, patterns
 from jaxeff.numerics.meshes import by_compiler
-from jaxeff.numerics.precision import widened
+from jaxeff.numerics.precision import sized
 from jaxeff.numerics.quantization import FORMATS, quantized
 from jaxeff.numerics.summation import namespace
 from jaxeff.output.shown import Shown
@@ -117,7 +117,7 @@ class RangeSums:
         return dataclasses.replace(found, counts=found.counts.at[ZERO_BIN].add(-cleared_away))
 
     def _summed(self, array: jax.Array) -> Ranges:
-        x = jnp.abs(widened(array))
+        x = jnp.abs(sized(array))
         channels = axes.reduce_to_axes(self.dims, self.kept, self.shape, x, jnp.max)
         largest = jnp.max(channels)
         y = x / jnp.where(largest == 0, 1, largest)

@@ -58,6 +58,8 @@ class Products:
         return by_compiler(self._summed, cleared(array, counts))
 
     def _summed(self, array: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(array):  # what a real weight makes of them has the squares of both parts
+            return self._summed(jnp.real(array)) + self._summed(jnp.imag(array))
         factors = [factor for dim in self.dims for factor in dim]
         array = widened(array).reshape([factor.size for factor in factors])
         positions = [i for i, factor in enumerate(factors) if factor.axis not in self.inputs]

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxeff.numerics.placement import in_turn_or_at_once
-from jaxeff.numerics.precision import widened
+from jaxeff.numerics.precision import sized
 
 Edges = tuple[float, float] | None
 Stages = list[tuple[int, ...]]
@@ -53,7 +53,7 @@ def sums(array: jax.Array, axis: tuple[int, ...], edges: Edges = None) -> Sums:
 # Values of the same shape share a trace.
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _sums(array: jax.Array, axis: tuple[int, ...], edges: Edges) -> Sums:
-    array, axis = _in_blocks(widened(array), axis, _LONG, _BLOCK)
+    array, axis = _in_blocks(sized(array), axis, _LONG, _BLOCK)
 
     def on_cpu(array: jax.Array) -> Sums:
         stages = _stages(array.shape, axis)
@@ -143,4 +143,4 @@ def _in_blocks(
 def _(axis: tuple[int, ...], edges: Edges, primals: Any, tangents: Any) -> tuple[Sums, Sums]:
     # A reduction of several operands has no derivative rule of this quality.
     apart = functools.partial(_apart, stages=[axis], edges=edges)
-    return sums(*primals, axis, edges), jax.jvp(lambda x: apart(widened(x)), primals, tangents)[1]
+    return sums(*primals, axis, edges), jax.jvp(lambda x: apart(sized(x)), primals, tangents)[1]

@@ -57,7 +57,7 @@ def gate_moments(
 def _gate(asked: Sequence[OverAxes], array: jax.Array, gates: Sequence[jax.Array]) -> jax.Array:
     """Multiply the array by 1 + the gates of its units; several weights may share a post-activation."""
     total = functools.reduce(
-        jnp.add, [over.spread(gate, array) for over, gate in zip(asked, gates, strict=True)]
+        jnp.add, [over.spread(gate, jnp.real(array)) for over, gate in zip(asked, gates, strict=True)]
     )
     return array * (1 + total)
 
@@ -76,7 +76,10 @@ def _closed_gates(program: graph.Program, gated: _Gated, leaves: Sequence[Any]) 
         return [observed[value] for value in gated]
 
     shapes = jax.eval_shape(sums)
-    return dict(enumerate(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)))
+    # Real gates, also of complex activations: scaling a by 1 + t moves the loss by a real number.
+    return dict(
+        enumerate(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.finfo(leaf.dtype).dtype), shapes))
+    )
 
 
 def _of_site(site: graph.Site, gradients: dict[Value, list[jax.Array]], gated: _Gated) -> jax.Array:

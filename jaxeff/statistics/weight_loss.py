@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,14 @@ Wanted = frozenset[str]
 """Which sums of `Moments`."""
 
 Weights = tuple[jax.Array, ...]
+
+
+class Alone(NamedTuple):
+    """Losses of a few examples, [n], run alone and in the batch, and the mean size of all losses of the batch."""
+
+    alone: jax.Array
+    together: jax.Array
+    size: jax.Array
 
 
 class WeightLoss:
@@ -45,6 +53,14 @@ class WeightLoss:
         arrays = self.example(index)
         outputs = example.function(self.filled(weights), arrays.inputs)[0]
         return example.mean_loss(outputs, arrays)
+
+    def alone_and_together(self) -> Alone:
+        """Return the loss of the first and the last example, run alone and in the batch."""
+        ends = jnp.array([0, self.objective.batch_size - 1])
+        losses = self.objective.losses(self.outputs(self.weights), self.arrays)
+        each = jnp.mean(losses, range(1, losses.ndim))
+        alone = jax.vmap(lambda index: self.example_loss(self.weights, index))(ends)
+        return Alone(alone, each[ends], jnp.mean(jnp.abs(each)))
 
     def example(self, index: jax.Array) -> Arrays:
         """Return the arrays that the objective of one example reads."""
