@@ -855,3 +855,33 @@ def test_examples_are_the_axis_that_inputs_share_with_outputs(function, batch, e
     assert counted.per_example == (None if examples is None else counted.total / examples)
     (row,) = jaxeff.analyze(params, function, batch).rows
     assert row.macs == (None if examples is None else D * 4)
+
+
+@pytest.mark.parametrize(
+    ("function", "shares"),
+    [
+        (lambda p, x: x @ jnp.concatenate([p["a"], p["b"], p["c"]], 1), {"a": 3 * D, "b": 2 * D, "c": 2 * D}),
+        (lambda p, x: x @ p["a"][:, :2] + x @ (p["b"] + p["c"]), {"b": D, "c": D}),
+    ],
+    ids=["concatenated", "added"],
+)
+def test_layers_that_share_a_product_add_up_to_the_program(function, shares):
+    params = {name: np.ones((D, width), np.float32) for name, width in {"a": 3, "b": 2, "c": 2}.items()}
+    x = np.ones((B, D), np.float32)
+    counted, report = cost.count(params, function, x), jaxeff.analyze(params, function, x)
+    assert {path: report[path].macs for path in shares} == shares
+    assert counted.layers[" + ".join(shares)].macs == B * sum(shares.values())
+    known = [row.macs for row in report.rows if row.path in shares]
+    assert sum(known) == counted.layers[" + ".join(shares)].macs / B
+
+
+def test_stacked_layers_that_share_a_product_have_whole_shares():
+    """Three blocks whose product takes a sum of two weights: an odd count for two."""
+
+    def function(p, x):
+        return jax.lax.scan(lambda h, w: (h @ (w["a"] + w["b"]), None), x, p)[0]
+
+    params = {name: np.ones((3, 5, 5), np.float32) for name in "ab"}
+    x = np.ones((B, 5), np.float32)
+    report = jaxeff.analyze(params, function, x)
+    assert sum(row.macs for row in report.rows) * B == cost.count(params, function, x).total.macs == B * 75

@@ -110,7 +110,7 @@ def of_program(closed: ClosedJaxpr, arguments: Any) -> Cost:
 def _owners(
     program: graph.Program, bound: Bound, described: Sequence[tuple[str, Any]]
 ) -> dict[Operation, str]:
-    """Return the weight that meets data in each contraction of the forward pass.
+    """Return the weight that meets data in each contraction of the forward pass; several as 'query + key'.
 
     Args:
         described: path and leaf of each of the program's first inputs.
@@ -123,12 +123,11 @@ def _owners(
     }
     rest = zip(program.inputs[len(described) :], bound.origins, strict=False)
     batch = [value for value, origin in rest if origin == "batch"]
-    uses = trace_weights(program, weights, shapes, (), batch).uses
-    return {
-        use.operation: described[use.leaf][0]
-        for use in uses
-        if use.operation is not None and use.role in (CONTRACTION, CONSTANT_CONTRACTION)
-    }
+    owners: dict[Operation, dict[str, None]] = {}
+    for use in trace_weights(program, weights, shapes, (), batch).uses:
+        if use.operation is not None and use.role in (CONTRACTION, CONSTANT_CONTRACTION):
+            owners.setdefault(use.operation, {})[described[use.leaf][0]] = None
+    return {operation: " + ".join(paths) for operation, paths in owners.items()}
 
 
 def _by_use(owners: Mapping[Operation, str]) -> Owner:

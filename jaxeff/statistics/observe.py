@@ -30,6 +30,7 @@ from jaxeff.statistics import ranges as ranges_of
 from jaxeff.statistics import second_moments
 from jaxeff.statistics.counted import Counted, Place, cleared, mask_axes, number
 from jaxeff.statistics.largest import Largest
+from jaxeff.statistics.macs import macs_of
 from jaxeff.statistics.records import (
     AttentionStatistics,
     HeadlessAttention,
@@ -107,9 +108,10 @@ def observe(
     def seen(watched: _Watched) -> Any:
         return observed[watched[0]][watched[1]]
 
+    macs = macs_of(found.sites, found.leaves, batch_size)
     sites = [
-        _site_statistics(site, found.leaves, batch_size, seen(input), seen(pre), [*map(seen, post)])
-        for site, (input, pre, post) in zip(found.sites, roles, strict=True)
+        _site_statistics(site, found.leaves, each, seen(input), seen(pre), [*map(seen, post)])
+        for site, each, (input, pre, post) in zip(found.sites, macs, roles, strict=True)
     ]
     for i, (site, (input, _, _), watched) in enumerate(zip(found.sites, roles, products, strict=True)):
         if hessians:
@@ -397,7 +399,7 @@ def _common(paths: Sequence[str]) -> str:
 def _site_statistics(
     site: graph.Site,
     leaves: Sequence[graph.Leaf],
-    batch_size: int | None,
+    macs: int | None,
     input: UnitStatistics,
     pre: UnitStatistics,
     post: Sequence[UnitStatistics],
@@ -411,16 +413,12 @@ def _site_statistics(
         unit_axes=tuple(sorted(site.unit_axes)),
         input_axes=tuple(sorted(site.input_axes)),
         layer_axes=tuple(sorted(loop.axis for loop in site.loops if loop.axis is not None)),
-        macs=_per_example(site.macs, batch_size),
+        macs=macs,
         input=_over_iterations(input, site.loops),
         pre=_over_iterations(pre, site.loops),
         post=_over_iterations(_joined(site, post), site.loops),
         uncounted=site.macs is None,
     )
-
-
-def _per_example(macs: int | None, batch_size: int | None) -> int | None:
-    return macs // batch_size if macs is not None and batch_size and macs % batch_size == 0 else None
 
 
 def _joined(site: graph.Site, parts: Sequence[UnitStatistics]) -> UnitStatistics:
