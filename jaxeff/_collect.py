@@ -240,6 +240,7 @@ def _check_alone(found: Alone) -> None:
         return
     alone, together = (np.asarray(each, np.float64) for each in (found.alone, found.together))
     close = np.abs(alone - together) <= _APART * (np.abs(together) + float(found.size))
+    close |= ~np.isfinite(together)  # which its own checks report
     if not close.all():
         at = int(np.argmin(close))
         warnings.warn(

@@ -295,6 +295,20 @@ def test_the_headline_promises_what_held_on_other_examples(by_cosine, rise, said
     assert said in dataclasses.replace(by_cosine, weights=removal, units=None).headline()
 
 
+@pytest.mark.parametrize(
+    ("reached", "chance"),
+    [
+        ({"magnitude": 0.3, "wanda": 0.5, "random": 0.2}, False),
+        ({"magnitude": 0.3, "wanda": 0.5, "random": 0.5}, True),
+        ({"magnitude": 0.3, "wanda": 0.1, "random": 0.98}, True),
+    ],
+)
+def test_criteria_that_go_no_further_than_chance_are_said_to(found, reached, chance):
+    advice = dataclasses.replace(found, reached=reached)
+    (of_order,) = [each for each in advice.recommendations() if each.rule == "criterion"]
+    assert ("No criterion goes further than chance" in of_order.message) == chance
+
+
 def test_a_model_that_takes_no_batch_of_one_is_searched_by_other_criteria():
     def of_several(params, x):
         if len(x) < 2:

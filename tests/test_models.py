@@ -9,12 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from networks import drawn, normal
 
 import jaxeff
-from jaxeff import prune
+from jaxeff import cost, prune
 
 ROWS = ("nonlinearity", "kind", "unit_axes", "macs")
 
@@ -168,7 +169,7 @@ KEYWORDS = {
     "alow": (prune.groups, {}, "allow"),
     "sparsitys": (prune.sensitivity, LOSS, "sparsities"),
     "blocks": (jaxeff.outliers, {}, None),
-    "cache": (jaxeff.cost.count, {}, None),
+    "cache": (cost.count, {}, None),
     "train": (jaxeff.analyze, {}, None),
 }
 
@@ -347,10 +348,10 @@ def test_every_part_of_jaxeff_takes_bare_params_of_a_module_without_a_hash(make)
     params, apply_fn = variables["params"], make(*SIZES).apply
     for apply in (apply_fn, jax.jit(apply_fn)):
         assert len(jaxeff.collect(params, apply, x).sites) == 2
-    cost = jaxeff.cost.count(params, apply_fn, x)
-    assert str(cost) == str(jaxeff.cost.count(params, model.apply, x))
+    counted = cost.count(params, apply_fn, x)
+    assert str(counted) == str(cost.count(params, model.apply, x))
     # 8 examples of 5 inputs, 6 hidden units and 4 outputs.
-    assert cost.macs == 8 * (5 * 6 + 6 * 4)
+    assert counted.macs == 8 * (5 * 6 + 6 * 4)
     groups = prune.groups(params, apply_fn, x)
     assert {group.name: group.size for group in groups if group.locked is None} == {"layer_0/kernel:1": 6}
 
@@ -386,3 +387,45 @@ def test_a_list_that_changes_changes_the_model():
     assert [site.path for site in jaxeff.collect(first, model.apply, x).sites] == ["layer_0/kernel"]
     # The same parameters, of which one layer is read no more.
     assert [site.path for site in jaxeff.collect(variables, model.apply, x).sites] == ["layer_0/kernel"]
+
+
+_W = {"w": np.ones((4, 3), np.float32)}
+_X = np.ones((5, 4), np.float32)
+
+
+def _product(p, x):
+    return x @ p["w"]
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: prune.masks(jaxeff.analyze(_W, _product, _X), 0.5), "`importance`.*Report"),
+        (lambda: prune.masks(jaxeff.collect(_W, _product, _X), 0.5), "`importance`.*Statistics"),
+        (lambda: prune.scored(_W, jaxeff.analyze(_W, _product, _X)), "`statistics`.*Report"),
+        (lambda: prune.scored(_W, "wanda"), "`statistics`.*str"),
+        (lambda: prune.plan(prune.scored(_W), prune.groups(_W, _product, _X), 0.5), "`groups`.*dict"),
+        (lambda: cost.latency(_W, _product, _X), "`function`.*dict"),
+        (lambda: cost.compiled(_W, _product, _X), "`function`.*dict"),
+        (lambda: cost.count_function(_W, _X), "`function`.*dict"),
+        (lambda: cost.floor(_W, _product, _X, chip="h100"), "`function`.*dict"),
+        (lambda: prune.sparsify(0.5, optax.sgd(0.1)), "`optimizer`.*float"),
+        (lambda: prune.sparsify(optax.sgd(0.1), 0.5), "`schedule`.*0.5"),
+        (lambda: _fisher(targets="labels"), "`targets` holds a str"),
+        (lambda: _fisher(targets={"labels": ["a"]}), r"`targets` holds a str at \['labels'\]\[0\]"),
+    ],
+)
+def test_arguments_in_the_wrong_place_are_named(call, named):
+    with pytest.raises(TypeError, match=named):
+        call()
+
+
+def _fisher(targets):
+    loss_fn = lambda outputs, targets: outputs.mean(-1)  # noqa: E731
+    return jaxeff.collect(_W, _product, _X, criterion="fisher", loss_fn=loss_fn, targets=targets)
+
+
+def test_statistics_of_other_params_do_not_score():
+    statistics = jaxeff.collect(_W, _product, _X)
+    with pytest.raises(ValueError, match="other `params`"):
+        jaxeff.importance.scores({"w": np.ones((4, 2), np.float32)}, statistics)

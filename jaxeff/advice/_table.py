@@ -253,10 +253,16 @@ def _about_order(found: Findings) -> list[Recommendation]:
         return []
     ranked = sorted(known, key=lambda name: -known[name])
     reached = ", ".join(f"{name} {_share(known[name])}" for name in ranked)
+    random = found.reached["random"]
     message = (
-        f"order weights by {ranked[0]}: largest fraction within the tolerance by {reached}; at random "
-        f"{_share(found.reached['random'])}."
+        f"order weights by {ranked[0]}: largest fraction found within the tolerance by {reached}; at random "
+        f"{_share(random)}."
     )
+    if random >= known[ranked[0]]:
+        message += (
+            " No criterion goes further than chance, as in an untrained network: the order says nothing of what these "
+            "weights are worth."
+        )
     return [Recommendation("criterion", None, message, dict(found.reached))]
 
 

@@ -68,6 +68,13 @@ def compiled(function: Callable, *arguments: Any, **keywords: Any) -> Compiled:
     return compile(function, arguments, keywords).figures
 
 
+def check_function(function: Any, how: str) -> None:
+    if not callable(function):
+        raise TypeError(
+            f"`function` must be a function, got {type(function).__name__}: it comes first, and {how}"
+        )
+
+
 class Compilation(NamedTuple):
     """A compiled function, its traced program, whether it donates arguments, and XLA's figures."""
 
@@ -79,6 +86,7 @@ class Compilation(NamedTuple):
 
 def compile(function: Callable, arguments: tuple, keywords: Mapping[str, Any]) -> Compilation:
     """Trace, lower and compile, each once."""
+    check_function(function, "its arguments follow: (apply_fn, params, batch)")
     jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
     start = time.perf_counter()
     traced = jitted.trace(*arguments, **keywords)

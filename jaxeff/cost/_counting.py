@@ -13,6 +13,7 @@ from jax.extend.core import ClosedJaxpr
 
 from jaxeff import graph
 from jaxeff.cost import _training as training
+from jaxeff.cost._compiling import check_function
 from jaxeff.cost._records import Cost
 from jaxeff.cost._tally import Owner, Tally, module_path, tally
 from jaxeff.graph import axes
@@ -99,6 +100,7 @@ def count_function(function: Callable, *arguments: Any, **keywords: Any) -> Cost
     >>> count_function(jnp.dot, jnp.ones((2, 3)), jnp.ones((3, 4))).macs
     24
     """
+    check_function(function, "its arguments follow; `cost.count(params, apply_fn, batch)` counts a model")
     return of_program(jax.make_jaxpr(function)(*arguments, **keywords), (arguments, keywords))
 
 

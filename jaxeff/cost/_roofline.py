@@ -13,6 +13,7 @@ from jax.extend.core import Literal
 
 from jaxeff import graph
 from jaxeff.cost._chips import Chip, chip_of
+from jaxeff.cost._compiling import check_function
 from jaxeff.cost._operations import MOVES, work_of
 from jaxeff.cost._records import Statement
 from jaxeff.cost._tally import module_path
@@ -178,11 +179,7 @@ def floor(function: Callable, *arguments: Any, chip: str | Peak | Chip, **keywor
     >>> found.flops, found.bytes, found.bound
     (33554432, 33570816, 'memory')
     """
-    if not callable(function):
-        raise TypeError(
-            f"`function` must be a function, got {type(function).__name__}: it comes first, and its arguments follow, "
-            "cost.floor(apply_fn, params, batch, chip=...)"
-        )
+    check_function(function, "its arguments follow, cost.floor(apply_fn, params, batch, chip=...)")
     found = chip_of(chip)
     closed = jax.make_jaxpr(function)(*arguments, **keywords)
     program = graph.flatten(closed)

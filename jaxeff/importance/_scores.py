@@ -15,6 +15,7 @@ from jaxeff.importance._criteria import Criterion, Score, magnitude, named
 from jaxeff.model.params import Params
 from jaxeff.numerics.precision import widened
 from jaxeff.statistics import Derivatives, SiteStatistics, Statistics, UnitStatistics
+from jaxeff.statistics.records import check_params
 
 
 def missing(criterion: Criterion, statistics: Statistics) -> str | None:
@@ -81,7 +82,8 @@ def scores(
         reduction: how the scores of several weights are combined: 'sum', 'mean', 'max' or 'l2'.
 
     Raises:
-        ValueError: a name is unknown, or the statistics lack what the criterion reads.
+        TypeError: `statistics` are not `Statistics`.
+        ValueError: a name is unknown, or the statistics are of other params or lack what the criterion reads.
 
     >>> import jaxeff
     >>> params = {"w": jnp.array([[1.0, -2.0], [3.0, 0.0]])}
@@ -97,6 +99,7 @@ def scores(
     if level not in _LEVELS:
         raise ValueError(f"`level` must be one of {', '.join(map(repr, _LEVELS))}, got {level!r}")
     leaves = Params.of(params).named
+    check_params(statistics, leaves)
     found = {
         info.path: score(
             chosen,

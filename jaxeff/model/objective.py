@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxeff.model.apply import Model, output_shapes
 from jaxeff.model.functions import MISFITS, Function, TracedFunction, first_line, traced
+from jaxeff.model.params import is_array
 from jaxeff.numerics.meshes import gathered
 
 
@@ -70,7 +71,7 @@ def objective(
         weights: which of the model's `paths` are weights.
 
     Raises:
-        TypeError: `loss_fn` is not a function, or does not return a floating array.
+        TypeError: `loss_fn` is not a function, or `targets` holds what is no array of numbers.
         ValueError: `loss_fn` does not match the model's outputs and these targets.
     """
     loss, constants = (None, []) if loss_fn is None else _traced_loss(model, loss_fn, targets)
@@ -125,6 +126,10 @@ def _traced_loss(model: Model, loss_fn: Callable, targets: Any) -> tuple[TracedF
     """Trace `loss_fn(outputs, targets)`; return its program, and the arrays that it closed over."""
     if not callable(loss_fn):
         raise TypeError(f"`loss_fn` must be a function (outputs, targets), got {type(loss_fn).__name__}")
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(targets)[0]:
+        if not is_array(leaf):
+            where = f" at {jax.tree_util.keystr(keys)}" if keys else ""
+            raise TypeError(f"`targets` holds a {type(leaf).__name__}{where}: pass arrays of numbers")
     outputs = output_shapes(model.function, model.params, model.inputs)
     try:
         loss, constants = traced(loss_fn, outputs, targets)

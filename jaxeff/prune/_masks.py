@@ -19,6 +19,8 @@ from jaxeff.numerics.selection import lowest, lowest_of_each
 from jaxeff.prune._allocation import ALLOCATIONS, MeasuredAllocation, lamp
 from jaxeff.prune._layouts import Axes, axes_of, by_layer, by_path, layer_names, unboxed, unknown_layers
 from jaxeff.prune._patterns import UNSTRUCTURED, NByM, Pattern, Unstructured
+from jaxeff.report import Report
+from jaxeff.statistics import Statistics
 
 SCOPES = ("unit", "layer", "global")
 Limits = float | Mapping[str, float] | None
@@ -58,6 +60,7 @@ def masks(
         Masks, True = kept, shaped like `importance`.
 
     Raises:
+        TypeError: `importance` is a report or statistics.
         ValueError: an argument is out of range, a pattern does not divide a leaf, or a score is nan or
             negative.
 
@@ -67,6 +70,11 @@ def masks(
     >>> masks({"a": jnp.array([3.0, 1.0, 2.0, 4.0]), "b": jnp.zeros(())}, 0.5)["a"]
     Array([ True, False, False,  True], dtype=bool)
     """
+    if isinstance(importance, (Report, Statistics)):
+        kind = type(importance).__name__
+        raise TypeError(
+            f"`importance` must be scores, as `prune.scored(params, statistics)` gives, got {kind}"
+        )
     axes = dict(zip(by_path(unboxed(importance)), axes_of(importance), strict=True))
     importance = unboxed(importance)
     named = by_path(importance)

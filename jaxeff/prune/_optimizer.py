@@ -76,6 +76,7 @@ def sparsify(
         A transformation whose `update` needs the params, with a `SparseState`.
 
     Raises:
+        TypeError: `optimizer` or `schedule` is something else.
         ValueError: `schedule` and `masks` are both missing, or an argument needs a schedule and there is
             none. From `init`: the masks do not match the params, or the optimizer's state holds a copy of the
             weights in another shape (`optax.flatten`), which cannot be masked.
@@ -90,6 +91,7 @@ def sparsify(
     how = {"scope": scope, "pattern": pattern, "allocation": allocation, "max_sparsity": max_sparsity}
     if schedule is None:
         _check_fixed(masks, {**how, "importance": importance, "prunable": prunable})
+    _check_types(optimizer, schedule)
     inside = optax.with_extra_args_support(optimizer)
     score = importance or (lambda params, gradients: scored(params, prunable=prunable))
 
@@ -136,6 +138,15 @@ _DEFAULTS = {
     "importance": None,
     "prunable": None,
 }
+
+
+def _check_types(optimizer: Any, schedule: Any) -> None:
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(f"`optimizer` must be an Optax optimizer, got {type(optimizer).__name__}")
+    if schedule is not None and not callable(schedule):
+        raise TypeError(
+            f"`schedule` must be `prune.one_shot`, `periodic` or `cubic`, or a function of the step, got {schedule!r}"
+        )
 
 
 def _check_fixed(masks: Any, options: Mapping[str, Any]) -> None:

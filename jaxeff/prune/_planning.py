@@ -82,6 +82,8 @@ def plan(
     >>> prune.plan(found, prune.scored(params), target={"macs": 0.8}).sizes()
     {'a:1': 3}
     """
+    if not isinstance(groups, Groups):
+        raise TypeError(f"`groups` must be what `prune.groups` gives, got {type(groups).__name__}")
     if (sparsity is None) == (target is None):
         both = "both" if target is not None else "neither"
         raise ValueError(f"pass either `sparsity` or `target`, got {both}")
