@@ -425,6 +425,22 @@ def _fisher(targets):
     return jaxeff.collect(_W, _product, _X, criterion="fisher", loss_fn=loss_fn, targets=targets)
 
 
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (None, ValueError, "returned None, which holds no arrays"),
+        ({"logits": None}, ValueError, "holds no arrays"),
+        ("logits", TypeError, "returned a str"),
+        ((np.ones(3), jnp.tanh), TypeError, "returned a (jitted|PjitFunction|function|custom_jvp)"),
+    ],
+)
+def test_what_a_function_returns_must_be_arrays(returned, error, message):
+    with pytest.raises(error, match=message):
+        jaxeff.analyze(_W, lambda p, x: returned, _X)
+    with pytest.raises(error, match=message):
+        cost.count(_W, lambda p, x: returned, _X)
+
+
 def test_statistics_of_other_params_do_not_score():
     statistics = jaxeff.collect(_W, _product, _X)
     with pytest.raises(ValueError, match="other `params`"):

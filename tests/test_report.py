@@ -506,6 +506,22 @@ RULES = {
     "at null": ({"utilization": 0.715}, {"utilization": 0.705}),
 }  # fmt: skip
 
+
+def test_small_layers_of_noise_are_called_noise():
+    """Forty layers of 60 normal weights: utilization is off its null by 0.03, one standard deviation, by chance."""
+    rng = np.random.default_rng(0)
+    params = {f"layer{i}": rng.normal(size=(6, 10)).astype(np.float32) for i in range(40)}
+    x = rng.normal(size=(256, 6)).astype(np.float32)
+    report = jaxeff.analyze(params, lambda p, x: {name: x @ w for name, w in p.items()}, x)
+    (advice,) = (each for each in report.recommendations() if each.rule == "at null")
+    differ = [abs(float(row.metrics.utilization - row.null.utilization)) > 0.02 for row in report.rows]
+    assert sum(differ) > 10 and advice.evidence["layers"] >= 39
+    verb = "differs" if advice.evidence["layers"] == 39 else "differ"
+    assert f"({40 - advice.evidence['layers']} of 40 layers {verb} from noise)" in str(report).replace(
+        "\n", " "
+    )
+
+
 FIXED = {"layer redundancy", "model utilization", "model sparsity"}
 
 
@@ -672,3 +688,28 @@ def test_many_recommendations_are_shown_in_seven_lines():
     rows = [layer(f"{name}/kernel", dead=4) for name in "abcdefghijkl"]
     snapshot = report_of(*rows).snapshot()
     assert len(recommend(snapshot)) == 12 and len(grouped(recommend(snapshot), snapshot)) == 1
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda report: report.table(),
+        lambda report: report.scalars(),
+        lambda report: report.recommendations(),
+        lambda report: report.to_json(),
+        lambda report: report.to_records(),
+        lambda report: report.to_html("report.html"),
+    ],
+)
+def test_a_report_of_traced_numbers_is_read_outside(read):
+    params, x = {"w": np.ones((4, 3), np.float32)}, np.ones((5, 4), np.float32)
+
+    @jax.jit
+    def traced(params):
+        report = jaxeff.analyze(params, lambda p, x: x @ p["w"], x)
+        assert str(report).startswith("Report of traced numbers") and "traced" in report._repr_html_()
+        with pytest.raises(ValueError, match="traced numbers"):
+            read(report)
+        return report.model.utilization
+
+    assert traced(params) == pytest.approx(1)

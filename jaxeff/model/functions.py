@@ -207,7 +207,7 @@ def _nested_constants(jaxpr: Jaxpr) -> list[Any]:
 def named_misfit(apply: Callable, variables: Any, batch: tuple) -> Any:
     """Call the user's function, and explain its errors in terms of our arguments."""
     try:
-        return apply(variables, *batch)
+        outputs = apply(variables, *batch)
     except MISFITS as error:
         shapes = ", ".join(str(jax.tree.map(jnp.shape, item)) for item in batch)
         near = near_keyword(str(error)) if isinstance(error, TypeError) else ""
@@ -218,6 +218,19 @@ def named_misfit(apply: Callable, variables: Any, batch: tuple) -> Any:
             "all of it as `params`, batch_stats and other collections included; keyword arguments and `rngs` "
             "are passed on."
         ) from error
+    _check_outputs(outputs)
+    return outputs
+
+
+def _check_outputs(outputs: Any) -> None:
+    leaves = jax.tree.leaves(outputs)
+    if not leaves:
+        raise ValueError(f"`apply_fn` returned {outputs!r}, which holds no arrays: does it lack a `return`?")
+    for leaf in leaves:
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+            raise TypeError(
+                f"`apply_fn` returned a {type(leaf).__name__} among its outputs: let it return arrays alone"
+            )
 
 
 def near_keyword(message: str) -> str:

@@ -16,7 +16,8 @@ class Limits:
         sparsity: a model with more than this fraction of faint weights can be pruned.
         below_null: a layer holds its importance in fewer weights than noise would if its utilization is
             below its null by more than this plus three standard deviations of noise.
-        at_null: this criterion cannot tell a layer this close to its null from noise.
+        at_null: this criterion cannot tell a layer this close to its null from noise, nor a small one within
+            three standard deviations of noise.
         loss_rise: largest acceptable rise of the loss when a layer is pruned alone, as a fraction of the dense loss.
         utilization_bands, gini_bands: bounds between low and medium, and between medium and high.
         severe_redundancy: the methodology calls redundancy above this severe over-parameterization.
@@ -31,6 +32,23 @@ class Limits:
     utilization_bands: tuple[float, float] = (0.3, 0.7)
     gini_bands: tuple[float, float] = (0.4, 0.6)
     severe_redundancy: float = 0.7
+
+    def of_noise(self, size: int) -> float:
+        """Return how far from its null the utilization of this many weights may be for them to be called noise.
+
+        >>> LIMITS.of_noise(100), LIMITS.of_noise(1_000_000)
+        (0.078, 0.02)
+        """
+        return max(self.at_null, chance(size))
+
+
+# Standard deviation of the utilization of N normal weights, times sqrt(N): by simulation, 25 to 10,000 weights.
+_DEVIATION = 0.26
+
+
+def chance(size: int) -> float:
+    """Return three standard deviations of the utilization of this many normal weights."""
+    return 3 * _DEVIATION / math.sqrt(size)
 
 
 LIMITS = Limits()

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from jaxeff.output.shown import Shown
 from jaxeff.output.text import number
-from jaxeff.report._limits import LIMITS, Limits, interpret_redundancy
+from jaxeff.report._limits import LIMITS, Limits, chance, interpret_redundancy
 from jaxeff.report._records import LayerReport, Snapshot
 
 
@@ -183,16 +183,13 @@ def _dead_units(row: LayerReport) -> Iterator[Recommendation]:
     yield Recommendation(
         "dead units",
         row.path,
-        f"{dead:,} of {units:,} units emit nothing on this batch ({int(row.activity.count):,} values each): "
+        f"{dead:,} of {units:,} units {'emits' if dead == 1 else 'emit'} nothing on this batch "
+        f"({int(row.activity.count):,} values each): "
         f"{round(share * row.size):,} weights here, and those that read them. Check on more data, then "
         "remove.",
         {"dead_units": dead, "units": units, "values": float(row.activity.count)},
         **_saved([row], share),
     )
-
-
-# Standard deviation of the utilization of N normal weights, times sqrt(N): by simulation, 25 to 10,000 weights.
-_DEVIATION = 0.26
 
 
 def _below_null(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
@@ -203,7 +200,7 @@ def _below_null(row: LayerReport, limits: Limits) -> Iterator[Recommendation]:
     if row.null is None:
         return
     utilization, null = float(row.metrics.utilization), float(row.null.utilization)
-    if not null - utilization > limits.below_null + 3 * _DEVIATION / math.sqrt(row.size):
+    if not null - utilization > limits.below_null + chance(row.size):
         return
     units = float(row.effective_units) / row.unit_count
     fan_in = float(row.effective_fan_in) * row.unit_count / row.size
@@ -338,14 +335,14 @@ def _at_null(report: Snapshot, limits: Limits) -> Iterator[Recommendation]:
         row
         for row in report.rows
         if row.null is not None
-        and abs(float(row.metrics.utilization) - float(row.null.utilization)) <= limits.at_null
+        and abs(float(row.metrics.utilization) - float(row.null.utilization)) <= limits.of_noise(row.size)
     ]
     if close:
         yield Recommendation(
             "at null",
             None,
-            f"{len(close)} of {len(report.rows)} layers are spread as noise would be (utilization within "
-            f"{limits.at_null:.2f} of the null), which says nothing about how much of them can go: networks like "
-            "that may lose most of their weights. `jaxeff.advise` measures it.",
+            f"{len(close)} of {len(report.rows)} layers {'is' if len(close) == 1 else 'are'} spread as noise would "
+            f"be (utilization within {limits.at_null:.2f} of the null, or within chance), which says nothing about "
+            "how much of them can go: networks like that may lose most of their weights. `jaxeff.advise` measures it.",
             {"layers": len(close), "of": len(report.rows), "limit": limits.at_null},
         )

@@ -152,13 +152,22 @@ class Report(Shown):
             return []
         return [self._row(int(index)) for index in np.flatnonzero(~np.asarray(finite, bool))]
 
+    @property
+    def _is_traced(self) -> bool:
+        return isinstance(self.model.utilization, Tracer)
+
     def single(self) -> Report:
         """Return the report with its numbers on the host.
 
         Raises:
-            ValueError: the report holds several models (from `vmap`) or steps (from `scan`).
+            ValueError: the report holds several models (from `vmap`) or steps (from `scan`), or traced numbers.
         """
         members = np.shape(self.model.utilization)
+        if self._is_traced:
+            raise ValueError(
+                "this report holds traced numbers, which only running the program tells: return it from the function "
+                "under `jit`, `vmap` or `scan`, and read it outside"
+            )
         if members:
             raise ValueError(
                 f"this report holds {math.prod(members)} models or steps: take one first, such as "
@@ -204,12 +213,14 @@ class Report(Shown):
 
     def __str__(self) -> str:
         members = np.shape(self.model.utilization)
+        if self._is_traced:
+            return "Report of traced numbers: return it from the traced function to read it."
         if members:
             return table.of_several(math.prod(members), len(self.structure))
         return table.render(self.snapshot())
 
     def _repr_html_(self) -> str:
-        one = not np.ndim(self.model.utilization)
+        one = not np.ndim(self.model.utilization) and not self._is_traced
         return notebook.render(self.snapshot()) if one else notebook.preformatted(str(self))
 
     def recommendations(self, sensitivity: MeasuredLosses | None = None) -> tuple[Recommendation, ...]:

@@ -147,11 +147,13 @@ def lead(report: Snapshot) -> str:
     """Return a sentence on what the numbers can say of this model, and the call that measures what they cannot."""
     known = [row for row in report.rows if row.null is not None]
     told = sum(
-        abs(float(row.metrics.utilization) - float(row.null.utilization)) > LIMITS.at_null
+        abs(float(row.metrics.utilization) - float(row.null.utilization)) > LIMITS.of_noise(row.size)
         for row in known
         if row.null is not None
     )
-    apart = f" ({told} of {len(known)} layers differ from noise)" if known else ""
+    apart = (
+        f" ({told} of {len(known)} layers {'differs' if told == 1 else 'differ'} from noise)" if known else ""
+    )
     call = "jaxeff.advise(params, apply_fn, batch, loss_fn=..., targets=...)"
     return f"The table shows where importance lies{apart}, not how much can go: `{call}` measures that."
 

@@ -10,10 +10,10 @@ from typing import Any
 from jaxeff.output import text
 from jaxeff.output.stacks import Stack
 from jaxeff.report import _table as table
+from jaxeff.report._limits import LIMITS
 from jaxeff.report._records import LayerReport, Snapshot
 
 _RANKED = 10
-_NOISE = 0.02  # noise itself may seem to have this much to spare
 _LABELED = 4
 
 
@@ -284,7 +284,9 @@ def ranking(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
     """Return the layers with the most weights to spare: null less utilization, times the size."""
     counted = [(index, row) for index, row in enumerate(layers) if not row.is_sum]
     total = sum(row.size for _, row in counted)
-    found = [(index, spare) for index, row in counted if (spare := _spare(row) or 0.0) > _NOISE]
+    found = [
+        (index, spare) for index, row in counted if (spare := _spare(row) or 0.0) > LIMITS.of_noise(row.size)
+    ]
     at_stake = sorted(
         ((spare * layers[index].size, index) for index, spare in found), key=lambda pair: -pair[0]
     )
