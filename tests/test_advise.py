@@ -482,6 +482,33 @@ def test_shows_itself(found):
     assert list(found.report) and found.report.criterion == found.weights.criterion
 
 
+def test_the_nodes_of_a_graph_are_not_set_aside_by_themselves():
+    graph = {"edges": np.arange(24) % 12, "nodes": normal(12, 6), "positions": normal(1, 6)}
+    targets = normal(12, 4)
+
+    def messages(params, graph):
+        x = jax.ops.segment_sum(graph["nodes"][graph["edges"]], np.arange(24) // 2, num_segments=12)
+        return jax.nn.relu(x @ params["up"]) @ params["down"]
+
+    def search(**held_out):
+        return jaxeff.advise(
+            {"up": normal(6, 12), "down": normal(12, 4)},
+            messages,
+            graph,
+            loss_fn=squares,
+            targets=targets,
+            criteria="magnitude",
+            tolerance=0.5,
+            max_runs=100,
+            progress=False,
+            **held_out,
+        )
+
+    with pytest.raises(ValueError, match="arrays of 12, 24 rows.*`held_out=.batch, targets.`"):
+        search()
+    assert search(held_out=(graph, targets)).weights.rise.examples == 12
+
+
 def test_listed_and_scanned_blocks_share_a_row(found):
     listed = [LayerAdvice(f"block{i}/up", "weights", 64, "wanda", 0.5, i / 40) for i in range(20)]
     scanned = [LayerAdvice(f"blocks/down[{i}]", "weights", 32, "wanda", None, 0.25) for i in range(20)]

@@ -1,5 +1,7 @@
 """The pipeline as users call it: what it computes, what it compiles, what it says of bad input."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -589,3 +591,18 @@ def test_numbers_and_arrays_of_numpy_are_taken_as_jax_takes_them():
     assert float(report["w"].metrics.gini) == float(alone["w"].metrics.gini)
     means = {other.path: float(other.mean_absolute) for other in report.others}
     assert means == {"temperature": 0.5, "steps": 3}
+
+
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_complex_leaves_are_counted_by_their_absolute_values(of):
+    """Eigenvalues of a diagonal state space."""
+    params = {"w": np.ones((4, 3), np.float32), "eigenvalues": of(np.array([3 + 4j, 0, 1j], np.complex64))}
+    apply_fn = lambda p, x: (x @ p["w"] * p["eigenvalues"][None]).real  # noqa: E731
+    for report in (
+        jaxeff.analyze(params, apply_fn, np.ones((5, 4), np.float32)),
+        jax.jit(lambda p: jaxeff.analyze(p))(params),
+    ):
+        (other,) = report.others
+        assert other.role == "complex64 array" and other.zeros == 1 and other.nonfinite == 0
+        found = [float(each) for each in (other.mean_absolute, other.rms, other.maximum)]
+        np.testing.assert_allclose(found, [2, math.sqrt(26 / 3), 5], rtol=1e-6)

@@ -45,7 +45,7 @@ def split(
     """Return the examples to search with and those to measure on, which are another quarter unless given.
 
     Raises:
-        TypeError, ValueError: `held_out` is no pair, or there are too few examples.
+        TypeError, ValueError: `held_out` is no pair, there are too few examples, or arrays differ in their first axis.
     """
     count = _count("batch", batch)
     if held_out is not None:
@@ -57,6 +57,12 @@ def split(
                 "`held_out` has 1 example: an interval needs at least 2, and says little below 100"
             )
         return Examples(batch, targets, count), Examples(*held_out, number)
+    lengths = sorted({np.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if np.ndim(leaf)} - {1})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"`batch` has arrays of {', '.join(map(str, lengths))} rows, such as the nodes and edges of a graph, which "
+            "do not tell what may be set aside: pass `held_out=(batch, targets)`"
+        )
     if count < FEWEST:
         raise ValueError(
             f"`batch` has {count} examples, of which a quarter is set aside: pass at least {FEWEST}, or "

@@ -66,7 +66,7 @@ def _measure_rows(leaves: Sequence[Any]) -> OtherNumbers:
     xp = namespace(leaves[0])
     sizes = np.asarray([leaf.size for leaf in leaves], np.int32)
     longest = int(sizes.max())
-    flat = [_whole(leaf).astype(wide(leaf.dtype)).reshape(-1) for leaf in leaves]
+    flat = [_sizes(xp, _whole(leaf)).astype(wide(leaf.dtype)).reshape(-1) for leaf in leaves]
     rows = xp.stack([xp.pad(row, (0, longest - row.size)) for row in flat])
     magnitude = xp.abs(rows)
     count = sizes.astype(rows.dtype)
@@ -80,6 +80,11 @@ def _measure_rows(leaves: Sequence[Any]) -> OtherNumbers:
 
 
 _measure_on_device = jax.jit(_measure_rows)
+
+
+def _sizes(xp: Any, leaf: Any) -> Any:
+    """Return a leaf; of complex numbers, their absolute values, from which all of these numbers follow."""
+    return xp.abs(leaf) if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else leaf
 
 
 def _whole(leaf: Any) -> Any:

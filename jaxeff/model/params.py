@@ -184,7 +184,7 @@ def is_array(leaf: Any, *, abstract: bool = False) -> bool:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return abstract
     if isinstance(leaf, np.ndarray):
-        return leaf.dtype.kind in "biuf" or jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.dtype.kind in "biufc" or jnp.issubdtype(leaf.dtype, jnp.floating)
     return isinstance(leaf, (jax.Array, np.number, np.bool_, bool, int, float))
 
 

@@ -215,10 +215,9 @@ def model(report: Snapshot) -> list[str]:
             f"Relevance: {float(model.relevance_residual):.1e} of the winning outputs was neither passed on "
             "to the inputs nor taken by biases."
         )
-    if int(model.excluded):
-        lines.append(
-            f"{int(model.excluded)} of {len(report.rows)} layers are not finite and left out of these sums."
-        )
+    if excluded := int(model.excluded):
+        verb = "is" if excluded == 1 else "are"
+        lines.append(f"{excluded} of {len(report.rows)} layers {verb} not finite and left out of these sums.")
     return lines
 
 
