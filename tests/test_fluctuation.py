@@ -390,3 +390,11 @@ def test_a_table_that_is_looked_up_twice_reads_nothing():
     emitted = np.tanh(np.float64(params["table"][batch[0]] + params["table"][batch[1]]) @ params["hidden"])
     expected = emitted.reshape(12, 6).var(0) * (np.float64(params["out"]) ** 2).sum(1)
     np.testing.assert_allclose(found.importance["hidden:1"], expected, rtol=1e-5)
+
+
+def test_readers_of_complex_numbers_are_named():
+    params = {"up": normal(4, 6), "down": normal(6, 3)}
+    found = prune.fluctuation(
+        params, lambda p, x: (jnp.tanh(x @ p["up"]) * np.complex64(1j) @ p["down"]).real, normal(8, 4)
+    )
+    assert found.importance == {} and "its inputs are complex" in found.skipped["up:1"]

@@ -260,6 +260,8 @@ def _curve(
             if any(operand is None for operand in operands) or not _evaluable(operation):
                 return None
             known[operation.outputs[0]] = _evaluate(operation, operands)
+    if np.iscomplexobj(known[end]):  # of which the catalog has none
+        return None
     curve = np.asarray(known[end], np.float64)
     return curve if curve.shape == _GRID.shape and np.all(np.isfinite(curve)) else None
 

@@ -296,6 +296,8 @@ def _refusal(uses: Sequence[graph.Site]) -> str | None:
         return "its rows are looked up"
     if len({(use.unit_axes, use.activation.bias, use.kind) for use in uses}) > 1:
         return "is used in different ways"
+    if any(jnp.issubdtype(use.input.dtype, jnp.complexfloating) for use in uses):
+        return "its inputs are complex"
     if site.groups > 1:
         return "it is a grouped convolution"
     if site.input_axes & site.unit_axes:
