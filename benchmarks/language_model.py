@@ -173,19 +173,19 @@ def _smaller(bench: Bench) -> Iterator[tuple[str, Callable[[], Pruned]]]:
             bench.params, logits, few, loss_fn=_token_losses, targets=few, count=smollm2.BLOCKS // 3
         ).importance
 
-    def at_random() -> Any:
+    def at_random(draw: int) -> Any:
         (blocks,) = [group for group in groups().unlocked if group.kind == "block"]
-        return {blocks.name: np.random.default_rng(0).permutation(smollm2.BLOCKS).astype(float)}
+        return {blocks.name: np.random.default_rng(draw).permutation(smollm2.BLOCKS).astype(float)}
 
     by = {
-        "influence": lambda: prune.block_influence(bench.params, logits, few),
-        "measurement": functools.cache(order),
-        "random": at_random,
+        "by influence": lambda: prune.block_influence(bench.params, logits, few),
+        "by measurement": functools.cache(order),
+        **{f"at random, draw {i + 1}": functools.partial(at_random, i) for i in range(DRAWS)},
     }
     for share in (0.1, 0.2, 0.3):
         for name, importance in by.items():
             yield (
-                f"{share:.0%} of the blocks by {name}",
+                f"{share:.0%} of the blocks {name}",
                 lambda share=share, importance=importance: compact(
                     prune.plan(groups(), importance(), share, kinds="block")
                 ),

@@ -504,9 +504,26 @@ def test_the_nodes_of_a_graph_are_not_set_aside_by_themselves():
             **held_out,
         )
 
-    with pytest.raises(ValueError, match="arrays of 12, 24 rows.*`held_out=.batch, targets.`"):
+    with pytest.raises(ValueError, match="24 integers.*`held_out=.batch, targets.`"):
         search()
     assert search(held_out=(graph, targets)).weights.rise.examples == 12
+
+
+def test_a_mask_that_all_examples_share_stays_whole():
+    def averages(params, tokens, mask):
+        return (mask @ params["embedding"][tokens]).mean(1) @ params["head"]
+
+    found = jaxeff.advise(
+        {"embedding": normal(8, 6), "head": normal(6, 4)},
+        averages,
+        (np.arange(32 * 5).reshape(32, 5) % 8, np.tril(np.ones((5, 5), np.float32))),
+        loss_fn=squares,
+        targets=normal(32, 4),
+        criteria="magnitude",
+        max_runs=100,
+        progress=False,
+    )
+    assert found.weights is None or found.weights.rise.examples == 8
 
 
 def test_listed_and_scanned_blocks_share_a_row(found):

@@ -45,7 +45,7 @@ def split(
     """Return the examples to search with and those to measure on, which are another quarter unless given.
 
     Raises:
-        TypeError, ValueError: `held_out` is no pair, there are too few examples, or arrays differ in their first axis.
+        TypeError, ValueError: `held_out` is no pair, there are too few examples, or some may point at others.
     """
     count = _count("batch", batch)
     if held_out is not None:
@@ -57,11 +57,10 @@ def split(
                 "`held_out` has 1 example: an interval needs at least 2, and says little below 100"
             )
         return Examples(batch, targets, count), Examples(*held_out, number)
-    lengths = sorted({np.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if np.ndim(leaf)} - {1})
-    if len(lengths) > 1:
+    if pointers := _integers_of_other_rows(batch, targets):
         raise ValueError(
-            f"`batch` has arrays of {', '.join(map(str, lengths))} rows, such as the nodes and edges of a graph, which "
-            "do not tell what may be set aside: pass `held_out=(batch, targets)`"
+            f"`batch` has an array of {pointers} integers, not one for each target. They may point at examples, as "
+            "the edges of a graph do, so that no part can be set aside: pass `held_out=(batch, targets)`"
         )
     if count < FEWEST:
         raise ValueError(
@@ -82,6 +81,15 @@ def _count(name: str, batch: Any) -> int:
     if count is None:
         raise ValueError(f"`{name}` holds no array with an axis of examples")
     return count
+
+
+def _integers_of_other_rows(batch: Any, targets: Any) -> int | None:
+    """Return how many rows integers have that do not have one for each target; None if all do."""
+    count = batch_size((targets,))
+    for leaf in jax.tree.leaves(batch):
+        if np.ndim(leaf) and np.issubdtype(np.result_type(leaf), np.integer) and len(leaf) not in (1, count):
+            return len(leaf)
+    return None
 
 
 def _taken(tree: Any, count: int, rows: np.ndarray) -> Any:

@@ -107,7 +107,6 @@ def named_leaves(params: Any, *, abstract: bool = False) -> dict[Path, Any]:
     """Return the leaves of `params` by path ('block_0/Dense_0/kernel'), each checked to be an array.
 
     Args:
-        outputs: gives what the model returns, or its shapes. Without it the first array decides.
         abstract: whether a `jax.ShapeDtypeStruct` may replace an array.
 
     Raises:
@@ -154,6 +153,7 @@ def batch_size(
     None if no output has any: then the arrays do not tell what an example is.
 
     Args:
+        outputs: gives what the model returns, or its shapes. Without it the first array decides.
         abstract: whether a `jax.ShapeDtypeStruct` may replace an array.
 
     Raises:
