@@ -222,6 +222,8 @@ def test_owl_of_layers_alike_is_uniform():
         ({"sparsity": 0.95}, "`spread` 0.08 must leave"),
         ({"sparsity": 0.5, "spread": -0.1}, "`spread` -0.1 must leave"),
         ({"sparsity": 0.5, "multiple": 0}, "`multiple` must be positive, got 0"),
+        ({"sparsity": 0.5, "multiple": float("nan")}, "`multiple` must be positive, got nan"),
+        ({"sparsity": 0.5, "scores": {"b": jnp.array([[1.0, jnp.nan]])}}, "`scores` hold nan or infinity"),
         ({"sparsity": 0.5, "scores": {"b": jnp.zeros(())}}, "`scores` holds no scores"),
     ],
 )
@@ -287,8 +289,29 @@ def test_what_is_not_stacked_is_not_taken_for_it(shapes):
     assert all(leaf.prunable for leaf in layout.leaves if not leaf.path.endswith("bias"))
 
 
+def test_weights_whose_activations_cannot_be_read_are_named():
+    """Blocks that are cut out of their stack one by one, in place of a scan."""
+    params = {"stack": jnp.ones((2, 3, 3)), "head": jnp.ones((3, 2))}
+
+    def cut(params, x):
+        return x @ params["stack"][0] @ params["stack"][1] @ params["head"]
+
+    statistics = jaxeff.collect(params, cut, jnp.ones((4, 3)), criterion="wanda")
+    with pytest.warns(UserWarning, match="'stack' scored by magnitude, since criterion 'wanda' .* sliced"):
+        scores = prune.scored(params, statistics, "wanda")
+    np.testing.assert_array_equal(scores["stack"], np.ones((2, 3, 3)))
+    for options in ({"criterion": "wanda", "prunable": {"stack": False}}, {"criterion": "magnitude"}):
+        _ = prune.scored(params, statistics, **options)
+
+
+TIED_TO = {"w": jnp.ones((4, 3))}
+TIED = prune.scored(
+    TIED_TO,
+    prunable=prune.layout(TIED_TO, lambda params, x: x @ params["w"] @ params["w"].T, jnp.ones((2, 4))),
+)
 WRONG = {
     "unit": (lambda: prune.masks({"w": jnp.ones((4, 2, 2))}, 0.5, scope="unit"), "the units of 'w'"),
+    "units of a tied weight": (lambda: prune.masks(TIED, 0.5, scope="unit"), "'w', .* has different outputs"),
     "no such block": (lambda: prune.masks(SCORES, 0.5, max_sparsity={"blocks/q[3]": 0.5}), r"q\[0\] to"),
     "a block is missing": (
         lambda: prune.masks(SCORES, 0.5, allocation={"head": 0.5, "blocks/q": 0.5, "blocks/out[0]": 0.5}),

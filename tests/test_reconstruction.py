@@ -337,6 +337,13 @@ WITHOUT = jaxeff.collect(TWO, _two, normal(5, 2, 6))
         ),
         (lambda: prune.reconstruct(STACK, STACK, STACKED, iterations=0), "`iterations` must be at least 1"),
         (lambda: prune.reconstruct(STACK, {"head": True}, STACKED), "`masks` must match the params"),
+        (lambda: prune.sparsegpt(TWO, STACKED, 0.5), "with other `params`: 'blocks/o'"),
+        (
+            lambda: prune.reconstruct(
+                {"conv": TWO["conv"], "last": TWO["last"].T}, {"conv": True, "last": True}, OF_TWO
+            ),
+            "with other `params`: 'last'",
+        ),
         (
             lambda: prune.sparsegpt({**STACK, "head": STACK["head"] * jnp.nan}, STACKED, 0.5),
             "the weights of 'head' are no longer finite",
@@ -346,3 +353,15 @@ WITHOUT = jaxeff.collect(TWO, _two, normal(5, 2, 6))
 def test_what_is_wrong_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_what_is_neither_masks_nor_statistics_is_named():
+    with pytest.raises(ValueError, match="`masks` must be True or 1 .* 'blocks/o' holds other numbers"):
+        _ = prune.reconstruct(STACK, prune.scored(STACK, STACKED), STACKED)
+    every = jax.tree.map(lambda leaf: True, STACK)
+    for call in (
+        lambda: prune.sparsegpt(STACK, None, 0.5),
+        lambda: prune.reconstruct(STACK, every, jaxeff.analyze(STACK)),
+    ):
+        with pytest.raises(TypeError, match="`statistics` must be Statistics from `jaxeff.collect`, got"):
+            _ = call()

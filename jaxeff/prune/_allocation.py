@@ -99,8 +99,8 @@ def owl(scores: Any, sparsity: float, *, multiple: float = 5.0, spread: float = 
         has its own: 'blocks/q[3]'.
 
     Raises:
-        ValueError: there are no scores, an argument is out of range, or `spread` would give a block a sparsity outside
-            [0, 1).
+        ValueError: there are no scores, they are not finite, an argument is out of range, or `spread` would give a
+            block a sparsity outside [0, 1).
 
     References:
         Yin et al., Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High
@@ -110,7 +110,7 @@ def owl(scores: Any, sparsity: float, *, multiple: float = 5.0, spread: float = 
     >>> {name: round(fraction, 2) for name, fraction in owl(scores, 0.5).items()}
     {'flat': 0.58, 'peaked': 0.42}
     """
-    if multiple <= 0:
+    if not multiple > 0:
         raise ValueError(
             f"`multiple` must be positive, got {multiple}: an outlier is a score above this multiple of the mean"
         )
@@ -140,6 +140,8 @@ def owl(scores: Any, sparsity: float, *, multiple: float = 5.0, spread: float = 
         np.full(each.shape, score.size / each.size) for each, (score, _) in zip(blocks, scored, strict=True)
     )
     means = per_block(jnp.sum(score, axes, jnp.float32) for score, axes in scored) / sizes
+    if not np.all(np.isfinite(means)):
+        raise ValueError("`scores` hold nan or infinity, or are too large to be summed: pass finite scores")
     edges = [np.expand_dims(multiple * means[each], axes) for each, axes in zip(blocks, own, strict=True)]
     outliers = per_block(
         jnp.sum(score > jnp.asarray(edge, jnp.float32), axes)

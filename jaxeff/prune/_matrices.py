@@ -92,7 +92,9 @@ def read(path: str, leaf: Any, statistics: Statistics, axes: Axes | None) -> tup
     if axes.inputs is None or axes.units is None:
         raise ValueError(f"{path!r} has different inputs in different uses: {advice}")
     total = functools.reduce(jnp.add, [one.sum for one in found])
-    if not isinstance(total, Tracer) and not bool(jnp.all(jnp.isfinite(total))):
+    # No product of two inputs is larger than the larger of their squares.
+    squares = jnp.diagonal(total, axis1=-2, axis2=-1)
+    if not isinstance(squares, Tracer) and not bool(jnp.all(jnp.isfinite(squares))):
         raise ValueError(
             f"the second moments of {path!r} hold nan or infinity: some of its inputs do, or are too large to be "
             "squared. Leave these examples out with `where`"

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jaxeff.model.params import Params
 from jaxeff.numerics.precision import widened
 from jaxeff.prune._layouts import by_path, of_statistics
-from jaxeff.prune._masking import check_alike
+from jaxeff.prune._masking import check_masks
 from jaxeff.prune._matrices import Matrix, check_damping, check_finite, damped, normalized, read, rebuilt
 from jaxeff.statistics import Statistics
 
@@ -42,7 +42,9 @@ def reconstruct(
         Params that are 0 where a mask is False, of the same types.
 
     Raises:
-        ValueError: the masks are of other params, a masked layer has no second moments, or an argument is out of range.
+        TypeError: `statistics` are something else.
+        ValueError: the masks or the statistics are of other params, or they are no masks; a masked layer has no finite
+            second moments; or an argument is out of range.
 
     References:
         Meng et al., ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models, 2024,
@@ -61,7 +63,7 @@ def reconstruct(
     check_damping(damping)
     if iterations < 1:
         raise ValueError(f"`iterations` must be at least 1, got {iterations}")
-    check_alike(params, masks)
+    check_masks(params, masks)
     own, under = Params.of(params), by_path(masks)
     known = of_statistics(statistics, own.named)
     found: dict[str, Array] = {}
