@@ -210,6 +210,45 @@ def test_owl_of_listed_blocks_is_that_of_stacked_ones():
     assert found["net/head"] == pytest.approx(expected["head"])
 
 
+@pytest.mark.parametrize(
+    "tree",
+    [
+        lambda q, out: {"q": q, "out": out},
+        lambda q, out: {"blocks": {"q": q, "out": out}},
+        lambda q, out: {"blocks": {"q": q, "out": out}, "embedding": jnp.zeros(())},
+        lambda q, out: {
+            "net": {"blocks": {"Dense_0": {"kernel": q}, "Dense_1": {"kernel": out}}, "b": jnp.zeros(())}
+        },
+    ],
+    ids=["alone", "in a dict", "beside an embedding", "modules with numbers"],
+)
+def test_owl_takes_what_a_step_of_a_scan_reads_as_one_block(tree):
+    """Also where nothing beside the blocks has scores, as in a language model whose embedding stays whole."""
+    q, out = (SCORES["blocks"][name] for name in ("q", "out"))
+    both = [np.concatenate([np.ravel(q[i]), np.ravel(out[i])]) for i in range(BLOCKS)]
+    ratios = np.array([np.mean(each > 2 * each.mean()) for each in both])
+    expected = 0.6 - 0.08 * (ratios - ratios.mean()) / np.abs(ratios - ratios.mean()).max()
+    found = prune.owl(tree(q, out), 0.6, multiple=2.0)
+    for i in range(BLOCKS):
+        own = [share for name, share in found.items() if name.endswith(f"[{i}]")]
+        np.testing.assert_allclose(own, [expected[i]] * 2, rtol=1e-5)
+
+
+def test_owl_of_names_with_points_is_that_of_names_with_slashes():
+    flat = {
+        f"model.layers.{i}.{name}.weight": SCORES["blocks"][name][i]
+        for i in range(BLOCKS)
+        for name in ("q", "out")
+    }
+    nested = {
+        f"layers_{i}": {name: SCORES["blocks"][name][i] for name in ("q", "out")} for i in range(BLOCKS)
+    }
+    found, expected = (prune.owl(scores, 0.6, multiple=2.0) for scores in (flat, nested))
+    for i in range(BLOCKS):
+        for name in ("q", "out"):
+            assert found[f"model.layers.{i}.{name}.weight"] == expected[f"layers_{i}/{name}"]
+
+
 def test_owl_of_layers_alike_is_uniform():
     scores = {"a": jnp.ones((3, 4)), "b": jnp.ones((5, 4))}
     assert prune.owl(scores, 0.3) == {"a": 0.3, "b": 0.3}
