@@ -278,6 +278,13 @@ def test_all_or_nothing_under_a_mask():
         np.testing.assert_array_equal(found, params["kernel"] if kept else np.zeros((16, 6)))
 
 
+def test_a_weight_without_units_stays_as_it_is():
+    params = {"kernel": jnp.ones((3, 0))}
+    statistics = jaxeff.collect(params, dense, normal(4, 3), hessians=True)
+    masks = {"kernel": jnp.ones((3, 0), bool)}
+    assert prune.reconstruct(params, masks, statistics)["kernel"].shape == (3, 0)
+
+
 def test_variables_and_leaves_that_are_no_matrices_stay_as_they_are():
     params, statistics, _ = layer()
     variables = {"params": {**params, "bias": jnp.arange(6.0)}, "batch_stats": {"mean": jnp.ones(3)}}

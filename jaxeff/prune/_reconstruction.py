@@ -69,7 +69,7 @@ def reconstruct(
     found: dict[str, Array] = {}
     for path, leaf in own.named.items():
         mask = jnp.asarray(under[path])
-        if mask.ndim:
+        if mask.ndim and mask.size:
             weight = jnp.asarray(leaf)
             matrix, moments = read(path, weight, statistics, known[path].axes)
             found[path] = _reconstructed(matrix, iterations, damping, moments, weight, mask)
