@@ -189,6 +189,32 @@ def test_shared_weights_are_scored_over_all_positions_of_all_uses():
     np.testing.assert_allclose(layer.units, (np.abs(w) * mean).sum(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("criterion", ["wanda", "ria"])
+def test_criteria_of_inputs_take_all_uses_of_a_shared_weight_as_one(criterion):
+    """Written out or in a loop, the root mean square is that of the inputs of all uses."""
+    w, x = normal(6, 6) / 3, normal(10, 6)
+
+    def unrolled(params, x):
+        for _ in range(3):
+            x = 2 * jnp.tanh(x @ params["w"])
+        return x
+
+    def looped(params, x):
+        return jax.lax.fori_loop(0, 3, lambda _, x: 2 * jnp.tanh(x @ params["w"]), x)
+
+    inputs, size = [x.astype(np.float64)], np.abs(w)
+    for _ in range(2):
+        inputs.append(2 * np.tanh(inputs[-1] @ w))
+    rms = np.sqrt(np.mean(np.square(np.concatenate(inputs)), 0))[:, None]
+    expected = size * rms
+    if criterion == "ria":
+        expected = (size / size.sum(0, keepdims=True) + size / size.sum(1, keepdims=True)) * np.sqrt(rms)
+    for function in (unrolled, looped):
+        statistics = jaxeff.collect({"w": w}, function, x, criterion=criterion)
+        found = jaxeff.importance.scores({"w": w}, statistics, criterion)["w"]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def _activation(weight, site):
     # A user's own has no null, which would take most of the time.
     return jaxeff.importance.activation(weight, site)

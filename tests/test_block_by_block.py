@@ -325,6 +325,14 @@ def _renamed(params, statistics):
     return {"v": params["w"]}, params
 
 
+def _swapped(params, statistics):
+    return by_wanda(params, statistics)[::-1]
+
+
+def _not_pruned(params, statistics):
+    return params, by_wanda(params, statistics)[1]
+
+
 @pytest.mark.parametrize(
     ("error", "message", "arguments", "keywords"),
     [
@@ -338,6 +346,8 @@ def _renamed(params, statistics):
         (TypeError, "`prune_block` must be a function", (CHAIN, _chain, X, "wanda"), {}),
         (TypeError, "must return a tuple", (CHAIN, _chain, X, lambda params, statistics: params), {}),
         (ValueError, "params of prune_block", (CHAIN, _chain, X, _renamed), {}),
+        (ValueError, "`masks of prune_block` must be True or 1", (CHAIN, _chain, X, _swapped), {}),
+        (ValueError, "must be 0 where its masks are False, and 'w'", (CHAIN, _chain, X, _not_pruned), {}),
         (ValueError, "as it is stored", (CHAIN, _transposed, X, by_wanda), {}),
         (ValueError, "used outside it", (CHAIN, lambda p, x: _chain(p, x) @ p["w"][0], X, by_wanda), {}),
     ],

@@ -183,6 +183,24 @@ def test_influence_is_that_of_a_forward_pass_by_hand():
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [2.0**70, 2.0**-80])
+def test_influence_does_not_depend_on_the_scale_of_the_stream(scale):
+    def linear(params, x):
+        return jax.lax.scan(lambda h, w: (h + h @ w, None), x, params["w"])[0]
+
+    params = {"w": jnp.asarray(normal(3, 4, 4) / 3)}
+    (expected,) = prune.block_influence(params, linear, normal(5, 4, seed=1)).values()
+    (found,) = prune.block_influence(params, linear, normal(5, 4, seed=1) * np.float32(scale)).values()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert np.all(expected > 0.01)
+
+
+def test_influence_is_not_known_where_activations_are_no_numbers():
+    """0 would have a plan remove these blocks first."""
+    (found,) = prune.block_influence(PARAMS, residual, X * np.nan).values()
+    assert np.all(np.isnan(found))
+
+
 def _squares(outputs, targets):
     return (outputs - targets) ** 2
 

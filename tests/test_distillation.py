@@ -104,6 +104,11 @@ def test_it_is_a_loss_of_outputs_and_targets():
     )
 
 
+def test_the_temperature_may_be_traced():
+    found = jax.jit(prune.distillation)(STUDENT, TEACHER, 3.0)
+    np.testing.assert_allclose(found, prune.distillation(STUDENT, TEACHER, 3.0), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [

@@ -210,6 +210,45 @@ def test_owl_of_listed_blocks_is_that_of_stacked_ones():
     assert found["net/head"] == pytest.approx(expected["head"])
 
 
+@pytest.mark.parametrize(
+    "tree",
+    [
+        lambda q, out: {"q": q, "out": out},
+        lambda q, out: {"blocks": {"q": q, "out": out}},
+        lambda q, out: {"blocks": {"q": q, "out": out}, "embedding": jnp.zeros(())},
+        lambda q, out: {
+            "net": {"blocks": {"Dense_0": {"kernel": q}, "Dense_1": {"kernel": out}}, "b": jnp.zeros(())}
+        },
+    ],
+    ids=["alone", "in a dict", "beside an embedding", "modules with numbers"],
+)
+def test_owl_takes_what_a_step_of_a_scan_reads_as_one_block(tree):
+    """Also where nothing beside the blocks has scores, as in a language model whose embedding stays whole."""
+    q, out = (SCORES["blocks"][name] for name in ("q", "out"))
+    both = [np.concatenate([np.ravel(q[i]), np.ravel(out[i])]) for i in range(BLOCKS)]
+    ratios = np.array([np.mean(each > 2 * each.mean()) for each in both])
+    expected = 0.6 - 0.08 * (ratios - ratios.mean()) / np.abs(ratios - ratios.mean()).max()
+    found = prune.owl(tree(q, out), 0.6, multiple=2.0)
+    for i in range(BLOCKS):
+        own = [share for name, share in found.items() if name.endswith(f"[{i}]")]
+        np.testing.assert_allclose(own, [expected[i]] * 2, rtol=1e-5)
+
+
+def test_owl_of_names_with_points_is_that_of_names_with_slashes():
+    flat = {
+        f"model.layers.{i}.{name}.weight": SCORES["blocks"][name][i]
+        for i in range(BLOCKS)
+        for name in ("q", "out")
+    }
+    nested = {
+        f"layers_{i}": {name: SCORES["blocks"][name][i] for name in ("q", "out")} for i in range(BLOCKS)
+    }
+    found, expected = (prune.owl(scores, 0.6, multiple=2.0) for scores in (flat, nested))
+    for i in range(BLOCKS):
+        for name in ("q", "out"):
+            assert found[f"model.layers.{i}.{name}.weight"] == expected[f"layers_{i}/{name}"]
+
+
 def test_owl_of_layers_alike_is_uniform():
     scores = {"a": jnp.ones((3, 4)), "b": jnp.ones((5, 4))}
     assert prune.owl(scores, 0.3) == {"a": 0.3, "b": 0.3}
@@ -222,6 +261,8 @@ def test_owl_of_layers_alike_is_uniform():
         ({"sparsity": 0.95}, "`spread` 0.08 must leave"),
         ({"sparsity": 0.5, "spread": -0.1}, "`spread` -0.1 must leave"),
         ({"sparsity": 0.5, "multiple": 0}, "`multiple` must be positive, got 0"),
+        ({"sparsity": 0.5, "multiple": float("nan")}, "`multiple` must be positive, got nan"),
+        ({"sparsity": 0.5, "scores": {"b": jnp.array([[1.0, jnp.nan]])}}, "`scores` hold nan or infinity"),
         ({"sparsity": 0.5, "scores": {"b": jnp.zeros(())}}, "`scores` holds no scores"),
     ],
 )
@@ -287,8 +328,29 @@ def test_what_is_not_stacked_is_not_taken_for_it(shapes):
     assert all(leaf.prunable for leaf in layout.leaves if not leaf.path.endswith("bias"))
 
 
+def test_weights_whose_activations_cannot_be_read_are_named():
+    """Blocks that are cut out of their stack one by one, in place of a scan."""
+    params = {"stack": jnp.ones((2, 3, 3)), "head": jnp.ones((3, 2))}
+
+    def cut(params, x):
+        return x @ params["stack"][0] @ params["stack"][1] @ params["head"]
+
+    statistics = jaxeff.collect(params, cut, jnp.ones((4, 3)), criterion="wanda")
+    with pytest.warns(UserWarning, match="'stack' scored by magnitude, since criterion 'wanda' .* sliced"):
+        scores = prune.scored(params, statistics, "wanda")
+    np.testing.assert_array_equal(scores["stack"], np.ones((2, 3, 3)))
+    for options in ({"criterion": "wanda", "prunable": {"stack": False}}, {"criterion": "magnitude"}):
+        _ = prune.scored(params, statistics, **options)
+
+
+TIED_TO = {"w": jnp.ones((4, 3))}
+TIED = prune.scored(
+    TIED_TO,
+    prunable=prune.layout(TIED_TO, lambda params, x: x @ params["w"] @ params["w"].T, jnp.ones((2, 4))),
+)
 WRONG = {
     "unit": (lambda: prune.masks({"w": jnp.ones((4, 2, 2))}, 0.5, scope="unit"), "the units of 'w'"),
+    "units of a tied weight": (lambda: prune.masks(TIED, 0.5, scope="unit"), "'w', .* has different outputs"),
     "no such block": (lambda: prune.masks(SCORES, 0.5, max_sparsity={"blocks/q[3]": 0.5}), r"q\[0\] to"),
     "a block is missing": (
         lambda: prune.masks(SCORES, 0.5, allocation={"head": 0.5, "blocks/q": 0.5, "blocks/out[0]": 0.5}),

@@ -191,6 +191,8 @@ def test_packed_masks_of_another_shape_are_refused():
         _ = flax.serialization.from_bytes(target, saved)
 
 
+W = jnp.ones((2, 2))
+OF_W = jaxeff.collect({"w": W}, lambda params, x: x @ params["w"], jnp.ones((3, 2)))
 WRONG = {
     "sparsity 1": (lambda: prune.masks(SCORES, 1.0), "`sparsity` must be in"),
     "no sparsity": (lambda: prune.masks(SCORES), "`sparsity` must be in"),
@@ -208,11 +210,14 @@ WRONG = {
         "does not divide axis 0 of 'a'",
     ),
     "n": (lambda: prune.NByM(5, 4), "`n` must be"),
+    "part of n": (lambda: prune.NByM(1.5, 4), "both whole numbers, got n=1.5"),
     "none of m": (lambda: prune.NByM(0, 4), "`n` must be from 1"),
     "nan": (lambda: prune.masks({"a": jnp.array([1.0, jnp.nan])}, 0.5), "`importance` of 'a' holds nan"),
     "negative": (lambda: prune.masks({"a": jnp.array([1.0, -1.0])}, 0.5), "`importance` of 'a' holds nan"),
     "other params": (lambda: prune.apply({"w": jnp.ones(2)}, {"v": jnp.ones(2, bool)}), "must match the params"),
     "other shapes": (lambda: prune.apply({"w": jnp.ones(2)}, {"w": jnp.ones(3, bool)}), "params: 'w'"),
+    "statistics of others": (lambda: prune.scored({"v": W}, OF_W, "wanda"), "with other `params`: 'v'"),
+    "statistics of other shapes": (lambda: prune.scored({"w": W[:, :1]}, OF_W, "wanda"), "with other `params`: 'w'"),
     "prunable": (lambda: prune.scored({"w": jnp.ones((2, 2))}, prunable={"v": True}), "names 'v'"),
     "statistics": (lambda: prune.scored({"w": jnp.ones((2, 2))}, criterion="wanda"), "`statistics` are"),
     "every": (lambda: prune.cubic(0.5, 0, 10, 0), "`every` must be"),

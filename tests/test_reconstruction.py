@@ -240,12 +240,49 @@ def test_a_layer_that_saw_nothing_but_0_stays_finite():
     )
 
 
+@pytest.mark.parametrize("scope", ["unit", "layer"])
+@pytest.mark.parametrize(("of_inputs", "of_weights"), [(2.0**59, 1), (1, 2.0**70), (1, 2.0**-100)])
+def test_the_scale_of_inputs_and_weights_does_not_matter(of_inputs, of_weights, scope):
+    """Up to where the squares of the inputs, which the statistics hold, overflow themselves."""
+    params, statistics, x = layer()
+    scaled = {"kernel": params["kernel"] * of_weights}
+    large = jaxeff.collect(params, dense, np.float32(x * of_inputs), hessians=True)
+    found, masks = prune.sparsegpt(scaled, large, 0.6, scope=scope)
+    expected, under = prune.sparsegpt(params, statistics, 0.6, scope=scope)
+    assert np.array_equal(masks["kernel"], under["kernel"])
+    np.testing.assert_allclose(found["kernel"] / of_weights, expected["kernel"], rtol=1e-3, atol=1e-4)
+    again = prune.reconstruct(scaled, masks, large)["kernel"] / of_weights
+    np.testing.assert_allclose(
+        again, prune.reconstruct(params, masks, statistics)["kernel"], rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("spoiled", [np.nan, np.inf, 1e30])
+def test_inputs_whose_squares_are_not_finite_are_refused(spoiled):
+    params, _, x = layer()
+    x[3, 2] = spoiled
+    statistics = jaxeff.collect(params, dense, np.float32(x), hessians=True)
+    for call in (
+        lambda: prune.sparsegpt(params, statistics, 0.5),
+        lambda: prune.reconstruct(params, {"kernel": params["kernel"] > 0}, statistics),
+    ):
+        with pytest.raises(ValueError, match="second moments of 'kernel' hold nan or infinity"):
+            _ = call()
+
+
 def test_all_or_nothing_under_a_mask():
     params, statistics, _ = layer()
     for kept in (True, False):
         masks = {"kernel": jnp.full((16, 6), kept)}
         found = prune.reconstruct(params, masks, statistics)["kernel"]
         np.testing.assert_array_equal(found, params["kernel"] if kept else np.zeros((16, 6)))
+
+
+def test_a_weight_without_units_stays_as_it_is():
+    params = {"kernel": jnp.ones((3, 0))}
+    statistics = jaxeff.collect(params, dense, normal(4, 3), hessians=True)
+    masks = {"kernel": jnp.ones((3, 0), bool)}
+    assert prune.reconstruct(params, masks, statistics)["kernel"].shape == (3, 0)
 
 
 def test_variables_and_leaves_that_are_no_matrices_stay_as_they_are():
@@ -301,9 +338,19 @@ WITHOUT = jaxeff.collect(TWO, _two, normal(5, 2, 6))
             lambda: prune.sparsegpt(STACK, STACKED, 0.5, scope="global"),
             "`scope` must be one of 'unit', 'layer'",
         ),
-        (lambda: prune.sparsegpt(STACK, STACKED, 0.5, damping=0), "`damping` must be positive, got 0"),
+        (
+            lambda: prune.sparsegpt(STACK, STACKED, 0.5, damping=0),
+            "`damping` must be positive and finite, got 0",
+        ),
         (lambda: prune.reconstruct(STACK, STACK, STACKED, iterations=0), "`iterations` must be at least 1"),
         (lambda: prune.reconstruct(STACK, {"head": True}, STACKED), "`masks` must match the params"),
+        (lambda: prune.sparsegpt(TWO, STACKED, 0.5), "with other `params`: 'blocks/o'"),
+        (
+            lambda: prune.reconstruct(
+                {"conv": TWO["conv"], "last": TWO["last"].T}, {"conv": True, "last": True}, OF_TWO
+            ),
+            "with other `params`: 'last'",
+        ),
         (
             lambda: prune.sparsegpt({**STACK, "head": STACK["head"] * jnp.nan}, STACKED, 0.5),
             "the weights of 'head' are no longer finite",
@@ -313,3 +360,15 @@ WITHOUT = jaxeff.collect(TWO, _two, normal(5, 2, 6))
 def test_what_is_wrong_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_what_is_neither_masks_nor_statistics_is_named():
+    with pytest.raises(ValueError, match="`masks` must be True or 1 .* 'blocks/o' holds other numbers"):
+        _ = prune.reconstruct(STACK, prune.scored(STACK, STACKED), STACKED)
+    every = jax.tree.map(lambda leaf: True, STACK)
+    for call in (
+        lambda: prune.sparsegpt(STACK, None, 0.5),
+        lambda: prune.reconstruct(STACK, every, jaxeff.analyze(STACK)),
+    ):
+        with pytest.raises(TypeError, match="`statistics` must be Statistics from `jaxeff.collect`, got"):
+            _ = call()

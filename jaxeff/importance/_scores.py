@@ -14,8 +14,7 @@ from jaxeff.importance import _levels as levels
 from jaxeff.importance._criteria import Criterion, Score, magnitude, named
 from jaxeff.model.params import Params
 from jaxeff.numerics.precision import widened
-from jaxeff.statistics import Derivatives, SiteStatistics, Statistics, UnitStatistics
-from jaxeff.statistics.records import check_params
+from jaxeff.statistics import Derivatives, SiteStatistics, Statistics, UnitStatistics, check_params
 
 
 def missing(criterion: Criterion, statistics: Statistics) -> str | None:
@@ -40,8 +39,9 @@ def score(
 ) -> jax.Array:
     """Return the importance of a weight over all its uses, in float32 or wider.
 
-    A tied or shared weight is scored at each use, and the scores are averaged by the number of positions that each
-    use saw, as if all uses were one. Derivatives already cover all uses.
+    Of a tied or shared weight, uses that read it alike count as one for a criterion of inputs, as in a loop over them.
+    Otherwise it is scored at each use, and the scores are averaged by the number of positions that each use saw.
+    Derivatives already cover all uses.
 
     Args:
         sites: of the weight; without any, a criterion that reads activations returns magnitudes.
@@ -82,8 +82,8 @@ def scores(
         reduction: how the scores of several weights are combined: 'sum', 'mean', 'max' or 'l2'.
 
     Raises:
-        TypeError: `statistics` are not `Statistics`.
-        ValueError: a name is unknown, or the statistics are of other params or lack what the criterion reads.
+        TypeError: `statistics` are something else.
+        ValueError: a name is unknown, the statistics lack what the criterion reads, or are those of other params.
 
     >>> import jaxeff
     >>> params = {"w": jnp.array([[1.0, -2.0], [3.0, 0.0]])}
@@ -126,12 +126,26 @@ def over_uses(
 ) -> jax.Array:
     """Average the criterion's scores over a weight's uses, weighted by the positions that each saw."""
     sites = sites or (_unread(weight),)
+    if criterion.side == "input":
+        sites = _alike_joined(sites)
     sites = [dataclasses.replace(site, derivatives=derivatives) for site in sites]
     if not criterion.reads_activations:
         return criterion.function(weight, sites[0])
     total = jnp.maximum(functools.reduce(jnp.add, [site.post.count for site in sites]), 1)
     scores = [criterion.function(weight, site) * (site.post.count / total) for site in sites]
     return functools.reduce(jnp.add, scores)
+
+
+def _alike_joined(sites: Sequence[SiteStatistics]) -> list[SiteStatistics]:
+    """Join uses with the same inputs and units, so that a root mean square is that of all positions."""
+    joined: dict[Any, SiteStatistics] = {}
+    for site in sites:
+        key = site.kind, site.input_axes, site.unit_axes
+        if key in joined:
+            first = joined[key]
+            site = dataclasses.replace(first, input=first.input + site.input, post=first.post + site.post)
+        joined[key] = site
+    return [*joined.values()]
 
 
 def _unread(weight: jax.Array) -> SiteStatistics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -86,7 +87,8 @@ def owl(scores: Any, sparsity: float, *, multiple: float = 5.0, spread: float = 
     weights is s - spread (r - m) / max |r - m|, with m the mean of r over all weights, so that s of all weights go.
 
     A block is what one step of a scan reads, or the module whose name ends in a number: 'layers_3', 'layers/3'. A
-    weight in neither is a block of its own.
+    weight in neither is a block of its own. Stacked weights are taken to be read by one scan if they lie under the same
+    key, below the keys that all leaves share.
 
     Args:
         scores: as `prune.masks` takes them; published with the criterion `wanda`.
@@ -99,8 +101,8 @@ def owl(scores: Any, sparsity: float, *, multiple: float = 5.0, spread: float = 
         has its own: 'blocks/q[3]'.
 
     Raises:
-        ValueError: there are no scores, an argument is out of range, or `spread` would give a block a sparsity outside
-            [0, 1).
+        ValueError: there are no scores, they are not finite, an argument is out of range, or `spread` would give a
+            block a sparsity outside [0, 1).
 
     References:
         Yin et al., Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High
@@ -110,7 +112,7 @@ def owl(scores: Any, sparsity: float, *, multiple: float = 5.0, spread: float = 
     >>> {name: round(fraction, 2) for name, fraction in owl(scores, 0.5).items()}
     {'flat': 0.58, 'peaked': 0.42}
     """
-    if multiple <= 0:
+    if not multiple > 0:
         raise ValueError(
             f"`multiple` must be positive, got {multiple}: an outlier is a score above this multiple of the mean"
         )
@@ -127,7 +129,7 @@ def owl(scores: Any, sparsity: float, *, multiple: float = 5.0, spread: float = 
     ]
     if not named:
         raise ValueError("`scores` holds no scores: every leaf is a single number")
-    blocks = _blocks(named)
+    blocks = _blocks(named, [*by_path(plain)])
     members = np.concatenate([each.ravel() for each in blocks])
     own = [tuple(axis for axis in range(score.ndim) if axis not in stacked) for _, score, stacked in named]
 
@@ -140,6 +142,8 @@ def owl(scores: Any, sparsity: float, *, multiple: float = 5.0, spread: float = 
         np.full(each.shape, score.size / each.size) for each, (score, _) in zip(blocks, scored, strict=True)
     )
     means = per_block(jnp.sum(score, axes, jnp.float32) for score, axes in scored) / sizes
+    if not np.all(np.isfinite(means)):
+        raise ValueError("`scores` hold nan or infinity, or are too large to be summed: pass finite scores")
     edges = [np.expand_dims(multiple * means[each], axes) for each, axes in zip(blocks, own, strict=True)]
     outliers = per_block(
         jnp.sum(score > jnp.asarray(edge, jnp.float32), axes)
@@ -152,27 +156,37 @@ def owl(scores: Any, sparsity: float, *, multiple: float = 5.0, spread: float = 
     return dict(zip(names, fractions[members].tolist(), strict=True))
 
 
-def _blocks(named: Sequence[tuple[str, Array, tuple[int, ...]]]) -> list[np.ndarray]:
-    """Return for each leaf the number of the block that each of its layers belongs to, [*stacked]."""
+def _blocks(named: Sequence[tuple[str, Array, tuple[int, ...]]], every: Sequence[str]) -> list[np.ndarray]:
+    """Return for each leaf the number of the block that each of its layers belongs to, [*stacked].
+
+    Args:
+        every: the paths of all leaves, those without scores among them.
+    """
     numbers: dict[Hashable, int] = {}
     found = []
-    for (_, score, stacked), module in zip(named, _modules([path for path, _, _ in named]), strict=True):
+    shared = len(os.path.commonprefix([_keys(path)[:-1] for path in every]))
+    for path, score, stacked in named:
+        module = _module(_keys(path)[shared:], bool(stacked))
         shape = tuple(score.shape[axis] for axis in stacked)
         each = [numbers.setdefault((module, index), len(numbers)) for index in np.ndindex(shape)]
         found.append(np.array(each).reshape(shape))
     return found
 
 
-def _modules(paths: Sequence[str]) -> list[str]:
-    """Return for each path the module that makes it part of a block; for stacked blocks, what all of them lie in.
+def _keys(path: str) -> list[str]:
+    """Return the keys of a path, also of one like 'layers.3.q.weight' in a flat dict."""
+    return re.split("[/.]", path)
 
-    >>> _modules(["net/layers_0/q", "net/layers_0/mlp/up", "net/layers_1/q", "net/blocks/q", "net/head"])
-    ['layers_0', 'layers_0', 'layers_1', 'blocks', 'head']
+
+def _module(keys: Sequence[str], stacked: bool) -> tuple[str, ...]:
+    """Return the module that makes a leaf part of a block; for stacked blocks, what all of them lie in.
+
+    >>> [_module(path.split("/"), False) for path in ("layers_0/q", "layers/0/mlp/up", "head")]
+    [('layers_0',), ('layers', '0'), ('head',)]
+    >>> [_module(path.split("/"), True) for path in ("blocks/Dense_0/kernel", "blocks/q", "q")]
+    [('blocks',), ('blocks',), ()]
     """
-    shared = len(os.path.commonprefix([path.split("/")[:-1] for path in paths]))
-    modules = []
-    for path in paths:
-        parts = path.split("/")[shared:]
-        end = next((i for i, part in enumerate(parts) if part[-1:].isdigit()), 0)
-        modules.append("/".join(parts[: end + 1]))
-    return modules
+    if stacked:
+        return tuple(keys[:-1][:1])
+    end = next((i for i, key in enumerate(keys) if key[-1:].isdigit()), 0)
+    return tuple(keys[: end + 1])

@@ -24,10 +24,11 @@ from jaxeff.graph.segments import Segments, whole
 from jaxeff.model.apply import Model, from_apply
 from jaxeff.model.functions import Function, traced
 from jaxeff.model.params import Params
+from jaxeff.numerics.meshes import laid_like
 from jaxeff.output.progress import progress_bar
 from jaxeff.prune._block_cuts import Block, Stack, listed, stacks
 from jaxeff.prune._layouts import by_path
-from jaxeff.prune._masking import check_alike
+from jaxeff.prune._masking import check_alike, check_masks
 from jaxeff.prune._matrices import rebuilt
 from jaxeff.statistics import Statistics, merge
 from jaxeff.statistics.counted import mask_axes
@@ -340,8 +341,15 @@ def _checked(returned: Any, tree: Any) -> tuple[Any, Any]:
             f"{type(returned).__name__}"
         )
     pruned, masks = returned
-    for name, given in (("params", pruned), ("masks", masks)):
-        check_alike(tree, given, f"{name} of prune_block")
+    check_alike(tree, pruned, "params of prune_block")
+    check_masks(tree, masks, "masks of prune_block")
+    for path, mask in by_path(masks).items():
+        new = by_path(pruned)[path]
+        if bool(jnp.any(jnp.where(laid_like(jnp.asarray(mask, bool), new), 0, new) != 0)):
+            raise ValueError(
+                f"`params of prune_block` must be 0 where its masks are False, and {path!r} is not: return "
+                "`prune.apply(params, masks), masks`"
+            )
     return jax.tree.map(
         lambda old, new: jnp.broadcast_to(new, old.shape).astype(old.dtype), tree, pruned
     ), masks

@@ -60,7 +60,7 @@ def stacks(segments: Segments, leaves: Leaves) -> list[Stack]:
     if not any(stack.leaves for stack in found):
         raise ValueError(
             "`apply_fn` has no scan over stacked weights: name its blocks in `blocks`, such as "
-            "['layers_0', 'layers_1']"
+            "['layers_0', 'layers_1']; or, where a loop takes them from a stack by their number, scan over the stack"
         )
     return [stack for stack in found if stack.leaves]
 

@@ -118,12 +118,19 @@ def _watched(name: str, scan: Operation, seen: dict[str, Any]) -> Callable:
 
 
 def _influence(before: jax.Array, after: jax.Array) -> jax.Array:
-    before, after = (each.astype(jnp.promote_types(each.dtype, jnp.float32)) for each in (before, after))
+    before, after = map(_direction, (before, after))
     norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
     products = jnp.sum(before * after, axis=-1)
-    # Without input or output there is no angle, and the block counts as one that changes nothing.
-    cosine = jnp.where(norms > 0, products / jnp.where(norms > 0, norms, 1), 1)
+    # Without input or output there is no angle, and the block counts as one that changes nothing; nan stays nan.
+    cosine = jnp.where(norms == 0, 1, products / jnp.where(norms == 0, 1, norms))
     return jnp.maximum(1 - jnp.mean(cosine), 0)
+
+
+def _direction(vectors: jax.Array) -> jax.Array:
+    """The vectors along the last axis, in float32 at least, over their largest element, whose square is finite."""
+    vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
+    largest = jnp.max(jnp.abs(vectors), -1, keepdims=True, initial=0)
+    return vectors / jnp.where(largest == 0, 1, largest)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

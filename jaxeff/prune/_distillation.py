@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 
 from jaxeff.numerics.precision import widened
 
 
-def distillation(logits: Array, teacher_logits: Array, temperature: float = 2.0) -> Array:
+def distillation(logits: Array, teacher_logits: Array, temperature: float | Array = 2.0) -> Array:
     """Return the divergence of a student's predictions from its teacher's, at a temperature.
 
     With p = softmax(teacher_logits / T) and q = softmax(logits / T), it is T^2 KL(p || q) = T^2 sum p log(p / q), and
@@ -22,7 +23,7 @@ def distillation(logits: Array, teacher_logits: Array, temperature: float = 2.0)
     Args:
         logits: of the student, [..., classes].
         teacher_logits: of the same shape.
-        temperature: T, positive. The larger it is, the more the improbable classes count.
+        temperature: T, a positive number, which may be traced. The larger it is, the more the improbable classes count.
 
     Returns:
         [...], one loss per example or position, in float32 at least. Take its mean.
@@ -42,7 +43,7 @@ def distillation(logits: Array, teacher_logits: Array, temperature: float = 2.0)
             f"`logits` and `teacher_logits` must have one shape [..., classes], got {jnp.shape(logits)} and "
             f"{jnp.shape(teacher_logits)}"
         )
-    if not temperature > 0:
+    if not isinstance(temperature, Tracer) and not temperature > 0:
         raise ValueError(f"`temperature` must be positive, got {temperature}")
     student, teacher = (
         jax.nn.log_softmax(widened(each) / temperature)

@@ -24,7 +24,7 @@ from jaxeff.model.params import Params, is_variables, named_leaves
 from jaxeff.model.roles import BIASES, last_name, role_of
 from jaxeff.output import text
 from jaxeff.output.stacks import folded_cells
-from jaxeff.statistics import SiteStatistics, Statistics
+from jaxeff.statistics import SiteStatistics, Statistics, check_params
 from jaxeff.statistics.observe import observe
 
 _NOT_PRUNED = (*BIASES, "embedding")
@@ -257,7 +257,12 @@ def of_model(model: models.Model) -> Layout:
 
 
 def of_statistics(statistics: Statistics, named: Mapping[str, Any]) -> Layout:
-    """Return the layout of the program from which the statistics come."""
+    """Return the layout of the program from which the statistics come, which are those of these leaves.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    check_params(statistics, named)
     infos = {info.path: info for info in statistics.params}
     sites = _uses(statistics)
     leaves = []

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 from jax import Array
+from jax.core import Tracer
 
 from jaxeff.model.params import named_leaves
 from jaxeff.numerics.meshes import by_compiler, laid_like
@@ -20,12 +21,12 @@ def apply(params: Any, masks: Any) -> Any:
     """Set the entries of `params` to 0 where a mask is False.
 
     Raises:
-        ValueError: the masks have another tree or other shapes.
+        ValueError: the masks have another tree or other shapes, or are neither booleans nor zeros and ones.
 
     >>> apply({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})["w"]
     Array([1., 0.], dtype=float32)
     """
-    check_alike(params, masks)
+    check_masks(params, masks)
     return jax.tree.map(_masked, params, masks)
 
 
@@ -48,7 +49,7 @@ def straight_through(params: Any, masks: Any) -> Any:
         A tree like `params`: exactly 0 where a mask is False, exactly the weight where it is True.
 
     Raises:
-        ValueError: the masks have another tree or other shapes.
+        ValueError: the masks have another tree or other shapes, or are neither booleans nor zeros and ones.
 
     References:
         Bengio, Leonard and Courville, Estimating or Propagating Gradients Through Stochastic Neurons, 2013,
@@ -62,7 +63,7 @@ def straight_through(params: Any, masks: Any) -> Any:
     >>> jax.grad(loss)({"w": jnp.array([[0.5, 3.0]])})["w"]
     Array([[-2.,  4.]], dtype=float32)
     """
-    check_alike(params, masks)
+    check_masks(params, masks)
     return jax.tree.map(_through, params, masks)
 
 
@@ -74,8 +75,20 @@ def _through(leaf: Array, mask: Array) -> Array:
 _through.defjvps(lambda tangent, value, leaf, mask: tangent, None)
 
 
-def check_alike(params: Any, tree: Any, name: str = "masks") -> None:
-    """Check that masks, or another tree of this argument name, match the params."""
+def check_masks(params: Any, masks: Any, name: str = "masks") -> None:
+    """Check that masks match the params, and are not scores or weights."""
+    check_alike(params, masks, name)
+    for path, mask in named_leaves(masks).items():
+        floating = jnp.issubdtype(jnp.result_type(mask), jnp.inexact) and not isinstance(mask, Tracer)
+        if floating and not bool(jnp.all((mask == 0) | (mask == 1))):
+            raise ValueError(
+                f"`{name}` must be True or 1 where a weight is kept, and False or 0 where not, and {path!r} holds "
+                "other numbers: make masks of scores with `prune.masks`"
+            )
+
+
+def check_alike(params: Any, tree: Any, name: str) -> None:
+    """Check that a tree, named by its argument, matches the params."""
     leaves, given = named_leaves(params), named_leaves(tree)
     if leaves.keys() != given.keys():
         different = sorted(leaves.keys() ^ given.keys())[0]

@@ -138,10 +138,16 @@ class _Grouped:
         """Axes along which each index is pruned separately."""
         if scope == "layer":
             return tuple(sorted(self.axes.layers))
+        if self.axes.units is None:
+            raise ValueError(
+                f"`scope` 'unit' compares the weights of an output, and {self.path!r}, shape {self.shape}, has "
+                "different outputs in different uses: leave it out with `prunable`"
+            )
         if not self.axes.units:
             raise ValueError(
                 f"`scope` 'unit' needs to know the units of {self.path!r}, shape {self.shape}: score it with "
-                "statistics of the model, or with `prunable=prune.layout(params, apply_fn, batch)`"
+                "statistics of the model, or with `prunable=prune.layout(params, apply_fn, batch)`. If neither knows "
+                "them, as the program uses slices of it, leave it out with `prunable`"
             )
         return tuple(sorted({*self.axes.layers, *self.axes.units}))
 

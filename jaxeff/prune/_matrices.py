@@ -75,7 +75,7 @@ def read(path: str, leaf: Any, statistics: Statistics, axes: Axes | None) -> tup
     """A weight's matrices, and their second moments over all its uses, [layers, inputs, inputs].
 
     Raises:
-        ValueError: the statistics have none.
+        ValueError: the statistics have none, or they are not finite.
     """
     uses = [site for site in statistics.sites if site.path == path]
     advice = "leave it out with `prunable`, or give it the mask True"
@@ -92,30 +92,44 @@ def read(path: str, leaf: Any, statistics: Statistics, axes: Axes | None) -> tup
     if axes.inputs is None or axes.units is None:
         raise ValueError(f"{path!r} has different inputs in different uses: {advice}")
     total = functools.reduce(jnp.add, [one.sum for one in found])
+    # No product of two inputs is larger than the larger of their squares.
+    squares = jnp.diagonal(total, axis1=-2, axis2=-1)
+    if not isinstance(squares, Tracer) and not bool(jnp.all(jnp.isfinite(squares))):
+        raise ValueError(
+            f"the second moments of {path!r} hold nan or infinity: some of its inputs do, or are too large to be "
+            "squared. Leave these examples out with `where`"
+        )
     return Matrix(tuple(jnp.shape(leaf)), axes), total.reshape(-1, *total.shape[-2:])
 
 
+def normalized(moments: Array) -> Array:
+    """[inputs, inputs], over the mean of its diagonal."""
+    # Divided before they are summed, so that large numbers do not overflow.
+    mean = jnp.trace(moments / len(moments))
+    return moments / jnp.where(mean > 0, mean, 1)
+
+
 def damped(moments: Array, damping: float | Array) -> Array:
-    """[inputs, inputs], over the mean of its diagonal, plus damping on the diagonal.
+    """Normalized moments plus damping on the diagonal.
 
     An input that was always 0 has the damping alone, and its weights count for next to nothing.
     """
-    mean = jnp.trace(moments) / len(moments)
-    return moments / jnp.where(mean > 0, mean, 1) + damping * jnp.eye(len(moments), dtype=moments.dtype)
+    return normalized(moments) + damping * jnp.eye(len(moments), dtype=moments.dtype)
 
 
 def check_damping(damping: float) -> None:
-    if not damping > 0:
+    if not 0 < damping < math.inf:
         raise ValueError(
-            f"`damping` must be positive, got {damping}: a fraction of the mean of the diagonal, such as 0.01"
+            f"`damping` must be positive and finite, got {damping}: a fraction of the mean of the diagonal, such as "
+            "0.01"
         )
 
 
 def check_finite(path: str, weight: Array, damping: float) -> None:
     if not isinstance(weight, Tracer) and not bool(jnp.all(jnp.isfinite(weight))):
         raise ValueError(
-            f"the weights of {path!r} are no longer finite: its second moments, or the weights themselves, hold "
-            f"nan or infinity, or `damping` {damping} is too little for moments that are all but singular"
+            f"the weights of {path!r} are no longer finite: they held nan or infinity before, or `damping` {damping} "
+            "is too little for second moments that are all but singular"
         )
 
 

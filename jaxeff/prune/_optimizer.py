@@ -16,7 +16,7 @@ from jaxeff.model.params import leaves_by_path
 from jaxeff.numerics.meshes import laid_like
 from jaxeff.prune._allocation import MeasuredAllocation
 from jaxeff.prune._layouts import unboxed
-from jaxeff.prune._masking import check_alike
+from jaxeff.prune._masking import check_masks
 from jaxeff.prune._masks import Limits
 from jaxeff.prune._masks import masks as make_masks
 from jaxeff.prune._patterns import UNSTRUCTURED, Pattern
@@ -98,7 +98,7 @@ def sparsify(
     def init(params: Any) -> SparseState:
         weights, given = trained(params), None
         if masks is not None:
-            check_alike(weights, masks)
+            check_masks(weights, masks)
             given = jax.tree.map(lambda mask, leaf: beside(jnp.array(mask, bool), leaf), masks, weights)
         if schedule is None:
             kept, given = given, None

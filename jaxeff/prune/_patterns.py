@@ -193,8 +193,8 @@ class NByM(_Along):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.n <= self.m:
-            raise ValueError(f"`n` must be from 1 to `m`, got n={self.n}, m={self.m}")
+        if not (isinstance(self.n, int) and isinstance(self.m, int) and 0 < self.n <= self.m):
+            raise ValueError(f"`n` must be from 1 to `m`, both whole numbers, got n={self.n!r}, m={self.m!r}")
 
     @property
     def sparsity(self) -> float:

@@ -12,8 +12,8 @@ from jax import Array, lax
 from jaxeff.model.params import Params
 from jaxeff.numerics.precision import widened
 from jaxeff.prune._layouts import by_path, of_statistics
-from jaxeff.prune._masking import check_alike
-from jaxeff.prune._matrices import Matrix, check_damping, check_finite, damped, read, rebuilt
+from jaxeff.prune._masking import check_masks
+from jaxeff.prune._matrices import Matrix, check_damping, check_finite, damped, normalized, read, rebuilt
 from jaxeff.statistics import Statistics
 
 # Of the gradient, by which it has shrunk where a unit's weights are taken to be found: float32 has no more.
@@ -42,7 +42,9 @@ def reconstruct(
         Params that are 0 where a mask is False, of the same types.
 
     Raises:
-        ValueError: the masks are of other params, a masked layer has no second moments, or an argument is out of range.
+        TypeError: `statistics` are something else.
+        ValueError: the masks or the statistics are of other params, or they are no masks; a masked layer has no finite
+            second moments; or an argument is out of range.
 
     References:
         Meng et al., ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models, 2024,
@@ -61,13 +63,13 @@ def reconstruct(
     check_damping(damping)
     if iterations < 1:
         raise ValueError(f"`iterations` must be at least 1, got {iterations}")
-    check_alike(params, masks)
+    check_masks(params, masks)
     own, under = Params.of(params), by_path(masks)
     known = of_statistics(statistics, own.named)
     found: dict[str, Array] = {}
     for path, leaf in own.named.items():
         mask = jnp.asarray(under[path])
-        if mask.ndim:
+        if mask.ndim and mask.size:
             weight = jnp.asarray(leaf)
             matrix, moments = read(path, weight, statistics, known[path].axes)
             found[path] = _reconstructed(matrix, iterations, damping, moments, weight, mask)
@@ -80,12 +82,16 @@ def _reconstructed(
     matrix: Matrix, iterations: Array, damping: Array, moments: Array, weight: Array, mask: Array
 ) -> Array:
     def of_layer(moments: Array, weights: Array, kept: Array) -> Array:
-        found = _solved(damped(moments, damping), weights, kept, iterations)
+        moments = normalized(moments)
+        # Squares of very large or small weights would overflow or underflow. By a power of two, nothing is rounded.
+        size = jnp.max(jnp.abs(weights), initial=0)
+        scale = jnp.ldexp(jnp.ones_like(size), jnp.frexp(size)[1] - 1)
+        found = _solved(damped(moments, damping), weights / scale, kept, iterations) * scale
         masked = jnp.where(kept, weights, 0)
         # As they are stored: small floats may lose more by rounding than there was to gain.
         found = widened(found.astype(weight.dtype))
-        better = _error(moments, weights - found) <= _error(moments, weights - masked)
-        return jnp.where(better, found, masked)
+        errors = [_error(moments, (weights - each) / scale) for each in (found, masked)]
+        return jnp.where(errors[0] <= errors[1], found, masked)
 
     return matrix.each(of_layer, moments, widened(weight), mask).astype(weight.dtype)
 

@@ -12,6 +12,7 @@ from jax import Array
 
 from jaxeff import importance as criteria
 from jaxeff.model.params import Params
+from jaxeff.output.text import some
 from jaxeff.prune._layouts import (
     Axes,
     Layout,
@@ -53,7 +54,8 @@ def scored(
         ValueError: a path of `prunable` is not a leaf, or has no scores; or the criterion needs statistics.
 
     Warns:
-        UserWarning: without a program, layers look stacked; says how each leaf was interpreted.
+        UserWarning: without a program, layers look stacked; says how each leaf was interpreted. Or the criterion reads
+            activations, and those of a weight could not be read: it is scored by magnitude.
 
     >>> scored({"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.zeros(2)})["kernel"]
     Array([[1., 2.]], dtype=float32)
@@ -70,6 +72,8 @@ def scored(
     else:
         raise ValueError(f"`statistics` are missing: criterion {criterion!r} needs them")
     chosen = prunable_paths(prunable, named, known)
+    if statistics is not None:
+        _warn_of_unread(statistics, chosen, criterion)
     if missing := sorted(_asked_for(prunable, chosen) - found.keys()):
         raise ValueError(f"`prunable` asks for {missing[0]!r}, which multiplies no data and has no scores")
     scores = [
@@ -119,6 +123,20 @@ def _check_layout(layout: Layout, named: Mapping[str, Any]) -> None:
         raise ValueError(
             f"`prunable` is a layout for other params: {different[0]!r} has shape {found.get(different[0])} "
             f"there and {wanted.get(different[0])} here"
+        )
+
+
+def _warn_of_unread(statistics: Statistics, chosen: set[str], criterion: str | criteria.Score) -> None:
+    asked = criteria.named(criterion)
+    read = {site.path for site in statistics.sites}
+    unread = [info for info in statistics.params if info.path in chosen - read and info.role == "weight"]
+    if unread and asked.reads_activations:
+        warnings.warn(
+            f"{some([repr(info.path) for info in unread])} scored by magnitude, since criterion {asked.name!r} reads "
+            f"activations, and those of {unread[0].path!r} could not be read: {unread[0].reason}. Such scores do not "
+            "compare with those of other weights: leave these out with `prunable`, or write the model so that the "
+            "weight meets data as it is stored",
+            stacklevel=3,
         )
 
 

@@ -210,7 +210,8 @@ def _of_block(
         first = number * choice.group
         arrays = (weights, jnp.diagonal(factor)[:, None], prices[:, None])
         own, steps, each = (lax.dynamic_slice_in_dim(array, first, choice.group) for array in arrays)
-        costs = jnp.where(jnp.isinf(each), each, each * jnp.square(own / steps))
+        # Without the square, which keeps the order, but overflows and underflows.
+        costs = jnp.where(jnp.isinf(each), each, each * jnp.abs(own / steps))
         stay = choice(costs, count)
 
         def of_input(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -23,7 +23,7 @@ from jaxeff.spectral._null import null
 from jaxeff.spectral._output_rank import output_rank, second_moments_of
 from jaxeff.spectral._records import Spectrum
 from jaxeff.spectral._result import Spectra
-from jaxeff.statistics import Statistics, check_params
+from jaxeff.statistics import Statistics
 from jaxeff.statistics.observe import observe
 
 _NUMBERS = ("utilization", "effective_rank", "stable_rank", "energy_beyond_edge")
@@ -93,8 +93,6 @@ def spectra(
         raise ValueError(
             "`heads` are found in the traced program: pass `apply_fn` and `batch`, or `statistics`"
         )
-    if statistics is not None:
-        check_params(statistics, params.named)
     layout = (
         layouts.by_shape(params.named)
         if statistics is None
