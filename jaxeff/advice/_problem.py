@@ -87,7 +87,11 @@ def _integers_of_other_rows(batch: Any, targets: Any) -> int | None:
     """Return how many rows integers have that do not have one for each target; None if all do."""
     count = batch_size((targets,))
     for leaf in jax.tree.leaves(batch):
-        if np.ndim(leaf) and np.issubdtype(np.result_type(leaf), np.integer) and len(leaf) not in (1, count):
+        if (
+            np.ndim(leaf)
+            and jnp.issubdtype(jnp.result_type(leaf), jnp.integer)
+            and len(leaf) not in (1, count)
+        ):
             return len(leaf)
     return None
 
