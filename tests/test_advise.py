@@ -509,21 +509,39 @@ def test_the_nodes_of_a_graph_are_not_set_aside_by_themselves():
     assert search(held_out=(graph, targets)).weights.rise.examples == 12
 
 
-def test_a_mask_that_all_examples_share_stays_whole():
-    def averages(params, tokens, mask):
-        return (mask @ params["embedding"][tokens]).mean(1) @ params["head"]
+@pytest.mark.parametrize(
+    "shared",
+    [
+        np.tril(np.ones((5, 5), np.float32)),
+        np.tril(np.ones((5, 5), np.int32)),
+        np.arange(5),
+        np.arange(5)[None].repeat(5, 0),
+        np.array([40, 7, 9, 33, 99]),
+        jax.random.PRNGKey(7),
+    ],
+    ids=["mask", "integer mask", "positions", "positions of positions", "classes", "raw key"],
+)
+def test_arrays_that_all_examples_share_stay_whole(shared):
+    """Also where they come first in the batch."""
+
+    def averages(params, batch):
+        return (
+            params["embedding"][batch["tokens"]].mean(1) @ params["head"]
+            + batch["shared"].astype(float).mean()
+        )
 
     found = jaxeff.advise(
         {"embedding": normal(8, 6), "head": normal(6, 4)},
         averages,
-        (np.arange(32 * 5).reshape(32, 5) % 8, np.tril(np.ones((5, 5), np.float32))),
+        {"shared": shared, "tokens": np.arange(32 * 5).reshape(32, 5) % 8},
         loss_fn=squares,
         targets=normal(32, 4),
         criteria="magnitude",
+        tolerance=0.5,
         max_runs=100,
         progress=False,
     )
-    assert found.weights is None or found.weights.rise.examples == 8
+    assert found.weights.rise.examples == 8
 
 
 def test_listed_and_scanned_blocks_share_a_row(found):

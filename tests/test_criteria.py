@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from networks import NETWORKS, drawn, normal
 
 import jaxeff
@@ -533,6 +534,22 @@ def test_fisher_warns_where_an_example_alone_has_another_loss(function, params, 
     loss_fn = lambda outputs, targets: jnp.mean((outputs - targets) ** 2, -1)  # noqa: E731
     jaxeff.collect(params, function, batch, criterion="fisher", loss_fn=loss_fn, targets=targets)
     assert [("alone" in str(each.message)) for each in recwarn] == [True] * warns
+
+
+def test_fisher_runs_examples_that_lie_along_an_explicit_mesh():
+    params, x, targets = {"w": normal(4, 3)}, normal(6, 4), normal(6, 3, seed=3)
+    loss_fn = lambda outputs, targets: jnp.mean((outputs - targets) ** 2, -1)  # noqa: E731
+
+    def fisher(x, targets):
+        apply_fn = lambda p, x: jnp.tanh(x @ p["w"])  # noqa: E731
+        found = jaxeff.collect(params, apply_fn, x, criterion="fisher", loss_fn=loss_fn, targets=targets)
+        return importance.scores(params, found, "fisher")["w"]
+
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        laid = jax.device_put((x, targets), NamedSharding(mesh, PartitionSpec("d")))
+        found = np.asarray(fisher(*laid))
+    np.testing.assert_allclose(found, fisher(x, targets), rtol=1e-5)
 
 
 COMPLEX = {name: normal(*size, seed=i) for i, (name, size) in enumerate(

@@ -315,3 +315,9 @@ WRONG = {
 def test_what_is_wrong_is_named(kind, call, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_n_and_m_may_be_integers_of_numpy():
+    scores = {"w": np.abs(normal(8, 4))}
+    found = prune.masks(scores, pattern=prune.NByM(np.int64(2), np.int32(4)))
+    np.testing.assert_array_equal(found["w"], prune.masks(scores, pattern=prune.NByM(2, 4))["w"])

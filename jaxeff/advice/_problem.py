@@ -47,17 +47,17 @@ def split(
     Raises:
         TypeError, ValueError: `held_out` is no pair, there are too few examples, or some may point at others.
     """
-    count = _count("batch", batch)
+    count = _count("batch", batch, targets)
     if held_out is not None:
         if not isinstance(held_out, tuple) or len(held_out) != 2:
             raise TypeError(f"`held_out` must be a pair (batch, targets), got {type(held_out).__name__}")
-        number = _count("held_out", held_out[0])
+        number = _count("held_out", *held_out)
         if number < 2:
             raise ValueError(
                 "`held_out` has 1 example: an interval needs at least 2, and says little below 100"
             )
         return Examples(batch, targets, count), Examples(*held_out, number)
-    if pointers := _integers_of_other_rows(batch, targets):
+    if pointers := _pointers(batch, count):
         raise ValueError(
             f"`batch` has an array of {pointers} integers, not one for each target. They may point at examples, as "
             "the edges of a graph do, so that no part can be set aside: pass `held_out=(batch, targets)`"
@@ -76,23 +76,30 @@ def split(
     return searched, measured
 
 
-def _count(name: str, batch: Any) -> int:
-    count = batch_size(batch if isinstance(batch, tuple) else (batch,))
+def _count(name: str, batch: Any, targets: Any) -> int:
+    count = batch_size(batch if isinstance(batch, tuple) else (batch,), lambda: targets)
     if count is None:
-        raise ValueError(f"`{name}` holds no array with an axis of examples")
+        raise ValueError(f"`{name}` holds no array with an axis of examples that `targets` share")
     return count
 
 
-def _integers_of_other_rows(batch: Any, targets: Any) -> int | None:
-    """Return how many rows integers have that do not have one for each target; None if all do."""
-    count = batch_size((targets,))
+def _pointers(batch: Any, count: int) -> int | None:
+    """Return how many rows an array has that may point at examples; None if there is none.
+
+    Random keys are unsigned; masks of zeros and ones, positions that count from 0, and integers too large for examples
+    do not point at any.
+    """
     for leaf in jax.tree.leaves(batch):
         if (
             np.ndim(leaf)
-            and jnp.issubdtype(jnp.result_type(leaf), jnp.integer)
+            and jnp.issubdtype(jnp.result_type(leaf), jnp.signedinteger)
             and len(leaf) not in (1, count)
         ):
-            return len(leaf)
+            values = np.asarray(leaf)
+            # Edges that are padding may point behind the last example.
+            in_range = 1 < np.max(values, initial=0) <= count
+            if in_range and np.any(values != np.arange(values.shape[-1])):
+                return len(leaf)
     return None
 
 

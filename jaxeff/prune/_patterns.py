@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from numbers import Integral
 
 import jax.numpy as jnp
 import numpy as np
@@ -193,7 +194,7 @@ class NByM(_Along):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (isinstance(self.n, int) and isinstance(self.m, int) and 0 < self.n <= self.m):
+        if not (isinstance(self.n, Integral) and isinstance(self.m, Integral) and 0 < self.n <= self.m):
             raise ValueError(f"`n` must be from 1 to `m`, both whole numbers, got n={self.n!r}, m={self.m!r}")
 
     @property

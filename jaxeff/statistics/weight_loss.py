@@ -58,7 +58,7 @@ class WeightLoss:
         """Return the loss of the first and the last example, run alone and in the batch."""
         ends = jnp.array([0, self.objective.batch_size - 1])
         losses = self.objective.losses(self.outputs(self.weights), self.arrays)
-        each = jnp.mean(losses, range(1, losses.ndim))
+        each = gathered(jnp.mean(losses, range(1, losses.ndim)))
         alone = jax.vmap(lambda index: self.example_loss(self.weights, index))(ends)
         return Alone(alone, each[ends], jnp.mean(jnp.abs(each)))
 
