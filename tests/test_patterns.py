@@ -318,6 +318,6 @@ def test_what_is_wrong_is_named(kind, call, message):
 
 
 def test_n_and_m_may_be_integers_of_numpy():
-    scores = {"w": np.abs(normal(8, 4))}
+    scores = {"kernel": np.abs(normal(8, 4))}
     found = prune.masks(scores, pattern=prune.NByM(np.int64(2), np.int32(4)))
-    np.testing.assert_array_equal(found["w"], prune.masks(scores, pattern=prune.NByM(2, 4))["w"])
+    np.testing.assert_array_equal(found["kernel"], prune.masks(scores, pattern=prune.NByM(2, 4))["kernel"])

@@ -316,7 +316,7 @@ WITHOUT = jaxeff.collect(TWO, _two, normal(5, 2, 6))
         (lambda: prune.sparsegpt(TWO, OF_TWO, 0.5), "second moments for 'conv', as it is a convolution"),
         (
             lambda: prune.sparsegpt(TWO, WITHOUT, 0.5, prunable={"conv": False}),
-            r"second moments for 'last': collect them with `jaxeff.collect\(..., hessians=True\)`",
+            r"second moments for 'last', as .* not collected with `jaxeff.collect\(..., hessians=True\)`",
         ),
         (
             lambda: prune.reconstruct(TWO, jax.tree.map(lambda leaf: leaf > 0, TWO), OF_TWO),

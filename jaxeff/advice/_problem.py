@@ -45,7 +45,7 @@ def split(
     """Return the examples to search with and those to measure on, which are another quarter unless given.
 
     Raises:
-        TypeError, ValueError: `held_out` is no pair, there are too few examples, or some may point at others.
+        TypeError, ValueError: `held_out` is not a pair, there are too few examples, or some may point at others.
     """
     count = _count("batch", batch, targets)
     if held_out is not None:

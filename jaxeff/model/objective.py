@@ -71,7 +71,7 @@ def objective(
         weights: which of the model's `paths` are weights.
 
     Raises:
-        TypeError: `loss_fn` is not a function, or `targets` holds what is no array of numbers.
+        TypeError: `loss_fn` is not a function, or `targets` holds something other than arrays of numbers.
         ValueError: `loss_fn` does not match the model's outputs and these targets.
     """
     loss, constants = (None, []) if loss_fn is None else _traced_loss(model, loss_fn, targets)

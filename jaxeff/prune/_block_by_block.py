@@ -343,8 +343,9 @@ def _checked(returned: Any, tree: Any) -> tuple[Any, Any]:
     pruned, masks = returned
     check_alike(tree, pruned, "params of prune_block")
     check_masks(tree, masks, "masks of prune_block")
+    found = by_path(pruned)
     for path, mask in by_path(masks).items():
-        new = by_path(pruned)[path]
+        new = found[path]
         if bool(jnp.any(jnp.where(laid_like(jnp.asarray(mask, bool), new), 0, new) != 0)):
             raise ValueError(
                 f"`params of prune_block` must be 0 where its masks are False, and {path!r} is not: return "

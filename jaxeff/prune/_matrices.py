@@ -17,6 +17,7 @@ from jaxeff.model.params import Params
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.prune._layouts import Axes
 from jaxeff.statistics import Statistics
+from jaxeff.statistics.second_moments import over_uses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,21 +78,13 @@ def read(path: str, leaf: Any, statistics: Statistics, axes: Axes | None) -> tup
     Raises:
         ValueError: the statistics have none, or they are not finite.
     """
-    uses = [site for site in statistics.sites if site.path == path]
-    advice = "leave it out with `prunable`, or give it the mask True"
-    if not uses or axes is None:
-        raise ValueError(f"`statistics` know no product of {path!r} with data: {advice}")
-    if refused := [site.without_moments for site in uses if site.without_moments]:
-        raise ValueError(f"`statistics` have no second moments for {path!r}, as {refused[0]}: {advice}")
-    found = [site.second_moments for site in uses if site.second_moments is not None]
-    if len(found) < len(uses):
+    found = over_uses([site for site in statistics.sites if site.path == path])
+    if isinstance(found, str) or axes is None:
         raise ValueError(
-            f"`statistics` have no second moments for {path!r}: collect them with "
-            "`jaxeff.collect(..., hessians=True)`"
+            f"`statistics` have no second moments for {path!r}, as {found}: leave it out with `prunable`, or give it "
+            "the mask True"
         )
-    if axes.inputs is None or axes.units is None:
-        raise ValueError(f"{path!r} has different inputs in different uses: {advice}")
-    total = functools.reduce(jnp.add, [one.sum for one in found])
+    total = functools.reduce(jnp.add, found)
     # No product of two inputs is larger than the larger of their squares.
     squares = jnp.diagonal(total, axis1=-2, axis2=-1)
     if not isinstance(squares, Tracer) and not bool(jnp.all(jnp.isfinite(squares))):

@@ -43,8 +43,8 @@ def reconstruct(
 
     Raises:
         TypeError: `statistics` are something else.
-        ValueError: the masks or the statistics are of other params, or they are no masks; a masked layer has no finite
-            second moments; or an argument is out of range.
+        ValueError: the masks or the statistics are of other params; the masks hold other numbers than 0 and 1; a masked
+            layer has no finite second moments; or an argument is out of range.
 
     References:
         Meng et al., ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models, 2024,

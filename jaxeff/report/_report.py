@@ -165,8 +165,8 @@ class Report(Shown):
         members = np.shape(self.model.utilization)
         if self._is_traced:
             raise ValueError(
-                "this report holds traced numbers, which only running the program tells: return it from the function "
-                "under `jit`, `vmap` or `scan`, and read it outside"
+                "this report holds traced numbers, which are known once the program runs: return it from the "
+                "function under `jit`, `vmap` or `scan`, and read it outside"
             )
         if members:
             raise ValueError(

@@ -7,23 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxeff.statistics import SiteStatistics
-
-NOT_COLLECTED = "`statistics` have no second moments: collect them with `jaxeff.collect(..., hessians=True)`"
+from jaxeff.statistics.second_moments import over_uses
 
 
 def second_moments_of(uses: Sequence[SiteStatistics]) -> np.ndarray | str:
     """Return X^T X over all uses of a weight, [layers, inputs, inputs], or why there is none."""
-    if not uses:
-        return "no product of it with data was read"
-    if refused := [site.without_moments for site in uses if site.without_moments]:
-        return refused[0]
-    if len({site.input_axes for site in uses}) > 1:
-        return "it has different inputs in different uses"
-    found = [site.second_moments for site in uses if site.second_moments is not None]
-    if len(found) < len(uses):
-        return NOT_COLLECTED
-    total = sum(np.asarray(one.sum, np.float64) for one in found)
-    assert isinstance(total, np.ndarray)
+    found = over_uses(uses)
+    if isinstance(found, str):
+        return found
+    total = np.sum([np.asarray(one, np.float64) for one in found], axis=0)
     return total.reshape(-1, *total.shape[-2:])
 
 

@@ -18,7 +18,7 @@ from jaxeff.graph.axes import Dims
 from jaxeff.numerics.meshes import by_compiler
 from jaxeff.numerics.precision import widened
 from jaxeff.statistics.counted import cleared
-from jaxeff.statistics.records import SecondMoments, UnitStatistics
+from jaxeff.statistics.records import SecondMoments, SiteStatistics, UnitStatistics
 
 
 def refusal(site: graph.Site) -> str | None:
@@ -73,6 +73,20 @@ class Products:
         products = jnp.transpose(products, [*order, *(i + len(kept) for i in order)])
         number = math.prod(self.sizes)
         return products.reshape(number, number)
+
+
+def over_uses(uses: Sequence[SiteStatistics]) -> list[jax.Array] | str:
+    """Return X^T X of each use of a weight, [*layers, inputs, inputs], or why there is none."""
+    if not uses:
+        return "no product of it with data was read"
+    if refused := [site.without_moments for site in uses if site.without_moments]:
+        return refused[0]
+    if len({(site.input_axes, site.unit_axes) for site in uses}) > 1:
+        return "it has different inputs in different uses"
+    found = [site.second_moments.sum for site in uses if site.second_moments is not None]
+    if len(found) < len(uses):
+        return "the products of its inputs were not collected with `jaxeff.collect(..., hessians=True)`"
+    return found
 
 
 def over_iterations(products: jax.Array, seen: UnitStatistics, loops: Sequence[graph.Loop]) -> SecondMoments:
