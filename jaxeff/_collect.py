@@ -223,6 +223,11 @@ def prepare(
     weights = _weights(model)
     objective = objectives.objective(model, loss_fn, targets, weights)
     if any(quantity == "example_gradient" for quantity, _ in needs):
+        if model.batch_size is None:
+            raise ValueError(
+                "criterion 'fisher' needs one loss per example, and no output has the first axis of an array of "
+                "`batch`, which would be its examples: let `apply_fn` return outputs with one row for each example"
+            )
         first, first_targets = objectives.first_example((batch, targets), model.batch_size)
         one = models.from_apply(params, apply_fn, first, rngs, apply_kwargs)
         example = objectives.objective(one, loss_fn, first_targets, weights)

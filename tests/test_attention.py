@@ -311,7 +311,7 @@ def _mixture(p, x):
 MIXTURE = {"router": normal(4, 3), "up": normal(3, 4, 5), "down": normal(3, 5, 4)}
 
 
-def test_a_router_that_weighs_experts_is_no_attention():
+def test_a_router_that_weighs_experts_is_not_attention():
     statistics = jaxeff.collect(MIXTURE, _mixture, normal(6, 4))
     assert statistics.attentions == statistics.headless == ()
 

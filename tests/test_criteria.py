@@ -536,6 +536,20 @@ def test_fisher_warns_where_an_example_alone_has_another_loss(function, params, 
     assert [("alone" in str(each.message)) for each in recwarn] == [True] * warns
 
 
+def test_fisher_says_where_it_knows_no_examples():
+    apply_fn = lambda p, x, mask: (mask @ (x @ p["w"])).reshape(-1, 3)  # noqa: E731
+    batch = normal(2, 5, 4), np.tril(np.ones((5, 5), np.float32))
+    with pytest.raises(ValueError, match="no output has the first axis of an array of `batch`"):
+        jaxeff.collect(
+            {"w": normal(4, 3)},
+            apply_fn,
+            batch,
+            criterion="fisher",
+            loss_fn=lambda y, _: y.mean(),
+            targets=0.0,
+        )
+
+
 def test_fisher_runs_examples_that_lie_along_an_explicit_mesh():
     params, x, targets = {"w": normal(4, 3)}, normal(6, 4), normal(6, 3, seed=3)
     loss_fn = lambda outputs, targets: jnp.mean((outputs - targets) ** 2, -1)  # noqa: E731

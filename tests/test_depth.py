@@ -195,7 +195,7 @@ def test_influence_does_not_depend_on_the_scale_of_the_stream(scale):
     assert np.all(expected > 0.01)
 
 
-def test_influence_is_not_known_where_activations_are_no_numbers():
+def test_influence_is_not_known_where_activations_are_nan():
     """0 would have a plan remove these blocks first."""
     (found,) = prune.block_influence(PARAMS, residual, X * np.nan).values()
     assert np.all(np.isnan(found))

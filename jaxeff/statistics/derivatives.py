@@ -35,7 +35,7 @@ def derive(
     arrays: Arrays,
     key: jax.Array,
 ) -> tuple[dict[str, Derivatives], Alone | None]:
-    """Return every requested quantity of every weight, by path; and losses of examples alone, if any needs those.
+    """Return every requested quantity of every weight, by path, and the losses of examples that run alone, if any do.
 
     Args:
         wanted: quantities, and which of their sums.

@@ -87,7 +87,7 @@ def _at_one_position(site: Site, rank: int) -> bool:
     whole = site.input_axes.isdisjoint(site.unit_axes) and len(site.input_axes | site.unit_axes) == rank
     activation = site.activation
     single = graph.positions(site.input_dims) == 1 == graph.positions(activation.pre_dims)
-    # The square of the real part of a complex x d^T is no product of squares.
+    # The square of the real part of a complex x d^T is not a product of squares.
     real = not jnp.issubdtype(activation.pre.dtype, jnp.complexfloating)
     return site.kind == "dense" and site.direct and not site.loops and whole and single and real
 
