@@ -75,7 +75,8 @@ def calibrate(
             than its leading size.
 
     Warns:
-        UserWarning: there was only one batch, or the scores of some weights are not stable yet.
+        UserWarning: there was only one batch, the scores of some weights are not stable yet, or the examples of a batch
+            depend on each other and the criterion is 'fisher'.
 
     >>> import jax.numpy as jnp
     >>> batches = [jnp.full((4, 1), value) for value in (1.0, 3.0)]

@@ -79,6 +79,9 @@ def collect(
         ValueError: an argument is invalid; or the program does not show which values of a layer belong to which example
             and position of `where`, such as after a loop over positions.
 
+    Warns:
+        UserWarning: the examples of the batch depend on each other, and the criterion is 'fisher'.
+
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> model = nn.Dense(2, use_bias=False)
     >>> params = {"params": {"kernel": jnp.array([[1.0, -1.0]])}}

@@ -60,6 +60,9 @@ def compiled(function: Callable, *arguments: Any, **keywords: Any) -> Compiled:
         *arguments, **keywords: arrays or `jax.ShapeDtypeStruct`. If they are laid out over devices, the figures
             are those of one device's part.
 
+    Raises:
+        TypeError: `function` is not a function.
+
     >>> import jax.numpy as jnp
     >>> found = compiled(jnp.dot, jnp.ones((8, 4)), jnp.ones((4, 2)))
     >>> found.argument_bytes, found.output_bytes

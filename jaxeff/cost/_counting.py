@@ -97,6 +97,9 @@ def count(
 def count_function(function: Callable, *arguments: Any, **keywords: Any) -> Cost:
     """Count any function of arrays or shapes, without layers and examples.
 
+    Raises:
+        TypeError: `function` is not a function.
+
     >>> count_function(jnp.dot, jnp.ones((2, 3)), jnp.ones((3, 4))).macs
     24
     """

@@ -200,6 +200,7 @@ def latency(
         peak: of the device, from `jaxeff.cost.peak`, to say what bounds the function.
 
     Raises:
+        TypeError: `function` is not a function.
         ValueError: `repeats` or `warmup` is too small, an argument is a shape, or one is donated.
 
     >>> found = latency(lambda x: x @ x, jnp.ones((16, 16)), repeats=5)
