@@ -480,6 +480,7 @@ BAD_JSON = {
     "a word for a number": _text(model={**report_of(layer()).to_dict()["model"], "utilization": "much"}),
     "fewer axes than the units have": _layer_text(shape=[]),
     "an axis before the first": _layer_text(unit_axes=[-1]),
+    "a layer without weights": _layer_text(shape=[0, 32]),
     "infinitely many weights": _layer_text(nonfinite_weights="Infinity"),
 }
 

@@ -140,7 +140,7 @@ def _check(
         _check_scalars(row, LayerNumbers, row.path)
         for count in (row.nonfinite_weights, row.metrics.nonfinite, row.metrics.zeros):
             _check_count(count)
-        if not all(0 <= axis < len(row.shape) for axis in row.unit_axes):
+        if not row.size or not all(0 <= axis < len(row.shape) for axis in row.unit_axes):
             raise ValueError(f"{row.path!r}: unit axes {row.unit_axes} of the shape {row.shape}")
         if row.units.shape != row.unit_shape:
             raise ValueError(
