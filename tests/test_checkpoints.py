@@ -906,7 +906,7 @@ def test_rows_are_sorted_and_limited(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert rows("--top", "2") == [*natural[:2], "..."]
     assert cli.main(["analyze", path, "--top", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "3 of 4 layers left out" in printed and "1 of 4 layers are not finite" in printed
+    assert "3 of 4 layers left out" in printed and "1 of 4 layers is not finite" in printed
 
 
 def test_blocks_share_a_row_unless_each_is_wanted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
