@@ -84,7 +84,7 @@ def _count(name: str, batch: Any, targets: Any) -> int:
 
 
 def _pointers(batch: Any, count: int) -> int | None:
-    """Return how many rows an array has that may point at examples; None if there is none.
+    """Return the number of rows of an array that may point at examples; None if no array does.
 
     Random keys are unsigned; masks of zeros and ones, positions that count from 0, and integers too large for examples
     do not point at any.
@@ -96,7 +96,7 @@ def _pointers(batch: Any, count: int) -> int | None:
             and len(leaf) not in (1, count)
         ):
             values = np.asarray(leaf)
-            # Edges that are padding may point behind the last example.
+            # Edges that pad a graph may point just past its last node.
             in_range = 1 < np.max(values, initial=0) <= count
             if in_range and np.any(values != np.arange(values.shape[-1])):
                 return len(leaf)

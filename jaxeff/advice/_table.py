@@ -260,8 +260,8 @@ def _about_order(found: Findings) -> list[Recommendation]:
     )
     if random >= known[ranked[0]]:
         message += (
-            " No criterion goes further than chance, as in an untrained network: the order says nothing of what these "
-            "weights are worth."
+            " No criterion goes further than chance, as in an untrained network: the order says nothing about what "
+            "these weights are worth."
         )
     return [Recommendation("criterion", None, message, dict(found.reached))]
 

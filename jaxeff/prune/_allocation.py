@@ -101,8 +101,8 @@ def owl(scores: Any, sparsity: float, *, multiple: float = 5.0, spread: float = 
         has its own: 'blocks/q[3]'.
 
     Raises:
-        ValueError: there are no scores, they are not finite, an argument is out of range, or `spread` would give a
-            block a sparsity outside [0, 1).
+        ValueError: `scores` holds none or is not finite, an argument is out of range, or `spread` would give a block a
+            sparsity outside [0, 1).
 
     References:
         Yin et al., Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High

@@ -121,7 +121,7 @@ def _influence(before: jax.Array, after: jax.Array) -> jax.Array:
     before, after = map(_direction, (before, after))
     norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
     products = jnp.sum(before * after, axis=-1)
-    # Without input or output there is no angle, and the block counts as one that changes nothing; nan stays nan.
+    # A zero vector has no angle, so the block counts as one that changes nothing there. nan stays nan.
     cosine = jnp.where(norms == 0, 1, products / jnp.where(norms == 0, 1, norms))
     return jnp.maximum(1 - jnp.mean(cosine), 0)
 

@@ -121,8 +121,8 @@ def check_damping(damping: float) -> None:
 def check_finite(path: str, weight: Array, damping: float) -> None:
     if not isinstance(weight, Tracer) and not bool(jnp.all(jnp.isfinite(weight))):
         raise ValueError(
-            f"the weights of {path!r} are no longer finite: they held nan or infinity before, or `damping` {damping} "
-            "is too little for second moments that are all but singular"
+            f"the weights of {path!r} are no longer finite: they held nan or infinity to begin with, or `damping` "
+            f"{damping} is too small for second moments that are nearly singular"
         )
 
 
